@@ -1,0 +1,68 @@
+"""LoRA on any linear layers: a recipe's settings -> `peft.LoraConfig`, checked against the model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+from ..base import head_name
+from ..errors import AdapterError, did_you_mean
+from ..recipe import LoraSettings
+
+
+def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
+    """Return the LoRA config for `model`.
+
+    `all-linear` means every linear layer but the head. PEFT does not let it be combined with
+    `layers_to_transform`, so with that field it is written out as the names of the layers' linear modules.
+
+    Raises:
+        AdapterError: if a target module does not exist (those that do are named), or PEFT refuses a field.
+    """
+    from peft import LoraConfig
+
+    fields = settings.model_dump(exclude={"kind"})
+    targets = fields.pop("target_modules")
+    available = linear_names(model)
+    if isinstance(targets, str) and targets == "all-linear":
+        if fields.get("layers_to_transform") is not None:
+            targets = available
+    else:
+        unknown = [name for name in _as_list(targets) if not _matches(model, name, isinstance(targets, str))]
+        if unknown:
+            raise AdapterError(
+                f"unknown target modules: {', '.join(unknown)}{did_you_mean(unknown[0], available)}. "
+                f"This base has: {', '.join([*available, head_name(model)])}"
+            )
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **{**fields, "target_modules": targets})
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"PEFT refuses these LoRA settings: {error}") from error
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Return the last name parts of the model's linear layers but the head, e.g. `q_proj`, in order."""
+    head = head_name(model)
+    names = [
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if name != head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    ]
+    return list(dict.fromkeys(names))
+
+
+def _as_list(targets: str | list[str]) -> list[str]:
+    return [targets] if isinstance(targets, str) else targets
+
+
+def _matches(model: nn.Module, target: str, is_pattern: bool) -> bool:
+    """Return whether PEFT would find the target: a name or its end, or (a lone string) a regular expression."""
+    names = [name for name, _ in model.named_modules()]
+    if is_pattern:
+        try:
+            return any(re.fullmatch(target, name) for name in names)
+        except re.error:
+            return False
+    return any(name == target or name.endswith(f".{target}") for name in names)

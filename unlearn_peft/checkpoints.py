@@ -1,0 +1,103 @@
+"""The state of an unfinished run, beside its output: `OUTPUT.training/step-000020/`, each step whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import TrainingError
+from .files import whole_folder
+
+
+@dataclass
+class State:
+    """All that a run needs to go on: it holds no text and no row."""
+
+    step: int
+    adapter: dict[str, Tensor]
+    best: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    progress: dict[str, Any]  # history, best step, and the like: plain JSON
+
+
+class Checkpoints:
+    """The checkpoints of one run; `run_digest` ties them to the recipe and data that made them."""
+
+    def __init__(self, output: Path, run_digest: str) -> None:
+        self.folder = output.with_name(output.name + ".training")
+        self.run_digest = run_digest
+
+    def save(self, state: State) -> Path:
+        """Write a step, then delete older ones; returns its folder."""
+        folder = self.folder / f"step-{state.step:06d}"
+        with whole_folder(folder, replace=True) as temporary:
+            save_file(state.adapter, temporary / "adapter.safetensors")
+            save_file(state.best, temporary / "best.safetensors")
+            torch.save(state.optimizer, temporary / "optimizer.pt")
+            progress = {"step": state.step, "run": self.run_digest, **state.progress}
+            (temporary / "progress.json").write_text(json.dumps(progress))
+        for old in self._steps():
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+        return folder
+
+    def latest(self) -> State | None:
+        """Read the newest step, or None where there is none.
+
+        Raises:
+            TrainingError: if it is damaged, or belongs to a run with another recipe or other data.
+        """
+        steps = self._steps()
+        if not steps:
+            return None
+        folder = steps[-1]
+        try:
+            progress = json.loads((folder / "progress.json").read_text())
+            state = State(
+                step=progress.pop("step"),
+                adapter=load_file(folder / "adapter.safetensors"),
+                best=load_file(folder / "best.safetensors"),
+                optimizer=torch.load(folder / "optimizer.pt", weights_only=True),
+                progress=progress,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise TrainingError(
+                f"the checkpoint {folder} is damaged ({type(error).__name__}). Delete it, or train again without --resume."
+            ) from error
+        if state.progress.pop("run") != self.run_digest:
+            raise TrainingError(
+                f"the checkpoint {folder} belongs to a run with another recipe, other data or another base. "
+                "Resume with what it was started with, or train again without --resume."
+            )
+        return state
+
+    def put_aside(self) -> Path | None:
+        """Rename what an unfinished run left to `OUTPUT.training.old`; returns that folder if there was any."""
+        if not self._steps():
+            return None
+        aside = self.folder.with_name(self.folder.name + ".old")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(self.folder, aside)
+        return aside
+
+    def clear(self) -> None:
+        """Delete the run's state; the finished adapter has taken its place."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-[0-9]*"))
+
+
+def to_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return detached copies on the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}

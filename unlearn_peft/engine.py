@@ -1,0 +1,131 @@
+"""What a step computes: which rows, which positions, and what is computed only once.
+
+Tokenised rows come in; packed target tokens with their logits (`Tokens`) go out to an objective. Only target
+positions reach the output head, and the reference of each retain row is computed once and kept as the hidden
+states in front of the head (d numbers a token instead of V).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import Batch, Example, collate
+from .objectives import Tokens
+
+
+class Schedule:
+    """Which rows a step uses: a pure function of seed and step, so that a resumed run sees the same rows."""
+
+    def __init__(self, rows: int, batch: int, seed: int) -> None:
+        self.rows, self.batch, self.seed = rows, min(batch, rows), seed
+
+    def at(self, step: int) -> list[int]:
+        """Return the row numbers of `step` (from 0); each row comes once before any comes again."""
+        first = step * self.batch
+        return [self._order(i // self.rows)[i % self.rows] for i in range(first, first + self.batch)]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.rows, generator=generator).tolist()
+
+
+class Engine:
+    """Runs a PEFT model over rows and hands out target tokens, with the reference beside them where asked.
+
+    Args:
+        model: the PEFT model, perhaps wrapped for distributed training.
+        unwrapped: the PEFT model itself; with its adapter switched off it is the reference.
+        pad_id: any token id; padding is never looked at.
+    """
+
+    def __init__(self, model: nn.Module, unwrapped: Any, pad_id: int) -> None:
+        self.model, self.unwrapped, self.pad_id = model, unwrapped, pad_id
+        self.device = next(unwrapped.parameters()).device
+        self._reference: dict[int, Tensor] = {}  # id of an example -> (n, d) hidden states in front of the head
+        self._head_is_last: bool | None = None
+
+    def tokens(self, forget: Sequence[Example], retain: Sequence[Example]) -> tuple[Tokens, Tokens]:
+        """Return the target tokens of both sides from one forward pass, with the retain side's reference."""
+        batch = collate([*forget, *retain], self.pad_id).to(self.device)
+        logits = target_logits(self.model, self.unwrapped, batch)
+        labels, rows = _labels(batch)
+        f = rows < len(forget)
+        reference = self._reference_logits(retain) if retain else logits[:0]
+        return (
+            Tokens(logits[f], labels[f], rows[f]),
+            Tokens(logits[~f], labels[~f], rows[~f] - len(forget), reference),
+        )
+
+    def _reference_logits(self, examples: Sequence[Example]) -> Tensor:
+        """Return the base's logits at the examples' targets, (N, V)."""
+        with torch.no_grad(), self.unwrapped.disable_adapter():
+            if self._head_is_last is False:
+                return target_logits(self.unwrapped, self.unwrapped, collate(examples, self.pad_id).to(self.device))
+            fresh = [example for example in examples if id(example) not in self._reference]
+            if fresh:
+                self._remember(fresh)
+                if self._head_is_last is False:
+                    return self._reference_logits(examples)
+            hidden = torch.cat([self._reference[id(example)] for example in examples])
+            return _head(self.unwrapped)(hidden)  # type: ignore[no-any-return]
+
+    def _remember(self, examples: Sequence[Example]) -> None:
+        batch = collate(examples, self.pad_id).to(self.device)
+        seen: list[Tensor] = []
+        logits = target_logits(self.unwrapped, self.unwrapped, batch, watch=seen.append)
+        hidden = seen[0]
+        if self._head_is_last is None:  # some models scale or cap what their head gives: then nothing is cached
+            self._head_is_last = torch.allclose(_head(self.unwrapped)(hidden), logits, rtol=1e-4, atol=1e-4)
+        counts = [sum(example.is_target) for example in examples]
+        for example, states in zip(examples, hidden.split(counts), strict=True):
+            self._reference[id(example)] = states
+
+
+def target_logits(
+    model: nn.Module, unwrapped: Any, batch: Batch, watch: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """Return the logits that predict the batch's targets, (N, V), in row order.
+
+    The positions are picked in front of the output head, by a hook, so that the head's cost and memory grow with
+    the targets and not with prompt and padding, and so that whatever a model does behind its head still happens.
+    """
+    picked = torch.zeros_like(batch.targets)
+    picked[:, :-1] = batch.targets[:, 1:]
+
+    def pick(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0][picked]
+        if watch is not None:
+            watch(hidden)
+        return (hidden[None], *inputs[1:])
+
+    with _hooked(_head(unwrapped), pick):
+        return model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[0]  # type: ignore[no-any-return]
+
+
+def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Return the mean of `values` (N,) over the tokens of each of `count` rows, (count,)."""
+    sums = torch.zeros(count, device=values.device, dtype=values.dtype).index_add_(0, rows, values)
+    return sums / torch.bincount(rows, minlength=count).clamp(min=1)
+
+
+def _labels(batch: Batch) -> tuple[Tensor, Tensor]:
+    is_label = batch.targets[:, 1:]
+    return batch.ids[:, 1:][is_label], is_label.nonzero()[:, 0]
+
+
+def _head(model: Any) -> nn.Module:
+    return model.get_base_model().get_output_embeddings()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,358 @@
+"""A recipe: all that a run depends on, in one flat, validated model. Every default of the package lives here.
+
+YAML text or keyword arguments come in; a `Recipe` goes out to data, adapters, objectives and training.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from .errors import RecipeError, did_you_mean
+
+DATA_FIELDS = ("forget", "retain", "probes", "neighbours")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class LoraSettings(BaseModel):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685). Any further field of `peft.LoraConfig` may be given by name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Literal["lora"] = "lora"
+    r: int = Field(8, ge=1, description="rank")
+    lora_alpha: float = Field(16, gt=0, description="the delta is scaled by lora_alpha / r")
+    target_modules: str | list[str] = Field("all-linear", description="linear layers to adapt")
+
+
+class HeadSettings(_Strict):
+    """A delta on `lm_head` alone: low-rank (an ordinary PEFT LoRA) or dense (the original experiment's way)."""
+
+    kind: Literal["head"] = "head"
+    form: Literal["low_rank", "dense"] = "low_rank"
+    r: int = Field(8, ge=1, description="rank of the low-rank form")
+    lora_alpha: float = Field(16, gt=0, description="the low-rank delta is scaled by lora_alpha / r")
+
+
+class StopWhen(_Strict):
+    """Stop as soon as one of these is reached on the forget set."""
+
+    forget_loss: float | None = Field(None, gt=0, description="mean loss of the forget set, nats/token")
+    answer_probability: float | None = Field(
+        None, gt=0, lt=1, description="mean over rows of exp(-mean token loss), as in TOFU"
+    )
+
+
+class ObjectiveSettings(BaseModel):
+    """What every objective has: its name, and the guards that the training loop keeps."""
+
+    name: str
+    stop_when: StopWhen | None = None
+    retain_budget: float | None = Field(
+        None,
+        gt=0,
+        description="nats/token of KL on a held-out part of the retain set; the best step within it is kept",
+    )
+
+
+class GaKlSettings(ObjectiveSettings):
+    """Gradient ascent on the forget set, KL to the frozen base on the retain set, with guards."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Literal["ga_kl"] = "ga_kl"
+    forget_ceiling: float | None = Field(5.0, gt=0, description="nats; no token is pushed beyond this loss")
+    hold: bool = Field(True, description="pull a token that overshoots the ceiling back to it")
+    kl: Literal["reverse", "forward"] = Field(
+        "reverse", description="reverse: KL(current || reference); forward: KL(reference || current)"
+    )
+    retain_budget: float | None = Field(0.05, gt=0)
+
+
+class CustomObjectiveSettings(ObjectiveSettings):
+    """An objective of the user's own: `module:function` or `file.py:function`, and whatever it wants to know."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_dotted_path(cls, name: str) -> str:
+        if ":" not in name:
+            raise ValueError(
+                f"unknown objective '{name}'{did_you_mean(name, ['ga_kl'])}; "
+                "known: ga_kl, or your own as 'module:function' or 'file.py:function'"
+            )
+        return name
+
+
+class DataSpec(_Strict):
+    """Where rows come from: a jsonl, csv or parquet file, or a Hub data set."""
+
+    path: str
+    name: str | None = Field(None, description="configuration of a Hub data set")
+    split: str = "train"
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="ours -> theirs, e.g. {prompt: question, completion: answer}"
+    )
+
+
+Rows = list[dict[str, Any]]
+DataSource = Annotated[
+    Union[Annotated[DataSpec, Tag("spec")], Annotated[Rows, Tag("rows")]],
+    Discriminator(lambda value: "rows" if isinstance(value, list) else "spec"),
+]
+Objective = Annotated[
+    Union[Annotated[GaKlSettings, Tag("ga_kl")], Annotated[CustomObjectiveSettings, Tag("custom")]],
+    Discriminator(
+        lambda value: (
+            "ga_kl" if (value["name"] if isinstance(value, dict) else value.name) == "ga_kl" else "custom"
+        )
+    ),
+]
+AdapterSettings = Annotated[Union[LoraSettings, HeadSettings], Field(discriminator="kind")]
+
+
+class Recipe(_Strict):
+    """All settings of one run. Batch sizes are rows per optimiser step, over all processes together."""
+
+    base: str = Field("demo", description="Hub id, local folder, .gguf file, or 'demo'")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    adapter: AdapterSettings = Field(default_factory=LoraSettings)
+    forget: DataSource
+    retain: DataSource | None = None
+    probes: DataSource | None = Field(
+        None, description="rows with `prompt` and `leak` words; never trained on"
+    )
+    neighbours: DataSource | None = Field(None, description="rows that must survive; never trained on")
+    objective: Objective = Field(default_factory=GaKlSettings)
+    retain_weight: float = Field(10.0, ge=0)
+    steps: int = Field(60, ge=1)
+    learning_rate: float = Field(2e-4, gt=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(5, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    forget_batch: int = Field(8, ge=1)
+    retain_batch: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(
+        1, ge=1, description="parts in which a step's rows are processed"
+    )
+    gradient_checkpointing: bool = False
+    max_length: int = Field(512, ge=2, description="tokens; longer rows are cut, and counted")
+    train_on: Literal["completion", "all"] = "completion"
+    chat_template: bool = Field(True, description="use the model's chat template for prompt/completion rows")
+    held_out: float = Field(
+        0.25, gt=0, lt=1, description="share of the retain set that the budget is measured on"
+    )
+    eval_every: int = Field(5, ge=1)
+    checkpoint_every: int = Field(20, ge=1)
+    seed: int = Field(0, ge=0)
+    output: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_shorthand(cls, values: Any) -> Any:
+        """`adapter: lora` stands for `adapter: {kind: lora}`; `objective: x` for `objective: {name: x}`."""
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        for key, inner in (("adapter", "kind"), ("objective", "name")):
+            if isinstance(values.get(key), str):
+                values[key] = {inner: values[key]}
+            elif isinstance(values.get(key), Mapping):
+                default = "lora" if key == "adapter" else "ga_kl"
+                values[key] = {inner: default, **values[key]}
+        return values
+
+    @field_validator(*DATA_FIELDS, mode="before")
+    @classmethod
+    def _as_source(cls, value: Any) -> Any:
+        """A string is a path or Hub id; a list holds rows, where a bare string is a `text` row."""
+        if isinstance(value, (str, Path)):
+            return {"path": str(value)}
+        if isinstance(value, Sequence):
+            return [{"text": row} if isinstance(row, str) else row for row in value]
+        return value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Recipe:
+        if self.retain is None and self.retain_weight > 0:
+            raise ValueError(
+                "'retain' is missing: name rows that must stay as they are (neighbours of the target most of "
+                "all), or set retain_weight to 0 to forget without any protection"
+            )
+        if isinstance(self.adapter, LoraSettings) and self.adapter.model_extra:
+            from peft import LoraConfig
+
+            known = {*LoraConfig.__dataclass_fields__, "kind"}
+            for key in self.adapter.model_extra:
+                if key not in known:
+                    raise ValueError(f"unknown key 'adapter.{key}'{did_you_mean(key, known)}")
+        return self
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), **fields: Any) -> Recipe:
+    """Read a YAML recipe, apply overrides, and validate the whole.
+
+    Args:
+        path: the YAML file. Data paths inside it are relative to its folder.
+        overrides: `key=value` or `key.inner=value`, the value written as YAML. Data paths here are relative
+            to the working folder.
+        fields: further overrides as Python values; None means "not given".
+
+    Raises:
+        RecipeError: if the file cannot be read or any field is unknown or out of range; all are told at once.
+    """
+    path = Path(path)
+    values = _read_yaml(path)
+    for key in DATA_FIELDS:
+        if key in values:
+            values[key] = _relative_to(path.parent, values[key])
+    objective = values.get("objective")
+    if isinstance(objective, str):
+        objective = values["objective"] = {"name": objective}
+    if isinstance(objective, dict) and ".py:" in str(objective.get("name")):
+        objective["name"] = str(path.parent.absolute() / objective["name"])
+    if isinstance(values.get("base"), str) and values["base"].startswith(("./", "../")):
+        values["base"] = str(path.parent / values["base"])
+    for override in overrides:
+        _apply(values, override)
+    values.update({key: value for key, value in fields.items() if value is not None})
+    return make_recipe(values, origin=str(path))
+
+
+def make_recipe(values: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
+    """Validate a mapping as a recipe.
+
+    Raises:
+        RecipeError: naming every unknown key (with the nearest known one) and every value out of range.
+    """
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [_describe(dict(item)) for item in error.errors()]
+        raise RecipeError(f"{origin} cannot be used:\n" + "\n".join(f"  - {p}" for p in problems)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"no recipe at {path}: give the path of a YAML file, e.g. recipes/harry_potter.yaml"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise RecipeError(
+            f"{path} is not valid YAML{where}: {getattr(error, 'problem', 'unreadable')}"
+        ) from None
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"{path} holds {type(values).__name__}, expected a mapping of fields such as 'forget: rows.jsonl'"
+        )
+    return values
+
+
+def _relative_to(folder: Path, source: Any) -> Any:
+    """Resolve a data path against the recipe's folder; what exists there or looks like a file is a path."""
+    if isinstance(source, dict) and isinstance(source.get("path"), str):
+        return {**source, "path": _relative_to(folder, source["path"])}
+    if isinstance(source, str):
+        candidate = folder / source
+        is_file = candidate.exists() or Path(source).suffix in (".jsonl", ".json", ".csv", ".parquet")
+        return str(candidate) if is_file else source
+    return source
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"cannot read the override '{override}': expected key=value, e.g. retain_weight=10")
+    *outer, last = key.strip().split(".")
+    place = values
+    for name in outer:
+        inner = place.get(name)
+        if isinstance(inner, str):  # the shorthand: adapter: lora
+            inner = {"kind" if name == "adapter" else "name": inner}
+        elif inner is None:
+            inner = {}
+        elif not isinstance(inner, dict):
+            raise RecipeError(
+                f"cannot set '{key}': '{name}' holds a {type(inner).__name__}, not named settings"
+            )
+        place[name] = inner
+        place = inner
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"cannot read the value of the override '{key}': it is not valid YAML") from None
+
+
+_TAGS = (
+    "lora",
+    "head",
+    "ga_kl",
+    "custom",
+    "spec",
+    "rows",
+)  # pydantic names the member of a union in the path
+
+
+def _describe(item: dict[str, Any]) -> str:
+    parts = [str(part) for part in item["loc"] if part not in _TAGS]
+    name = ".".join(parts)
+    if item["type"] == "extra_forbidden":
+        return f"unknown key '{name}'{did_you_mean(parts[-1], _known_keys(parts[:-1]))}"
+    if item["type"] == "missing":
+        return f"'{name}' is missing"
+    if item["type"] == "value_error":
+        message = item["msg"].removeprefix("Value error, ")
+        return f"'{name}': {message}" if name and f"'{name}" not in message else message
+    if item["type"] == "union_tag_invalid":
+        found = item["ctx"]["tag"]
+        return f"unknown adapter kind '{found}'{did_you_mean(found, ['lora', 'head'])}; known: lora, head"
+    found = "a list or mapping" if isinstance(item["input"], (dict, list)) else repr(item["input"])
+    return f"'{name}' is {found}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _known_keys(parts: Sequence[str]) -> list[str]:
+    """Return the field names of the settings model that the path `parts` leads to."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in parts:
+        models = [
+            m
+            for model in models
+            if part in model.model_fields
+            for m in _models_in(model.model_fields[part].annotation)
+        ]
+    return [key for model in models for key in model.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [model for argument in get_args(annotation) for model in _models_in(argument)]
+    return []

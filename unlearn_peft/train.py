@@ -1,0 +1,380 @@
+"""The one training loop, on Accelerate: a frozen base, a recipe and rows in; a trained adapter out.
+
+Batches are global: the same rows make the same step on one process or many, in one part or several, because
+every term is divided by the token count of the whole step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import signal
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapters import adapter_config
+from .base import Base
+from .checkpoints import Checkpoints, State, to_cpu
+from .data import Example
+from .engine import Engine, Schedule, row_means
+from .errors import Interrupted, RecipeError, TrainingError
+from .objectives import find_objective, kl_divergence
+from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Tokenised rows: what is trained on, and the part of the retain set that only the budget looks at."""
+
+    forget: list[Example]
+    retain: list[Example]
+    held_out: list[Example]
+
+
+@dataclass
+class Progress:
+    """What a run has seen so far; plain numbers, in nats/token, kept in checkpoints and in the manifest."""
+
+    history: list[dict[str, float]] = field(default_factory=list)  # one a step
+    evaluations: list[dict[str, float]] = field(default_factory=list)  # one each `eval_every` steps
+    best_step: int = 0
+    best_score: float = -math.inf
+    within_budget: bool = False
+    stopped_by: str = "steps"
+
+
+@dataclass
+class Trained:
+    """A trained adapter, still on its PEFT model, at its best step."""
+
+    model: Any  # peft.PeftModel
+    progress: Progress
+    seconds: float
+    is_main: bool
+
+
+def train(
+    base: Base,
+    recipe: Recipe,
+    sets: Sets,
+    *,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
+    tracker: str | None = None,
+    quiet: bool = False,
+) -> Trained:
+    """Train one adapter as the recipe says.
+
+    Raises:
+        TrainingError: if the loss stops being a number; the message says when and why that is likely.
+        Interrupted: after Ctrl-C or SIGTERM, with the place of the saved state.
+    """
+    from accelerate import Accelerator
+    from peft import get_peft_model
+
+    if base.model.dtype == torch.float16:
+        raise RecipeError("training in float16 loses small gradients: choose dtype bfloat16 or float32")
+    accelerator = Accelerator(cpu=base.device.type == "cpu", device_placement=False, log_with=tracker,
+                              project_dir=str(checkpoints.folder) if checkpoints else ".")  # fmt: skip
+    torch.manual_seed(recipe.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that merging a tied head is unsafe: ours unties first
+        model = get_peft_model(base.model, adapter_config(base.model, recipe.adapter))
+    run = _Run(base, recipe, sets, accelerator, model)
+    if tracker:
+        accelerator.init_trackers("unlearn_peft", config=_scalars(recipe))
+    started = time.monotonic()
+    try:
+        run.start(checkpoints, resume)
+        with _stop_signals() as asked_to_stop:
+            run.loop(checkpoints, asked_to_stop, quiet)
+        run.restore_best()
+    except BaseException:
+        model.unload()
+        raise
+    finally:
+        if tracker:
+            accelerator.end_training()
+    return Trained(model, run.progress, time.monotonic() - started, accelerator.is_main_process)
+
+
+class _Run:
+    """One run's moving parts."""
+
+    def __init__(self, base: Base, recipe: Recipe, sets: Sets, accelerator: Any, model: Any) -> None:
+        self.recipe, self.sets, self.accelerator, self.peft = recipe, sets, accelerator, model
+        self.objective = find_objective(recipe.objective.name)
+        self.ceiling = getattr(recipe.objective, "forget_ceiling", None) or math.inf
+        _training_mode(model, recipe.gradient_checkpointing)
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer](
+            self.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+        wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.engine = Engine(wrapped, model, base.tokenizer.pad_token_id)
+        self.forget_rows = Schedule(len(sets.forget), recipe.forget_batch, recipe.seed)
+        self.retain_rows = Schedule(max(len(sets.retain), 1), recipe.retain_batch, recipe.seed + 1)
+        self.progress, self.step = Progress(), 0
+        self.best = to_cpu(self.parameters)
+
+    def start(self, checkpoints: Checkpoints | None, resume: bool) -> None:
+        """Begin at step 0, or where the newest checkpoint stands."""
+        state = checkpoints.latest() if checkpoints and resume else None
+        if state is None:
+            self.evaluate()
+            return
+        self.step, self.best = state.step, state.best
+        self._put(state.adapter)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.progress = Progress(**state.progress)
+
+    def loop(self, checkpoints: Checkpoints | None, asked_to_stop: list[int], quiet: bool) -> None:
+        """Step until the recipe's steps are done, its stop is reached, or someone asks to stop."""
+        recipe, bar = self.recipe, self._bar(quiet)
+        while self.step < recipe.steps and self.progress.stopped_by == "steps":
+            shown, stop = self.one_step(bool(asked_to_stop), checkpoints)
+            self.step += 1
+            last = self.step == recipe.steps
+            if self.step % recipe.eval_every == 0 or last:
+                shown |= self.evaluate()
+            bar.update(1)
+            bar.set_postfix_str(
+                f"forget loss {shown['forget_loss']:.2f}, retain KL {shown['retain_kl']:.4f} nats/token, "
+                f"{shown['tokens_per_s']:.0f} tok/s"
+            )
+            self.accelerator.log(shown, step=self.step)
+            if checkpoints and (stop or (self.step % recipe.checkpoint_every == 0 and not last)):
+                place = self.checkpoint(checkpoints)
+                if stop:
+                    bar.close()
+                    raise Interrupted(
+                        f"stopped at step {self.step} of {recipe.steps}; the state is in {place}. "
+                        "Run the same command with --resume to go on from there."
+                    )
+            elif stop:
+                raise Interrupted(f"stopped at step {self.step} of {recipe.steps}; nothing was saved (no output given)")
+        bar.close()
+
+    def one_step(self, stop: bool, checkpoints: Checkpoints | None) -> tuple[dict[str, float], bool]:
+        """Do one optimiser step over the global batch; returns its figures and whether any process was asked to stop."""
+        recipe, rank, world = self.recipe, self.accelerator.process_index, self.accelerator.num_processes
+        began = time.monotonic()
+        torch.manual_seed(((recipe.seed * 100_003 + self.step) * 1009 + rank) % 2**63)  # dropout, the same after a resume
+        forget = [self.sets.forget[i] for i in self.forget_rows.at(self.step)]
+        retain = [self.sets.retain[i] for i in self.retain_rows.at(self.step)] if self.sets.retain else []
+        n_forget, n_retain = _count(forget), max(_count(retain), 1)
+        seen = torch.zeros(3, dtype=torch.float64)  # forget loss, retain KL, stop
+        seen[2] = stop
+        parts = recipe.gradient_accumulation_steps
+        for part in range(parts):
+            mine_f, mine_r = (_share(rows, rank, world, part, parts) for rows in (forget, retain))
+            with self.accelerator.no_sync(self.engine.model) if part < parts - 1 else nullcontext():
+                f, r = self.engine.tokens(mine_f or [_silent(forget[0])], mine_r)
+                terms = self.objective(f, r, recipe.objective)
+                loss = terms.forget.sum() / n_forget + recipe.retain_weight * terms.retain.sum() / n_retain
+                self.accelerator.backward(loss * world)  # processes' gradients are averaged; we want their sum
+            seen[0] += f.cross_entropy.detach().sum().cpu() / n_forget
+            if mine_r:
+                seen[1] += kl_divergence(r).detach().sum().cpu() / n_retain
+        seen = self._sum(seen)
+        norm = self._clip()
+        if not (torch.isfinite(seen).all() and math.isfinite(norm)):
+            raise TrainingError(self._explain_nan(seen, norm, checkpoints))
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _rate(self.step, recipe)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        tokens = sum(len(example.ids) for example in (*forget, *retain))
+        figures = {"forget_loss": float(seen[0]), "retain_kl": float(seen[1]), "gradient_norm": norm}
+        self.progress.history.append({"step": self.step + 1, **figures})
+        return {**figures, "tokens_per_s": tokens / (time.monotonic() - began)}, seen[2] > 0
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Measure the whole forget set and the held-out retain rows; keep the step if it is the best so far."""
+        forget_loss, score, probability = self._forget_figures()
+        kl = self._mean_kl(self.sets.held_out) if self.sets.held_out else math.nan
+        figures = {"forget_set_loss": forget_loss, "answer_probability": probability}
+        if self.sets.held_out:
+            figures["held_out_kl"] = kl
+        progress, budget = self.progress, self.recipe.objective.retain_budget
+        progress.evaluations.append({"step": self.step, **figures})
+        within = budget is None or not self.sets.held_out or kl <= budget
+        # Without a budget the last step is kept; with one, the step within it that forgets most.
+        if within and (budget is None or not progress.within_budget or score >= progress.best_score):
+            progress.best_step, progress.best_score, progress.within_budget = self.step, score, True
+            self.best = to_cpu(self.parameters)
+        stop = self.recipe.objective.stop_when
+        if stop and within and self.step:
+            if stop.forget_loss is not None and forget_loss >= stop.forget_loss:
+                progress.stopped_by = "forget_loss"
+            if stop.answer_probability is not None and probability <= stop.answer_probability:
+                progress.stopped_by = "answer_probability"
+        return figures
+
+    def checkpoint(self, checkpoints: Checkpoints) -> Path:
+        """Save the state (on the main process) and wait until it is there."""
+        if self.accelerator.is_main_process:
+            state = State(self.step, to_cpu(self.parameters), self.best, self.optimizer.state_dict(), vars(self.progress))
+            checkpoints.save(state)
+        self.accelerator.wait_for_everyone()
+        return checkpoints.folder
+
+    def restore_best(self) -> None:
+        """Put the best step's values back into the adapter."""
+        self._put(self.best)
+
+    def _forget_figures(self) -> tuple[float, float, float]:
+        """Return mean loss (nats/token), mean loss capped at the ceiling, and mean answer probability of the forget set."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        for rows in _chunks(self.sets.forget[rank::world], self.recipe.forget_batch):
+            tokens, _ = self.engine.tokens(rows, [])
+            loss = tokens.cross_entropy
+            probability = torch.exp(-row_means(loss, tokens.rows, len(rows)))
+            values = (loss.sum(), loss.clamp(max=self.ceiling).sum(), probability.sum())
+            sums += torch.stack([value.double().cpu() for value in values])
+        sums = self._sum(sums) / torch.tensor([_count(self.sets.forget)] * 2 + [len(self.sets.forget)])
+        return float(sums[0]), float(sums[1]), float(sums[2])
+
+    def _mean_kl(self, examples: list[Example]) -> float:
+        total = torch.zeros(1, dtype=torch.float64)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        for rows in _chunks(examples[rank::world], self.recipe.retain_batch):
+            _, tokens = self.engine.tokens([], rows)
+            total += kl_divergence(tokens).double().sum().cpu()
+        return float(self._sum(total)) / _count(examples)
+
+    def _clip(self) -> float:
+        limit = self.recipe.max_grad_norm or math.inf
+        return float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
+
+    def _sum(self, values: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return values
+        moved = values.to(self.accelerator.device)
+        return self.accelerator.reduce(moved, reduction="sum").cpu()  # type: ignore[no-any-return]
+
+    def _put(self, values: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(values[name])
+
+    def _bar(self, quiet: bool) -> Any:
+        from tqdm import tqdm
+
+        hidden = quiet or not self.accelerator.is_main_process
+        return tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="forgetting", disable=hidden)
+
+    def _explain_nan(self, seen: Tensor, norm: float, checkpoints: Checkpoints | None) -> str:
+        recipe = self.recipe
+        if math.isinf(self.ceiling):
+            cause = "plain gradient ascent has no bound: set objective.forget_ceiling (5 is a good start)"
+        elif recipe.dtype == "float16":
+            cause = "float16 overflows: use bfloat16 or float32"
+        else:
+            cause = f"the learning rate {recipe.learning_rate:g} is too high for this base and adapter: try a tenth of it"
+        kept = " The last checkpoint is kept: " + str(checkpoints.folder) + "." if checkpoints and checkpoints.folder.exists() else ""
+        return (
+            f"not a number at step {self.step + 1} of {recipe.steps}: forget loss {float(seen[0]):.3g}, retain KL "
+            f"{float(seen[1]):.3g} nats/token, gradient norm {norm:.3g}. Likely cause: {cause}.{kept}"
+        )
+
+
+def run_digest(recipe: Recipe, rows_digest: str, base: Base, world: int = 1) -> str:
+    """Return what a checkpoint must agree in with the run that resumes it."""
+    settings = recipe.model_dump(exclude={"output", "forget", "retain", "probes", "neighbours", "checkpoint_every"})
+    known = json.dumps([settings, rows_digest, base.fingerprint], sort_keys=True)
+    return hashlib.sha256(known.encode()).hexdigest()
+
+
+def split_retain(retain: list[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    """Split the retain set into what is trained on and what only the budget sees.
+
+    Without a budget nothing is held out; neither is it from fewer than four rows, which all are needed.
+    """
+    if recipe.objective.retain_budget is None or len(retain) < 4:
+        return retain, []
+    count = max(1, round(len(retain) * recipe.held_out))
+    order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    held = set(order[:count])
+    return [e for i, e in enumerate(retain) if i not in held], [e for i, e in enumerate(retain) if i in held]
+
+
+def _training_mode(model: Any, gradient_checkpointing: bool) -> None:
+    """Switch on only what training needs: adapters' dropout and, if asked, checkpointing; the base's dropout stays off."""
+    model.eval()
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            module.training = True
+    if gradient_checkpointing:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        base = model.get_base_model()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in base.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # this module's own flag: what lies inside stays in evaluation mode
+
+
+def _rate(step: int, recipe: Recipe) -> float:
+    """Return the learning rate's factor at `step` (from 0): linear warm-up, then the recipe's schedule."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / (recipe.warmup_steps + 1)
+    done = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[recipe.schedule]
+
+
+def _share(rows: list[Example], rank: int, world: int, part: int, parts: int) -> list[Example]:
+    return rows[rank::world][part::parts]
+
+
+def _silent(example: Example) -> Example:
+    """Return the row with nothing to learn from: for a process that has no row of its own in this part."""
+    return Example(example.ids, [False] * len(example.ids))
+
+
+def _count(examples: Sequence[Example]) -> int:
+    return sum(sum(example.is_target) for example in examples)
+
+
+def _chunks(examples: list[Example], size: int) -> Iterator[list[Example]]:
+    for first in range(0, len(examples), size):
+        yield examples[first : first + size]
+
+
+def _scalars(recipe: Recipe) -> dict[str, Any]:
+    """What a tracker may know of a recipe: settings, never data."""
+    flat = recipe.model_dump(include={"retain_weight", "steps", "learning_rate", "seed", "base", "optimizer"})
+    return {**flat, "adapter": recipe.adapter.kind, "objective": recipe.objective.name}
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, so that a step is finished first; a second one interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are someone else's
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
