@@ -46,13 +46,14 @@ class Engine:
     def __init__(self, model: nn.Module, unwrapped: Any, pad_id: int) -> None:
         self.model, self.unwrapped, self.pad_id = model, unwrapped, pad_id
         self.device = next(unwrapped.parameters()).device
+        self.head = unwrapped.get_base_model().get_output_embeddings()
         self._reference: dict[int, Tensor] = {}  # id of an example -> (n, d) hidden states in front of the head
         self._head_is_last: bool | None = None
 
     def tokens(self, forget: Sequence[Example], retain: Sequence[Example]) -> tuple[Tokens, Tokens]:
         """Return the target tokens of both sides from one forward pass, with the retain side's reference."""
         batch = collate([*forget, *retain], self.pad_id).to(self.device)
-        logits = target_logits(self.model, self.unwrapped, batch)
+        logits = picked_logits(self.model, self.head, batch)
         labels, rows = _labels(batch)
         f = rows < len(forget)
         reference = self._reference_logits(retain) if retain else logits[:0]
@@ -65,29 +66,29 @@ class Engine:
         """Return the base's logits at the examples' targets, (N, V)."""
         with torch.no_grad(), self.unwrapped.disable_adapter():
             if self._head_is_last is False:
-                return target_logits(self.unwrapped, self.unwrapped, collate(examples, self.pad_id).to(self.device))
+                return picked_logits(self.unwrapped, self.head, collate(examples, self.pad_id).to(self.device))
             fresh = [example for example in examples if id(example) not in self._reference]
             if fresh:
                 self._remember(fresh)
                 if self._head_is_last is False:
                     return self._reference_logits(examples)
             hidden = torch.cat([self._reference[id(example)] for example in examples])
-            return _head(self.unwrapped)(hidden)  # type: ignore[no-any-return]
+            return self.head(hidden)  # type: ignore[no-any-return]
 
     def _remember(self, examples: Sequence[Example]) -> None:
         batch = collate(examples, self.pad_id).to(self.device)
         seen: list[Tensor] = []
-        logits = target_logits(self.unwrapped, self.unwrapped, batch, watch=seen.append)
+        logits = picked_logits(self.unwrapped, self.head, batch, watch=seen.append)
         hidden = seen[0]
         if self._head_is_last is None:  # some models scale or cap what their head gives: then nothing is cached
-            self._head_is_last = torch.allclose(_head(self.unwrapped)(hidden), logits, rtol=1e-4, atol=1e-4)
+            self._head_is_last = torch.allclose(self.head(hidden), logits, rtol=1e-4, atol=1e-4)
         counts = [sum(example.is_target) for example in examples]
         for example, states in zip(examples, hidden.split(counts), strict=True):
             self._reference[id(example)] = states
 
 
-def target_logits(
-    model: nn.Module, unwrapped: Any, batch: Batch, watch: Callable[[Tensor], None] | None = None
+def picked_logits(
+    model: nn.Module, head: nn.Module, batch: Batch, watch: Callable[[Tensor], None] | None = None
 ) -> Tensor:
     """Return the logits that predict the batch's targets, (N, V), in row order.
 
@@ -103,7 +104,7 @@ def target_logits(
             watch(hidden)
         return (hidden[None], *inputs[1:])
 
-    with _hooked(_head(unwrapped), pick):
+    with _hooked(head, pick):
         return model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
 
@@ -116,10 +117,6 @@ def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
 def _labels(batch: Batch) -> tuple[Tensor, Tensor]:
     is_label = batch.targets[:, 1:]
     return batch.ids[:, 1:][is_label], is_label.nonzero()[:, 0]
-
-
-def _head(model: Any) -> nn.Module:
-    return model.get_base_model().get_output_embeddings()  # type: ignore[no-any-return]
 
 
 @contextmanager
