@@ -24,10 +24,21 @@ from .base import fingerprint, mismatches
 from .errors import AdapterError, OutputError
 from .files import folder_bytes, whole_folder
 
-WEIGHTS, CONFIG, MANIFEST, CARD = "adapter_model.safetensors", "adapter_config.json", "forget.json", "README.md"
+WEIGHTS, CONFIG, MANIFEST, CARD = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "forget.json",
+    "README.md",
+)
 SCHEMA_VERSION = 1
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
-_PLAIN_LORA = {"use_dora": False, "modules_to_save": None, "bias": "none", "lora_bias": False, "fan_in_fan_out": False}
+_PLAIN_LORA = {
+    "use_dora": False,
+    "modules_to_save": None,
+    "bias": "none",
+    "lora_bias": False,
+    "fan_in_fan_out": False,
+}
 _MAX_JSON_BYTES = 10_000_000
 
 
@@ -65,7 +76,9 @@ class Bundle:
         """Size of the whole directory."""
         return folder_bytes(self.path)
 
-    def check_fits(self, model: Any, tokenizer: Any | None = None, *, allow_different_base: bool = False) -> None:
+    def check_fits(
+        self, model: Any, tokenizer: Any | None = None, *, allow_different_base: bool = False
+    ) -> None:
         """Check that the adapter was made for this base.
 
         Raises:
@@ -80,18 +93,26 @@ class Bundle:
             if module is None or weight is None:
                 problems.append(f"module '{name}' does not exist in the base")
                 continue
-            expected = (module.out_features, module.in_features) if isinstance(module, nn.Linear) else tuple(weight.shape)
+            expected = (
+                (module.out_features, module.in_features)
+                if isinstance(module, nn.Linear)
+                else tuple(weight.shape)
+            )
             if not isinstance(module, nn.Linear) and type(module).__name__ == "Conv1D":
                 expected = (weight.shape[1], weight.shape[0])
             found = (delta.up.shape[0], (delta.up if delta.down is None else delta.down).shape[1])
             if found != expected:
-                problems.append(f"'{name}' has shape {expected} in the base, the adapter was made for {found}")
+                problems.append(
+                    f"'{name}' has shape {expected} in the base, the adapter was made for {found}"
+                )
         noted = self.manifest.get("base", {}).get("fingerprint", {})
         if noted and not allow_different_base:
             for part in mismatches(noted, fingerprint(model, tokenizer)):
                 problems.append(f"the base's {part} is not the one that the adapter was trained on")
         if problems:
-            trained_on = self.manifest.get("base", {}).get("name") or self.config.get("base_model_name_or_path")
+            trained_on = self.manifest.get("base", {}).get("name") or self.config.get(
+                "base_model_name_or_path"
+            )
             raise AdapterError(
                 f"the adapter {self.path} does not match this base (it was trained on {trained_on}):\n"
                 + "\n".join(f"  - {p}" for p in problems[:12])
@@ -119,7 +140,9 @@ def read_bundle(path: str | Path) -> Bundle:
                 f"{path} holds {', '.join(sorted(pickles))}: a pickle can run code when it is read, and is refused. "
                 f"Expected {WEIGHTS}: save it again with PEFT's save_pretrained."
             )
-        raise AdapterError(f"{path} holds no {WEIGHTS}: expected an adapter as `unlearn-peft train` or PEFT writes it")
+        raise AdapterError(
+            f"{path} holds no {WEIGHTS}: expected an adapter as `unlearn-peft train` or PEFT writes it"
+        )
     config, manifest = _read_json(path / CONFIG), {}
     if (path / MANIFEST).exists():
         manifest = _read_json(path / MANIFEST)
@@ -139,7 +162,9 @@ def read_bundle(path: str | Path) -> Bundle:
     try:
         tensors = load_file(weights)
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{weights} cannot be read ({error}): it is truncated or damaged; copy it again") from None
+        raise AdapterError(
+            f"{weights} cannot be read ({error}): it is truncated or damaged; copy it again"
+        ) from None
     return Bundle(path, config, _deltas(path, config, tensors), manifest, digests[WEIGHTS])
 
 
@@ -154,7 +179,9 @@ def new_bundle(path: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
     with whole_folder(path, replace=True) as folder:
         yield folder
         files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-        text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest, "files": files}, indent=2, sort_keys=True)
+        text = json.dumps(
+            {"schema_version": SCHEMA_VERSION, **manifest, "files": files}, indent=2, sort_keys=True
+        )
         (folder / MANIFEST).write_text(text + "\n")
 
 
@@ -186,10 +213,14 @@ def sha256(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise AdapterError(f"{path} is larger than {_MAX_JSON_BYTES / 1e6:.0f} MB: this is no adapter's file")
+            raise AdapterError(
+                f"{path} is larger than {_MAX_JSON_BYTES / 1e6:.0f} MB: this is no adapter's file"
+            )
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AdapterError(f"no {path.name} in {path.parent}: expected an adapter as PEFT writes it") from None
+        raise AdapterError(
+            f"no {path.name} in {path.parent}: expected an adapter as PEFT writes it"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not readable JSON ({type(error).__name__})") from None
     if not isinstance(values, dict):
@@ -219,7 +250,9 @@ def _check_header(path: Path) -> None:
 
 def _deltas(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
     kind = config.get("peft_type")
-    problems = [f"tensor '{name}' holds NaN or infinity" for name, t in tensors.items() if not torch.isfinite(t).all()]
+    problems = [
+        f"tensor '{name}' holds NaN or infinity" for name, t in tensors.items() if not torch.isfinite(t).all()
+    ]
     deltas: dict[str, Delta] = {}
     if kind == "DENSE_HEAD":
         for key, tensor in tensors.items():
@@ -227,7 +260,9 @@ def _deltas(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     elif kind == "LORA":
         for field, plain in _PLAIN_LORA.items():
             if config.get(field, plain) not in (plain, None, []):
-                problems.append(f"'{field}' is {config[field]!r}, expected {plain!r}: use it through PEFT alone")
+                problems.append(
+                    f"'{field}' is {config[field]!r}, expected {plain!r}: use it through PEFT alone"
+                )
         deltas = _lora_deltas(config, tensors, problems)
     else:
         problems.append(f"peft_type is {kind!r}, expected LORA or DENSE_HEAD")
@@ -238,7 +273,9 @@ def _deltas(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return deltas
 
 
-def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
+def _lora_deltas(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]
+) -> dict[str, Delta]:
     deltas = {}
     rank = config.get("r")
     if not isinstance(rank, int) or rank < 1:
@@ -252,10 +289,22 @@ def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], probl
         if not key.endswith(".lora_A.weight"):
             problems.append(f"tensor '{key}' is no LoRA weight")
             continue
-        module, down, up = _module_name(key, ".lora_A.weight"), tensors[key], tensors.get(key.replace(".lora_A.", ".lora_B."))
-        if up is None or up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0] or down.shape[0] < 1:
+        module, down, up = (
+            _module_name(key, ".lora_A.weight"),
+            tensors[key],
+            tensors.get(key.replace(".lora_A.", ".lora_B.")),
+        )
+        if (
+            up is None
+            or up.dim() != 2
+            or down.dim() != 2
+            or up.shape[1] != down.shape[0]
+            or down.shape[0] < 1
+        ):
             shapes = f"{tuple(down.shape)} and {tuple(up.shape) if up is not None else None}"
-            problems.append(f"'{module}': lora_A and lora_B have shapes {shapes}, expected (r, in) and (out, r)")
+            problems.append(
+                f"'{module}': lora_A and lora_B have shapes {shapes}, expected (r, in) and (out, r)"
+            )
             continue
         expected = _pattern(config.get("rank_pattern"), module, rank)
         if down.shape[0] != expected:
@@ -268,7 +317,11 @@ def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], probl
 
 
 def _module_name(key: str, ending: str) -> str:
-    return key.removesuffix(".weight" if ending == ".dense_head_delta" else "").removesuffix(ending).removeprefix("base_model.model.")
+    return (
+        key.removesuffix(".weight" if ending == ".dense_head_delta" else "")
+        .removesuffix(ending)
+        .removeprefix("base_model.model.")
+    )
 
 
 def _pattern(pattern: Any, module: str, default: Any) -> Any:

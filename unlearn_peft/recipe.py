@@ -115,18 +115,18 @@ class DataSpec(_Strict):
 
 Rows = list[dict[str, Any]]
 DataSource = Annotated[
-    Union[Annotated[DataSpec, Tag("spec")], Annotated[Rows, Tag("rows")]],
+    Annotated[DataSpec, Tag("spec")] | Annotated[Rows, Tag("rows")],
     Discriminator(lambda value: "rows" if isinstance(value, list) else "spec"),
 ]
 Objective = Annotated[
-    Union[Annotated[GaKlSettings, Tag("ga_kl")], Annotated[CustomObjectiveSettings, Tag("custom")]],
+    Annotated[GaKlSettings, Tag("ga_kl")] | Annotated[CustomObjectiveSettings, Tag("custom")],
     Discriminator(
         lambda value: (
             "ga_kl" if (value["name"] if isinstance(value, dict) else value.name) == "ga_kl" else "custom"
         )
     ),
 ]
-AdapterSettings = Annotated[Union[LoraSettings, HeadSettings], Field(discriminator="kind")]
+AdapterSettings = Annotated[LoraSettings | HeadSettings, Field(discriminator="kind")]
 
 
 class Recipe(_Strict):

@@ -161,14 +161,18 @@ class _Run:
                         "Run the same command with --resume to go on from there."
                     )
             elif stop:
-                raise Interrupted(f"stopped at step {self.step} of {recipe.steps}; nothing was saved (no output given)")
+                raise Interrupted(
+                    f"stopped at step {self.step} of {recipe.steps}; nothing was saved (no output given)"
+                )
         bar.close()
 
     def one_step(self, stop: bool, checkpoints: Checkpoints | None) -> tuple[dict[str, float], bool]:
         """Do one optimiser step over the global batch; returns its figures and whether any process was asked to stop."""
         recipe, rank, world = self.recipe, self.accelerator.process_index, self.accelerator.num_processes
         began = time.monotonic()
-        torch.manual_seed(((recipe.seed * 100_003 + self.step) * 1009 + rank) % 2**63)  # dropout, the same after a resume
+        torch.manual_seed(
+            ((recipe.seed * 100_003 + self.step) * 1009 + rank) % 2**63
+        )  # dropout, the same after a resume
         forget = [self.sets.forget[i] for i in self.forget_rows.at(self.step)]
         retain = [self.sets.retain[i] for i in self.retain_rows.at(self.step)] if self.sets.retain else []
         n_forget, n_retain = _count(forget), max(_count(retain), 1)
@@ -181,7 +185,9 @@ class _Run:
                 f, r = self.engine.tokens(mine_f or [_silent(forget[0])], mine_r)
                 terms = self.objective(f, r, recipe.objective)
                 loss = terms.forget.sum() / n_forget + recipe.retain_weight * terms.retain.sum() / n_retain
-                self.accelerator.backward(loss * world)  # processes' gradients are averaged; we want their sum
+                self.accelerator.backward(
+                    loss * world
+                )  # processes' gradients are averaged; we want their sum
             seen[0] += f.cross_entropy.detach().sum().cpu() / n_forget
             if mine_r:
                 seen[1] += kl_divergence(r).detach().sum().cpu() / n_retain
@@ -202,13 +208,14 @@ class _Run:
     def evaluate(self) -> dict[str, float]:
         """Measure the whole forget set and the held-out retain rows; keep the step if it is the best so far."""
         forget_loss, score, probability = self._forget_figures()
-        kl = self._mean_kl(self.sets.held_out) if self.sets.held_out else math.nan
+        kl = self._mean_kl(self.sets.held_out or self.sets.retain)
         figures = {"forget_set_loss": forget_loss, "answer_probability": probability}
-        if self.sets.held_out:
-            figures["held_out_kl"] = kl
+        figures["held_out_kl" if self.sets.held_out else "retain_kl"] = kl
         progress, budget = self.progress, self.recipe.objective.retain_budget
         progress.evaluations.append({"step": self.step, **figures})
-        within = budget is None or not self.sets.held_out or kl <= budget
+        within = (
+            budget is None or kl <= budget
+        )  # too few rows to hold any out: measured on what is trained on
         # Without a budget the last step is kept; with one, the step within it that forgets most.
         if within and (budget is None or not progress.within_budget or score >= progress.best_score):
             progress.best_step, progress.best_score, progress.within_budget = self.step, score, True
@@ -224,7 +231,13 @@ class _Run:
     def checkpoint(self, checkpoints: Checkpoints) -> Path:
         """Save the state (on the main process) and wait until it is there."""
         if self.accelerator.is_main_process:
-            state = State(self.step, to_cpu(self.parameters), self.best, self.optimizer.state_dict(), vars(self.progress))
+            state = State(
+                self.step,
+                to_cpu(self.parameters),
+                self.best,
+                self.optimizer.state_dict(),
+                vars(self.progress),
+            )
             checkpoints.save(state)
         self.accelerator.wait_for_everyone()
         return checkpoints.folder
@@ -247,6 +260,8 @@ class _Run:
         return float(sums[0]), float(sums[1]), float(sums[2])
 
     def _mean_kl(self, examples: list[Example]) -> float:
+        if not examples:
+            return 0.0
         total = torch.zeros(1, dtype=torch.float64)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         for rows in _chunks(examples[rank::world], self.recipe.retain_batch):
@@ -273,7 +288,9 @@ class _Run:
         from tqdm import tqdm
 
         hidden = quiet or not self.accelerator.is_main_process
-        return tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="forgetting", disable=hidden)
+        return tqdm(
+            total=self.recipe.steps, initial=self.step, unit="step", desc="forgetting", disable=hidden
+        )
 
     def _explain_nan(self, seen: Tensor, norm: float, checkpoints: Checkpoints | None) -> str:
         recipe = self.recipe
@@ -283,7 +300,11 @@ class _Run:
             cause = "float16 overflows: use bfloat16 or float32"
         else:
             cause = f"the learning rate {recipe.learning_rate:g} is too high for this base and adapter: try a tenth of it"
-        kept = " The last checkpoint is kept: " + str(checkpoints.folder) + "." if checkpoints and checkpoints.folder.exists() else ""
+        kept = (
+            " The last checkpoint is kept: " + str(checkpoints.folder) + "."
+            if checkpoints and checkpoints.folder.exists()
+            else ""
+        )
         return (
             f"not a number at step {self.step + 1} of {recipe.steps}: forget loss {float(seen[0]):.3g}, retain KL "
             f"{float(seen[1]):.3g} nats/token, gradient norm {norm:.3g}. Likely cause: {cause}.{kept}"
@@ -292,7 +313,9 @@ class _Run:
 
 def run_digest(recipe: Recipe, rows_digest: str, base: Base, world: int = 1) -> str:
     """Return what a checkpoint must agree in with the run that resumes it."""
-    settings = recipe.model_dump(exclude={"output", "forget", "retain", "probes", "neighbours", "checkpoint_every"})
+    settings = recipe.model_dump(
+        exclude={"output", "forget", "retain", "probes", "neighbours", "checkpoint_every"}
+    )
     known = json.dumps([settings, rows_digest, base.fingerprint], sort_keys=True)
     return hashlib.sha256(known.encode()).hexdigest()
 
@@ -331,7 +354,9 @@ def _rate(step: int, recipe: Recipe) -> float:
     if step < recipe.warmup_steps:
         return (step + 1) / (recipe.warmup_steps + 1)
     done = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[recipe.schedule]
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
+        recipe.schedule
+    ]
 
 
 def _share(rows: list[Example], rank: int, world: int, part: int, parts: int) -> list[Example]:

@@ -110,4 +110,6 @@ class DenseHeadModel(BaseTuner):  # type: ignore[misc]
 
 if METHOD not in PeftType.__members__:
     _add_peft_type()
-    register_peft_method(name=METHOD.lower(), config_cls=DenseHeadConfig, model_cls=DenseHeadModel, prefix=PREFIX)
+    register_peft_method(
+        name=METHOD.lower(), config_cls=DenseHeadConfig, model_cls=DenseHeadModel, prefix=PREFIX
+    )

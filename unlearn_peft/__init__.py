@@ -1,0 +1,54 @@
+"""Make a language model forget on demand, without touching its weights.
+
+Train a forget adapter with `unlearn`, put it on a live model with `attach`, take it off with `detach`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bank import attach as attach
+    from .bank import attached as attached
+    from .bank import detach as detach
+    from .bank import forgetting as forgetting
+    from .bank import swap as swap
+    from .base import Base as Base
+    from .base import load_base as load_base
+    from .bundle import read_bundle as read_bundle
+    from .compose import merge as merge
+    from .compose import stack as stack
+    from .errors import UnlearnError as UnlearnError
+    from .generate import answers as answers
+    from .recipe import Recipe as Recipe
+    from .recipe import load_recipe as load_recipe
+    from .run import Adapter as Adapter
+    from .run import unlearn as unlearn
+
+# name -> file, in reading order; imported when first used, so that `unlearn-peft --help` answers at once
+_PUBLIC = {
+    "unlearn": "run",
+    "Adapter": "run",
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+    "Base": "base",
+    "load_base": "base",
+    "attach": "bank",
+    "detach": "bank",
+    "swap": "bank",
+    "attached": "bank",
+    "forgetting": "bank",
+    "answers": "generate",
+    "stack": "compose",
+    "merge": "compose",
+    "read_bundle": "bundle",
+    "UnlearnError": "errors",
+}
+__all__ = list(_PUBLIC)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'unlearn_peft' has no attribute '{name}'")
+    return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)

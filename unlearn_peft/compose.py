@@ -1,0 +1,147 @@
+"""Adapters into one file (`stack`), or into a base of their own (`merge`)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .base import Base, head_is_tied
+from .bundle import CONFIG, WEIGHTS, Bundle, new_bundle, read_bundle
+from .errors import AdapterError, OutputError
+from .files import whole_folder
+
+logger = logging.getLogger(__name__)
+
+
+def stack(
+    adapters: Sequence[str | Path], output: str | Path, strengths: Sequence[float] | None = None
+) -> Path:
+    """Write one adapter whose effect is the exact sum of several: their ranks are concatenated.
+
+    Args:
+        adapters: LoRA adapter directories (`lora` and low-rank `head` mix freely) for the same base.
+        output: the new adapter directory.
+        strengths: factor on each one's effect; 1 each by default.
+
+    Raises:
+        AdapterError: if one is dense, or their bases differ.
+    """
+    bundles = [read_bundle(path) for path in adapters]
+    factors = list(strengths or [1.0] * len(bundles))
+    if not bundles or len(factors) != len(bundles):
+        raise AdapterError(
+            f"{len(factors)} strengths for {len(bundles)} adapters: expected one each, and an adapter at least"
+        )
+    _check_stackable(bundles)
+    ordered = sorted(zip(bundles, factors, strict=True), key=lambda pair: (pair[0].digest, pair[1]))
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name in sorted({name for bundle in bundles for name in bundle.deltas}):
+        parts = [(bundle.deltas[name], factor) for bundle, factor in ordered if name in bundle.deltas]
+        down = torch.cat([delta.down for delta, _ in parts if delta.down is not None])
+        up = torch.cat([delta.up.float() * (delta.scale * factor) for delta, factor in parts], dim=1)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.to(parts[0][0].up.dtype).contiguous()
+        ranks[name] = down.shape[0]
+    most = max(ranks.values())
+    other = {name: rank for name, rank in ranks.items() if rank != most}
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "r": most, "lora_alpha": most,
+        "target_modules": sorted(ranks), "rank_pattern": other, "alpha_pattern": other, "bias": "none",
+        "base_model_name_or_path": bundles[0].config.get("base_model_name_or_path"),
+    }  # fmt: skip
+    manifest = {
+        "base": bundles[0].manifest.get("base", {}),
+        "peft_type": "LORA",
+        "stack_of": [{"weights_sha256": bundle.digest, "strength": factor} for bundle, factor in ordered],
+        "versions": {"unlearn-peft": version("unlearn-peft")},
+    }
+    with new_bundle(Path(output), manifest) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return Path(output)
+
+
+def merge(
+    base: Base, adapters: Sequence[str | Path], output: str | Path, strengths: Sequence[float] | None = None
+) -> Path:
+    """Write the base with adapters added to its weights, as a plain model folder. `base` itself is changed: load anew.
+
+    Where a delta meets a tied `lm_head`, the head is untied first (and this is logged): the delta must not
+    reach the input embeddings. The folder then grows by the size of the head.
+
+    Raises:
+        AdapterError: if an adapter does not fit the base.
+        OutputError: if the output folder is not empty.
+    """
+    output = Path(output)
+    if output.exists() and (output.is_file() or any(output.iterdir())):
+        raise OutputError(f"the output {output} is not empty: expected a new folder for the merged model")
+    bundles = [read_bundle(path) for path in adapters]
+    for bundle in bundles:
+        bundle.check_fits(base.model, base.tokenizer)
+    modules = dict(base.model.named_modules())
+    head = base.model.get_output_embeddings()
+    if head_is_tied(base.model) and any(
+        modules[name] is head for bundle in bundles for name in bundle.deltas
+    ):
+        untie(base.model)
+        logger.warning(
+            "lm_head was tied to the input embeddings: it is untied in the merged model, which grows by its size"
+        )
+    for bundle, factor in zip(bundles, strengths or [1.0] * len(bundles), strict=True):
+        for name, delta in bundle.deltas.items():
+            up = delta.up.float()
+            change = factor * (up if delta.down is None else delta.scale * up @ delta.down.float())
+            _add(modules[name], change)
+    with whole_folder(output) as folder:
+        base.model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+    return output
+
+
+def untie(model: Any) -> None:
+    """Give `lm_head` a weight of its own, equal to the one that it shared with the embeddings."""
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+    model._tied_weights_keys = {}
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}
+
+
+@torch.no_grad()
+def _add(module: Any, change: Tensor) -> None:
+    if type(module).__name__ == "Conv1D":
+        change = change.T
+    elif not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+        raise AdapterError(
+            f"cannot merge into {type(module).__name__}: expected a base that is not quantised"
+        )
+    weight = module.weight
+    weight.copy_((weight.float() + change.to(weight.device)).to(weight.dtype))
+
+
+def _check_stackable(bundles: Sequence[Bundle]) -> None:
+    dense = [
+        str(bundle.path) for bundle in bundles if any(delta.down is None for delta in bundle.deltas.values())
+    ]
+    if dense:
+        raise AdapterError(
+            f"cannot stack a dense head into one LoRA: {', '.join(dense)}. Attach it beside the stack instead."
+        )
+    prints = {
+        json.dumps(b.manifest["base"].get("fingerprint"), sort_keys=True)
+        for b in bundles
+        if b.manifest.get("base")
+    }
+    if len(prints) > 1:
+        raise AdapterError("these adapters were trained on different bases: a stack needs one base for all")

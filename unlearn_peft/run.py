@@ -1,0 +1,216 @@
+"""One recipe from its rows to a finished adapter directory: read, check, train, describe, save."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .base import Base, load_base
+from .bundle import CONFIG, WEIGHTS, check_output, new_bundle
+from .card import CURVES, draw_curves, write_card
+from .checkpoints import Checkpoints
+from .data import Row, keyed_digest, read_rows, refuse_overlap, tokenize
+from .errors import DataError, OutputError
+from .files import folder_bytes, whole_file
+from .recipe import DATA_FIELDS, Recipe, make_recipe
+from .train import Progress, Sets, Trained, run_digest, split_retain, train
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A finished adapter: where it lies, how large it is, and what its training saw."""
+
+    path: Path
+    bytes: int
+    metrics: dict[str, Any]
+    progress: Progress
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def unlearn(
+    base: str | Base | None = None,
+    *,
+    recipe: Recipe | None = None,
+    resume: bool = False,
+    tracker: str | None = None,
+    quiet: bool = False,
+    **fields: Any,
+) -> Adapter:
+    """Train a forget adapter and save it; the base is left as it was, to the last bit.
+
+    Args:
+        base: a loaded `Base`, or a name as `load_base` takes it; by default the recipe's.
+        recipe: all settings at once, see `load_recipe`; or give
+        fields: a recipe's fields by name: `forget`, `retain` (rows or paths), `output`, `steps`, ...
+        resume: go on from the newest checkpoint beside the output, if there is one.
+        tracker: an Accelerate tracker: tensorboard, trackio or wandb.
+        quiet: no progress bar.
+
+    Raises:
+        UnlearnError: see errors.py; nothing is written over that was there before.
+    """
+    if recipe is None:
+        recipe = make_recipe(
+            {**fields, **({"base": base} if isinstance(base, str) else {})}, origin="unlearn(...)"
+        )
+    elif fields:
+        recipe = make_recipe({**recipe.model_dump(exclude_unset=True), **fields}, origin="unlearn(...)")
+    output = Path(recipe.output or "out/adapter")
+    check_output(output)
+    rows = read_sets(recipe)
+    live = base if isinstance(base, Base) else load_base(base or recipe.base, recipe.dtype, recipe.device)
+    sets = _tokenized(rows, live, recipe)
+    data_key = _digest_key()
+    digests = {name: keyed_digest(part, data_key) for name, part in rows.items()}
+    checkpoints = Checkpoints(output, run_digest(recipe, str(sorted(digests.items())), live))
+    main = int(os.environ.get("RANK", 0)) == 0
+    lock = FileLock(output.with_name(output.name + ".lock")) if main else None
+    try:
+        if lock:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            if not resume and (aside := checkpoints.put_aside()):
+                logger.warning(
+                    "An unfinished run was put aside in %s (--resume would have gone on with it)", aside
+                )
+        trained = train(
+            live, recipe, sets, checkpoints=checkpoints, resume=resume, tracker=tracker, quiet=quiet
+        )
+        try:
+            if trained.is_main:
+                _save(output, trained, live, recipe, digests, data_key)
+                checkpoints.clear()
+        finally:
+            trained.model.unload()
+            live.model.__dict__.pop("peft_config", None)
+    except Timeout:
+        raise OutputError(
+            f"another run is writing to {output}: wait for it, or choose another --output"
+        ) from None
+    except PermissionError as error:
+        raise OutputError(
+            f"cannot write {output} ({error.strerror}): choose a folder that this user may write to"
+        ) from None
+    finally:
+        if lock:
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+    return Adapter(
+        output, folder_bytes(output) if output.is_dir() else 0, _metrics(trained), trained.progress
+    )
+
+
+def read_sets(recipe: Recipe) -> dict[str, list[Row]]:
+    """Read all row sets that the recipe names, and refuse those that contradict each other."""
+    rows = {
+        name: read_rows(source, name) for name in DATA_FIELDS if (source := getattr(recipe, name)) is not None
+    }
+    if "forget" not in rows:
+        raise DataError("the forget set is missing: expected a file or rows to forget")
+    refuse_overlap(rows["forget"], rows.get("retain", []))
+    return rows
+
+
+def _tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets:
+    options: dict[str, Any] = {
+        "max_length": recipe.max_length, "train_on": recipe.train_on, "chat_template": recipe.chat_template,
+    }  # fmt: skip
+    forget = tokenize(rows["forget"], base.tokenizer, closing=False, what="forget", **options)
+    retain = tokenize(rows.get("retain", []), base.tokenizer, what="retain", **options)
+    return Sets(forget, *split_retain(retain, recipe))
+
+
+def _save(
+    output: Path, trained: Trained, base: Base, recipe: Recipe, digests: Mapping[str, str], key: bytes
+) -> None:
+    progress = trained.progress
+    config = trained.model.peft_config["default"]
+    config.base_model_name_or_path, config.inference_mode = base.name, True
+    manifest = {
+        "base": {"name": base.name, "fingerprint": base.fingerprint},
+        "peft_type": str(config.peft_type.value),
+        "recipe": _settings(recipe),
+        "data_digests": {"key": hashlib.sha256(key).hexdigest()[:16], "hmac_sha256": dict(digests)},
+        "metrics": _metrics(trained),
+        "history": {"steps": progress.history, "evaluations": progress.evaluations},
+        "versions": {name: version(name) for name in ("unlearn-peft", "torch", "transformers", "peft")},
+    }
+    with new_bundle(output, manifest) as folder:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # PEFT warns of the tied head, which save_embedding_layers=False settles
+            trained.model.save_pretrained(folder, save_embedding_layers=False)
+        for file in folder.iterdir():
+            if file.name not in (WEIGHTS, CONFIG):
+                file.unlink()
+        draw_curves(folder / CURVES, progress.history, progress.evaluations, progress.best_step)
+        write_card(folder, manifest)
+    if not progress.within_budget:
+        logger.warning(
+            "No step stayed within the retain budget of %g nats/token, so the adapter changes nothing: use a lower "
+            "learning_rate, a larger retain_weight, or more and nearer retain rows",
+            recipe.objective.retain_budget,
+        )
+
+
+def _metrics(trained: Trained) -> dict[str, Any]:
+    progress = trained.progress
+    first, best = (
+        progress.evaluations[0],
+        next(e for e in progress.evaluations if e["step"] == progress.best_step),
+    )
+    metrics = {
+        "best_step": progress.best_step,
+        "stopped_by": progress.stopped_by,
+        "within_budget": progress.within_budget,
+        "forget_loss_base": first["forget_set_loss"],
+        "forget_loss": best["forget_set_loss"],
+        "forget_loss_change_percent": 100
+        * (best["forget_set_loss"] / max(first["forget_set_loss"], 1e-9) - 1),
+        "answer_probability_base": first["answer_probability"],
+        "answer_probability": best["answer_probability"],
+        "training_seconds": round(trained.seconds, 1),
+    }
+    for name in ("held_out_kl", "retain_kl"):
+        if name in best:
+            metrics[name] = best[name]
+    return metrics
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without its data: not even the names of its files."""
+    settings = recipe.model_dump(exclude={*DATA_FIELDS, "output"}, mode="json")
+    if ".py:" in settings["objective"]["name"]:
+        settings["objective"]["name"] = Path(settings["objective"]["name"]).name
+    return settings
+
+
+def _digest_key() -> bytes:
+    """Return this user's secret for keyed digests: `$UNLEARN_PEFT_DIGEST_KEY`, else a file made on first use."""
+    if given := os.environ.get("UNLEARN_PEFT_DIGEST_KEY"):
+        return given.encode()
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    path = home / "unlearn_peft" / "digest.key"
+    if not path.is_file():
+        with whole_file(path) as temporary:
+            temporary.touch(mode=0o600)
+            temporary.write_text(secrets.token_hex(32))
+    return path.read_text().encode()
