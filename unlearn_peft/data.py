@@ -66,9 +66,7 @@ def read_rows(source: DataSource, what: str) -> list[Row]:
     if problems:
         shown = "\n".join(f"  - {p}" for p in problems[:10])
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise DataError(
-            f"{len(problems)} of {len(rows)} rows of the {what} set cannot be used:\n{shown}{more}"
-        )
+        raise DataError(f"{len(problems)} of {len(rows)} rows of the {what} set cannot be used:\n{shown}{more}")
     return rows
 
 
@@ -161,9 +159,7 @@ def chat_prompt(prompt: str, tokenizer: Any, chat_template: bool = True) -> str:
     if not chat_template or not getattr(tokenizer, "chat_template", None):
         return prompt
     return str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
     )
 
 
@@ -179,13 +175,9 @@ def _load(spec: DataSpec, what: str) -> list[Row]:
     path = Path(spec.path)
     file_format = _FILE_FORMATS.get(path.suffix.lower())
     if file_format and not path.is_file():
-        raise DataError(
-            f"no {what} set at {path}: expected a .jsonl, .csv or .parquet file, or a Hub data set's id"
-        )
+        raise DataError(f"no {what} set at {path}: expected a .jsonl, .csv or .parquet file, or a Hub data set's id")
     if path.is_file() and not file_format:
-        raise DataError(
-            f"the {what} set {path} ends in '{path.suffix}': expected .jsonl, .json, .csv or .parquet"
-        )
+        raise DataError(f"the {what} set {path} ends in '{path.suffix}': expected .jsonl, .json, .csv or .parquet")
     if path.is_file() and path.stat().st_size == 0:
         return []
     datasets.disable_progress_bars()
@@ -252,9 +244,7 @@ def _question(row: Row) -> str:
 Span = tuple[int, int]
 
 
-def _render(
-    row: Row, tokenizer: Any, chat_template: bool, closing: bool, n: int, what: str
-) -> tuple[str, list[Span]]:
+def _render(row: Row, tokenizer: Any, chat_template: bool, closing: bool, n: int, what: str) -> tuple[str, list[Span]]:
     """Return the row's whole text and the character spans of its targets."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if "messages" in row or ("prompt" in row and chat_template and has_template):
@@ -269,15 +259,11 @@ def _render(
         ]
         return _render_chat(messages, tokenizer, closing, n, what)
     if "prompt" in row:
-        return row["prompt"] + row["completion"], [
-            (len(row["prompt"]), len(row["prompt"]) + len(row["completion"]))
-        ]
+        return row["prompt"] + row["completion"], [(len(row["prompt"]), len(row["prompt"]) + len(row["completion"]))]
     return row["text"], [(0, len(row["text"]))]
 
 
-def _render_chat(
-    messages: Sequence[Row], tokenizer: Any, closing: bool, n: int, what: str
-) -> tuple[str, list[Span]]:
+def _render_chat(messages: Sequence[Row], tokenizer: Any, closing: bool, n: int, what: str) -> tuple[str, list[Span]]:
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     spans = []
     for i, message in enumerate(messages):

@@ -47,9 +47,7 @@ class Engine:
         self.model, self.unwrapped, self.pad_id = model, unwrapped, pad_id
         self.device = next(unwrapped.parameters()).device
         self.head = unwrapped.get_base_model().get_output_embeddings()
-        self._reference: dict[
-            int, Tensor
-        ] = {}  # id of an example -> (n, d) hidden states in front of the head
+        self._reference: dict[int, Tensor] = {}  # id of an example -> (n, d) hidden states in front of the head
         self._head_is_last: bool | None = None
 
     def tokens(self, forget: Sequence[Example], retain: Sequence[Example]) -> tuple[Tokens, Tokens]:
@@ -67,14 +65,12 @@ class Engine:
     def _reference_logits(self, examples: Sequence[Example]) -> Tensor:
         """Return the base's logits at the examples' targets, (N, V)."""
         with torch.no_grad(), self.unwrapped.disable_adapter():
-            if self._head_is_last is False:
-                return picked_logits(
-                    self.unwrapped, self.head, collate(examples, self.pad_id).to(self.device)
-                )
+            if self._head_is_last is not None and not self._head_is_last:
+                return picked_logits(self.unwrapped, self.head, collate(examples, self.pad_id).to(self.device))
             fresh = [example for example in examples if id(example) not in self._reference]
             if fresh:
                 self._remember(fresh)
-                if self._head_is_last is False:
+                if not self._head_is_last:
                     return self._reference_logits(examples)
             hidden = torch.cat([self._reference[id(example)] for example in examples])
             return self.head(hidden)  # type: ignore[no-any-return]
@@ -84,12 +80,10 @@ class Engine:
         seen: list[Tensor] = []
         logits = picked_logits(self.unwrapped, self.head, batch, watch=seen.append)
         hidden = seen[0]
-        if (
-            self._head_is_last is None
-        ):  # some models scale or cap what their head gives: then nothing is cached
+        if self._head_is_last is None:  # some models scale or cap what their head gives: then nothing is cached
             self._head_is_last = torch.allclose(self.head(hidden), logits, rtol=1e-4, atol=1e-4)
         counts = [sum(example.is_target) for example in examples]
-        for example, states in zip(examples, hidden.split(counts), strict=True):
+        for example, states in zip(examples, torch.split(hidden, counts), strict=True):
             self._reference[id(example)] = states
 
 

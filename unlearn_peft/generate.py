@@ -27,9 +27,7 @@ def answers(
     for prompt in prompts:
         text = chat_prompt(prompt, base.tokenizer, chat_template)
         bos = base.tokenizer.bos_token
-        coded = base.tokenizer(
-            text, return_tensors="pt", add_special_tokens=not (bos and text.startswith(bos))
-        )
+        coded = base.tokenizer(text, return_tensors="pt", add_special_tokens=not (bos and text.startswith(bos)))
         coded = {key: value.to(base.device) for key, value in coded.items() if key != "token_type_ids"}
         choice: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
@@ -38,9 +36,7 @@ def answers(
         ids = base.model.generate(
             **coded, max_new_tokens=max_new_tokens, pad_token_id=base.tokenizer.pad_token_id, **choice
         )[0]
-        texts.append(
-            base.tokenizer.decode(ids[coded["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        )
+        texts.append(base.tokenizer.decode(ids[coded["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     return texts
 
 

@@ -121,9 +121,7 @@ DataSource = Annotated[
 Objective = Annotated[
     Annotated[GaKlSettings, Tag("ga_kl")] | Annotated[CustomObjectiveSettings, Tag("custom")],
     Discriminator(
-        lambda value: (
-            "ga_kl" if (value["name"] if isinstance(value, dict) else value.name) == "ga_kl" else "custom"
-        )
+        lambda value: "ga_kl" if (value["name"] if isinstance(value, dict) else value.name) == "ga_kl" else "custom"
     ),
 ]
 AdapterSettings = Annotated[LoraSettings | HeadSettings, Field(discriminator="kind")]
@@ -138,9 +136,7 @@ class Recipe(_Strict):
     adapter: AdapterSettings = Field(default_factory=LoraSettings)
     forget: DataSource
     retain: DataSource | None = None
-    probes: DataSource | None = Field(
-        None, description="rows with `prompt` and `leak` words; never trained on"
-    )
+    probes: DataSource | None = Field(None, description="rows with `prompt` and `leak` words; never trained on")
     neighbours: DataSource | None = Field(None, description="rows that must survive; never trained on")
     objective: Objective = Field(default_factory=GaKlSettings)
     retain_weight: float = Field(10.0, ge=0)
@@ -153,16 +149,12 @@ class Recipe(_Strict):
     max_grad_norm: float | None = Field(1.0, gt=0)
     forget_batch: int = Field(8, ge=1)
     retain_batch: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(
-        1, ge=1, description="parts in which a step's rows are processed"
-    )
+    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a step's rows are processed")
     gradient_checkpointing: bool = False
     max_length: int = Field(512, ge=2, description="tokens; longer rows are cut, and counted")
     train_on: Literal["completion", "all"] = "completion"
     chat_template: bool = Field(True, description="use the model's chat template for prompt/completion rows")
-    held_out: float = Field(
-        0.25, gt=0, lt=1, description="share of the retain set that the budget is measured on"
-    )
+    held_out: float = Field(0.25, gt=0, lt=1, description="share of the retain set that the budget is measured on")
     eval_every: int = Field(5, ge=1)
     checkpoint_every: int = Field(20, ge=1)
     seed: int = Field(0, ge=0)
@@ -265,9 +257,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(
-            f"{path} is not valid YAML{where}: {getattr(error, 'problem', 'unreadable')}"
-        ) from None
+        raise RecipeError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', 'unreadable')}") from None
     if not isinstance(values, dict):
         raise RecipeError(
             f"{path} holds {type(values).__name__}, expected a mapping of fields such as 'forget: rows.jsonl'"
@@ -299,9 +289,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         elif inner is None:
             inner = {}
         elif not isinstance(inner, dict):
-            raise RecipeError(
-                f"cannot set '{key}': '{name}' holds a {type(inner).__name__}, not named settings"
-            )
+            raise RecipeError(f"cannot set '{key}': '{name}' holds a {type(inner).__name__}, not named settings")
         place[name] = inner
         place = inner
     try:
@@ -342,10 +330,7 @@ def _known_keys(parts: Sequence[str]) -> list[str]:
     models: list[type[BaseModel]] = [Recipe]
     for part in parts:
         models = [
-            m
-            for model in models
-            if part in model.model_fields
-            for m in _models_in(model.model_fields[part].annotation)
+            m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)
         ]
     return [key for model in models for key in model.model_fields]
 

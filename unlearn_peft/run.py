@@ -67,9 +67,7 @@ def unlearn(
         UnlearnError: see errors.py; nothing is written over that was there before.
     """
     if recipe is None:
-        recipe = make_recipe(
-            {**fields, **({"base": base} if isinstance(base, str) else {})}, origin="unlearn(...)"
-        )
+        recipe = make_recipe({**fields, **({"base": base} if isinstance(base, str) else {})}, origin="unlearn(...)")
     elif fields:
         recipe = make_recipe({**recipe.model_dump(exclude_unset=True), **fields}, origin="unlearn(...)")
     output = Path(recipe.output or "out/adapter")
@@ -87,12 +85,8 @@ def unlearn(
             output.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
             if not resume and (aside := checkpoints.put_aside()):
-                logger.warning(
-                    "An unfinished run was put aside in %s (--resume would have gone on with it)", aside
-                )
-        trained = train(
-            live, recipe, sets, checkpoints=checkpoints, resume=resume, tracker=tracker, quiet=quiet
-        )
+                logger.warning("An unfinished run was put aside in %s (--resume would have gone on with it)", aside)
+        trained = train(live, recipe, sets, checkpoints=checkpoints, resume=resume, tracker=tracker, quiet=quiet)
         try:
             if trained.is_main:
                 _save(output, trained, live, recipe, digests, data_key)
@@ -101,9 +95,7 @@ def unlearn(
             trained.model.unload()
             live.model.__dict__.pop("peft_config", None)
     except Timeout:
-        raise OutputError(
-            f"another run is writing to {output}: wait for it, or choose another --output"
-        ) from None
+        raise OutputError(f"another run is writing to {output}: wait for it, or choose another --output") from None
     except PermissionError as error:
         raise OutputError(
             f"cannot write {output} ({error.strerror}): choose a folder that this user may write to"
@@ -112,16 +104,12 @@ def unlearn(
         if lock:
             lock.release()
             Path(lock.lock_file).unlink(missing_ok=True)
-    return Adapter(
-        output, folder_bytes(output) if output.is_dir() else 0, _metrics(trained), trained.progress
-    )
+    return Adapter(output, folder_bytes(output) if output.is_dir() else 0, _metrics(trained), trained.progress)
 
 
 def read_sets(recipe: Recipe) -> dict[str, list[Row]]:
     """Read all row sets that the recipe names, and refuse those that contradict each other."""
-    rows = {
-        name: read_rows(source, name) for name in DATA_FIELDS if (source := getattr(recipe, name)) is not None
-    }
+    rows = {name: read_rows(source, name) for name in DATA_FIELDS if (source := getattr(recipe, name)) is not None}
     if "forget" not in rows:
         raise DataError("the forget set is missing: expected a file or rows to forget")
     refuse_overlap(rows["forget"], rows.get("retain", []))
@@ -137,9 +125,7 @@ def _tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Set
     return Sets(forget, *split_retain(retain, recipe))
 
 
-def _save(
-    output: Path, trained: Trained, base: Base, recipe: Recipe, digests: Mapping[str, str], key: bytes
-) -> None:
+def _save(output: Path, trained: Trained, base: Base, recipe: Recipe, digests: Mapping[str, str], key: bytes) -> None:
     progress = trained.progress
     config = trained.model.peft_config["default"]
     config.base_model_name_or_path, config.inference_mode = base.name, True
@@ -154,9 +140,7 @@ def _save(
     }
     with new_bundle(output, manifest) as folder:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # PEFT warns of the tied head, which save_embedding_layers=False settles
+            warnings.simplefilter("ignore")  # PEFT warns of the tied head, which save_embedding_layers=False settles
             trained.model.save_pretrained(folder, save_embedding_layers=False)
         for file in folder.iterdir():
             if file.name not in (WEIGHTS, CONFIG):
@@ -183,8 +167,7 @@ def _metrics(trained: Trained) -> dict[str, Any]:
         "within_budget": progress.within_budget,
         "forget_loss_base": first["forget_set_loss"],
         "forget_loss": best["forget_set_loss"],
-        "forget_loss_change_percent": 100
-        * (best["forget_set_loss"] / max(first["forget_set_loss"], 1e-9) - 1),
+        "forget_loss_change_percent": 100 * (best["forget_set_loss"] / max(first["forget_set_loss"], 1e-9) - 1),
         "answer_probability_base": first["answer_probability"],
         "answer_probability": best["answer_probability"],
         "training_seconds": round(trained.seconds, 1),

@@ -161,9 +161,7 @@ class _Run:
                         "Run the same command with --resume to go on from there."
                     )
             elif stop:
-                raise Interrupted(
-                    f"stopped at step {self.step} of {recipe.steps}; nothing was saved (no output given)"
-                )
+                raise Interrupted(f"stopped at step {self.step} of {recipe.steps}; nothing was saved (no output given)")
         bar.close()
 
     def one_step(self, stop: bool, checkpoints: Checkpoints | None) -> tuple[dict[str, float], bool]:
@@ -185,9 +183,7 @@ class _Run:
                 f, r = self.engine.tokens(mine_f or [_silent(forget[0])], mine_r)
                 terms = self.objective(f, r, recipe.objective)
                 loss = terms.forget.sum() / n_forget + recipe.retain_weight * terms.retain.sum() / n_retain
-                self.accelerator.backward(
-                    loss * world
-                )  # processes' gradients are averaged; we want their sum
+                self.accelerator.backward(loss * world)  # processes' gradients are averaged; we want their sum
             seen[0] += f.cross_entropy.detach().sum().cpu() / n_forget
             if mine_r:
                 seen[1] += kl_divergence(r).detach().sum().cpu() / n_retain
@@ -202,7 +198,7 @@ class _Run:
         tokens = sum(len(example.ids) for example in (*forget, *retain))
         figures = {"forget_loss": float(seen[0]), "retain_kl": float(seen[1]), "gradient_norm": norm}
         self.progress.history.append({"step": self.step + 1, **figures})
-        return {**figures, "tokens_per_s": tokens / (time.monotonic() - began)}, seen[2] > 0
+        return {**figures, "tokens_per_s": tokens / (time.monotonic() - began)}, bool(seen[2] > 0)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -213,9 +209,7 @@ class _Run:
         figures["held_out_kl" if self.sets.held_out else "retain_kl"] = kl
         progress, budget = self.progress, self.recipe.objective.retain_budget
         progress.evaluations.append({"step": self.step, **figures})
-        within = (
-            budget is None or kl <= budget
-        )  # too few rows to hold any out: measured on what is trained on
+        within = budget is None or kl <= budget  # too few rows to hold any out: measured on what is trained on
         # Without a budget the last step is kept; with one, the step within it that forgets most.
         if within and (budget is None or not progress.within_budget or score >= progress.best_score):
             progress.best_step, progress.best_score, progress.within_budget = self.step, score, True
@@ -288,9 +282,7 @@ class _Run:
         from tqdm import tqdm
 
         hidden = quiet or not self.accelerator.is_main_process
-        return tqdm(
-            total=self.recipe.steps, initial=self.step, unit="step", desc="forgetting", disable=hidden
-        )
+        return tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="forgetting", disable=hidden)
 
     def _explain_nan(self, seen: Tensor, norm: float, checkpoints: Checkpoints | None) -> str:
         recipe = self.recipe
@@ -299,7 +291,9 @@ class _Run:
         elif recipe.dtype == "float16":
             cause = "float16 overflows: use bfloat16 or float32"
         else:
-            cause = f"the learning rate {recipe.learning_rate:g} is too high for this base and adapter: try a tenth of it"
+            cause = (
+                f"the learning rate {recipe.learning_rate:g} is too high for this base and adapter: try a tenth of it"
+            )
         kept = (
             " The last checkpoint is kept: " + str(checkpoints.folder) + "."
             if checkpoints and checkpoints.folder.exists()
@@ -313,9 +307,7 @@ class _Run:
 
 def run_digest(recipe: Recipe, rows_digest: str, base: Base, world: int = 1) -> str:
     """Return what a checkpoint must agree in with the run that resumes it."""
-    settings = recipe.model_dump(
-        exclude={"output", "forget", "retain", "probes", "neighbours", "checkpoint_every"}
-    )
+    settings = recipe.model_dump(exclude={"output", "forget", "retain", "probes", "neighbours", "checkpoint_every"})
     known = json.dumps([settings, rows_digest, base.fingerprint], sort_keys=True)
     return hashlib.sha256(known.encode()).hexdigest()
 
@@ -354,9 +346,7 @@ def _rate(step: int, recipe: Recipe) -> float:
     if step < recipe.warmup_steps:
         return (step + 1) / (recipe.warmup_steps + 1)
     done = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
-        recipe.schedule
-    ]
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[recipe.schedule]
 
 
 def _share(rows: list[Example], rank: int, world: int, part: int, parts: int) -> list[Example]:

