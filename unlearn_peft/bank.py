@@ -152,7 +152,10 @@ def attached(model: Any) -> dict[str, float]:
 
 @contextmanager
 def forgetting(model: Any, *adapters: str | Path, strength: float | Sequence[float] = 1.0) -> Iterator[Any]:
-    """Attach inside a `with` block, and be as before after it: `with forgetting(model, "a", "b"): ...`."""
+    """Attach inside a `with` block, and be as before after it.
+
+    `adapters` are directories, as for `attach`; `with forgetting(model, "a", "b"): ...` stacks two.
+    """
     bank = Bank.of(model)
     before = bank.adapters
     try:

@@ -72,7 +72,8 @@ class Checkpoints:
             )
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise TrainingError(
-                f"the checkpoint {folder} is damaged ({type(error).__name__}). Delete it, or train again without --resume."
+                f"the checkpoint {folder} is damaged ({type(error).__name__}). "
+                "Delete it, or train again without --resume."
             ) from error
         if state.progress.pop("run") != self.run_digest:
             raise TrainingError(

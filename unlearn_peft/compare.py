@@ -83,5 +83,6 @@ def show(result: dict[str, Any]) -> None:
     if "neighbour_kl" in result:
         kl = result["neighbour_kl"]
         console.print(
-            f"neighbours, mean KL to the base: {kl['with']:.4f} nats/token with the adapter, {kl['after']:.4f} after removal"
+            f"neighbours, mean KL to the base: {kl['with']:.4f} nats/token with the adapter, "
+            f"{kl['after']:.4f} after removal"
         )

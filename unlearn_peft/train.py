@@ -165,7 +165,7 @@ class _Run:
         bar.close()
 
     def one_step(self, stop: bool, checkpoints: Checkpoints | None) -> tuple[dict[str, float], bool]:
-        """Do one optimiser step over the global batch; returns its figures and whether any process was asked to stop."""
+        """Do one optimiser step over the global batch; returns its figures and whether to stop."""
         recipe, rank, world = self.recipe, self.accelerator.process_index, self.accelerator.num_processes
         began = time.monotonic()
         torch.manual_seed(
@@ -241,7 +241,7 @@ class _Run:
         self._put(self.best)
 
     def _forget_figures(self) -> tuple[float, float, float]:
-        """Return mean loss (nats/token), mean loss capped at the ceiling, and mean answer probability of the forget set."""
+        """Return the forget set's mean loss, mean loss capped at the ceiling, and mean answer probability."""
         sums = torch.zeros(3, dtype=torch.float64)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         for rows in _chunks(self.sets.forget[rank::world], self.recipe.forget_batch):
@@ -326,7 +326,7 @@ def split_retain(retain: list[Example], recipe: Recipe) -> tuple[list[Example], 
 
 
 def _training_mode(model: Any, gradient_checkpointing: bool) -> None:
-    """Switch on only what training needs: adapters' dropout and, if asked, checkpointing; the base's dropout stays off."""
+    """Switch on the adapters' dropout and, if asked, checkpointing; the base's own dropout stays off."""
     model.eval()
     for name, module in model.named_modules():
         if "lora_dropout" in name:

@@ -49,6 +49,7 @@ class DenseHeadLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     base_layer: Any
     active_adapters: Any
     set_adapter: Any
+    get_base_layer: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()

@@ -1,0 +1,52 @@
+"""The package's shape: imports go downwards only, names are what they say, --help is quick to import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import unlearn_peft
+
+PACKAGE = Path(unlearn_peft.__file__).parent
+RANKS = {
+    "errors": 0, "files": 1, "recipe": 1, "base": 2, "data": 2, "objectives": 2, "adapters": 3, "bundle": 4,
+    "bank": 5, "engine": 5, "compose": 5, "generate": 6, "checkpoints": 6, "train": 7, "compare": 7, "card": 7,
+    "run": 8, "cli": 9,
+}  # fmt: skip
+
+
+def _imports(file):
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            depth = len(file.relative_to(PACKAGE).parts)
+            if node.level == depth or (depth == 2 and node.level == 2):
+                yield (node.module or "").split(".")[0]
+
+
+def test_imports_go_downwards_only():
+    for file in PACKAGE.rglob("*.py"):
+        name = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if name == "__init__":
+            continue
+        for imported in _imports(file):
+            if imported in RANKS and imported != name:
+                same_rank_ok = {("files", "errors")}
+                assert RANKS[imported] < RANKS[name] or (name, imported) in same_rank_ok, f"{name} imports {imported}"
+
+
+def test_public_names_exist_and_are_listed():
+    assert set(unlearn_peft.__all__) == set(unlearn_peft._PUBLIC)
+    for name in unlearn_peft.__all__:
+        assert getattr(unlearn_peft, name).__name__ == name
+
+
+def test_files_are_short_and_recipes_too():
+    assert not [f.name for f in PACKAGE.rglob("*.py") if len(f.read_text().splitlines()) > 350]
+    for recipe in (PACKAGE.parent / "recipes").glob("*.yaml"):
+        assert len(recipe.read_text().splitlines()) < 40
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys, unlearn_peft.cli; print([m for m in ('torch', 'transformers', 'peft', 'datasets') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
