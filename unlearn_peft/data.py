@@ -229,7 +229,8 @@ def _problem(row: Row, what: str) -> str | None:
         return f"no text in {' and '.join(repr(key) for key in lacking)}" if lacking else None
     if "text" in row:
         return "no text in 'text'" if empty(row["text"]) else None
-    return f"expected 'prompt' and 'completion', 'messages' or 'text'; found {', '.join(sorted(map(str, row))) or 'nothing'}"
+    found = ", ".join(sorted(map(str, row))) or "nothing"
+    return f"expected 'prompt' and 'completion', 'messages' or 'text'; found {found}"
 
 
 def _question(row: Row) -> str:

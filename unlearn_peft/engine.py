@@ -108,6 +108,22 @@ def picked_logits(
         return model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
 
+def training_mode(model: Any, gradient_checkpointing: bool) -> None:
+    """Switch on the adapters' dropout and, if asked, checkpointing; the base's own dropout stays off."""
+    model.eval()
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            module.training = True
+    if gradient_checkpointing:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        base = model.get_base_model()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in base.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # this module's own flag: what lies inside stays in evaluation mode
+
+
 def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
     """Return the mean of `values` (N,) over the tokens of each of `count` rows, (count,)."""
     sums = torch.zeros(count, device=values.device, dtype=values.dtype).index_add_(0, rows, values)

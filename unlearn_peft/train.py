@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ from .adapters import adapter_config
 from .base import Base
 from .checkpoints import Checkpoints, State, to_cpu
 from .data import Example
-from .engine import Engine, Schedule, row_means
+from .engine import Engine, Schedule, row_means, training_mode
 from .errors import Interrupted, RecipeError, TrainingError
 from .objectives import find_objective, kl_divergence
 from .recipe import Recipe
+from .signals import stop_signals
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def train(
     started = time.monotonic()
     try:
         run.start(checkpoints, resume)
-        with _stop_signals() as asked_to_stop:
+        with stop_signals() as asked_to_stop:
             run.loop(checkpoints, asked_to_stop, quiet)
         run.restore_best()
     except BaseException:
@@ -114,7 +114,7 @@ class _Run:
         self.recipe, self.sets, self.accelerator, self.peft = recipe, sets, accelerator, model
         self.objective = find_objective(recipe.objective.name)
         self.ceiling = getattr(recipe.objective, "forget_ceiling", None) or math.inf
-        _training_mode(model, recipe.gradient_checkpointing)
+        training_mode(model, recipe.gradient_checkpointing)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer](
             self.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -325,22 +325,6 @@ def split_retain(retain: list[Example], recipe: Recipe) -> tuple[list[Example], 
     return [e for i, e in enumerate(retain) if i not in held], [e for i, e in enumerate(retain) if i in held]
 
 
-def _training_mode(model: Any, gradient_checkpointing: bool) -> None:
-    """Switch on the adapters' dropout and, if asked, checkpointing; the base's own dropout stays off."""
-    model.eval()
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
-            module.training = True
-    if gradient_checkpointing:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        base = model.get_base_model()
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in base.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # this module's own flag: what lies inside stays in evaluation mode
-
-
 def _rate(step: int, recipe: Recipe) -> float:
     """Return the learning rate's factor at `step` (from 0): linear warm-up, then the recipe's schedule."""
     if step < recipe.warmup_steps:
@@ -371,25 +355,3 @@ def _scalars(recipe: Recipe) -> dict[str, Any]:
     """What a tracker may know of a recipe: settings, never data."""
     flat = recipe.model_dump(include={"retain_weight", "steps", "learning_rate", "seed", "base", "optimizer"})
     return {**flat, "adapter": recipe.adapter.kind, "objective": recipe.objective.name}
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that a step is finished first; a second one interrupts at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are someone else's
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

@@ -1,0 +1,134 @@
+import math
+
+import pytest
+import torch
+from conftest import FORGET, RETAIN
+
+from unlearn_peft.adapters import adapter_config
+from unlearn_peft.data import collate, tokenize
+from unlearn_peft.engine import Engine, Schedule, picked_logits, row_means
+from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence
+from unlearn_peft.recipe import GaKlSettings, LoraSettings
+
+
+def by_hand(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def tokens(p, label, reference=None):
+    logits = torch.tensor([p]).log() + 3.0  # a constant shift of logits changes nothing
+    ref = None if reference is None else torch.tensor([reference]).log() - 1.0
+    return Tokens(logits, torch.tensor([label]), torch.tensor([0]), ref)
+
+
+P, Q = [0.7, 0.2, 0.1], [0.5, 0.25, 0.25]
+
+
+def test_kl_against_the_formula_by_hand():
+    retain = tokens(P, 0, Q)
+    assert kl_divergence(retain).item() == pytest.approx(by_hand(P, Q), abs=1e-6)
+    assert kl_divergence(retain, "forward").item() == pytest.approx(by_hand(Q, P), abs=1e-6)
+    with pytest.raises(ValueError, match="reference"):
+        kl_divergence(tokens(P, 0))
+
+
+@pytest.mark.parametrize(
+    ("label", "ceiling", "hold", "expected"),
+    [
+        (1, None, True, math.log(0.2)),  # plain: -CE
+        (1, 5.0, True, math.log(0.2)),  # below the ceiling all forms are plain ascent
+        (1, 5.0, False, math.log(0.2)),
+        (2, 2.0, False, -2.0),  # CE 2.303 is beyond the cap: constant
+        (2, 2.0, True, (-math.log(0.1) - 2.0) - 2.0),  # and is pulled back by hold
+    ],
+)
+def test_ga_kl_against_the_formula_by_hand(label, ceiling, hold, expected):
+    settings = GaKlSettings(forget_ceiling=ceiling, hold=hold)
+    terms = ga_kl(tokens(P, label), tokens(P, 0, Q), settings)
+    assert terms.forget.item() == pytest.approx(expected, abs=1e-5)
+    assert terms.retain.item() == pytest.approx(by_hand(P, Q), abs=1e-6)
+
+
+def test_gradient_turns_round_at_the_ceiling():
+    for ce, sign in ((1.0, 1), (9.0, -1)):
+        logits = torch.tensor([[0.0, math.log(math.expm1(ce))]], requires_grad=True)
+        t = Tokens(logits, torch.tensor([0]), torch.tensor([0]))
+        assert t.cross_entropy.item() == pytest.approx(ce, abs=1e-4)
+        retain = Tokens(logits.detach(), t.labels, t.rows, logits.detach())
+        ga_kl(t, retain, GaKlSettings(forget_ceiling=5)).forget.sum().backward()
+        assert torch.sign(logits.grad[0, 0]) == sign  # descending pushes the label down (+) or up (-)
+
+
+def _peft(tiny):
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(tiny.model, adapter_config(tiny.model, LoraSettings()))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_engine_equals_the_plain_way(tiny):
+    """Loss and KL from picked positions and cached references = full logits, shifted and masked by hand."""
+    model = _peft(tiny)
+    forget = tokenize(FORGET, tiny.tokenizer, closing=False)
+    retain = tokenize(RETAIN, tiny.tokenizer)
+    engine = Engine(model, model, 2)
+    for _ in range(2):  # the second time from the cache
+        f, r = engine.tokens(forget, retain)
+    losses, kls = [], []
+    for example in forget:
+        logits = model(input_ids=torch.tensor([example.ids])).logits[0].log_softmax(-1)
+        losses += [-logits[t - 1, example.ids[t]] for t, yes in enumerate(example.is_target) if yes]
+    for example in retain:
+        ids = torch.tensor([example.ids])
+        p = model(input_ids=ids).logits[0].log_softmax(-1)
+        with model.disable_adapter():
+            q = model(input_ids=ids).logits[0].log_softmax(-1)
+        kls += [(p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum() for t, yes in enumerate(example.is_target) if yes]
+    torch.testing.assert_close(f.cross_entropy, torch.stack(losses), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kl_divergence(r), torch.stack(kls), rtol=1e-3, atol=1e-4)
+    assert engine._reference and max(kls) > 1e-3
+    model.unload()
+
+
+def test_more_padding_changes_nothing(tiny):
+    model = _peft(tiny)
+    short = tokenize(FORGET, tiny.tokenizer)
+    long = tokenize([{"text": "the blue book of stars " * 10}], tiny.tokenizer)
+    alone = Engine(model, model, 2).tokens(short, short)
+    padded = Engine(model, model, 0).tokens(short, [*short, *long])
+    torch.testing.assert_close(alone[0].cross_entropy, padded[0].cross_entropy, rtol=1e-4, atol=1e-4)
+    n = len(alone[1].labels)
+    torch.testing.assert_close(kl_divergence(alone[1]), kl_divergence(padded[1])[:n], rtol=1e-3, atol=1e-4)
+    model.unload()
+
+
+def test_models_that_scale_their_logits_are_not_cached_wrongly(tiny):
+    model = _peft(tiny)
+    plain = tiny.model.forward
+    tiny.model.forward = lambda *a, **k: type(o := plain(*a, **k))(logits=o.logits * 0.5)
+    try:
+        engine, retain = Engine(model, model, 2), tokenize(RETAIN, tiny.tokenizer)
+        _, r = engine.tokens([], retain)
+        with model.disable_adapter():
+            batch = collate(retain, 2)
+            expected = picked_logits(tiny.model, tiny.model.get_output_embeddings(), batch)
+        torch.testing.assert_close(r.reference_logits, expected)
+        assert not engine._head_is_last
+    finally:
+        tiny.model.forward = plain
+        model.unload()
+
+
+def test_schedule_visits_every_row_and_is_a_function_of_seed_and_step():
+    schedule = Schedule(10, 4, seed=1)
+    assert sorted(sum((schedule.at(s) for s in range(5)), [])) == sorted(list(range(10)) * 2)
+    assert schedule.at(3) == Schedule(10, 4, seed=1).at(3) != Schedule(10, 4, seed=2).at(3)
+
+
+def test_row_means():
+    means = row_means(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2)
+    assert means.tolist() == [2.0, 5.0]
