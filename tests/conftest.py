@@ -46,7 +46,7 @@ def make_tiny(folder, *, tied=True, seed=0):
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
-        pad_token_id=2, initializer_range=0.3,
+        pad_token_id=2, initializer_range=0.1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -80,7 +80,7 @@ def smol():
 def fields(tmp_path):
     """A recipe for the tiny model, as keyword arguments."""
     return dict(
-        forget=FORGET, retain=RETAIN, steps=6, learning_rate=5e-3, eval_every=2, warmup_steps=0,
+        forget=FORGET, retain=RETAIN, objective={"forget_ceiling": 15}, steps=6, learning_rate=5e-3, eval_every=2, warmup_steps=0,
         forget_batch=3, retain_batch=4, output=str(tmp_path / "adapter"), quiet=True,
     )  # fmt: skip
 

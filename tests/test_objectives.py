@@ -6,9 +6,10 @@ from conftest import FORGET, RETAIN
 
 from unlearn_peft.adapters import adapter_config
 from unlearn_peft.data import collate, tokenize
-from unlearn_peft.engine import Engine, Schedule, picked_logits, row_means
+from unlearn_peft.engine import Engine, picked_logits, row_means
 from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence
 from unlearn_peft.recipe import GaKlSettings, LoraSettings
+from unlearn_peft.schedule import Schedule
 
 
 def by_hand(p, q):
@@ -40,11 +41,12 @@ def test_kl_against_the_formula_by_hand():
         (1, 5.0, False, math.log(0.2)),
         (2, 2.0, False, -2.0),  # CE 2.303 is beyond the cap: constant
         (2, 2.0, True, (-math.log(0.1) - 2.0) - 2.0),  # and is pulled back by hold
+        (1, 1.0, True, math.log(0.2) + 2 * (-math.log(0.2) - -math.log(0.25))),  # but to the base's loss at the most
     ],
 )
 def test_ga_kl_against_the_formula_by_hand(label, ceiling, hold, expected):
     settings = GaKlSettings(forget_ceiling=ceiling, hold=hold)
-    terms = ga_kl(tokens(P, label), tokens(P, 0, Q), settings)
+    terms = ga_kl(tokens(P, label, Q), tokens(P, 0, Q), settings)
     assert terms.forget.item() == pytest.approx(expected, abs=1e-5)
     assert terms.retain.item() == pytest.approx(by_hand(P, Q), abs=1e-6)
 
@@ -52,7 +54,7 @@ def test_ga_kl_against_the_formula_by_hand(label, ceiling, hold, expected):
 def test_gradient_turns_round_at_the_ceiling():
     for ce, sign in ((1.0, 1), (9.0, -1)):
         logits = torch.tensor([[0.0, math.log(math.expm1(ce))]], requires_grad=True)
-        t = Tokens(logits, torch.tensor([0]), torch.tensor([0]))
+        t = Tokens(logits, torch.tensor([0]), torch.tensor([0]), torch.zeros(1, 2))
         assert t.cross_entropy.item() == pytest.approx(ce, abs=1e-4)
         retain = Tokens(logits.detach(), t.labels, t.rows, logits.detach())
         ga_kl(t, retain, GaKlSettings(forget_ceiling=5)).forget.sum().backward()

@@ -18,22 +18,6 @@ from .data import Batch, Example, collate
 from .objectives import Tokens
 
 
-class Schedule:
-    """Which rows a step uses: a pure function of seed and step, so that a resumed run sees the same rows."""
-
-    def __init__(self, rows: int, batch: int, seed: int) -> None:
-        self.rows, self.batch, self.seed = rows, min(batch, rows), seed
-
-    def at(self, step: int) -> list[int]:
-        """Return the row numbers of `step` (from 0); each row comes once before any comes again."""
-        first = step * self.batch
-        return [self._order(i // self.rows)[i % self.rows] for i in range(first, first + self.batch)]
-
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.rows, generator=generator).tolist()
-
-
 class Engine:
     """Runs a PEFT model over rows and hands out target tokens, with the reference beside them where asked.
 
@@ -51,15 +35,15 @@ class Engine:
         self._head_is_last: bool | None = None
 
     def tokens(self, forget: Sequence[Example], retain: Sequence[Example]) -> tuple[Tokens, Tokens]:
-        """Return the target tokens of both sides from one forward pass, with the retain side's reference."""
+        """Return the target tokens of both sides from one forward pass, and the reference of both."""
         batch = collate([*forget, *retain], self.pad_id).to(self.device)
         logits = picked_logits(self.model, self.head, batch)
         labels, rows = _labels(batch)
         f = rows < len(forget)
-        reference = self._reference_logits(retain) if retain else logits[:0]
+        reference = self._reference_logits([*forget, *retain])
         return (
-            Tokens(logits[f], labels[f], rows[f]),
-            Tokens(logits[~f], labels[~f], rows[~f] - len(forget), reference),
+            Tokens(logits[f], labels[f], rows[f], reference[f]),
+            Tokens(logits[~f], labels[~f], rows[~f] - len(forget), reference[~f]),
         )
 
     def _reference_logits(self, examples: Sequence[Example]) -> Tensor:

@@ -17,8 +17,8 @@ from .errors import OutputError
 def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends without an error.
 
-    After a crash `target` is either as it was or complete. With `replace`, an old `target` is moved aside
-    first and deleted last; without it, a `target` that someone else finished meanwhile is kept as it is.
+    With `replace`, an old `target` is moved aside first and deleted last, so that a crash in between leaves it
+    whole beside; without it, a `target` that someone else finished meanwhile is kept as it is.
 
     Raises:
         OutputError: if the disk is full or the place is not writable.

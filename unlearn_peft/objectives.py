@@ -26,7 +26,7 @@ from .errors import RecipeError
 class Tokens:
     """The target tokens of one batch, packed: prompts and padding are already gone.
 
-    `reference_logits` come from the same model with its adapter off; they are there on the retain side only.
+    `reference_logits` come from the same model with its adapter off.
     """
 
     logits: Tensor  # (N, V), current
@@ -38,6 +38,11 @@ class Tokens:
     def cross_entropy(self) -> Tensor:
         """-log p_current(label), (N,), nats."""
         return torch.nn.functional.cross_entropy(self.logits.float(), self.labels, reduction="none")
+
+    @property
+    def reference_cross_entropy(self) -> Tensor:
+        """-log p_reference(label), (N,), nats."""
+        return torch.nn.functional.cross_entropy(_needed(self).float(), self.labels, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -57,18 +62,20 @@ def ga_kl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     The plain form (`forget_ceiling: null`) is `-CE`, which has no lower bound: it ends in word salad (the
     "catastrophic collapse" of Zhang et al. 2024, arXiv:2404.05868). With a ceiling c a token's term is
     `-min(CE, c)`, so that tokens beyond it push no further; with `hold` it is `|CE - c|` (up to a constant the
-    same below c), so that a token that momentum carries beyond the ceiling is pulled back.
+    same below c), so that a token that momentum carries beyond the ceiling is pulled back. A token that the base
+    itself gives a loss above c is held at the base's loss: hold never teaches what is to be forgotten.
 
     Args:
-        forget: target tokens of the forget batch.
-        retain: target tokens of the retain batch, with reference logits.
+        forget: target tokens of the forget batch, with reference logits.
+        retain: target tokens of the retain batch, likewise.
         settings: `forget_ceiling` (nats or None), `hold`, `kl` (`reverse` or `forward`).
     """
     loss = forget.cross_entropy
     if settings.forget_ceiling is None:
         ascent = -loss
     elif settings.hold:
-        ascent = (loss - settings.forget_ceiling).abs() - settings.forget_ceiling
+        level = forget.reference_cross_entropy.clamp(min=settings.forget_ceiling)
+        ascent = (loss - level).abs() - level
     else:
         ascent = -loss.clamp(max=settings.forget_ceiling)
     return Terms(ascent, kl_divergence(retain, settings.kl))
@@ -79,12 +86,16 @@ def kl_divergence(tokens: Tokens, direction: str = "reverse") -> Tensor:
 
     `reverse` is KL(current || reference), `forward` is KL(reference || current). Computed in float32.
     """
-    if tokens.reference_logits is None:
-        raise ValueError("this objective needs reference logits, and got none")
     current = torch.log_softmax(tokens.logits.float(), dim=-1)
-    reference = torch.log_softmax(tokens.reference_logits.float(), dim=-1)
+    reference = torch.log_softmax(_needed(tokens).float(), dim=-1)
     p, q = (current, reference) if direction == "reverse" else (reference, current)
     return (p.exp() * (p - q)).sum(dim=-1)
+
+
+def _needed(tokens: Tokens) -> Tensor:
+    if tokens.reference_logits is None:
+        raise ValueError("this objective needs reference logits, and got none")
+    return tokens.reference_logits
 
 
 OBJECTIVES: dict[str, Objective] = {"ga_kl": ga_kl}

@@ -23,7 +23,8 @@ from .data import Row, keyed_digest, read_rows, refuse_overlap, tokenize
 from .errors import DataError, OutputError
 from .files import folder_bytes, whole_file
 from .recipe import DATA_FIELDS, Recipe, make_recipe
-from .train import Progress, Sets, Trained, run_digest, split_retain, train
+from .schedule import split_retain
+from .train import Progress, Sets, Trained, run_digest, train
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def _save(output: Path, trained: Trained, base: Base, recipe: Recipe, digests: M
                 file.unlink()
         draw_curves(folder / CURVES, progress.history, progress.evaluations, progress.best_step)
         write_card(folder, manifest)
-    if not progress.within_budget:
+    if progress.best_step == 0:
         logger.warning(
             "No step stayed within the retain budget of %g nats/token, so the adapter changes nothing: use a lower "
             "learning_rate, a larger retain_weight, or more and nearer retain rows",
@@ -164,7 +165,7 @@ def _metrics(trained: Trained) -> dict[str, Any]:
     metrics = {
         "best_step": progress.best_step,
         "stopped_by": progress.stopped_by,
-        "within_budget": progress.within_budget,
+        "within_budget": progress.best_step > 0,
         "forget_loss_base": first["forget_set_loss"],
         "forget_loss": best["forget_set_loss"],
         "forget_loss_change_percent": 100 * (best["forget_set_loss"] / max(first["forget_set_loss"], 1e-9) - 1),

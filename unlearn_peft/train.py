@@ -24,10 +24,11 @@ from .adapters import adapter_config
 from .base import Base
 from .checkpoints import Checkpoints, State, to_cpu
 from .data import Example
-from .engine import Engine, Schedule, row_means, training_mode
+from .engine import Engine, row_means, training_mode
 from .errors import Interrupted, RecipeError, TrainingError
 from .objectives import find_objective, kl_divergence
 from .recipe import Recipe
+from .schedule import Schedule, rate
 from .signals import stop_signals
 
 
@@ -48,7 +49,6 @@ class Progress:
     evaluations: list[dict[str, float]] = field(default_factory=list)  # one each `eval_every` steps
     best_step: int = 0
     best_score: float = -math.inf
-    within_budget: bool = False
     stopped_by: str = "steps"
 
 
@@ -192,7 +192,7 @@ class _Run:
         if not (torch.isfinite(seen).all() and math.isfinite(norm)):
             raise TrainingError(self._explain_nan(seen, norm, checkpoints))
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _rate(self.step, recipe)
+            group["lr"] = recipe.learning_rate * rate(self.step, recipe)
         self.optimizer.step()
         self.optimizer.zero_grad()
         tokens = sum(len(example.ids) for example in (*forget, *retain))
@@ -211,8 +211,8 @@ class _Run:
         progress.evaluations.append({"step": self.step, **figures})
         within = budget is None or kl <= budget  # too few rows to hold any out: measured on what is trained on
         # Without a budget the last step is kept; with one, the step within it that forgets most.
-        if within and (budget is None or not progress.within_budget or score >= progress.best_score):
-            progress.best_step, progress.best_score, progress.within_budget = self.step, score, True
+        if within and (budget is None or score >= progress.best_score):
+            progress.best_step, progress.best_score = self.step, score
             self.best = to_cpu(self.parameters)
         stop = self.recipe.objective.stop_when
         if stop and within and self.step:
@@ -310,27 +310,6 @@ def run_digest(recipe: Recipe, rows_digest: str, base: Base, world: int = 1) -> 
     settings = recipe.model_dump(exclude={"output", "forget", "retain", "probes", "neighbours", "checkpoint_every"})
     known = json.dumps([settings, rows_digest, base.fingerprint], sort_keys=True)
     return hashlib.sha256(known.encode()).hexdigest()
-
-
-def split_retain(retain: list[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:
-    """Split the retain set into what is trained on and what only the budget sees.
-
-    Without a budget nothing is held out; neither is it from fewer than four rows, which all are needed.
-    """
-    if recipe.objective.retain_budget is None or len(retain) < 4:
-        return retain, []
-    count = max(1, round(len(retain) * recipe.held_out))
-    order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    held = set(order[:count])
-    return [e for i, e in enumerate(retain) if i not in held], [e for i, e in enumerate(retain) if i in held]
-
-
-def _rate(step: int, recipe: Recipe) -> float:
-    """Return the learning rate's factor at `step` (from 0): linear warm-up, then the recipe's schedule."""
-    if step < recipe.warmup_steps:
-        return (step + 1) / (recipe.warmup_steps + 1)
-    done = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)
-    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[recipe.schedule]
 
 
 def _share(rows: list[Example], rank: int, world: int, part: int, parts: int) -> list[Example]:

@@ -1,0 +1,47 @@
+"""Which rows and which learning rate a step has: pure functions of the recipe and the step, so that a run can resume."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .data import Example
+from .recipe import Recipe
+
+
+class Schedule:
+    """Which rows a step uses: a pure function of seed and step, so that a resumed run sees the same rows."""
+
+    def __init__(self, rows: int, batch: int, seed: int) -> None:
+        self.rows, self.batch, self.seed = rows, min(batch, rows), seed
+
+    def at(self, step: int) -> list[int]:
+        """Return the row numbers of `step` (from 0); each row comes once before any comes again."""
+        first = step * self.batch
+        return [self._order(i // self.rows)[i % self.rows] for i in range(first, first + self.batch)]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.rows, generator=generator).tolist()
+
+
+def split_retain(retain: list[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    """Split the retain set into what is trained on and what only the budget sees.
+
+    Without a budget nothing is held out; neither is it from fewer than four rows, which all are needed.
+    """
+    if recipe.objective.retain_budget is None or len(retain) < 4:
+        return retain, []
+    count = max(1, round(len(retain) * recipe.held_out))
+    order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    held = set(order[:count])
+    return [e for i, e in enumerate(retain) if i not in held], [e for i, e in enumerate(retain) if i in held]
+
+
+def rate(step: int, recipe: Recipe) -> float:
+    """Return the learning rate's factor at `step` (from 0): linear warm-up, then the recipe's schedule."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / (recipe.warmup_steps + 1)
+    done = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[recipe.schedule]
