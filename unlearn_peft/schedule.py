@@ -1,4 +1,4 @@
-"""Which rows and which learning rate a step has: pure functions of the recipe and the step, so that a run can resume."""
+"""Which rows and which learning rate a step has: functions of recipe and step alone, so that a run can resume."""
 
 from __future__ import annotations
 
