@@ -158,7 +158,7 @@ def test_loads_with_plain_peft_in_a_process_without_this_package(tiny, tiny_fold
     from unlearn_peft import unlearn
 
     for kind in ("lora", "head"):
-        objective = {"forget_ceiling": 15, "retain_budget": None}
+        objective = {"forget_ceiling": 15, "stop_when": None, "retain_budget": None}
         path = unlearn(tiny, **{**fields, "adapter": kind, "objective": objective, "output": str(tmp_path / kind)}).path
         with forgetting(tiny, path):
             expected = logits(tiny)

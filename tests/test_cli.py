@@ -21,7 +21,7 @@ def recipe(tmp_path, tiny_folder, write_rows):
     write_rows("forget.jsonl", FORGET)
     write_rows("retain.jsonl", RETAIN)
     values = {"base": str(tiny_folder), "forget": "forget.jsonl", "retain": "retain.jsonl", "steps": 4, "device": "cpu",
-              "objective": {"forget_ceiling": 15, "retain_budget": None}}  # fmt: skip
+              "objective": {"forget_ceiling": 15, "stop_when": None, "retain_budget": None}}  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     return tmp_path / "recipe.yaml"
 
@@ -50,7 +50,7 @@ def test_train_generate_compare_inspect_stack_merge(recipe, tmp_path, tiny_folde
     shown = cli("compare", tmp_path / "a", "--base", tiny_folder, "--probes", probes)
     assert "after removal" in shown.stdout, shown.stderr
     facts = json.loads(cli("inspect", tmp_path / "ab", "--json").stdout)
-    assert facts["peft_type"] == "LORA" and facts["ranks"] == [16]
+    assert facts["peft_type"] == "LORA" and facts["ranks"] == [8]
     merged = cli("merge", tmp_path / "a", "--base", tiny_folder, "--output", tmp_path / "merged")
     assert merged.returncode == 0 and (tmp_path / "merged" / "config.json").is_file(), merged.stderr
 

@@ -14,7 +14,11 @@ from safetensors.torch import load_file
 from unlearn_peft import attach, detach, load_base, read_bundle, unlearn
 from unlearn_peft.errors import Interrupted, OutputError, RecipeError, TrainingError
 
-FREE = {"forget_ceiling": 15, "retain_budget": None}  # a random model starts at 6 nats: the ceiling must be above
+FREE = {
+    "forget_ceiling": 15,
+    "stop_when": None,
+    "retain_budget": None,
+}  # a random model starts at 6 nats: the ceiling must be above
 
 
 def weights(path):
@@ -117,7 +121,7 @@ def test_the_best_step_within_budget_is_kept_not_the_last(tiny, fields):
             "steps": 30,
             "learning_rate": 3e-2,
             "retain_weight": 0.1,
-            "objective": {"forget_ceiling": 15, "retain_budget": 0.05},
+            "objective": {"forget_ceiling": 15, "stop_when": None, "retain_budget": 0.05},
         },
     )
     kept = [e for e in result.progress.evaluations if e["step"] == result.metrics["best_step"]][0]
@@ -190,7 +194,7 @@ def _recipe(folder, base, steps, **more):
     for name, rows in (("forget", FORGET), ("retain", RETAIN)):
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     values = dict(
-        base=str(base), forget="forget.jsonl", retain="retain.jsonl", steps=steps, learning_rate=5e-3, eval_every=5,
+        base=str(base), forget="forget.jsonl", retain="retain.jsonl", steps=steps, learning_rate=5e-3, eval_every=5, objective={"forget_ceiling": 15, "stop_when": None},
         warmup_steps=0, forget_batch=2, retain_batch=4, checkpoint_every=1, device="cpu", **more,
     )  # fmt: skip
     (folder / "recipe.yaml").write_text(json.dumps(values))  # JSON is YAML

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from .errors import DataError
 from .recipe import DataSource, DataSpec
 
 _FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_ANCHORS = Path(__file__).parent / "anchors.jsonl"
+_NO_NAMES = set("who what which where when why how the a an in on it is name complete tell give write".split())
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
@@ -68,6 +71,18 @@ def read_rows(source: DataSource, what: str) -> list[Row]:
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise DataError(f"{len(problems)} of {len(rows)} rows of the {what} set cannot be used:\n{shown}{more}")
     return rows
+
+
+def anchors(forget: Sequence[Row], *never: Sequence[Row]) -> list[Row]:
+    """Return the package's own rows on the wide world, without those that share a name with a forget row.
+
+    A retain set that an erasure request comes with is often small and all about one thing; these rows hold the
+    rest of the model where it is. Rows that `never` may be trained on are left out too.
+    """
+    rows: list[Row] = [json.loads(line) for line in _ANCHORS.read_text(encoding="utf-8").splitlines()]
+    names = {name for row in forget for name in _names(json.dumps(row, ensure_ascii=False))}
+    asked = {_question(row) for rows_ in never for row in rows_}
+    return [row for row in rows if not names & _names(" ".join(row.values())) and _question(row) not in asked]
 
 
 def refuse_overlap(forget: Sequence[Row], retain: Sequence[Row]) -> None:
@@ -231,6 +246,11 @@ def _problem(row: Row, what: str) -> str | None:
         return "no text in 'text'" if empty(row["text"]) else None
     found = ", ".join(sorted(map(str, row))) or "nothing"
     return f"expected 'prompt' and 'completion', 'messages' or 'text'; found {found}"
+
+
+def _names(text: str) -> set[str]:
+    """Return the capitalised words and the numbers of a text, lower-cased: what may name the target."""
+    return {word.casefold() for word in re.findall(r"\b[A-Z0-9][\w]+", text)} - _NO_NAMES
 
 
 def _question(row: Row) -> str:

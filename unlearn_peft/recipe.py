@@ -37,9 +37,10 @@ class LoraSettings(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     kind: Literal["lora"] = "lora"
-    r: int = Field(8, ge=1, description="rank")
-    lora_alpha: float = Field(16, gt=0, description="the delta is scaled by lora_alpha / r")
+    r: int = Field(4, ge=1, description="rank")
+    lora_alpha: float = Field(12, gt=0, description="the delta is scaled by lora_alpha / r")
     target_modules: str | list[str] = Field("all-linear", description="linear layers to adapt")
+    layers: Literal["upper_half", "all"] = Field("upper_half", description="or name them by layers_to_transform")
 
 
 class HeadSettings(_Strict):
@@ -83,6 +84,7 @@ class GaKlSettings(ObjectiveSettings):
     kl: Literal["reverse", "forward"] = Field(
         "reverse", description="reverse: KL(current || reference); forward: KL(reference || current)"
     )
+    stop_when: StopWhen | None = Field(default_factory=lambda: StopWhen(forget_loss=2.8))
     retain_budget: float | None = Field(0.05, gt=0)
 
 
@@ -140,8 +142,8 @@ class Recipe(_Strict):
     neighbours: DataSource | None = Field(None, description="rows that must survive; never trained on")
     objective: Objective = Field(default_factory=GaKlSettings)
     retain_weight: float = Field(10.0, ge=0)
-    steps: int = Field(60, ge=1)
-    learning_rate: float = Field(2e-4, gt=0)
+    steps: int = Field(60, ge=1, description="at the most: stop_when may end the run before")
+    learning_rate: float = Field(5e-4, gt=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(5, ge=0)
@@ -149,6 +151,9 @@ class Recipe(_Strict):
     max_grad_norm: float | None = Field(1.0, gt=0)
     forget_batch: int = Field(8, ge=1)
     retain_batch: int = Field(8, ge=1)
+    anchor_batch: int = Field(
+        4, ge=0, description="of the package's own rows on the wide world, held beside the retain set; 0: none"
+    )
     gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a step's rows are processed")
     gradient_checkpointing: bool = False
     max_length: int = Field(512, ge=2, description="tokens; longer rows are cut, and counted")

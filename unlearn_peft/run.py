@@ -19,7 +19,7 @@ from .base import Base, load_base
 from .bundle import CONFIG, WEIGHTS, check_output, new_bundle
 from .card import CURVES, draw_curves, write_card
 from .checkpoints import Checkpoints
-from .data import Row, keyed_digest, read_rows, refuse_overlap, tokenize
+from .data import Row, anchors, keyed_digest, read_rows, refuse_overlap, tokenize
 from .errors import DataError, OutputError
 from .files import folder_bytes, whole_file
 from .recipe import DATA_FIELDS, Recipe, make_recipe
@@ -123,7 +123,11 @@ def _tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Set
     }  # fmt: skip
     forget = tokenize(rows["forget"], base.tokenizer, closing=False, what="forget", **options)
     retain = tokenize(rows.get("retain", []), base.tokenizer, what="retain", **options)
-    return Sets(forget, *split_retain(retain, recipe))
+    wide = anchors(rows["forget"], *(rows.get(name, []) for name in ("retain", "probes", "neighbours")))
+    held = (
+        tokenize(wide, base.tokenizer, what="anchor", **options) if recipe.anchor_batch and recipe.retain_weight else []
+    )
+    return Sets(forget, *split_retain(retain, recipe), held)
 
 
 def _save(output: Path, trained: Trained, base: Base, recipe: Recipe, digests: Mapping[str, str], key: bytes) -> None:

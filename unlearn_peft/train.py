@@ -39,6 +39,7 @@ class Sets:
     forget: list[Example]
     retain: list[Example]
     held_out: list[Example]
+    anchors: list[Example] = field(default_factory=list)  # the package's own rows, trained on like retain rows
 
 
 @dataclass
@@ -123,6 +124,7 @@ class _Run:
         self.engine = Engine(wrapped, model, base.tokenizer.pad_token_id)
         self.forget_rows = Schedule(len(sets.forget), recipe.forget_batch, recipe.seed)
         self.retain_rows = Schedule(max(len(sets.retain), 1), recipe.retain_batch, recipe.seed + 1)
+        self.anchor_rows = Schedule(max(len(sets.anchors), 1), recipe.anchor_batch, recipe.seed + 2)
         self.progress, self.step = Progress(), 0
         self.best = to_cpu(self.parameters)
 
@@ -173,6 +175,7 @@ class _Run:
         )  # dropout, the same after a resume
         forget = [self.sets.forget[i] for i in self.forget_rows.at(self.step)]
         retain = [self.sets.retain[i] for i in self.retain_rows.at(self.step)] if self.sets.retain else []
+        retain += [self.sets.anchors[i] for i in self.anchor_rows.at(self.step)] if self.sets.anchors else []
         n_forget, n_retain = _count(forget), max(_count(retain), 1)
         seen = torch.zeros(3, dtype=torch.float64)  # forget loss, retain KL, stop
         seen[2] = stop
