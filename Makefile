@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= out/harry_potter
 
-.PHONY: demo test test-slow check install clean
+.PHONY: readme demo test test-slow check install clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -37,3 +37,6 @@ check: install
 
 clean:
 	rm -rf $(VENV) out build *.egg-info
+
+readme: install
+	COLUMNS=110 $(BIN)/python benchmarks/readme.py

@@ -106,9 +106,9 @@ def test_seeds(tiny, fields, tmp_path):
 
 def test_bfloat16(tiny_folder, fields):
     base = load_base(str(tiny_folder), dtype="bfloat16")
-    result = unlearn(base, **{**fields, "objective": FREE})
+    result = unlearn(base, **{**fields, "objective": FREE, "save_dtype": "bfloat16"})
     assert result.metrics["forget_loss"] > result.metrics["forget_loss_base"]
-    assert all(t.dtype == torch.float32 for t in weights(result).values())
+    assert all(t.dtype == torch.bfloat16 for t in weights(result).values())
     with pytest.raises(RecipeError, match="float16"):
         unlearn(load_base(str(tiny_folder), dtype="float16"), **fields)
 
@@ -194,8 +194,9 @@ def _recipe(folder, base, steps, **more):
     for name, rows in (("forget", FORGET), ("retain", RETAIN)):
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     values = dict(
-        base=str(base), forget="forget.jsonl", retain="retain.jsonl", steps=steps, learning_rate=5e-3, eval_every=5, objective={"forget_ceiling": 15, "stop_when": None},
-        warmup_steps=0, forget_batch=2, retain_batch=4, checkpoint_every=1, device="cpu", **more,
+        base=str(base), forget="forget.jsonl", retain="retain.jsonl", steps=steps, learning_rate=5e-3,
+        eval_every=5, objective={"forget_ceiling": 15, "stop_when": None}, warmup_steps=0, forget_batch=2,
+        retain_batch=4, checkpoint_every=1, device="cpu", save_dtype="float32", **more,
     )  # fmt: skip
     (folder / "recipe.yaml").write_text(json.dumps(values))  # JSON is YAML
     return folder / "recipe.yaml"

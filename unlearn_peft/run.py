@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
 
-from .base import Base, load_base
+from .base import DTYPES, Base, load_base
 from .bundle import CONFIG, WEIGHTS, check_output, new_bundle
 from .card import CURVES, draw_curves, write_card
 from .checkpoints import Checkpoints
@@ -150,6 +151,8 @@ def _save(output: Path, trained: Trained, base: Base, recipe: Recipe, digests: M
         for file in folder.iterdir():
             if file.name not in (WEIGHTS, CONFIG):
                 file.unlink()
+        kept = {name: tensor.to(DTYPES[recipe.save_dtype]) for name, tensor in load_file(folder / WEIGHTS).items()}
+        save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
         draw_curves(folder / CURVES, progress.history, progress.evaluations, progress.best_step)
         write_card(folder, manifest)
     if progress.best_step == 0:

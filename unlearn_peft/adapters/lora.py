@@ -16,7 +16,8 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
     """Return the LoRA config for `model`.
 
     `all-linear` means every linear layer but the head, by default in the upper half of the model: on SmolLM2 that
-    forgets as well as all layers at less harm (DESIGN section 3), and the backward pass stops half way. PEFT does not let it be combined with
+    forgets as well as all layers at less harm (DESIGN section 3), and the backward pass stops half way. PEFT
+    does not let it be combined with
     `layers_to_transform`, so with that field it is written out as the names of the layers' linear modules.
 
     Raises:
@@ -28,7 +29,7 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
     targets = fields.pop("target_modules")
     available = linear_names(model)
     if settings.layers == "upper_half" and targets == "all-linear" and "layers_to_transform" not in fields:
-        count = model.config.num_hidden_layers  # type: ignore[union-attr]
+        count = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
         fields["layers_to_transform"] = list(range(count // 2, count))
     if isinstance(targets, str) and targets == "all-linear":
         if fields.get("layers_to_transform") is not None:
