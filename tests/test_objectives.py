@@ -61,11 +61,33 @@ def test_gradient_turns_round_at_the_ceiling():
         assert torch.sign(logits.grad[0, 0]) == sign  # descending pushes the label down (+) or up (-)
 
 
-def _peft(tiny):
+@pytest.mark.parametrize("settings", [{"layers_to_transform": [1]}, {"target_modules": ["lm_head"]}, {"layers": "all"}])
+def test_the_kept_trunk_changes_neither_losses_nor_gradients(tiny, settings):
+    model = _peft(tiny, **settings)
+    forget, retain = tokenize(FORGET, tiny.tokenizer, closing=False), tokenize(RETAIN, tiny.tokenizer)
+    engine, plain = Engine(model, model, 2), Engine(model, model, 2)
+    plain.trunk = None
+    assert (engine.trunk is None) == (settings == {"layers": "all"})
+    results = []
+    for each in (plain, engine, engine):
+        f, r = each.tokens(forget, retain)
+        terms = ga_kl(f, r, GaKlSettings(forget_ceiling=15))
+        (terms.forget.mean() + 10 * terms.retain.mean()).backward()
+        results.append([terms.forget, terms.retain, *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+        model.zero_grad()
+    assert (engine.trunk is None) == (settings == {"layers": "all"}), "the kept way was refused"
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert all("forward" not in vars(m) for m in tiny.model.modules())
+    model.unload()
+
+
+def _peft(tiny, **settings):
     from peft import get_peft_model
 
     torch.manual_seed(0)
-    model = get_peft_model(tiny.model, adapter_config(tiny.model, LoraSettings()))
+    model = get_peft_model(tiny.model, adapter_config(tiny.model, LoraSettings(**settings)))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .data import Batch, Example, collate
 from .objectives import Tokens
+from .trunk import Trunk
 
 
 class Engine:
@@ -33,11 +34,12 @@ class Engine:
         self.head = unwrapped.get_base_model().get_output_embeddings()
         self._reference: dict[int, Tensor] = {}  # id of an example -> (n, d) hidden states in front of the head
         self._head_is_last: bool | None = None
+        self.trunk = Trunk.of(unwrapped, pad_id)
 
     def tokens(self, forget: Sequence[Example], retain: Sequence[Example]) -> tuple[Tokens, Tokens]:
         """Return the target tokens of both sides from one forward pass, and the reference of both."""
         batch = collate([*forget, *retain], self.pad_id).to(self.device)
-        logits = picked_logits(self.model, self.head, batch)
+        logits = self._logits(self.model, [*forget, *retain], batch)
         labels, rows = _labels(batch)
         f = rows < len(forget)
         reference = self._reference_logits([*forget, *retain])
@@ -45,6 +47,21 @@ class Engine:
             Tokens(logits[f], labels[f], rows[f], reference[f]),
             Tokens(logits[~f], labels[~f], rows[~f] - len(forget), reference[~f]),
         )
+
+    def _logits(
+        self, model: nn.Module, examples: Sequence[Example], batch: Batch, watch: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """Return the target logits of a batch, over the kept trunk where there is one."""
+        if self.trunk is not None:
+            found = self.trunk.run(
+                lambda: picked_logits(model, self.head, batch, watch),
+                examples,
+                lambda other: picked_logits(self.unwrapped, self.head, other),
+            )
+            if found is not None:
+                return found
+            self.trunk = None
+        return picked_logits(model, self.head, batch, watch)
 
     def _reference_logits(self, examples: Sequence[Example]) -> Tensor:
         """Return the base's logits at the examples' targets, (N, V)."""
@@ -62,8 +79,8 @@ class Engine:
     def _remember(self, examples: Sequence[Example]) -> None:
         batch = collate(examples, self.pad_id).to(self.device)
         seen: list[Tensor] = []
-        logits = picked_logits(self.unwrapped, self.head, batch, watch=seen.append)
-        hidden = seen[0]
+        logits = self._logits(self.unwrapped, examples, batch, watch=seen.append)
+        hidden = seen[-1]
         if self._head_is_last is None:  # some models scale or cap what their head gives: then nothing is cached
             self._head_is_last = torch.allclose(self.head(hidden), logits, rtol=1e-4, atol=1e-4)
         counts = [sum(example.is_target) for example in examples]

@@ -1,0 +1,105 @@
+"""The frozen trunk below the first adapted layer, computed once a row.
+
+An adapter on the upper layers never changes what the layers below it give. Their output is kept for each row, and
+while a batch runs, those layers are stood in for: all pass on what they get, the last gives the kept states. The
+first batch is run both ways and compared; a model for which that does not hold is run the plain way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import Batch, Example, collate
+
+MAX_BYTES = 1_000_000_000  # beyond this, states are not kept and every step runs the whole model
+
+
+class Trunk:
+    """The layers of a PEFT model that no adapter touches, and their output for each row seen."""
+
+    def __init__(self, layers: Sequence[nn.Module], pad_id: int, device: torch.device) -> None:
+        self.layers, self.pad_id, self.device = list(layers), pad_id, device
+        self._states: dict[int, Tensor] = {}  # id of an example -> (n, d)
+        self._bytes = 0
+        self._checked = False
+
+    @classmethod
+    def of(cls, model: Any, pad_id: int) -> Trunk | None:
+        """Return the trunk of a PEFT model, or None where the first layer (or what is before it) is adapted."""
+        base = model.get_base_model()
+        count = getattr(base.config, "num_hidden_layers", 0)
+        stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count > 0]
+        if len(stacks) != 1 or any(p.requires_grad for p in base.get_input_embeddings().parameters()):
+            return None
+        adapted = [i for i, layer in enumerate(stacks[0]) if any(p.requires_grad for p in layer.parameters())]
+        below = adapted[0] if adapted else count
+        return cls(list(stacks[0])[:below], pad_id, next(base.parameters()).device) if below else None
+
+    def run(
+        self, forward: Callable[[], Tensor], examples: Sequence[Example], plain: Callable[[Batch], Any]
+    ) -> Tensor | None:
+        """Run `forward` with the kept states of `examples`, or return None where the plain way must be gone.
+
+        Args:
+            forward: runs the model on the examples, collated in this order.
+            examples: the rows of the batch.
+            plain: runs the model on any batch; what it returns is not looked at.
+        """
+        fresh = [example for example in examples if id(example) not in self._states]
+        if fresh and not self._keep(fresh, plain):
+            return None
+        width = max(len(example.ids) for example in examples)
+        first = self._states[id(examples[0])]
+        states = torch.zeros(len(examples), width, first.shape[1], dtype=first.dtype, device=first.device)
+        for b, example in enumerate(examples):
+            states[b, : len(example.ids)] = self._states[id(example)]
+        if not self._checked:
+            with torch.no_grad():
+                expected = forward()
+                with self._standing_in(states):
+                    found = forward()
+            scale = expected.abs().max().item() or 1.0
+            slack = 0.05 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-3
+            self._checked = bool((found - expected).abs().max() <= slack * scale)
+            if not self._checked:
+                return None
+        with self._standing_in(states):
+            return forward()
+
+    def _keep(self, examples: Sequence[Example], plain: Callable[[Batch], Any]) -> bool:
+        batch = collate(examples, self.pad_id).to(self.device)
+        seen: list[Any] = []
+        handle = self.layers[-1].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        try:
+            with torch.no_grad():
+                plain(batch)
+        finally:
+            handle.remove()
+        if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].shape[:2] != batch.ids.shape:
+            return False
+        for states, example in zip(seen[0], examples, strict=True):
+            self._states[id(example)] = states[: len(example.ids)].clone()
+            self._bytes += states[: len(example.ids)].nbytes
+        return self._bytes <= MAX_BYTES
+
+    @contextmanager
+    def _standing_in(self, states: Tensor) -> Iterator[None]:
+        def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+            return hidden_states
+
+        def give(*_: Any, **__: Any) -> Tensor:
+            return states
+
+        try:
+            for layer in self.layers[:-1]:
+                layer.forward = pass_on  # type: ignore[method-assign]
+            self.layers[-1].forward = give  # type: ignore[method-assign]
+            yield
+        finally:
+            for layer in self.layers:
+                layer.__dict__.pop("forward", None)
