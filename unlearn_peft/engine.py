@@ -32,7 +32,8 @@ class Engine:
         self.model, self.unwrapped, self.pad_id = model, unwrapped, pad_id
         self.device = next(unwrapped.parameters()).device
         self.head = unwrapped.get_base_model().get_output_embeddings()
-        self._reference: dict[int, Tensor] = {}  # id of an example -> (n, d) hidden states in front of the head
+        # by id, with the row itself (ids of dead rows come again): hidden states in front of the head, (n, d)
+        self._reference: dict[int, tuple[Example, Tensor]] = {}
         self._head_is_last: bool | None = None
         self.trunk = Trunk.of(unwrapped, pad_id)
 
@@ -52,16 +53,20 @@ class Engine:
         self, model: nn.Module, examples: Sequence[Example], batch: Batch, watch: Callable[[Tensor], None] | None = None
     ) -> Tensor:
         """Return the target logits of a batch, over the kept trunk where there is one."""
+
+        def forward() -> Tensor:  # without gradients never through a wrapper: processes may differ in their batches
+            return picked_logits(model if torch.is_grad_enabled() else self.unwrapped, self.head, batch, watch)
+
         if self.trunk is not None:
             found = self.trunk.run(
-                lambda: picked_logits(model, self.head, batch, watch),
+                forward,
                 examples,
                 lambda other: picked_logits(self.unwrapped, self.head, other),
             )
             if found is not None:
                 return found
             self.trunk = None
-        return picked_logits(model, self.head, batch, watch)
+        return forward()
 
     def _reference_logits(self, examples: Sequence[Example]) -> Tensor:
         """Return the base's logits at the examples' targets, (N, V)."""
@@ -73,7 +78,7 @@ class Engine:
                 self._remember(fresh)
                 if not self._head_is_last:
                     return self._reference_logits(examples)
-            hidden = torch.cat([self._reference[id(example)] for example in examples])
+            hidden = torch.cat([self._reference[id(example)][1] for example in examples])
             return self.head(hidden)  # type: ignore[no-any-return]
 
     def _remember(self, examples: Sequence[Example]) -> None:
@@ -85,7 +90,7 @@ class Engine:
             self._head_is_last = torch.allclose(self.head(hidden), logits, rtol=1e-4, atol=1e-4)
         counts = [sum(example.is_target) for example in examples]
         for example, states in zip(examples, torch.split(hidden, counts), strict=True):
-            self._reference[id(example)] = states
+            self._reference[id(example)] = (example, states)
 
 
 def picked_logits(

@@ -125,6 +125,7 @@ class _Run:
         self.forget_rows = Schedule(len(sets.forget), recipe.forget_batch, recipe.seed)
         self.retain_rows = Schedule(max(len(sets.retain), 1), recipe.retain_batch, recipe.seed + 1)
         self.anchor_rows = Schedule(max(len(sets.anchors), 1), recipe.anchor_batch, recipe.seed + 2)
+        self.silent = _silent(sets.forget[0])
         self.progress, self.step = Progress(), 0
         self.best = to_cpu(self.parameters)
 
@@ -183,7 +184,7 @@ class _Run:
         for part in range(parts):
             mine_f, mine_r = (_share(rows, rank, world, part, parts) for rows in (forget, retain))
             with self.accelerator.no_sync(self.engine.model) if part < parts - 1 else nullcontext():
-                f, r = self.engine.tokens(mine_f or [_silent(forget[0])], mine_r)
+                f, r = self.engine.tokens(mine_f or [self.silent], mine_r)
                 terms = self.objective(f, r, recipe.objective)
                 loss = terms.forget.sum() / n_forget + recipe.retain_weight * terms.retain.sum() / n_retain
                 self.accelerator.backward(loss * world)  # processes' gradients are averaged; we want their sum

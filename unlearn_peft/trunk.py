@@ -24,7 +24,7 @@ class Trunk:
 
     def __init__(self, layers: Sequence[nn.Module], pad_id: int, device: torch.device) -> None:
         self.layers, self.pad_id, self.device = list(layers), pad_id, device
-        self._states: dict[int, Tensor] = {}  # id of an example -> (n, d)
+        self._states: dict[int, tuple[Example, Tensor]] = {}  # by id, with the row itself: ids of dead rows come again
         self._bytes = 0
         self._checked = False
 
@@ -54,10 +54,10 @@ class Trunk:
         if fresh and not self._keep(fresh, plain):
             return None
         width = max(len(example.ids) for example in examples)
-        first = self._states[id(examples[0])]
+        first = self._states[id(examples[0])][1]
         states = torch.zeros(len(examples), width, first.shape[1], dtype=first.dtype, device=first.device)
         for b, example in enumerate(examples):
-            states[b, : len(example.ids)] = self._states[id(example)]
+            states[b, : len(example.ids)] = self._states[id(example)][1]
         if not self._checked:
             with torch.no_grad():
                 expected = forward()
@@ -83,7 +83,7 @@ class Trunk:
         if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].shape[:2] != batch.ids.shape:
             return False
         for states, example in zip(seen[0], examples, strict=True):
-            self._states[id(example)] = states[: len(example.ids)].clone()
+            self._states[id(example)] = (example, states[: len(example.ids)].clone())
             self._bytes += states[: len(example.ids)].nbytes
         return self._bytes <= MAX_BYTES
 
@@ -97,8 +97,8 @@ class Trunk:
 
         try:
             for layer in self.layers[:-1]:
-                layer.forward = pass_on  # type: ignore[method-assign]
-            self.layers[-1].forward = give  # type: ignore[method-assign]
+                layer.forward = pass_on
+            self.layers[-1].forward = give
             yield
         finally:
             for layer in self.layers:
