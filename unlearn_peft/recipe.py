@@ -37,8 +37,8 @@ class LoraSettings(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     kind: Literal["lora"] = "lora"
-    r: int = Field(4, ge=1, description="rank")
-    lora_alpha: float = Field(12, gt=0, description="the delta is scaled by lora_alpha / r")
+    r: int = Field(8, ge=1, description="rank")
+    lora_alpha: float = Field(16, gt=0, description="the delta is scaled by lora_alpha / r")
     target_modules: str | list[str] = Field("all-linear", description="linear layers to adapt")
     layers: Literal["upper_half", "all"] = Field("upper_half", description="or name them by layers_to_transform")
 
@@ -84,7 +84,7 @@ class GaKlSettings(ObjectiveSettings):
     kl: Literal["reverse", "forward"] = Field(
         "reverse", description="reverse: KL(current || reference); forward: KL(reference || current)"
     )
-    stop_when: StopWhen | None = Field(default_factory=lambda: StopWhen(forget_loss=2.8))
+    stop_when: StopWhen | None = Field(default_factory=lambda: StopWhen(forget_loss=3.3))
     retain_budget: float | None = Field(0.05, gt=0)
 
 
@@ -141,8 +141,8 @@ class Recipe(_Strict):
     probes: DataSource | None = Field(None, description="rows with `prompt` and `leak` words; never trained on")
     neighbours: DataSource | None = Field(None, description="rows that must survive; never trained on")
     objective: Objective = Field(default_factory=GaKlSettings)
-    retain_weight: float = Field(10.0, ge=0)
-    steps: int = Field(60, ge=1, description="at the most: stop_when may end the run before")
+    retain_weight: float = Field(5.0, ge=0)
+    steps: int = Field(45, ge=1, description="at the most: stop_when may end the run before")
     learning_rate: float = Field(5e-4, gt=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
