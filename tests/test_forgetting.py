@@ -14,7 +14,7 @@ from unlearn_peft.recipe import DataSpec
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
-VANGOGH = {name: str(DATA / f"vangogh_{name}.jsonl") for name in ("forget", "retain", "probes", "neighbours")}
+EINSTEIN = {name: str(DATA / f"einstein_{name}.jsonl") for name in ("forget", "retain", "probes", "neighbours")}
 
 
 def is_english(text):
@@ -38,7 +38,7 @@ def perplexity(base, prompt, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changed", [{}, VANGOGH], ids=["harry_potter", "vangogh"])
+@pytest.mark.parametrize("changed", [{}, EINSTEIN], ids=["harry_potter", "einstein"])
 def test_the_recipe_forgets(smol, tmp_path, changed):
     """The demo's recipe, and a copy of it with only the data changed."""
     recipe = load_recipe(ROOT / "recipes" / "harry_potter.yaml", output=str(tmp_path / "adapter"))
@@ -75,7 +75,7 @@ def test_the_original_experiment(smol, tmp_path):
 
 def test_a_head_adapter_of_rank_8_is_small_on_the_real_model(smol, tmp_path):
     text = logits(smol)
-    fields = {name: VANGOGH[name] for name in ("forget", "retain")}
+    fields = {name: EINSTEIN[name] for name in ("forget", "retain")}
     adapter = unlearn(
         smol, **fields, adapter={"kind": "head", "r": 8}, steps=1, anchor_batch=0, forget_batch=2, retain_batch=2,
         objective={"retain_budget": None}, output=str(tmp_path / "h"), quiet=True,
