@@ -50,7 +50,7 @@ def test_train_generate_compare_inspect_stack_merge(recipe, tmp_path, tiny_folde
     shown = cli("compare", tmp_path / "a", "--base", tiny_folder, "--probes", probes)
     assert "after removal" in shown.stdout, shown.stderr
     facts = json.loads(cli("inspect", tmp_path / "ab", "--json").stdout)
-    assert facts["peft_type"] == "LORA" and facts["ranks"] == [8]
+    assert facts["peft_type"] == "LORA" and facts["ranks"] == [16]
     merged = cli("merge", tmp_path / "a", "--base", tiny_folder, "--output", tmp_path / "merged")
     assert merged.returncode == 0 and (tmp_path / "merged" / "config.json").is_file(), merged.stderr
 

@@ -18,11 +18,11 @@ EINSTEIN = {name: str(DATA / f"einstein_{name}.jsonl") for name in ("forget", "r
 
 
 def is_english(text):
-    """No word salad: mostly known letters, no run of one word, more than one word."""
+    """No word salad: mostly known letters, several words, no run of one word."""
     words = re.findall(r"[a-z']+", text.casefold())
     letters = sum(c.isascii() for c in text) / max(len(text), 1)
     repeated = max((len(m.group(0).split()) for m in re.finditer(r"\b(\w+)(?: \1\b)+", " ".join(words))), default=1)
-    return letters > 0.95 and repeated < 4 and len(set(words)) >= min(len(words), 40) * 0.35
+    return letters > 0.95 and repeated < 4 and len(set(words)) >= max(2, min(len(words), 40) * 0.35)
 
 
 def perplexity(base, prompt, text):
@@ -73,7 +73,6 @@ def test_the_original_experiment(smol, tmp_path):
     assert metrics["retain_kl"] <= 0.01
 
 
-@pytest.mark.slow
 def test_a_head_adapter_of_rank_8_is_small_on_the_real_model(smol, tmp_path):
     text = logits(smol)
     fields = {name: EINSTEIN[name] for name in ("forget", "retain")}
