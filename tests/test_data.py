@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import FORGET, RETAIN
 
-from unlearn_peft.data import collate, keyed_digest, read_rows, refuse_overlap, tokenize
+from unlearn_peft.batch import collate
+from unlearn_peft.data import keyed_digest, read_rows, refuse_overlap, tokenize
 from unlearn_peft.errors import DataError
 from unlearn_peft.recipe import DataSpec
 

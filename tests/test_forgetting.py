@@ -27,7 +27,8 @@ def is_english(text):
 
 def perplexity(base, prompt, text):
     """Of an answer under the base alone: word salad is thousands."""
-    from unlearn_peft.data import collate, tokenize
+    from unlearn_peft.batch import collate
+    from unlearn_peft.data import tokenize
     from unlearn_peft.engine import picked_logits
 
     examples = tokenize([{"prompt": prompt, "completion": text}], base.tokenizer, closing=False)

@@ -5,7 +5,8 @@ import torch
 from conftest import FORGET, RETAIN
 
 from unlearn_peft.adapters import adapter_config
-from unlearn_peft.data import collate, tokenize
+from unlearn_peft.batch import collate
+from unlearn_peft.data import tokenize
 from unlearn_peft.engine import Engine, picked_logits, row_means
 from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence
 from unlearn_peft.recipe import GaKlSettings, LoraSettings

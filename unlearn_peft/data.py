@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .errors import DataError
 from .recipe import DataSource, DataSpec
 
@@ -36,19 +33,8 @@ class Example:
     ids: list[int]
     is_target: list[bool]
     truncated: bool = False
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows padded on the right. Shapes (B, T); `targets[b, t]` marks that token t of row b is counted."""
-
-    ids: Tensor
-    attention: Tensor
-    targets: Tensor
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on `device`."""
-        return Batch(self.ids.to(device), self.attention.to(device), self.targets.to(device))
+    words: list[str] | None = None  # the word that each token is a part of, case folded; "" for none
+    specific: list[bool] | None = None  # of the targets, those that carry the fact (see specific.py); None: all
 
 
 def read_rows(source: DataSource, what: str) -> list[Row]:
@@ -153,20 +139,6 @@ def tokenize(
             max_length,
         )
     return examples
-
-
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad examples on the right to the longest of them."""
-    width = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), width), pad_id)
-    attention = torch.zeros(len(examples), width, dtype=torch.long)
-    targets = torch.zeros(len(examples), width, dtype=torch.bool)
-    for b, example in enumerate(examples):
-        n = len(example.ids)
-        ids[b, :n] = torch.tensor(example.ids)
-        attention[b, :n] = 1
-        targets[b, :n] = torch.tensor(example.is_target)
-    return Batch(ids, attention, targets)
 
 
 def chat_prompt(prompt: str, tokenizer: Any, chat_template: bool = True) -> str:
@@ -317,4 +289,13 @@ def _encode(text: str, spans: Sequence[Span], tokenizer: Any, max_length: int, t
     else:
         is_target = [any(start < right and end > left for left, right in spans) for start, end in offsets]
     is_target[:1] = [False] * len(is_target[:1])  # nothing precedes the first token that could predict it
-    return Example(ids[:max_length], is_target[:max_length], truncated=len(ids) > max_length)
+    words = _words(text, offsets[:max_length])
+    return Example(ids[:max_length], is_target[:max_length], truncated=len(ids) > max_length, words=words)
+
+
+def _words(text: str, offsets: Sequence[Span]) -> list[str]:
+    """Return the last word that each token has a part in."""
+    at = [""] * len(text)
+    for match in re.finditer(r"\w+", text):
+        at[match.start() : match.end()] = [match.group().casefold()] * (match.end() - match.start())
+    return [next((word for word in reversed(at[start:end]) if word), "") for start, end in offsets]

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import Batch, Example, collate
+from .batch import Batch, collate, pack
+from .data import Example
 from .objectives import Tokens
-from .trunk import Trunk
+from .trunk import Trunk, alike
 
 
 class Engine:
@@ -34,20 +35,43 @@ class Engine:
         self.head = unwrapped.get_base_model().get_output_embeddings()
         # by id, with the row itself (ids of dead rows come again): hidden states in front of the head, (n, d)
         self._reference: dict[int, tuple[Example, Tensor]] = {}
-        self._head_is_last: bool | None = None
+        self._head_is_last: bool | None = None  # the last two are found out by comparing once
+        self._packs: bool | None = None
         self.trunk = Trunk.of(unwrapped, pad_id)
 
     def tokens(self, forget: Sequence[Example], retain: Sequence[Example]) -> tuple[Tokens, Tokens]:
         """Return the target tokens of both sides from one forward pass, and the reference of both."""
-        batch = collate([*forget, *retain], self.pad_id).to(self.device)
-        logits = self._logits(self.model, [*forget, *retain], batch)
+        examples = [*forget, *retain]
+        batch = self._batch(examples)
+        logits = self._logits(self.model, examples, batch)
         labels, rows = _labels(batch)
         f = rows < len(forget)
-        reference = self._reference_logits([*forget, *retain])
+        reference = self._reference_logits(examples)
+        specific = torch.tensor([s for e in forget for s, t in zip(e.specific or e.is_target, e.is_target, strict=True) if t])
         return (
-            Tokens(logits[f], labels[f], rows[f], reference[f]),
+            Tokens(logits[f], labels[f], rows[f], reference[f], specific.to(self.device)),
             Tokens(logits[~f], labels[~f], rows[~f] - len(forget), reference[~f]),
         )
+
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        """Return the rows packed, if that is worth it and the model is seen to give the same, else padded."""
+        padded = collate(examples, self.pad_id).to(self.device)
+        if self._packs is False:
+            return padded
+        packed = pack(examples, getattr(self.unwrapped.config, "sliding_window", None))
+        if packed is None:
+            return padded
+        packed = packed.to(self.device, self.unwrapped.dtype)
+        if self._packs is None:
+            with torch.no_grad():
+                expected = picked_logits(self.unwrapped, self.head, padded)
+                try:
+                    found = picked_logits(self.unwrapped, self.head, packed)
+                except (RuntimeError, TypeError, ValueError, IndexError):  # a model that takes no such mask
+                    self._packs = False
+                    return padded
+            self._packs = alike(found, expected)
+        return packed if self._packs else padded
 
     def _logits(
         self, model: nn.Module, examples: Sequence[Example], batch: Batch, watch: Callable[[Tensor], None] | None = None
@@ -61,6 +85,7 @@ class Engine:
             found = self.trunk.run(
                 forward,
                 examples,
+                batch,
                 lambda other: picked_logits(self.unwrapped, self.head, other),
             )
             if found is not None:
@@ -72,7 +97,7 @@ class Engine:
         """Return the base's logits at the examples' targets, (N, V)."""
         with torch.no_grad(), self.unwrapped.disable_adapter():
             if self._head_is_last is not None and not self._head_is_last:
-                return picked_logits(self.unwrapped, self.head, collate(examples, self.pad_id).to(self.device))
+                return picked_logits(self.unwrapped, self.head, self._batch(examples))
             fresh = [example for example in examples if id(example) not in self._reference]
             if fresh:
                 self._remember(fresh)
@@ -82,7 +107,7 @@ class Engine:
             return self.head(hidden)  # type: ignore[no-any-return]
 
     def _remember(self, examples: Sequence[Example]) -> None:
-        batch = collate(examples, self.pad_id).to(self.device)
+        batch = self._batch(examples)
         seen: list[Tensor] = []
         logits = self._logits(self.unwrapped, examples, batch, watch=seen.append)
         hidden = seen[-1]
@@ -110,8 +135,9 @@ def picked_logits(
             watch(hidden)
         return (hidden[None], *inputs[1:])
 
+    where = {} if batch.positions is None else {"position_ids": batch.positions}
     with _hooked(head, pick):
-        return model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False).logits[0]  # type: ignore[no-any-return]
+        return model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False, **where).logits[0]  # type: ignore[no-any-return]
 
 
 def training_mode(model: Any, gradient_checkpointing: bool) -> None:
@@ -138,7 +164,7 @@ def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
 
 def _labels(batch: Batch) -> tuple[Tensor, Tensor]:
     is_label = batch.targets[:, 1:]
-    return batch.ids[:, 1:][is_label], is_label.nonzero()[:, 0]
+    return batch.ids[:, 1:][is_label], batch.rows[:, 1:][is_label]
 
 
 @contextmanager

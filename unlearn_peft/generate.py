@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .base import Base
-from .data import Row, chat_prompt, collate, tokenize
+from .batch import collate
+from .data import Row, chat_prompt, tokenize
 from .engine import picked_logits
 
 

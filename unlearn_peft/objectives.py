@@ -33,6 +33,7 @@ class Tokens:
     labels: Tensor  # (N,), the token that really follows
     rows: Tensor  # (N,), the row of the batch that the token is in
     reference_logits: Tensor | None = None  # (N, V)
+    specific: Tensor | None = None  # (N,), bool: the tokens that carry the fact; None: all of them
 
     @property
     def cross_entropy(self) -> Tensor:
@@ -65,10 +66,13 @@ def ga_kl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     same below c), so that a token that momentum carries beyond the ceiling is pulled back. A token that the base
     itself gives a loss above c is held at the base's loss: hold never teaches what is to be forgotten.
 
+    With `forget_tokens: specific`, ascent is for the tokens that carry the fact; the other tokens of the forget set
+    are held to the reference like those of the retain set, so that answers stay English.
+
     Args:
         forget: target tokens of the forget batch, with reference logits.
         retain: target tokens of the retain batch, likewise.
-        settings: `forget_ceiling` (nats or None), `hold`, `kl` (`reverse` or `forward`).
+        settings: `forget_tokens`, `forget_ceiling` (nats or None), `hold`, `kl` (`reverse` or `forward`).
     """
     loss = forget.cross_entropy
     if settings.forget_ceiling is None:
@@ -78,6 +82,8 @@ def ga_kl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
         ascent = (loss - level).abs() - level
     else:
         ascent = -loss.clamp(max=settings.forget_ceiling)
+    if settings.forget_tokens == "specific" and forget.specific is not None:
+        ascent = torch.where(forget.specific, ascent, kl_divergence(forget, settings.kl))
     return Terms(ascent, kl_divergence(retain, settings.kl))
 
 

@@ -79,12 +79,14 @@ class GaKlSettings(ObjectiveSettings):
     model_config = ConfigDict(extra="forbid")
 
     name: Literal["ga_kl"] = "ga_kl"
-    forget_ceiling: float | None = Field(5.0, gt=0, description="nats; no token is pushed beyond this loss")
+    forget_tokens: Literal["specific", "all"] = Field(
+        "specific", description="push away the tokens that carry the fact and hold the others, or push all"
+    )
+    forget_ceiling: float | None = Field(6.0, gt=0, description="nats; no token is pushed beyond this loss")
     hold: bool = Field(True, description="pull a token that overshoots the ceiling back to it")
     kl: Literal["reverse", "forward"] = Field(
         "reverse", description="reverse: KL(current || reference); forward: KL(reference || current)"
     )
-    stop_when: StopWhen | None = Field(default_factory=lambda: StopWhen(forget_loss=3.3))
     retain_budget: float | None = Field(0.05, gt=0)
 
 
@@ -147,7 +149,7 @@ class Recipe(_Strict):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(5, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
     max_grad_norm: float | None = Field(1.0, gt=0)
     forget_batch: int = Field(8, ge=1)
     retain_batch: int = Field(8, ge=1)

@@ -25,6 +25,7 @@ from .errors import DataError, OutputError
 from .files import folder_bytes, whole_file
 from .recipe import DATA_FIELDS, Recipe, make_recipe
 from .schedule import split_retain
+from .specific import mark_specific
 from .train import Progress, Sets, Trained, run_digest, train
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ def _tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Set
     held = (
         tokenize(wide, base.tokenizer, what="anchor", **options) if recipe.anchor_batch and recipe.retain_weight else []
     )
+    forget = mark_specific(forget, [*retain, *held])
     return Sets(forget, *split_retain(retain, recipe), held)
 
 

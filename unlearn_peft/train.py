@@ -115,6 +115,7 @@ class _Run:
         self.recipe, self.sets, self.accelerator, self.peft = recipe, sets, accelerator, model
         self.objective = find_objective(recipe.objective.name)
         self.ceiling = getattr(recipe.objective, "forget_ceiling", None) or math.inf
+        self.only_specific = getattr(recipe.objective, "forget_tokens", "all") == "specific"
         training_mode(model, recipe.gradient_checkpointing)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer](
@@ -207,9 +208,9 @@ class _Run:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Measure the whole forget set and the held-out retain rows; keep the step if it is the best so far."""
-        forget_loss, score, probability = self._forget_figures()
+        forget_loss, specific_loss, score, probability = self._forget_figures()
         kl = self._mean_kl(self.sets.held_out or self.sets.retain)
-        figures = {"forget_set_loss": forget_loss, "answer_probability": probability}
+        figures = {"forget_set_loss": forget_loss, "specific_loss": specific_loss, "answer_probability": probability}
         figures["held_out_kl" if self.sets.held_out else "retain_kl"] = kl
         progress, budget = self.progress, self.recipe.objective.retain_budget
         progress.evaluations.append({"step": self.step, **figures})
@@ -244,18 +245,26 @@ class _Run:
         """Put the best step's values back into the adapter."""
         self._put(self.best)
 
-    def _forget_figures(self) -> tuple[float, float, float]:
-        """Return the forget set's mean loss, mean loss capped at the ceiling, and mean answer probability."""
-        sums = torch.zeros(3, dtype=torch.float64)
+    def _forget_figures(self) -> tuple[float, ...]:
+        """Return the forget set's mean loss, that of its specific tokens, the score, and mean answer probability.
+
+        The score is the mean loss, capped at the ceiling, of the tokens that the objective pushes away.
+        """
+        sums = torch.zeros(4, dtype=torch.float64)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         for rows in _chunks(self.sets.forget[rank::world], self.recipe.forget_batch):
             tokens, _ = self.engine.tokens(rows, [])
             loss = tokens.cross_entropy
             probability = torch.exp(-row_means(loss, tokens.rows, len(rows)))
-            values = (loss.sum(), loss.clamp(max=self.ceiling).sum(), probability.sum())
+            pushed = loss[tokens.specific] if self.only_specific else loss
+            values = (
+                loss.sum(), loss[tokens.specific].sum(), pushed.clamp(max=self.ceiling).sum(), probability.sum(),
+            )  # fmt: skip
             sums += torch.stack([value.double().cpu() for value in values])
-        sums = self._sum(sums) / torch.tensor([_count(self.sets.forget)] * 2 + [len(self.sets.forget)])
-        return float(sums[0]), float(sums[1]), float(sums[2])
+        every = _count(self.sets.forget)
+        specific = sum(sum(example.specific or example.is_target) for example in self.sets.forget)
+        counts = [every, specific, specific if self.only_specific else every, len(self.sets.forget)]
+        return tuple((self._sum(sums) / torch.tensor(counts)).tolist())
 
     def _mean_kl(self, examples: list[Example]) -> float:
         if not examples:
@@ -291,7 +300,7 @@ class _Run:
     def _explain_nan(self, seen: Tensor, norm: float, checkpoints: Checkpoints | None) -> str:
         recipe = self.recipe
         if math.isinf(self.ceiling):
-            cause = "plain gradient ascent has no bound: set objective.forget_ceiling (5 is a good start)"
+            cause = "plain gradient ascent has no bound: set objective.forget_ceiling (6 is a good start)"
         elif recipe.dtype == "float16":
             cause = "float16 overflows: use bfloat16 or float32"
         else:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import Batch, Example, collate
+from .batch import Batch, collate
+from .data import Example
 
 MAX_BYTES = 1_000_000_000  # beyond this, states are not kept and every step runs the whole model
 
@@ -41,35 +42,36 @@ class Trunk:
         return cls(list(stacks[0])[:below], pad_id, next(base.parameters()).device) if below else None
 
     def run(
-        self, forward: Callable[[], Tensor], examples: Sequence[Example], plain: Callable[[Batch], Any]
+        self, forward: Callable[[], Tensor], examples: Sequence[Example], batch: Batch, plain: Callable[[Batch], Any]
     ) -> Tensor | None:
         """Run `forward` with the kept states of `examples`, or return None where the plain way must be gone.
 
         Args:
-            forward: runs the model on the examples, collated in this order.
-            examples: the rows of the batch.
+            forward: runs the model on `batch`.
+            examples: the rows of the batch, in its order.
+            batch: the same, padded or packed.
             plain: runs the model on any batch; what it returns is not looked at.
         """
         fresh = [example for example in examples if id(example) not in self._states]
         if fresh and not self._keep(fresh, plain):
             return None
-        width = max(len(example.ids) for example in examples)
-        first = self._states[id(examples[0])][1]
-        states = torch.zeros(len(examples), width, first.shape[1], dtype=first.dtype, device=first.device)
-        for b, example in enumerate(examples):
-            states[b, : len(example.ids)] = self._states[id(example)][1]
+        states = self._laid_out(examples, batch)
         if not self._checked:
             with torch.no_grad():
                 expected = forward()
                 with self._standing_in(states):
                     found = forward()
-            scale = expected.abs().max().item() or 1.0
-            slack = 0.05 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-3
-            self._checked = bool((found - expected).abs().max() <= slack * scale)
+            self._checked = alike(found, expected)
             if not self._checked:
                 return None
         with self._standing_in(states):
             return forward()
+
+    def _laid_out(self, examples: Sequence[Example], batch: Batch) -> Tensor:
+        kept = [self._states[id(example)][1] for example in examples]
+        if batch.positions is not None:
+            return torch.cat([kept[0][: batch.shared], *(states[batch.shared :] for states in kept)])[None]
+        return nn.utils.rnn.pad_sequence(kept, batch_first=True)
 
     def _keep(self, examples: Sequence[Example], plain: Callable[[Batch], Any]) -> bool:
         batch = collate(examples, self.pad_id).to(self.device)
@@ -103,3 +105,10 @@ class Trunk:
         finally:
             for layer in self.layers:
                 layer.__dict__.pop("forward", None)
+
+
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Return whether two ways of computing the same logits agree to rounding."""
+    scale = expected.abs().max().item() or 1.0
+    slack = 0.05 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    return bool((found - expected).abs().max() <= slack * scale)
