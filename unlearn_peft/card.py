@@ -78,6 +78,14 @@ def draw_curves(
         ms=3,
         label="whole forget set",
     )
+    left.plot(
+        [e["step"] for e in evaluations],
+        [e["specific_loss"] for e in evaluations],
+        "s--",
+        color="#7d3c98",
+        ms=3,
+        label="its tokens that carry the fact",
+    )
     left.set(title="Forget loss: up is forgotten", xlabel="step", ylabel="nats/token")
     right.plot(steps, [h["retain_kl"] for h in history], color="#2471a3", lw=1, alpha=0.5, label="batch")
     which, label = ("held_out_kl", "held out") if "held_out_kl" in evaluations[0] else ("retain_kl", "whole retain set")
@@ -103,11 +111,11 @@ def curve_lines(evaluations: Sequence[Mapping[str, float]], best: int) -> str:
     """Return the curves as text, a line an evaluation, with bars."""
     top = max(e["forget_set_loss"] for e in evaluations) or 1.0
     which, label = ("held_out_kl", "held out") if "held_out_kl" in evaluations[0] else ("retain_kl", "held in")
-    lines = [f"  step   forget loss            retain KL ({label}), nats/token"]
+    lines = [f"  step   forget loss            of it specific   retain KL ({label}), nats/token"]
     for e in evaluations:
         bar = "█" * round(10 * e["forget_set_loss"] / top)
         lines.append(
-            f"  {e['step']:>4}   {e['forget_set_loss']:>7.3f} {bar:<12}   {e[which]:.4f}"
+            f"  {e['step']:>4}   {e['forget_set_loss']:>7.3f} {bar:<12}   {e['specific_loss']:>12.3f}   {e[which]:.4f}"
             + ("   <- kept" if e["step"] == best else "")
         )
     return "\n".join(lines)

@@ -47,7 +47,9 @@ class Engine:
         labels, rows = _labels(batch)
         f = rows < len(forget)
         reference = self._reference_logits(examples)
-        specific = torch.tensor([s for e in forget for s, t in zip(e.specific or e.is_target, e.is_target, strict=True) if t])
+        specific = torch.tensor(
+            [s for e in forget for s, t in zip(e.specific or e.is_target, e.is_target, strict=True) if t]
+        )
         return (
             Tokens(logits[f], labels[f], rows[f], reference[f], specific.to(self.device)),
             Tokens(logits[~f], labels[~f], rows[~f] - len(forget), reference[~f]),

@@ -152,6 +152,9 @@ class Recipe(_Strict):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     max_grad_norm: float | None = Field(1.0, gt=0)
     forget_batch: int = Field(8, ge=1)
+    view_batch: int = Field(
+        8, ge=0, description="other views of the forget rows (plain text; asked by their beginnings); 0: none"
+    )
     retain_batch: int = Field(8, ge=1)
     anchor_batch: int = Field(
         4, ge=0, description="of the package's own rows on the wide world, held beside the retain set; 0: none"

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,13 +20,14 @@ from .base import DTYPES, Base, load_base
 from .bundle import CONFIG, WEIGHTS, check_output, new_bundle
 from .card import CURVES, draw_curves, write_card
 from .checkpoints import Checkpoints
-from .data import Row, anchors, keyed_digest, read_rows, refuse_overlap, tokenize
+from .data import Example, Row, anchors, keyed_digest, read_rows, refuse_overlap, tokenize
 from .errors import DataError, OutputError
 from .files import folder_bytes, whole_file
 from .recipe import DATA_FIELDS, Recipe, make_recipe
 from .schedule import split_retain
-from .specific import mark_specific
+from .specific import common_words, mark_specific
 from .train import Progress, Sets, Trained, run_digest, train
+from .views import views
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def unlearn(
     check_output(output)
     rows = read_sets(recipe)
     live = base if isinstance(base, Base) else load_base(base or recipe.base, recipe.dtype, recipe.device)
-    sets = _tokenized(rows, live, recipe)
+    sets = tokenized(rows, live, recipe)
     data_key = _digest_key()
     digests = {name: keyed_digest(part, data_key) for name, part in rows.items()}
     checkpoints = Checkpoints(output, run_digest(recipe, str(sorted(digests.items())), live))
@@ -119,18 +120,33 @@ def read_sets(recipe: Recipe) -> dict[str, list[Row]]:
     return rows
 
 
-def _tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets:
-    options: dict[str, Any] = {
-        "max_length": recipe.max_length, "train_on": recipe.train_on, "chat_template": recipe.chat_template,
-    }  # fmt: skip
-    forget = tokenize(rows["forget"], base.tokenizer, closing=False, what="forget", **options)
-    retain = tokenize(rows.get("retain", []), base.tokenizer, what="retain", **options)
-    wide = anchors(rows["forget"], *(rows.get(name, []) for name in ("retain", "probes", "neighbours")))
-    held = (
-        tokenize(wide, base.tokenizer, what="anchor", **options) if recipe.anchor_batch and recipe.retain_weight else []
+def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets:
+    """Turn a recipe's rows into the sets that are trained on, with the facts' tokens marked and their views."""
+
+    def tokens(rows: Sequence[Row], what: str, chat_template: bool = recipe.chat_template) -> list[Example]:
+        return tokenize(
+            rows, base.tokenizer, max_length=recipe.max_length, train_on=recipe.train_on,
+            chat_template=chat_template, closing=what != "forget", what=what,
+        )  # fmt: skip
+
+    wide: list[Row] = []
+    if recipe.anchor_batch and recipe.retain_weight:
+        wide = anchors(rows["forget"], *(rows.get(name, []) for name in ("retain", "probes", "neighbours")))
+    retain, held_out = split_retain(tokens(rows.get("retain", []), "retain"), recipe)
+    held = tokens(wide, "anchor")
+    common = common_words([*retain, *held_out, *held])
+    if not recipe.view_batch:
+        forget = mark_specific(tokens(rows["forget"], "forget"), common)
+        return Sets(forget, retain, held_out, held)
+    shown = views(rows["forget"], recipe.chat_template, common)
+    marked = mark_specific(
+        [tokens([view.row], "forget", view.chat_template)[0] for view in shown], common, [view.asked for view in shown]
     )
-    forget = mark_specific(forget, [*retain, *held])
-    return Sets(forget, *split_retain(retain, recipe), held)
+    own = {id(row) for row in rows["forget"]}
+    forget = [example for example, view in zip(marked, shown, strict=True) if id(view.row) in own]
+    others = [example for example, view in zip(marked, shown, strict=True) if id(view.row) not in own]
+    plain = [view.row for view in views(wide, recipe.chat_template) if not view.chat_template]
+    return Sets(forget, retain, held_out, [*held, *tokens(plain, "anchor", False)], others)
 
 
 def _save(output: Path, trained: Trained, base: Base, recipe: Recipe, digests: Mapping[str, str], key: bytes) -> None:
@@ -177,6 +193,8 @@ def _metrics(trained: Trained) -> dict[str, Any]:
         "within_budget": progress.best_step > 0,
         "forget_loss_base": first["forget_set_loss"],
         "forget_loss": best["forget_set_loss"],
+        "specific_loss_base": first["specific_loss"],
+        "specific_loss": best["specific_loss"],
         "forget_loss_change_percent": 100 * (best["forget_set_loss"] / max(first["forget_set_loss"], 1e-9) - 1),
         "answer_probability_base": first["answer_probability"],
         "answer_probability": best["answer_probability"],

@@ -9,29 +9,34 @@ retain set is in. (Forgetting chosen tokens only: Wan et al. 2025, arXiv:2506.00
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
+
 from .data import Example
 
-_FEW_ROWS, _FEW_SHARE = 3, 0.02  # of the rows that must stay: as many use a common token at the least
+_FEW_ROWS, _FEW_SHARE = 3, 0.02  # of the rows that must stay: as many use a common word at the least
 
 
-def mark_specific(forget: Sequence[Example], held: Sequence[Example]) -> list[Example]:
+def common_words(held: Sequence[Example]) -> set[str]:
+    """Return the words in the targets of at least three, and at least 2 %, of the rows that must stay."""
+    rows_with = Counter(word for example in held for word in _words(example, targets=True))
+    least = max(_FEW_ROWS, _FEW_SHARE * len(held))
+    return {word for word, rows in rows_with.items() if rows >= least}
+
+
+def mark_specific(forget: Sequence[Example], common: Set[str], asked: Sequence[Set[str]] = ()) -> list[Example]:
     """Return the forget rows with their specific tokens marked; a row without any keeps all its targets.
 
     Args:
         forget: tokenised forget rows.
-        held: tokenised rows that must stay (the retain set and the package's own rows).
+        common: words that carry no fact, see `common_words`.
+        asked: for each row, further words that its question has, where the row itself does not show it.
     """
-    rows_with = Counter(word for example in held for word in _words(example, targets=True))
-    least = max(_FEW_ROWS, _FEW_SHARE * len(held))
-    common = {word for word, rows in rows_with.items() if rows >= least}
     marked = []
-    for example in forget:
-        known = common | _words(example, targets=False) | {""}
+    for n, example in enumerate(forget):
+        known = common | _words(example, targets=False) | {""} | (asked[n] if asked else set())
         specific = [
-            target and word not in known
-            for word, target in zip(example.words or [], example.is_target, strict=True)
+            target and word not in known for word, target in zip(example.words or [], example.is_target, strict=True)
         ]
         marked.append(replace(example, specific=specific if any(specific) else example.is_target))
     return marked
