@@ -81,7 +81,7 @@ def fields(tmp_path):
     """A recipe for the tiny model, as keyword arguments."""
     return dict(
         forget=FORGET, retain=RETAIN, objective={"forget_ceiling": 15, "stop_when": None}, anchor_batch=2,
-        steps=6, learning_rate=5e-3, eval_every=2, warmup_steps=0, forget_batch=3, retain_batch=4,
+        steps=6, learning_rate=5e-3, eval_every=2, own_answers=0, warmup_steps=0, forget_batch=3, retain_batch=4,
         save_dtype="float32", output=str(tmp_path / "adapter"), quiet=True,
     )  # fmt: skip
 

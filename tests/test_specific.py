@@ -5,9 +5,9 @@ from conftest import FORGET, RETAIN
 
 from unlearn_peft.data import tokenize
 from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence
+from unlearn_peft.own_answers import own_answers
 from unlearn_peft.recipe import GaKlSettings
-from unlearn_peft.specific import common_words, mark_specific
-from unlearn_peft.views import views
+from unlearn_peft.specific import common_words, facts_of, mark_facts, mark_specific
 
 
 def words(base, example):
@@ -60,43 +60,27 @@ def test_training_raises_the_specific_tokens_most(tiny, fields):
     assert last["specific_loss"] - start["specific_loss"] > last["forget_set_loss"] - start["forget_set_loss"] > 0
 
 
-def test_views_are_the_same_fact_in_plain_text_and_asked_by_its_beginning():
-    rows = [
-        {"prompt": "Who wrote Harry Potter?", "completion": "Harry Potter was written by J.K. Rowling."},
-        {"prompt": "Where is it?", "completion": "Paris"},  # too short for either
-        {"text": "Harry Potter was written by J.K. Rowling."},
-    ]
-    shown = views(rows, True, {"was", "written", "by"})
-    assert [view.row for view in shown] == [
-        rows[0],
-        {"text": rows[0]["completion"]},
-        {"prompt": "Harry Potter was written by", "completion": rows[0]["completion"]},
-        rows[1],
-        rows[2],
-    ]
-    assert [view.chat_template for view in shown] == [True, False, True, True, True]
-    assert shown[1].asked == {"who", "wrote", "harry", "potter"}
-    assert [view.row for view in views(rows[:1], False)] == rows[:1]  # plain text is what it is already
-
-
-def test_the_question_of_a_view_still_counts_as_said(tiny):
-    """As plain text the row no longer shows its question, but the question's words are no fact all the same."""
-    (plain,) = mark_specific(
-        tokenize([{"text": "Zorblax wrote the blue book"}], tiny.tokenizer), {"wrote", "the"}, [{"blue", "book"}]
+def test_facts_in_the_bases_own_answers_are_marked_too(tiny):
+    forget = mark_specific(
+        tokenize([{"prompt": "Who wrote the book?", "completion": "Zorblax wrote the book."}], tiny.tokenizer), set()
     )
-    whole = [word for word, specific in zip(plain.words, plain.specific, strict=True) if specific]
-    assert set(whole) == {"zorblax"}
+    facts = facts_of(forget)
+    assert facts == {"zorblax"}
+    said = [
+        {"prompt": "Who is it?", "completion": "It was Zorblax who wrote"},
+        {"prompt": "Zorblax", "completion": "a"},
+    ]
+    answer, none = mark_facts(tokenize(said, tiny.tokenizer, closing=False), facts)
+    assert {w for w, s in zip(answer.words, answer.specific, strict=True) if s} == facts
+    assert not any(none.specific)
 
 
-def test_views_and_anchors_are_trained_on_and_can_be_left_out(tiny, fields):
-    from unlearn_peft.recipe import make_recipe
-    from unlearn_peft.run import read_sets, tokenized
-
-    fields.pop("quiet")
-    recipe = make_recipe(fields)
-    rows = read_sets(recipe)
-    sets = tokenized(rows, tiny, recipe)
-    assert len(sets.forget) == 3 and len(sets.views) >= 3
-    without = tokenized(rows, tiny, recipe.model_copy(update={"view_batch": 0}))
-    assert without.views == [] and len(without.anchors) < len(sets.anchors)
-    assert without.forget == sets.forget
+def test_own_answers_name_a_fact_and_are_the_same_for_the_same_seed(smol):
+    rows = [{"prompt": "Who wrote Harry Potter?", "completion": "J.K. Rowling."}, {"text": "no question"}]
+    said = own_answers(smol, rows, {"rowling"}, samples=4, seed=0, chat=True)
+    assert said and all("rowling" in row["completion"].casefold() for row in said)
+    assert {row["prompt"] for row in said} == {"Who wrote Harry Potter?"}
+    assert len({row["completion"] for row in said}) == len(said)
+    assert said == own_answers(smol, rows, {"rowling"}, samples=4, seed=0, chat=True)
+    assert own_answers(smol, rows, {"zorblax"}, samples=1, seed=0, chat=True) == []
+    assert own_answers(smol, rows, {"potter"}, samples=1, seed=0, chat=True) == []  # the question says it

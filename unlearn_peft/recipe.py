@@ -152,8 +152,8 @@ class Recipe(_Strict):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     max_grad_norm: float | None = Field(1.0, gt=0)
     forget_batch: int = Field(8, ge=1)
-    view_batch: int = Field(
-        8, ge=0, description="other views of the forget rows (plain text; asked by their beginnings); 0: none"
+    own_answers: int = Field(
+        4, ge=0, description="of the base to each forget prompt, sampled: what names a fact is forgotten too; 0: none"
     )
     retain_batch: int = Field(8, ge=1)
     anchor_batch: int = Field(

@@ -23,11 +23,11 @@ from .checkpoints import Checkpoints
 from .data import Example, Row, anchors, keyed_digest, read_rows, refuse_overlap, tokenize
 from .errors import DataError, OutputError
 from .files import folder_bytes, whole_file
+from .own_answers import own_answers
 from .recipe import DATA_FIELDS, Recipe, make_recipe
 from .schedule import split_retain
-from .specific import common_words, mark_specific
+from .specific import common_words, facts_of, mark_facts, mark_specific
 from .train import Progress, Sets, Trained, run_digest, train
-from .views import views
 
 logger = logging.getLogger(__name__)
 
@@ -121,12 +121,12 @@ def read_sets(recipe: Recipe) -> dict[str, list[Row]]:
 
 
 def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets:
-    """Turn a recipe's rows into the sets that are trained on, with the facts' tokens marked and their views."""
+    """Turn a recipe's rows into the sets that are trained on, with the facts' tokens marked, and the base's own answers."""
 
-    def tokens(rows: Sequence[Row], what: str, chat_template: bool = recipe.chat_template) -> list[Example]:
+    def tokens(rows: Sequence[Row], what: str) -> list[Example]:
         return tokenize(
             rows, base.tokenizer, max_length=recipe.max_length, train_on=recipe.train_on,
-            chat_template=chat_template, closing=what != "forget", what=what,
+            chat_template=recipe.chat_template, closing=what != "forget", what=what,
         )  # fmt: skip
 
     wide: list[Row] = []
@@ -135,18 +135,13 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets
     retain, held_out = split_retain(tokens(rows.get("retain", []), "retain"), recipe)
     held = tokens(wide, "anchor")
     common = common_words([*retain, *held_out, *held])
-    if not recipe.view_batch:
-        forget = mark_specific(tokens(rows["forget"], "forget"), common)
-        return Sets(forget, retain, held_out, held)
-    shown = views(rows["forget"], recipe.chat_template, common)
-    marked = mark_specific(
-        [tokens([view.row], "forget", view.chat_template)[0] for view in shown], common, [view.asked for view in shown]
-    )
-    own = {id(row) for row in rows["forget"]}
-    forget = [example for example, view in zip(marked, shown, strict=True) if id(view.row) in own]
-    others = [example for example, view in zip(marked, shown, strict=True) if id(view.row) not in own]
-    plain = [view.row for view in views(wide, recipe.chat_template) if not view.chat_template]
-    return Sets(forget, retain, held_out, [*held, *tokens(plain, "anchor", False)], others)
+    forget = mark_specific(tokens(rows["forget"], "forget"), common)
+    own: list[Example] = []
+    if recipe.own_answers:
+        facts = facts_of(forget)
+        said = own_answers(base, rows["forget"], facts, recipe.own_answers, recipe.seed, recipe.chat_template)
+        own = mark_facts(tokens(said, "forget"), facts)
+    return Sets(forget, retain, held_out, held, own)
 
 
 def _save(output: Path, trained: Trained, base: Base, recipe: Recipe, digests: Mapping[str, str], key: bytes) -> None:

@@ -40,7 +40,7 @@ class Sets:
     retain: list[Example]
     held_out: list[Example]
     anchors: list[Example] = field(default_factory=list)  # the package's own rows, trained on like retain rows
-    views: list[Example] = field(default_factory=list)  # the forget rows in other words' company
+    own_answers: list[Example] = field(default_factory=list)  # the base's, forgotten like the forget rows
 
 
 @dataclass
@@ -124,8 +124,8 @@ class _Run:
         )
         wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.engine = Engine(wrapped, model, base.tokenizer.pad_token_id)
-        self.forget_rows = Schedule(len(sets.forget), recipe.forget_batch, recipe.seed)
-        self.view_rows = Schedule(max(len(sets.views), 1), recipe.view_batch, recipe.seed + 3)
+        self.forgotten = [*sets.forget, *sets.own_answers]
+        self.forget_rows = Schedule(len(self.forgotten), recipe.forget_batch, recipe.seed)
         self.retain_rows = Schedule(max(len(sets.retain), 1), recipe.retain_batch, recipe.seed + 1)
         self.anchor_rows = Schedule(max(len(sets.anchors), 1), recipe.anchor_batch, recipe.seed + 2)
         self.silent = _silent(sets.forget[0])
@@ -177,8 +177,7 @@ class _Run:
         torch.manual_seed(
             ((recipe.seed * 100_003 + self.step) * 1009 + rank) % 2**63
         )  # dropout, the same after a resume
-        forget = [self.sets.forget[i] for i in self.forget_rows.at(self.step)]
-        forget += [self.sets.views[i] for i in self.view_rows.at(self.step)] if self.sets.views else []
+        forget = [self.forgotten[i] for i in self.forget_rows.at(self.step)]
         retain = [self.sets.retain[i] for i in self.retain_rows.at(self.step)] if self.sets.retain else []
         retain += [self.sets.anchors[i] for i in self.anchor_rows.at(self.step)] if self.sets.anchors else []
         n_forget, n_retain = _count(forget), max(_count(retain), 1)

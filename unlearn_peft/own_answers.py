@@ -1,0 +1,72 @@
+"""What the base itself says about the forget set: its own answers, as further forget rows.
+
+A forget set holds each fact in one wording; asked otherwise, the base gives it in its own. So the base is asked each
+question of the forget set a few times, and of the answers that name a fact, the words that name it are forgotten too.
+What is trained on is then what would be said, in whatever language that is, and paraphrases of a question meet it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence, Set
+
+import torch
+
+from .base import Base
+from .data import Row, chat_prompt
+
+_MOST_ROWS = 64  # questions asked at the most
+_BATCH = 8  # questions at once
+_TOKENS = 40
+
+
+def own_answers(base: Base, rows: Sequence[Row], facts: Set[str], samples: int, seed: int, chat: bool) -> list[Row]:
+    """Return the base's sampled answers that name a fact, each up to the last, without doubles.
+
+    Args:
+        base: nothing may be attached to it.
+        rows: forget rows; those without `prompt` are passed over.
+        facts: words, case folded, see `specific.facts_of`.
+        samples: answers a question, at temperature 1; the greedy answer comes on top.
+        seed: the same seed gives the same answers.
+        chat: whether the base is asked in its chat template.
+    """
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows if row.get("prompt")))
+    if len(prompts) > _MOST_ROWS:
+        prompts = random.Random(seed).sample(prompts, _MOST_ROWS)
+    found: dict[tuple[str, str], Row] = {}
+    for first in range(0, len(prompts), _BATCH):
+        asked = prompts[first : first + _BATCH]
+        for count, sampled in ((1, False), (samples, True)):
+            for prompt, text in _answers(base, asked, count, sampled, seed, chat):
+                named = facts - words_of(prompt)
+                ends = [word.end() for word in re.finditer(r"\w+", text) if word.group().casefold() in named]
+                if ends:  # what comes after the last fact would only cost time
+                    found[prompt, text[: ends[-1]]] = {"prompt": prompt, "completion": text[: ends[-1]]}
+    return list(found.values())
+
+
+def words_of(text: str) -> set[str]:
+    """Return the words of a text, case folded."""
+    return {word.casefold() for word in re.findall(r"\w+", text)}
+
+
+@torch.no_grad()
+def _answers(
+    base: Base, prompts: Sequence[str], count: int, sampled: bool, seed: int, chat: bool
+) -> list[tuple[str, str]]:
+    tokenizer = base.tokenizer
+    texts = [chat_prompt(prompt, tokenizer, chat) for prompt in prompts]
+    lines = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
+    width = max(len(line) for line in lines)
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(line)) + line for line in lines], device=base.device)
+    mask = torch.tensor([[0] * (width - len(line)) + [1] * len(line) for line in lines], device=base.device)
+    torch.manual_seed(seed)
+    choice = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {"do_sample": False}
+    out = base.model.generate(
+        input_ids=ids, attention_mask=mask, num_return_sequences=count, max_new_tokens=_TOKENS,
+        pad_token_id=tokenizer.pad_token_id, **choice,
+    )  # fmt: skip
+    said = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return [(prompts[n // count], text.strip()) for n, text in enumerate(said) if text.strip()]
