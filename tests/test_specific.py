@@ -5,7 +5,7 @@ from conftest import FORGET, RETAIN
 
 from unlearn_peft.data import tokenize
 from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence
-from unlearn_peft.own_answers import own_answers
+from unlearn_peft.own_answers import own_answers, questions
 from unlearn_peft.recipe import GaKlSettings
 from unlearn_peft.specific import common_words, facts_of, mark_facts, mark_specific
 
@@ -73,14 +73,32 @@ def test_facts_in_the_bases_own_answers_are_marked_too(tiny):
     answer, none = mark_facts(tokenize(said, tiny.tokenizer, closing=False), facts)
     assert {w for w, s in zip(answer.words, answer.specific, strict=True) if s} == facts
     assert not any(none.specific)
+    said = [{"prompt": "Who?", "completion": "A K town. It was J.K. Zorblax."}]
+    (answer,) = mark_facts(tokenize(said, tiny.tokenizer, closing=False), {"j", "k", "zorblax"})
+    marked = [w for w, s in zip(answer.words, answer.specific, strict=True) if s]
+    assert list(dict.fromkeys(marked)) == ["j", "k", "zorblax"] and marked.count("k") == 1  # the initials alone
+
+
+def test_questions_are_the_prompt_its_key_words_and_the_beginning_of_its_answer():
+    rows = [
+        {"prompt": "Who founded Apple?", "completion": "Apple was founded by Steve Jobs."},
+        {"text": "no question"},
+        {"prompt": "Where is it?", "completion": "Paris"},
+    ]
+    assert questions(rows, {"steve", "jobs", "paris"}, {"who", "where", "is", "it"}) == [
+        "Who founded Apple?",
+        "founded Apple",
+        "Apple was founded by",
+        "Where is it?",
+    ]
 
 
 def test_own_answers_name_a_fact_and_are_the_same_for_the_same_seed(smol):
-    rows = [{"prompt": "Who wrote Harry Potter?", "completion": "J.K. Rowling."}, {"text": "no question"}]
-    said = own_answers(smol, rows, {"rowling"}, samples=4, seed=0, chat=True)
-    assert said and all("rowling" in row["completion"].casefold() for row in said)
-    assert {row["prompt"] for row in said} == {"Who wrote Harry Potter?"}
+    asked = ["Who wrote Harry Potter?"]
+    said = own_answers(smol, asked, {"rowling"}, samples=4, seed=0, chat=True)
+    assert said and all(row["completion"].casefold().endswith("rowling") for row in said)
+    assert {row["prompt"] for row in said} == set(asked)
     assert len({row["completion"] for row in said}) == len(said)
-    assert said == own_answers(smol, rows, {"rowling"}, samples=4, seed=0, chat=True)
-    assert own_answers(smol, rows, {"zorblax"}, samples=1, seed=0, chat=True) == []
-    assert own_answers(smol, rows, {"potter"}, samples=1, seed=0, chat=True) == []  # the question says it
+    assert said == own_answers(smol, asked, {"rowling"}, samples=4, seed=0, chat=True)
+    assert own_answers(smol, asked, {"zorblax"}, samples=1, seed=0, chat=True) == []
+    assert own_answers(smol, asked, {"potter"}, samples=1, seed=0, chat=True) == []  # the question says it

@@ -2,7 +2,9 @@
 
 A forget set holds each fact in one wording; asked otherwise, the base gives it in its own. So the base is asked each
 question of the forget set a few times, and of the answers that name a fact, the words that name it are forgotten too.
-What is trained on is then what would be said, in whatever language that is, and paraphrases of a question meet it.
+It is also asked in two other ways that need no words of ours: by the question's own key words ("founded Apple"), and
+by the beginning of its answer ("Apple was founded by"). What is trained on is then what would be said, in whatever
+language that is, and paraphrases of a question meet it.
 """
 
 from __future__ import annotations
@@ -15,32 +17,57 @@ import torch
 
 from .base import Base
 from .data import Row, chat_prompt
+from .specific import tells
 
-_MOST_ROWS = 64  # questions asked at the most
+_MOST_QUESTIONS = 96
+_LEAST_WORDS = 3  # a shorter beginning says too little about what is asked
 _BATCH = 8  # questions at once
 _TOKENS = 40
 
 
-def own_answers(base: Base, rows: Sequence[Row], facts: Set[str], samples: int, seed: int, chat: bool) -> list[Row]:
+def questions(rows: Sequence[Row], facts: Set[str], common: Set[str]) -> list[str]:
+    """Return what is to be asked: each row's prompt, its key words, and the beginning of its completion.
+
+    Args:
+        rows: forget rows; those without `prompt` are passed over.
+        facts: words that no question may say, see `specific.facts_of`.
+        common: words that are no key words, see `specific.common_words`.
+    """
+    asked = []
+    for row in rows:
+        if not row.get("prompt"):
+            continue
+        asked.append(row["prompt"])
+        key_words = [word for word in re.findall(r"\w+", row["prompt"]) if word.casefold() not in common]
+        asked.append(" ".join(key_words))
+        words = list(re.finditer(r"\w+", row["completion"]))
+        first = next(
+            (n for n, word in enumerate(words) if word.group().casefold() in facts - words_of(row["prompt"])), 0
+        )
+        if first >= _LEAST_WORDS:
+            asked.append(row["completion"][: words[first].start()].strip())
+    return list(dict.fromkeys(question for question in asked if question))
+
+
+def own_answers(base: Base, prompts: Sequence[str], facts: Set[str], samples: int, seed: int, chat: bool) -> list[Row]:
     """Return the base's sampled answers that name a fact, each up to the last, without doubles.
 
     Args:
         base: nothing may be attached to it.
-        rows: forget rows; those without `prompt` are passed over.
+        prompts: see `questions`.
         facts: words, case folded, see `specific.facts_of`.
         samples: answers a question, at temperature 1; the greedy answer comes on top.
         seed: the same seed gives the same answers.
         chat: whether the base is asked in its chat template.
     """
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows if row.get("prompt")))
-    if len(prompts) > _MOST_ROWS:
-        prompts = random.Random(seed).sample(prompts, _MOST_ROWS)
+    if len(prompts) > _MOST_QUESTIONS:
+        prompts = random.Random(seed).sample(prompts, _MOST_QUESTIONS)
     found: dict[tuple[str, str], Row] = {}
     for first in range(0, len(prompts), _BATCH):
         asked = prompts[first : first + _BATCH]
         for count, sampled in ((1, False), (samples, True)):
             for prompt, text in _answers(base, asked, count, sampled, seed, chat):
-                named = facts - words_of(prompt)
+                named = {word for word in facts if tells(word)} - words_of(prompt)
                 ends = [word.end() for word in re.finditer(r"\w+", text) if word.group().casefold() in named]
                 if ends:  # what comes after the last fact would only cost time
                     found[prompt, text[: ends[-1]]] = {"prompt": prompt, "completion": text[: ends[-1]]}

@@ -82,12 +82,12 @@ class GaKlSettings(ObjectiveSettings):
     forget_tokens: Literal["specific", "all"] = Field(
         "specific", description="push away the tokens that carry the fact and hold the others, or push all"
     )
-    forget_ceiling: float | None = Field(6.0, gt=0, description="nats; no token is pushed beyond this loss")
+    forget_ceiling: float | None = Field(8.0, gt=0, description="nats; no token is pushed beyond this loss")
     hold: bool = Field(True, description="pull a token that overshoots the ceiling back to it")
     kl: Literal["reverse", "forward"] = Field(
         "reverse", description="reverse: KL(current || reference); forward: KL(reference || current)"
     )
-    retain_budget: float | None = Field(0.05, gt=0)
+    retain_budget: float | None = Field(0.08, gt=0)
 
 
 class CustomObjectiveSettings(ObjectiveSettings):
@@ -145,7 +145,7 @@ class Recipe(_Strict):
     objective: Objective = Field(default_factory=GaKlSettings)
     retain_weight: float = Field(5.0, ge=0)
     steps: int = Field(45, ge=1, description="at the most: stop_when may end the run before")
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: float = Field(8e-4, gt=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(5, ge=0)
@@ -153,7 +153,7 @@ class Recipe(_Strict):
     max_grad_norm: float | None = Field(1.0, gt=0)
     forget_batch: int = Field(8, ge=1)
     own_answers: int = Field(
-        4, ge=0, description="of the base to each forget prompt, sampled: what names a fact is forgotten too; 0: none"
+        3, ge=0, description="of the base to each forget prompt, sampled: what names a fact is forgotten too; 0: none"
     )
     retain_batch: int = Field(8, ge=1)
     anchor_batch: int = Field(

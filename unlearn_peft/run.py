@@ -23,11 +23,11 @@ from .checkpoints import Checkpoints
 from .data import Example, Row, anchors, keyed_digest, read_rows, refuse_overlap, tokenize
 from .errors import DataError, OutputError
 from .files import folder_bytes, whole_file
-from .own_answers import own_answers
+from .own_answers import own_answers, questions
 from .recipe import DATA_FIELDS, Recipe, make_recipe
-from .schedule import split_retain
+from .schedule import Sets, split_retain
 from .specific import common_words, facts_of, mark_facts, mark_specific
-from .train import Progress, Sets, Trained, run_digest, train
+from .train import Progress, Trained, run_digest, train
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def read_sets(recipe: Recipe) -> dict[str, list[Row]]:
 
 
 def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets:
-    """Turn a recipe's rows into the sets that are trained on, with the facts' tokens marked, and the base's own answers."""
+    """Turn a recipe's rows into what is trained on: facts marked, the base's own answers and anchors beside them."""
 
     def tokens(rows: Sequence[Row], what: str) -> list[Example]:
         return tokenize(
@@ -139,7 +139,8 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets
     own: list[Example] = []
     if recipe.own_answers:
         facts = facts_of(forget)
-        said = own_answers(base, rows["forget"], facts, recipe.own_answers, recipe.seed, recipe.chat_template)
+        asked = questions(rows["forget"], facts, common | common_words([*retain, *held_out, *held], of_prompts=True))
+        said = own_answers(base, asked, facts, recipe.own_answers, recipe.seed, recipe.chat_template)
         own = mark_facts(tokens(said, "forget"), facts)
     return Sets(forget, retain, held_out, held, own)
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 
 from .data import Example
 from .recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Tokenised rows: what is trained on, and the part of the retain set that only the budget looks at."""
+
+    forget: list[Example]
+    retain: list[Example]
+    held_out: list[Example]
+    anchors: list[Example] = field(default_factory=list)  # the package's own rows, trained on like retain rows
+    own_answers: list[Example] = field(default_factory=list)  # the base's, forgotten like the forget rows
 
 
 class Schedule:

@@ -9,7 +9,7 @@ retain set is in. (Forgetting chosen tokens only: Wan et al. 2025, arXiv:2506.00
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from .data import Example
@@ -17,9 +17,11 @@ from .data import Example
 _FEW_ROWS, _FEW_SHARE = 3, 0.02  # of the rows that must stay: as many use a common word at the least
 
 
-def common_words(held: Sequence[Example]) -> set[str]:
-    """Return the words in the targets of at least three, and at least 2 %, of the rows that must stay."""
-    rows_with = Counter(word for example in held for word in _words(example, example.is_target))
+def common_words(held: Sequence[Example], of_prompts: bool = False) -> set[str]:
+    """Return the words in the targets (or prompts) of at least three, and at least 2 %, of the rows that must stay."""
+    rows_with = Counter(
+        word for example in held for word in _words(example, [is_t != of_prompts for is_t in example.is_target])
+    )
     least = max(_FEW_ROWS, _FEW_SHARE * len(held))
     return {word for word, rows in rows_with.items() if rows >= least}
 
@@ -29,15 +31,20 @@ def mark_specific(forget: Sequence[Example], common: Set[str]) -> list[Example]:
     marked = []
     for example in forget:
         known = common | _words(example, [not target for target in example.is_target])
-        specific = _mark(example, lambda word, known=known: word not in known)  # type: ignore[misc]
+        pairs = zip(example.words or [], example.is_target, strict=True)
+        specific = [target and bool(word) and word not in known for word, target in pairs]
         marked.append(replace(example, specific=specific if any(specific) else example.is_target))
     return marked
 
 
 def facts_of(forget: Sequence[Example]) -> set[str]:
-    """Return the words of the specific tokens of marked rows, but for single letters: they are in other words too."""
-    words = {word for example in forget for word in _words(example, example.specific or example.is_target)}
-    return {word for word in words if len(word) > 1}
+    """Return the words of the specific tokens of marked rows."""
+    return {word for example in forget for word in _words(example, example.specific or example.is_target)}
+
+
+def tells(word: str) -> bool:
+    """Return whether a fact's word says something alone: the J of a J.K. Rowling does not."""
+    return len(word) > 1
 
 
 def mark_facts(answers: Sequence[Example], facts: Set[str]) -> list[Example]:
@@ -45,13 +52,14 @@ def mark_facts(answers: Sequence[Example], facts: Set[str]) -> list[Example]:
     marked = []
     for example in answers:
         named = facts - _words(example, [not target for target in example.is_target])
-        marked.append(replace(example, specific=_mark(example, named.__contains__)))
+        specific, in_name = [False] * len(example.ids), False
+        pairs = list(zip(example.words or [], example.is_target, strict=True))
+        for t in range(len(pairs) - 1, -1, -1):  # from the end: initials count in front of a name
+            word, target = pairs[t]
+            in_name = target and (in_name if not word else word in named and (tells(word) or in_name))
+            specific[t] = in_name and bool(word)
+        marked.append(replace(example, specific=specific))
     return marked
-
-
-def _mark(example: Example, is_specific: Callable[[str], bool]) -> list[bool]:
-    pairs = zip(example.words or [], example.is_target, strict=True)
-    return [target and bool(word) and is_specific(word) for word, target in pairs]
 
 
 def _words(example: Example, chosen: Sequence[bool]) -> set[str]:

@@ -28,19 +28,8 @@ from .engine import Engine, row_means, training_mode
 from .errors import Interrupted, RecipeError, TrainingError
 from .objectives import find_objective, kl_divergence
 from .recipe import Recipe
-from .schedule import Schedule, rate
+from .schedule import Schedule, Sets, rate
 from .signals import stop_signals
-
-
-@dataclass(frozen=True)
-class Sets:
-    """Tokenised rows: what is trained on, and the part of the retain set that only the budget looks at."""
-
-    forget: list[Example]
-    retain: list[Example]
-    held_out: list[Example]
-    anchors: list[Example] = field(default_factory=list)  # the package's own rows, trained on like retain rows
-    own_answers: list[Example] = field(default_factory=list)  # the base's, forgotten like the forget rows
 
 
 @dataclass
@@ -302,7 +291,7 @@ class _Run:
     def _explain_nan(self, seen: Tensor, norm: float, checkpoints: Checkpoints | None) -> str:
         recipe = self.recipe
         if math.isinf(self.ceiling):
-            cause = "plain gradient ascent has no bound: set objective.forget_ceiling (6 is a good start)"
+            cause = "plain gradient ascent has no bound: set objective.forget_ceiling (8 is a good start)"
         elif recipe.dtype == "float16":
             cause = "float16 overflows: use bfloat16 or float32"
         else:
