@@ -46,7 +46,9 @@ def sampled(
     Each prompt has its own seed (`seed` + its number), so that its answers don't depend on the other prompts.
     """
     return [
-        _generate(base, [chat_prompt(prompt, base.tokenizer, chat_template)], count, max_new_tokens, temperature, seed + n)
+        _generate(
+            base, [chat_prompt(prompt, base.tokenizer, chat_template)], count, max_new_tokens, temperature, seed + n
+        )
         for n, prompt in enumerate(prompts)
     ]
 

@@ -19,6 +19,7 @@ from ..base import Base
 from ..batch import collate
 from ..data import Example, Row, tokenize
 from ..engine import picked_logits
+from ..errors import DataError
 
 _MOST_LOGITS = 2**26  # of a batch: 256 MB in float32
 _CHUNK = 128  # tokens whose distributions are worked on at once
@@ -52,6 +53,20 @@ class RowTokens:
     def answer(self, values: Tensor) -> Tensor:
         """Return per-token values without end-of-turn markers; all of them if there is nothing else."""
         return values if bool(self.closing.all()) else values[~self.closing]
+
+
+def questions(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return prompt and answer of each row that is one question and its answer.
+
+    Other rows (text, dialogues) are left out, which the n of a score tells.
+    """
+    found = []
+    for row in rows:
+        if {"prompt", "completion"} <= row.keys():
+            found.append((row["prompt"], row["completion"]))
+        elif [message["role"] for message in row.get("messages", [])] == ["user", "assistant"]:
+            found.append((row["messages"][0]["content"], row["messages"][1]["content"]))
+    return found
 
 
 @contextmanager
@@ -104,17 +119,22 @@ def row_tokens(
 
 @dataclass(frozen=True)
 class Kept:
-    """The bare base's predictions for some rows: hidden states in front of the head (n, d), or where a model does
-    more behind its head (scaling, capping), log-probabilities (n, V)."""
+    """The bare base's predictions for some rows, one tensor a row.
+
+    Hidden states in front of the head (n, d), or where a model does more behind its head (scaling, capping),
+    log-probabilities (n, V).
+    """
 
     rows: list[Tensor]
     hidden: bool
 
 
 @torch.no_grad()
-def keep_reference(base: Base, rows: Sequence[Row], *, what: str = "rows", batch_size: int = 8) -> Kept:
+def keep_reference(
+    base: Base, rows: Sequence[Row], *, what: str = "rows", chat_template: bool = True, batch_size: int = 8
+) -> Kept:
     """Remember what the bare base predicts at the targets of `rows`; adapters are off meanwhile."""
-    examples = tokenize(rows, base.tokenizer, what=what)
+    examples = tokenize(rows, base.tokenizer, what=what, chat_template=chat_template)
     head = base.model.get_output_embeddings()
     hidden: bool | None = None
     kept: list[Tensor] = []
@@ -131,10 +151,22 @@ def keep_reference(base: Base, rows: Sequence[Row], *, what: str = "rows", batch
 
 @torch.no_grad()
 def kl_to_reference(
-    base: Base, rows: Sequence[Row], kept: Kept, *, what: str = "rows", batch_size: int = 8
+    base: Base,
+    rows: Sequence[Row],
+    kept: Kept,
+    *,
+    what: str = "rows",
+    chat_template: bool = True,
+    batch_size: int = 8,
 ) -> list[Tensor]:
-    """Return KL(current || bare base) at each target token, nats, one (n,) tensor a row, over the whole vocabulary."""
-    examples = tokenize(rows, base.tokenizer, what=what)
+    """Return KL(current || bare base) at each target token, nats, one (n,) tensor a row, over the whole vocabulary.
+
+    Raises:
+        DataError: if `kept` was made of other rows, or in another way.
+    """
+    examples = tokenize(rows, base.tokenizer, what=what, chat_template=chat_template)
+    if [len(states) for states in kept.rows] != [sum(example.is_target) for example in examples]:
+        raise DataError(f"the reference was not made of these {len(rows)} rows of the {what} set: make it again")
     head = base.model.get_output_embeddings()
     result: list[Tensor] = []
     for start, batch, logits in _batches(base, examples, batch_size):
