@@ -33,7 +33,7 @@ def losses(tokens: Sequence[RowTokens]) -> Array:
 
 
 def zlib_ratios(tokens: Sequence[RowTokens]) -> Array:
-    """Return each row's mean loss over the bytes of its completion, compressed (Carlini et al. 2021, arXiv:2012.07805)."""
+    """Return each row's mean loss over its text's zlib-compressed bytes (Carlini et al. 2021, arXiv:2012.07805)."""
     return np.array([row.loss / len(zlib.compress(row.text.encode())) for row in tokens])
 
 

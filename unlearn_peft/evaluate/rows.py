@@ -122,7 +122,7 @@ class Kept:
     """The bare base's predictions for some rows, one tensor a row.
 
     Hidden states in front of the head (n, d), or where a model does more behind its head (scaling, capping),
-    log-probabilities (n, V).
+    logits (n, V).
     """
 
     rows: list[Tensor]
@@ -144,7 +144,7 @@ def keep_reference(
             states = seen.pop()
             if hidden is None:
                 hidden = torch.allclose(head.forward(states[None])[0], logits, rtol=1e-4, atol=1e-4)
-            values = states if hidden else torch.log_softmax(logits.float(), dim=-1)
+            values = states if hidden else logits
             kept.extend(v.clone() for v in torch.split(values.cpu(), [sum(e.is_target) for e in batch]))
     return Kept(kept, bool(hidden))
 
@@ -182,7 +182,7 @@ def kl_to_reference(
 
 
 def kl(current: Tensor, reference: Tensor) -> Tensor:
-    """Return KL(current || reference) in nats, (N,), from logits or log-probabilities (N, V)."""
+    """Return KL(current || reference) in nats, (N,), from logits (N, V)."""
     p, q = torch.log_softmax(current.float(), dim=-1), torch.log_softmax(reference.float(), dim=-1)
     return (p.exp() * (p - q)).sum(-1)
 
