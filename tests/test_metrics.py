@@ -20,6 +20,7 @@ from unlearn_peft.evaluate.score import bootstrap, per_token, score, sums
 from unlearn_peft.evaluate.suite import measure, take_reference
 from unlearn_peft.generate import mean_kl, sampled, target_log_probabilities
 
+# TOFU's own evaluation logs (MIT, see tests/data/README.md)
 LOGS = json.loads((Path(__file__).parent / "data" / "tofu_forget10_logs.json").read_text())
 PROBES = [{"prompt": "Who wrote it?", "leak": ["Zorblax"]}, {"prompt": "Where?", "leak": ["a", "e", "o"]}]
 SETS = {
@@ -41,6 +42,15 @@ def tokens(log_p, greedy=None, closing=None, mean=None, std=None, text="text"):
         torch.tensor(closing or [False] * n),
         text,
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The tiny model's products are too small to share: on a busy machine two threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
@@ -250,7 +260,7 @@ def test_knowledge_memorization_asks_as_muse_does(tiny, monkeypatch):
 
     def answering(base, prompts, **how):
         seen.extend(prompts)
-        assert how == {"max_new_tokens": 32, "chat_template": False, "batch_size": 8}
+        assert how == {"max_new_tokens": 32, "chat_template": False, "batch_size": 8, "strip": False}
         return ["Zorblax Quintel\n\nQuestion: x", "no\nQuestion: Zorblax wrote the blue book"]
 
     monkeypatch.setattr(memorization, "answers", answering)
@@ -327,14 +337,20 @@ def test_truth_ratios_of_real_logs(model):
 
 
 def test_forget_truth_ratio_is_the_published_one():
-    """The TOFU leaderboard (huggingface.co/spaces/locuslab/tofu_leaderboard) gives 0.6740192657877031 for the run
-    whose logs the retain90 ones are (rounded to five places)."""
+    """0.6740192657877031 stands on the TOFU leaderboard (huggingface.co/spaces/locuslab/tofu_leaderboard).
+
+    The row is labelled "Finetune Model (WD = 0.01)", but its ROUGE and truth ratios are those of the retain90 logs
+    that TOFU publishes; the ones here are the same, rounded to five places.
+    """
     assert truth.forget_truth_ratio(ours("retain90")).mean() == pytest.approx(0.6740192657877031, abs=1e-6)
 
 
 def test_forget_quality_of_real_logs():
-    """p = 1.8e-21. The leaderboard's page gives none for this pair; open-unlearning's own models have 4.35e-25 (400
-    rows instead of these 300)."""
+    """p = 1.834e-21; on TOFU's unrounded logs it is the same to all of these digits.
+
+    No published figure is of this very pair; open-unlearning's own pair of Llama-2-7b models has 4.35e-25 on forget10
+    (docs/repro.md), with 400 rows instead of these 300.
+    """
     found = truth.forget_quality(ours("finetuned"), ours("retain90"), resamples=20)
     assert found.value == pytest.approx(exact_ks(tofu_ratios("finetuned"), tofu_ratios("retain90")), rel=1e-6)
     assert found.value == pytest.approx(1.834066410994743e-21, rel=1e-6)

@@ -22,13 +22,17 @@ def answers(
     seed: int = 0,
     chat_template: bool = True,
     batch_size: int = 1,
+    strip: bool = True,
 ) -> list[str]:
-    """Answer each prompt once, greedily unless a temperature is given; `batch_size` prompts at a time."""
+    """Answer each prompt once, greedily unless a temperature is given; `batch_size` prompts at a time.
+
+    White space around an answer is left out unless `strip` is False.
+    """
     texts = []
     for start in range(0, len(prompts), batch_size):
         chunk = [chat_prompt(prompt, base.tokenizer, chat_template) for prompt in prompts[start : start + batch_size]]
         texts.extend(_generate(base, chunk, 1, max_new_tokens, temperature, seed))
-    return texts
+    return [text.strip() for text in texts] if strip else texts
 
 
 def sampled(
@@ -45,12 +49,9 @@ def sampled(
 
     Each prompt has its own seed (`seed` + its number), so that its answers don't depend on the other prompts.
     """
-    return [
-        _generate(
-            base, [chat_prompt(prompt, base.tokenizer, chat_template)], count, max_new_tokens, temperature, seed + n
-        )
-        for n, prompt in enumerate(prompts)
-    ]
+    texts = [chat_prompt(prompt, base.tokenizer, chat_template) for prompt in prompts]
+    found = [_generate(base, [text], count, max_new_tokens, temperature, seed + n) for n, text in enumerate(texts)]
+    return [[text.strip() for text in samples] for samples in found]
 
 
 @torch.no_grad()
@@ -75,7 +76,7 @@ def _generate(
             input_ids=rows.to(base.device), attention_mask=attention.to(base.device), max_new_tokens=max_new_tokens,
             num_return_sequences=count, pad_token_id=base.tokenizer.pad_token_id, **choice,
         )  # fmt: skip
-    return [text.strip() for text in base.tokenizer.batch_decode(found[:, width:], skip_special_tokens=True)]
+    return list(base.tokenizer.batch_decode(found[:, width:], skip_special_tokens=True))
 
 
 def leaked(text: str, words: Sequence[str]) -> list[str]:

@@ -103,7 +103,9 @@ def knowledge_memorization(
     solved = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in questions(shots))
     pairs = questions(rows)
     prompts = [f"{solved}Question: {question}\nAnswer: " for question, _ in pairs]
-    found = answers(base, prompts, max_new_tokens=max_new_tokens, chat_template=False, batch_size=batch_size)
+    found = answers(
+        base, prompts, max_new_tokens=max_new_tokens, chat_template=False, batch_size=batch_size, strip=False
+    )  # an answer that begins with an empty line is cut off there, and is nothing
     return 100 * rouge_l(
         [answer for _, answer in pairs], [_ENDS.split(text)[0] for text in found], part="fmeasure", stem=False
     )
