@@ -13,7 +13,6 @@ from .data import Row, chat_prompt, tokenize
 from .engine import picked_logits
 
 
-@torch.no_grad()
 def answers(
     base: Base,
     prompts: Sequence[str],
@@ -22,23 +21,62 @@ def answers(
     temperature: float = 0.0,
     seed: int = 0,
     chat_template: bool = True,
+    batch_size: int = 1,
+    strip: bool = True,
 ) -> list[str]:
-    """Answer prompts one by one, greedily unless a temperature is given."""
+    """Answer each prompt once, greedily unless a temperature is given; `batch_size` prompts at a time.
+
+    White space around an answer is left out unless `strip` is False.
+    """
     texts = []
-    for prompt in prompts:
-        text = chat_prompt(prompt, base.tokenizer, chat_template)
-        bos = base.tokenizer.bos_token
-        coded = base.tokenizer(text, return_tensors="pt", add_special_tokens=not (bos and text.startswith(bos)))
-        coded = {key: value.to(base.device) for key, value in coded.items() if key != "token_type_ids"}
-        choice: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            torch.manual_seed(seed)
-            choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        ids = base.model.generate(
-            **coded, max_new_tokens=max_new_tokens, pad_token_id=base.tokenizer.pad_token_id, **choice
-        )[0]
-        texts.append(base.tokenizer.decode(ids[coded["input_ids"].shape[1] :], skip_special_tokens=True).strip())
-    return texts
+    for start in range(0, len(prompts), batch_size):
+        chunk = [chat_prompt(prompt, base.tokenizer, chat_template) for prompt in prompts[start : start + batch_size]]
+        texts.extend(_generate(base, chunk, 1, max_new_tokens, temperature, seed))
+    return [text.strip() for text in texts] if strip else texts
+
+
+def sampled(
+    base: Base,
+    prompts: Sequence[str],
+    *,
+    count: int,
+    temperature: float = 1.0,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    chat_template: bool = True,
+) -> list[list[str]]:
+    """Sample `count` answers to each prompt from the whole distribution, all of one prompt at once.
+
+    Each prompt has its own seed (`seed` + its number), so that its answers don't depend on the other prompts.
+    """
+    texts = [chat_prompt(prompt, base.tokenizer, chat_template) for prompt in prompts]
+    found = [_generate(base, [text], count, max_new_tokens, temperature, seed + n) for n, text in enumerate(texts)]
+    return [[text.strip() for text in samples] for samples in found]
+
+
+@torch.no_grad()
+def _generate(
+    base: Base, texts: Sequence[str], count: int, max_new_tokens: int, temperature: float, seed: int
+) -> list[str]:
+    """Continue rendered prompts, padded on the left, `count` times each; the caller's random state is kept."""
+    bos = base.tokenizer.bos_token
+    ids = [base.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"] for text in texts]
+    width = max(map(len, ids))
+    rows = torch.full((len(ids), width), base.tokenizer.pad_token_id)
+    attention = torch.zeros_like(rows)
+    for n, row in enumerate(ids):
+        rows[n, width - len(row) :] = torch.tensor(row)
+        attention[n, width - len(row) :] = 1
+    choice: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        choice = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        found = base.model.generate(
+            input_ids=rows.to(base.device), attention_mask=attention.to(base.device), max_new_tokens=max_new_tokens,
+            num_return_sequences=count, pad_token_id=base.tokenizer.pad_token_id, **choice,
+        )  # fmt: skip
+    return list(base.tokenizer.batch_decode(found[:, width:], skip_special_tokens=True))
 
 
 def leaked(text: str, words: Sequence[str]) -> list[str]:

@@ -1,0 +1,111 @@
+"""How much of the rows the model still says: by probability, by greedy decoding, by ROUGE-L of what it writes.
+
+Per-token numbers (`rows.RowTokens`) or texts come in; one number a row goes out, as a numpy array.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from ..base import Base
+from ..data import Row
+from ..generate import answers
+from .rows import RowTokens, questions
+from .score import Array, extra
+
+_ENDS = re.compile(r"\n\n|\nQuestion|Question:")  # where MUSE cuts an answer off
+
+
+def answer_probability(tokens: Sequence[RowTokens]) -> Array:
+    """Return P(answer | question)^(1/|answer|) of each row: the geometric mean of its tokens' probabilities.
+
+    TOFU (Maini et al. 2024, arXiv:2401.06121); as in its code and open-unlearning's, the end-of-turn
+    marker is a part of the answer (where a row has one).
+    """
+    return np.exp([-row.loss for row in tokens])
+
+
+def exact_memorization(tokens: Sequence[RowTokens]) -> Array:
+    """Return the share of each row's answer tokens that are the model's first choice, given those before.
+
+    Tirumala et al. 2022 (arXiv:2205.10770); the end-of-turn marker is left out, as in open-unlearning.
+    """
+    return np.array([float(row.answer(row.greedy).double().mean()) for row in tokens])
+
+
+def extraction_strength(tokens: Sequence[RowTokens]) -> Array:
+    """Return 1 - k/n of each row, k the least number of answer tokens after which greedy decoding says all the rest.
+
+    Carlini et al. 2021 (arXiv:2012.07805), as a strength in Wang et al. 2025 (ICLR, "Towards effective evaluations
+    and comparisons for LLM unlearning methods"). A row whose last token is not said even after all others has k = n
+    and strength 0, as the definition says; open-unlearning's code gives 1/n there. The end-of-turn marker is left
+    out, as there.
+    """
+    strengths = []
+    for row in tokens:
+        wrong = np.flatnonzero(~row.answer(row.greedy).numpy())
+        n = len(row.answer(row.greedy))
+        strengths.append(1 - (int(wrong[-1]) + 1 if len(wrong) else 0) / n)
+    return np.array(strengths)
+
+
+def rouge_l(
+    expected: Sequence[str], found: Sequence[str], *, part: Literal["recall", "fmeasure"] = "recall", stem: bool = True
+) -> Array:
+    """Return the ROUGE-L (Lin 2004) of each found text, by the library rouge-score.
+
+    TOFU takes the recall, with stemming; MUSE the F-measure, without. The library sees Latin letters and digits only.
+
+    Raises:
+        UnlearnError: if rouge-score is not installed.
+    """
+    scorer = extra("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=stem)
+    pairs = zip(expected, found, strict=True)
+    return np.array([getattr(scorer.score(one, other)["rougeL"], part) for one, other in pairs], dtype=np.float64)
+
+
+def verbatim_memorization(
+    base: Base, rows: Sequence[Row], *, prefix_tokens: int = 64, max_new_tokens: int = 128, batch_size: int = 8
+) -> Array:
+    """Return VerbMem of each row, in percent: ROUGE-L F of what the model writes after its beginning.
+
+    MUSE (Shi et al. 2024, arXiv:2407.06460). The beginning is the prompt, as plain text, or the first
+    tokens of a `text` row; what truly follows is cut to `max_new_tokens`. Rows too short for that are left out.
+    """
+    prompts, expected = [], []
+    for row in rows:
+        if "text" in row:
+            ids = base.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+            prompt, rest = base.tokenizer.decode(ids[:prefix_tokens]), ids[prefix_tokens:]
+        else:
+            pairs = questions([row])
+            prompt = pairs[0][0] if pairs else ""
+            rest = base.tokenizer(pairs[0][1], add_special_tokens=False)["input_ids"] if pairs else []
+        if prompt and rest:
+            prompts.append(prompt)
+            expected.append(base.tokenizer.decode(rest[:max_new_tokens], skip_special_tokens=True))
+    found = answers(base, prompts, max_new_tokens=max_new_tokens, chat_template=False, batch_size=batch_size)
+    return 100 * rouge_l(expected, found, part="fmeasure", stem=False)
+
+
+def knowledge_memorization(
+    base: Base, rows: Sequence[Row], shots: Sequence[Row] = (), *, max_new_tokens: int = 32, batch_size: int = 8
+) -> Array:
+    """Return KnowMem of each question, in percent: ROUGE-L F of the model's short answer.
+
+    MUSE (arXiv:2407.06460): plain `Question:`/`Answer:` text behind the solved `shots`, greedy, the
+    answer cut off where the next question would begin. Used on the forget set and, as utility, on the retain set.
+    """
+    solved = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in questions(shots))
+    pairs = questions(rows)
+    prompts = [f"{solved}Question: {question}\nAnswer: " for question, _ in pairs]
+    found = answers(
+        base, prompts, max_new_tokens=max_new_tokens, chat_template=False, batch_size=batch_size, strip=False
+    )  # an answer that begins with an empty line is cut off there, and is nothing
+    return 100 * rouge_l(
+        [answer for _, answer in pairs], [_ENDS.split(text)[0] for text in found], part="fmeasure", stem=False
+    )

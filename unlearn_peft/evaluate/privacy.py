@@ -1,0 +1,173 @@
+"""Can it be told that a row was in the training set? Six membership attacks, their AUC, and privacy leakage.
+
+Per-token numbers come in; one number a row goes out, higher for a row that looks less like a member (as a loss is).
+`auc` and `privacy_leakage` make figures of two sets of such numbers. Definitions as in open-unlearning
+(arXiv:2506.12618): all but loss, zlib and reference leave out the end-of-turn marker.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from ..base import Base
+from ..batch import collate
+from ..data import Row, tokenize
+from ..engine import picked_logits
+from ..errors import BaseModelError
+from .rows import RowTokens, row_tokens
+from .score import Array, Score, score
+
+LEAST_LIKELY = 0.4  # share of tokens that min-k% looks at, as MUSE and open-unlearning have it
+
+
+def losses(tokens: Sequence[RowTokens]) -> Array:
+    """Return each row's mean loss, nats/token (Yeom et al. 2018, arXiv:1709.01604)."""
+    return np.array([row.loss for row in tokens])
+
+
+def zlib_ratios(tokens: Sequence[RowTokens]) -> Array:
+    """Return each row's mean loss over its text's zlib-compressed bytes (Carlini et al. 2021, arXiv:2012.07805)."""
+    return np.array([row.loss / len(zlib.compress(row.text.encode())) for row in tokens])
+
+
+def min_k(tokens: Sequence[RowTokens], k: float = LEAST_LIKELY) -> Array:
+    """Return min-k% prob: the mean loss of each row's least likely tokens, a share k of them, one at the least.
+
+    Shi et al. 2024, arXiv:2310.16789.
+    """
+    return np.array([_of_lowest(row.answer(row.log_p), k) for row in tokens])
+
+
+def min_k_plus_plus(tokens: Sequence[RowTokens], k: float = LEAST_LIKELY) -> Array:
+    """Return min-k%++: as `min_k`, of log p standardised by its mean and deviation over the vocabulary at the position.
+
+    Zhang et al. 2025, arXiv:2404.02936. The variance is held at 1e-6 or more, as in open-unlearning.
+    """
+    return np.array(
+        [_of_lowest(row.answer((row.log_p - row.mean) / row.std.clamp(min=1e-3)), k) for row in tokens]
+    )  # fmt: skip
+
+
+def over_reference(tokens: Sequence[RowTokens], reference: Sequence[RowTokens]) -> Array:
+    """Return each row's mean loss less that under a reference model, as in open-unlearning."""
+    return losses(tokens) - losses(reference)
+
+
+def gradient_norms(base: Base, rows: Sequence[Row], *, p: float = 2, chat_template: bool = True) -> Array:
+    """Return the p-norm of the gradient of each row's mean loss, averaged over the base's parameter tensors.
+
+    Wang et al. 2024 (arXiv:2402.17012), aggregated as in open-unlearning. The base's parameters are let have
+    gradients meanwhile, and are as before afterwards; it takes as much memory again as they do.
+
+    Raises:
+        BaseModelError: if no parameter can have a gradient (a quantised base).
+    """
+    parameters = [parameter for parameter in base.model.parameters() if parameter.is_floating_point()]
+    if not parameters:
+        raise BaseModelError("no parameter of this base can have a gradient: load it unquantised for gradient norms")
+    before = [parameter.requires_grad for parameter in parameters]
+    head = base.model.get_output_embeddings()
+    norms = []
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for example in tokenize(rows, base.tokenizer, what="gradient norm", chat_template=chat_template, closing=False):
+            batch = collate([example], base.tokenizer.pad_token_id).to(base.device)
+            labels = batch.ids[:, 1:][batch.targets[:, 1:]]
+            with torch.enable_grad():
+                loss = torch.nn.functional.cross_entropy(picked_logits(base.model, head, batch).float(), labels)
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            norms.append(float(torch.stack([g.float().norm(p) for g in found if g is not None]).mean()))
+    finally:
+        for parameter, flag in zip(parameters, before, strict=True):
+            parameter.requires_grad_(flag)
+    return np.array(norms)
+
+
+def auc(members: ArrayLike, others: ArrayLike) -> float:
+    """Return how often a member scores below a non-member, ties by half: 1 where membership is plain, 0.5 by chance."""
+    one, other = np.asarray(members, dtype=np.float64), np.asarray(others, dtype=np.float64)
+    below = np.searchsorted(np.sort(other), one, side="left")  # of the others, for each member
+    up_to = np.searchsorted(np.sort(other), one, side="right")
+    return float(1 - (below + up_to).mean() / (2 * len(other)))
+
+
+def privacy_leakage(unlearned: float, retrained: float = 0.5) -> float:
+    """Return MUSE's PrivLeak in percent (arXiv:2407.06460): how the AUC of min-k% on forget rows against
+    held-out rows differs from that of a retrained model.
+
+    Zero is as if never learned; far below zero the rows are still known, far above they are known to be avoided.
+    MUSE takes the non-members for the positives, so that its AUCs are one minus ours; that is done here.
+
+    Args:
+        unlearned: AUC as `auc` gives it.
+        retrained: that of a model trained without the rows; 0.5, as in open-unlearning, where there is none.
+    """
+    return 100 * ((1 - unlearned) - (1 - retrained)) / (1 - retrained)
+
+
+def membership(
+    base: Base,
+    members: Sequence[Row],
+    others: Sequence[Row],
+    *,
+    reference: Base | None = None,
+    retrained_auc: float = 0.5,
+    gradients: bool = True,
+    k: float = LEAST_LIKELY,
+    chat_template: bool = True,
+    batch_size: int = 8,
+) -> list[Score]:
+    """Run the attacks on a live base, with whatever is attached, and add privacy leakage.
+
+    Lower is better only down to chance: an AUC far below 0.5 (a leakage far above 0) gives the rows away as well.
+
+    Args:
+        base: the model under attack.
+        members: forget rows.
+        others: rows of the same kind that were never trained on.
+        reference: another model for the reference attack, one that never saw the forget rows; without it, that
+            attack is left out.
+        retrained_auc: see `privacy_leakage`.
+        gradients: whether to run the gradient-norm attack, a backward pass a row.
+        k: see `min_k`.
+        chat_template: see `data.tokenize`.
+        batch_size: rows at a time.
+    """
+    how: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
+    sides = [row_tokens(base, rows, what=what, **how) for rows, what in ((members, "members"), (others, "others"))]
+    numbers = {
+        "loss": [losses(side) for side in sides],
+        "zlib": [zlib_ratios(side) for side in sides],
+        "min_k": [min_k(side, k) for side in sides],
+        "min_k_plus_plus": [min_k_plus_plus(side, k) for side in sides],
+    }
+    if gradients:
+        numbers["gradient_norm"] = [
+            gradient_norms(base, rows, chat_template=chat_template) for rows in (members, others)
+        ]
+    if reference is not None:
+        numbers["reference"] = [
+            over_reference(side, row_tokens(reference, rows, what="reference", **how))
+            for side, rows in zip(sides, (members, others), strict=True)
+        ]
+    scores = [
+        score(f"membership_{name}", "AUC", False, *both, statistic=auc) for name, both in numbers.items()
+    ]  # fmt: skip
+    leakage = score(
+        "privacy_leakage", "percent", False, *numbers["min_k"],
+        statistic=lambda *both: privacy_leakage(auc(*both), retrained_auc),
+    )  # fmt: skip
+    return [*scores, leakage]
+
+
+def _of_lowest(values: Tensor, k: float) -> float:
+    count = max(1, int(len(values) * k))
+    return -float(values.double().sort().values[:count].mean())
