@@ -10,7 +10,7 @@ import unlearn_peft
 PACKAGE = Path(unlearn_peft.__file__).parent
 RANKS = {
     "errors": 0, "files": 1, "recipe": 1, "base": 2, "data": 2, "objectives": 2, "adapters": 3, "bundle": 4,
-    "bank": 5, "batch": 3, "trunk": 4, "specific": 3, "own_answers": 4,
+    "bank": 5, "batch": 3, "trunk": 4, "specific": 3, "own_answers": 7,
     "engine": 5, "schedule": 5, "compose": 5, "generate": 6, "checkpoints": 6, "signals": 6, "train": 7,
     "compare": 7, "card": 7, "evaluate": 7, "run": 8, "cli": 9,
 }  # fmt: skip

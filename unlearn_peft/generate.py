@@ -44,14 +44,20 @@ def sampled(
     max_new_tokens: int = 64,
     seed: int = 0,
     chat_template: bool = True,
+    batch_size: int = 1,
 ) -> list[list[str]]:
-    """Sample `count` answers to each prompt from the whole distribution, all of one prompt at once.
+    """Sample `count` answers to each prompt from the whole distribution, `batch_size` prompts at once.
 
-    Each prompt has its own seed (`seed` + its number), so that its answers don't depend on the other prompts.
+    Each batch has its own seed (`seed` + the number of its first prompt). With a batch size of 1 a prompt's answers
+    so don't depend on the other prompts.
     """
     texts = [chat_prompt(prompt, base.tokenizer, chat_template) for prompt in prompts]
-    found = [_generate(base, [text], count, max_new_tokens, temperature, seed + n) for n, text in enumerate(texts)]
-    return [[text.strip() for text in samples] for samples in found]
+    found: list[list[str]] = []
+    for start in range(0, len(texts), batch_size):
+        chunk = texts[start : start + batch_size]
+        said = [text.strip() for text in _generate(base, chunk, count, max_new_tokens, temperature, seed + start)]
+        found.extend(said[n * count : (n + 1) * count] for n in range(len(chunk)))
+    return found
 
 
 @torch.no_grad()

@@ -12,11 +12,11 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence, Set
-
-import torch
+from typing import Any
 
 from .base import Base
-from .data import Row, chat_prompt
+from .data import Row
+from .generate import answers, sampled
 from .specific import tells
 
 _MOST_QUESTIONS = 96
@@ -62,38 +62,19 @@ def own_answers(base: Base, prompts: Sequence[str], facts: Set[str], samples: in
     """
     if len(prompts) > _MOST_QUESTIONS:
         prompts = random.Random(seed).sample(prompts, _MOST_QUESTIONS)
+    how: dict[str, Any] = {"max_new_tokens": _TOKENS, "chat_template": chat, "batch_size": _BATCH, "seed": seed}
+    greedy = answers(base, prompts, **how)
+    others = sampled(base, prompts, count=samples, **how)
     found: dict[tuple[str, str], Row] = {}
-    for first in range(0, len(prompts), _BATCH):
-        asked = prompts[first : first + _BATCH]
-        for count, sampled in ((1, False), (samples, True)):
-            for prompt, text in _answers(base, asked, count, sampled, seed, chat):
-                named = {word for word in facts if tells(word)} - words_of(prompt)
-                ends = [word.end() for word in re.finditer(r"\w+", text) if word.group().casefold() in named]
-                if ends:  # what comes after the last fact would only cost time
-                    found[prompt, text[: ends[-1]]] = {"prompt": prompt, "completion": text[: ends[-1]]}
+    for prompt, first, more in zip(prompts, greedy, others, strict=True):
+        named = {word for word in facts if tells(word)} - words_of(prompt)
+        for text in (first, *more):
+            ends = [word.end() for word in re.finditer(r"\w+", text) if word.group().casefold() in named]
+            if ends:  # what comes after the last fact would only cost time
+                found[prompt, text[: ends[-1]]] = {"prompt": prompt, "completion": text[: ends[-1]]}
     return list(found.values())
 
 
 def words_of(text: str) -> set[str]:
     """Return the words of a text, case folded."""
     return {word.casefold() for word in re.findall(r"\w+", text)}
-
-
-@torch.no_grad()
-def _answers(
-    base: Base, prompts: Sequence[str], count: int, sampled: bool, seed: int, chat: bool
-) -> list[tuple[str, str]]:
-    tokenizer = base.tokenizer
-    texts = [chat_prompt(prompt, tokenizer, chat) for prompt in prompts]
-    lines = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
-    width = max(len(line) for line in lines)
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(line)) + line for line in lines], device=base.device)
-    mask = torch.tensor([[0] * (width - len(line)) + [1] * len(line) for line in lines], device=base.device)
-    torch.manual_seed(seed)
-    choice = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sampled else {"do_sample": False}
-    out = base.model.generate(
-        input_ids=ids, attention_mask=mask, num_return_sequences=count, max_new_tokens=_TOKENS,
-        pad_token_id=tokenizer.pad_token_id, **choice,
-    )  # fmt: skip
-    said = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    return [(prompts[n // count], text.strip()) for n, text in enumerate(said) if text.strip()]
