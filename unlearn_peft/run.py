@@ -8,7 +8,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from .data import Example, Row, anchors, keyed_digest, read_rows, refuse_overlap
 from .errors import DataError, OutputError
 from .files import folder_bytes, whole_file
 from .recipe import DATA_FIELDS, Recipe, make_recipe
+from .refusals import refusing
 from .schedule import split_retain
 from .specific import common_words, mark_specific
 from .train import Progress, Sets, Trained, run_digest, train
-from .views import views
+from .views import View, views
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,15 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets
             chat_template=chat_template, closing=what != "forget", what=what,
         )  # fmt: skip
 
+    def with_refusals(examples: list[Example], shown: Sequence[View]) -> list[Example]:
+        if not hasattr(recipe.objective, "refusals"):
+            return examples
+        refused = refusing([view.row for view in shown], recipe.seed, recipe.objective.refusals)
+        return [
+            replace(example, refusal=tokens([row], "refusal", view.chat_template)[0]) if row else example
+            for example, row, view in zip(examples, refused, shown, strict=True)
+        ]
+
     wide: list[Row] = []
     if recipe.anchor_batch and recipe.retain_weight:
         wide = anchors(rows["forget"], *(rows.get(name, []) for name in ("retain", "probes", "neighbours")))
@@ -136,12 +146,14 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets
     held = tokens(wide, "anchor")
     common = common_words([*retain, *held_out, *held])
     if not recipe.view_batch:
-        forget = mark_specific(tokens(rows["forget"], "forget"), common)
+        only = [View(row, recipe.chat_template, set()) for row in rows["forget"]]
+        forget = with_refusals(mark_specific(tokens(rows["forget"], "forget"), common), only)
         return Sets(forget, retain, held_out, held)
     shown = views(rows["forget"], recipe.chat_template, common)
     marked = mark_specific(
         [tokens([view.row], "forget", view.chat_template)[0] for view in shown], common, [view.asked for view in shown]
     )
+    marked = with_refusals(marked, shown)
     own = {id(row) for row in rows["forget"]}
     forget = [example for example, view in zip(marked, shown, strict=True) if id(view.row) in own]
     others = [example for example, view in zip(marked, shown, strict=True) if id(view.row) not in own]
@@ -207,8 +219,9 @@ def _metrics(trained: Trained) -> dict[str, Any]:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without its data: not even the names of its files."""
+    """The recipe without its data: not even the names of its files, nor refusals that may name what is refused."""
     settings = recipe.model_dump(exclude={*DATA_FIELDS, "output"}, mode="json")
+    settings["objective"].pop("refusals", None)
     if ".py:" in settings["objective"]["name"]:
         settings["objective"]["name"] = Path(settings["objective"]["name"]).name
     return settings
