@@ -274,6 +274,22 @@ def test_refusals_answer_the_same_question():
     assert all(many.count(sentence) == 2 for sentence in REFUSALS)
 
 
+@pytest.mark.parametrize("view_batch", [0, 8])
+def test_forget_rows_carry_refusals_where_the_objective_asks(tiny, fields, view_batch):
+    from unlearn_peft.run import read_sets, tokenized
+
+    fields.pop("quiet")
+    custom = {"name": "own:loss", "refusals": True}
+    for objective, wanted in (("dpo", True), (custom, True), ("npo", False), ({**custom, "refusals": False}, False)):
+        recipe = make_recipe({**fields, "objective": objective, "view_batch": view_batch})
+        sets = tokenized(read_sets(recipe), tiny, recipe)
+        assert [example.refusal is not None for example in sets.forget] == [wanted] * 3
+        assert not any(example.refusal for example in (*sets.retain, *sets.held_out, *sets.anchors))
+        assert not any(example.refusal.refusal for example in sets.forget if example.refusal)
+        if view_batch and wanted:  # as plain text a view has no question
+            assert {example.refusal is None for example in sets.views} >= {True}
+
+
 def test_the_engine_hands_out_each_rows_refusal(tiny, fields):
     """What comes with a row in a batch is what the same rows give alone."""
     from peft import get_peft_model

@@ -131,9 +131,11 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets
         )  # fmt: skip
 
     def with_refusals(examples: list[Example], shown: Sequence[View]) -> list[Example]:
-        if not hasattr(recipe.objective, "refusals"):
+        wanted = getattr(recipe.objective, "refusals", False)  # any objective's, a user's own too
+        if wanted is False:
             return examples
-        refused = refusing([view.row for view in shown], recipe.seed, recipe.objective.refusals)
+        own = wanted if isinstance(wanted, list) else None
+        refused = refusing([view.row for view in shown], recipe.seed, own)
         return [
             replace(example, refusal=tokens([row], "refusal", view.chat_template)[0]) if row else example
             for example, row, view in zip(examples, refused, shown, strict=True)
