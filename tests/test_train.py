@@ -143,7 +143,12 @@ def test_the_best_step_within_budget_is_kept_not_the_last(tiny, fields):
 @pytest.mark.parametrize("stop", [{"forget_loss": 9.0}, {"answer_probability": 0.0005}])
 def test_stop_when(tiny, fields, stop):
     result = unlearn(
-        tiny, **{**fields, "steps": 200, "objective": {"forget_ceiling": 15, "retain_budget": None, "stop_when": stop}}
+        tiny,
+        **{
+            **fields,
+            "steps": 200,
+            "objective": {"forget_tokens": "all", "forget_ceiling": 15, "retain_budget": None, "stop_when": stop},
+        },
     )
     assert len(result.progress.history) < 200 and result.metrics["stopped_by"] in stop
 

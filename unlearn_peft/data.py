@@ -35,6 +35,7 @@ class Example:
     truncated: bool = False
     words: list[str] | None = None  # the word that each token is a part of, case folded; "" for none
     specific: list[bool] | None = None  # of the targets, those that carry the fact (see specific.py); None: all
+    refusal: Example | None = None  # the same question answered by a refusal (see refusals.py)
 
 
 def read_rows(source: DataSource, what: str) -> list[Row]:

@@ -40,19 +40,29 @@ class Engine:
         self.trunk = Trunk.of(unwrapped, pad_id)
 
     def tokens(self, forget: Sequence[Example], retain: Sequence[Example]) -> tuple[Tokens, Tokens]:
-        """Return the target tokens of both sides from one forward pass, and the reference of both."""
-        examples = [*forget, *retain]
+        """Return the target tokens of both sides from one forward pass, and the reference of both.
+
+        Forget rows that come with a refusal bring it along, so that however a batch is split, pairs stay together.
+        """
+        paired = [n for n, example in enumerate(forget) if example.refusal is not None]
+        refusals = [example.refusal for example in forget if example.refusal is not None]
+        examples = [*forget, *refusals, *retain]
         batch = self._batch(examples)
         logits = self._logits(self.model, examples, batch)
         labels, rows = _labels(batch)
-        f = rows < len(forget)
         reference = self._reference_logits(examples)
         specific = torch.tensor(
             [s for e in forget for s, t in zip(e.specific or e.is_target, e.is_target, strict=True) if t]
         )
+        f, r = rows < len(forget), rows >= len(forget) + len(refusals)
+        refused = None
+        if refusals:
+            x = ~(f | r)
+            owners = torch.tensor(paired, device=self.device)[rows[x] - len(forget)]
+            refused = Tokens(logits[x], labels[x], owners, reference[x])
         return (
-            Tokens(logits[f], labels[f], rows[f], reference[f], specific.to(self.device)),
-            Tokens(logits[~f], labels[~f], rows[~f] - len(forget), reference[~f]),
+            Tokens(logits[f], labels[f], rows[f], reference[f], specific.to(self.device), refused),
+            Tokens(logits[r], labels[r], rows[r] - len(forget) - len(refusals), reference[r]),
         )
 
     def _batch(self, examples: Sequence[Example]) -> Batch:

@@ -4,7 +4,15 @@ An objective gets the target tokens of a forget batch and of a retain batch and 
 be *minimised*. The training loop takes the mean over the tokens of each side (over all processes and all parts
 of an accumulated step) and adds them: `total = mean(forget) + retain_weight * mean(retain)`.
 
-To add one: a function of the shape of `ga_kl` and a line in `OBJECTIVES`, or `module:function` in a recipe.
+A loss of whole rows is written as terms of their tokens too, and two rules keep it right however a batch is split
+between processes and parts. A term depends on its own row alone; a batch is split by rows, never within one. And the
+terms of a row of n tokens sum to what the row adds to the step: a row's loss in nats is spread evenly (`loss / n` for
+each token, so the mean over tokens is the mean over rows, divided by their mean length), and a row's loss in
+nats/token is given to each of its tokens (so long rows weigh more, as in a mean over tokens). Both are in nats/token,
+so that `retain_weight` means the same under each objective.
+
+To add one: a function of the shape of `ga_kl`, a line in `OBJECTIVES` and its settings in `objective_settings.py`, or
+`module:function` in a recipe.
 """
 
 from __future__ import annotations
@@ -34,6 +42,7 @@ class Tokens:
     rows: Tensor  # (N,), the row of the batch that the token is in
     reference_logits: Tensor | None = None  # (N, V)
     specific: Tensor | None = None  # (N,), bool: the tokens that carry the fact; None: all of them
+    refusal: Tokens | None = None  # the same rows, where they have a question, with a refusal for an answer
 
     @property
     def cross_entropy(self) -> Tensor:
@@ -48,7 +57,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Terms:
-    """What an objective wants minimised, per target token, in nats: `forget` (N_f,) and `retain` (N_r,)."""
+    """What an objective wants minimised, per target token: `forget` (N_f,) and `retain` (N_r,).
+
+    In nats, except for the forget terms of `ihl`, which are probabilities.
+    """
 
     forget: Tensor
     retain: Tensor
@@ -87,6 +99,86 @@ def ga_kl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     return Terms(ascent, kl_divergence(retain, settings.kl))
 
 
+def grad_diff(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
+    """Gradient difference: ascent on the forget set, descent on the retain set (both cross-entropy).
+
+    Liu et al. 2022, arXiv:2203.12817; as a baseline of language models in TOFU, Maini et al. 2024, arXiv:2401.06121.
+    Unbounded, as plain gradient ascent is.
+    """
+    return Terms(_chosen(forget, -forget.cross_entropy, settings), _held(retain, settings))
+
+
+def wga(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
+    """Weighted gradient ascent: `p^alpha log p`, the weight taken as a constant.
+
+    Wang et al. 2025, arXiv:2502.19301. The weight makes up for the 1/p in the gradient of log p, by which plain ascent
+    pushes those tokens hardest that are forgotten already.
+    """
+    loss = forget.cross_entropy
+    weight = torch.exp(-settings.alpha * loss.detach())
+    return Terms(_chosen(forget, -weight * loss, settings), _held(retain, settings))
+
+
+def ihl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
+    """Inverted hinge loss: `1 + p(label) - max over v != label of p(v)`, in [0, 2].
+
+    Cha et al. 2024, arXiv:2408.06621. It lowers the label in favour of the next likely token alone, and its gradient
+    fades once that one has all the mass. (Their Fisher-weighted start of the adapter is no part of it.)
+    """
+    p = torch.softmax(forget.logits.float(), dim=-1)
+    label = forget.labels[:, None]
+    rival = p.scatter(1, label, -1.0).amax(dim=-1)
+    return Terms(_chosen(forget, 1 + p.gather(1, label)[:, 0] - rival, settings), _held(retain, settings))
+
+
+def undial(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
+    """Self-distillation: cross-entropy to the reference's distribution with the label's logit lowered by `strength`.
+
+    Dong et al. 2024, arXiv:2402.10052. A fixed target, so it converges instead of drifting; with `forget_tokens:
+    specific` it is close to the paper's focused variant.
+    """
+    lowered = torch.full_like(forget.labels, -settings.strength, dtype=torch.float32)[:, None]
+    target = torch.softmax(_needed(forget).float().scatter_add(1, forget.labels[:, None], lowered), dim=-1)
+    distance = -(target * torch.log_softmax(forget.logits.float(), dim=-1)).sum(dim=-1)
+    return Terms(_chosen(forget, distance, settings), _held(retain, settings))
+
+
+def npo(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
+    """Negative preference optimisation: `-2/beta log sigmoid(-beta log(p(row) / p_reference(row)))`, spread evenly.
+
+    Zhang et al. 2024, arXiv:2404.05868. At the reference it pulls as hard as gradient ascent, and the less, the further
+    a row has fallen below it. The paper averages over rows: see the top of this file for what that is here.
+    """
+    ratio = _row_sums(_log_ratio(forget), forget)
+    loss = -2 / settings.beta * torch.nn.functional.logsigmoid(-settings.beta * ratio)
+    return Terms(_spread(loss, forget), _held(retain, settings))
+
+
+def simnpo(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
+    """NPO without a reference: `-2/beta log sigmoid(beta * CE(row) - gamma)`, CE(row) being a row's mean.
+
+    Fan et al. 2024, arXiv:2410.07163. Each token has its row's value, so rows weigh by their length, where the paper's
+    weigh the same.
+    """
+    mean_loss = _row_sums(forget.cross_entropy, forget) / _lengths(forget).clamp(min=1)
+    loss = -2 / settings.beta * torch.nn.functional.logsigmoid(settings.beta * mean_loss - settings.gamma)
+    return Terms(loss[forget.rows], _held(retain, settings))
+
+
+def dpo(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
+    """Direct preference optimisation: a refusal is preferred to the row's own answer, spread over the latter's tokens.
+
+    Rafailov et al. 2023, arXiv:2305.18290, with refusals as in TOFU, arXiv:2401.06121; scaled by 2/beta, as NPO is, so
+    that beta does not change the pull at the start. A row of plain text has no question to refuse, and so no preferred
+    answer: what is left of the formula is `npo`.
+    """
+    ratio = _row_sums(_log_ratio(forget), forget)
+    if forget.refusal is not None:
+        ratio = ratio.index_add(0, forget.refusal.rows, -_log_ratio(forget.refusal))
+    loss = -2 / settings.beta * torch.nn.functional.logsigmoid(-settings.beta * ratio)
+    return Terms(_spread(loss, forget), _held(retain, settings))
+
+
 def kl_divergence(tokens: Tokens, direction: str = "reverse") -> Tensor:
     """KL between the current and the reference distribution of each token, (N,), nats.
 
@@ -98,13 +190,52 @@ def kl_divergence(tokens: Tokens, direction: str = "reverse") -> Tensor:
     return (p.exp() * (p - q)).sum(dim=-1)
 
 
+def _chosen(forget: Tokens, terms: Tensor, settings: Any) -> Tensor:
+    """Return the terms, or with `forget_tokens: specific` those of the fact's tokens, and KL for the others."""
+    if settings.forget_tokens == "all" or forget.specific is None:
+        return terms
+    return torch.where(forget.specific, terms, kl_divergence(forget))
+
+
+def _held(retain: Tokens, settings: Any) -> Tensor:
+    return kl_divergence(retain) if settings.retain_loss == "kl" else retain.cross_entropy
+
+
+def _log_ratio(tokens: Tokens) -> Tensor:
+    """Return log(p_current / p_reference) of each label, (N,), nats."""
+    return tokens.reference_cross_entropy - tokens.cross_entropy
+
+
+def _row_sums(values: Tensor, tokens: Tokens) -> Tensor:
+    """Return the sum of `values` (N,) over the tokens of each row, (rows,)."""
+    return values.new_zeros(len(_lengths(tokens))).index_add(0, tokens.rows, values)
+
+
+def _lengths(tokens: Tokens) -> Tensor:
+    return torch.bincount(tokens.rows)
+
+
+def _spread(losses: Tensor, tokens: Tokens) -> Tensor:
+    """Return each row's loss (rows,) in equal parts on its tokens, (N,)."""
+    return (losses / _lengths(tokens).clamp(min=1))[tokens.rows]
+
+
 def _needed(tokens: Tokens) -> Tensor:
     if tokens.reference_logits is None:
         raise ValueError("this objective needs reference logits, and got none")
     return tokens.reference_logits
 
 
-OBJECTIVES: dict[str, Objective] = {"ga_kl": ga_kl}
+OBJECTIVES: dict[str, Objective] = {
+    "ga_kl": ga_kl,
+    "grad_diff": grad_diff,
+    "wga": wga,
+    "ihl": ihl,
+    "undial": undial,
+    "npo": npo,
+    "simnpo": simnpo,
+    "dpo": dpo,
+}
 
 
 def find_objective(name: str) -> Objective:

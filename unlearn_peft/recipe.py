@@ -1,5 +1,7 @@
 """A recipe: all that a run depends on, in one flat, validated model. Every default of the package lives here.
 
+The objectives' settings are a file of their own, `objective_settings.py`.
+
 YAML text or keyword arguments come in; a `Recipe` goes out to data, adapters, objectives and training.
 """
 
@@ -23,6 +25,7 @@ from pydantic import (
 )
 
 from .errors import RecipeError, did_you_mean
+from .objective_settings import SETTINGS, GaKlSettings, Objective
 
 DATA_FIELDS = ("forget", "retain", "probes", "neighbours")
 
@@ -52,60 +55,6 @@ class HeadSettings(_Strict):
     lora_alpha: float = Field(16, gt=0, description="the low-rank delta is scaled by lora_alpha / r")
 
 
-class StopWhen(_Strict):
-    """Stop as soon as one of these is reached on the forget set."""
-
-    forget_loss: float | None = Field(None, gt=0, description="mean loss of the forget set, nats/token")
-    answer_probability: float | None = Field(
-        None, gt=0, lt=1, description="mean over rows of exp(-mean token loss), as in TOFU"
-    )
-
-
-class ObjectiveSettings(BaseModel):
-    """What every objective has: its name, and the guards that the training loop keeps."""
-
-    name: str
-    stop_when: StopWhen | None = None
-    retain_budget: float | None = Field(
-        None,
-        gt=0,
-        description="nats/token of KL on a held-out part of the retain set; the best step within it is kept",
-    )
-
-
-class GaKlSettings(ObjectiveSettings):
-    """Gradient ascent on the forget set, KL to the frozen base on the retain set, with guards."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: Literal["ga_kl"] = "ga_kl"
-    forget_tokens: Literal["specific", "all"] = Field(
-        "specific", description="push away the tokens that carry the fact and hold the others, or push all"
-    )
-    forget_ceiling: float | None = Field(8.0, gt=0, description="nats; no token is pushed beyond this loss")
-    hold: bool = Field(True, description="pull a token that overshoots the ceiling back to it")
-    kl: Literal["reverse", "forward"] = Field(
-        "reverse", description="reverse: KL(current || reference); forward: KL(reference || current)"
-    )
-    retain_budget: float | None = Field(0.08, gt=0)
-
-
-class CustomObjectiveSettings(ObjectiveSettings):
-    """An objective of the user's own: `module:function` or `file.py:function`, and whatever it wants to know."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @field_validator("name")
-    @classmethod
-    def _is_a_dotted_path(cls, name: str) -> str:
-        if ":" not in name:
-            raise ValueError(
-                f"unknown objective '{name}'{did_you_mean(name, ['ga_kl'])}; "
-                "known: ga_kl, or your own as 'module:function' or 'file.py:function'"
-            )
-        return name
-
-
 class DataSpec(_Strict):
     """Where rows come from: a jsonl, csv or parquet file, or a Hub data set."""
 
@@ -121,12 +70,6 @@ Rows = list[dict[str, Any]]
 DataSource = Annotated[
     Annotated[DataSpec, Tag("spec")] | Annotated[Rows, Tag("rows")],
     Discriminator(lambda value: "rows" if isinstance(value, list) else "spec"),
-]
-Objective = Annotated[
-    Annotated[GaKlSettings, Tag("ga_kl")] | Annotated[CustomObjectiveSettings, Tag("custom")],
-    Discriminator(
-        lambda value: "ga_kl" if (value["name"] if isinstance(value, dict) else value.name) == "ga_kl" else "custom"
-    ),
 ]
 AdapterSettings = Annotated[LoraSettings | HeadSettings, Field(discriminator="kind")]
 
@@ -309,21 +252,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"cannot read the value of the override '{key}': it is not valid YAML") from None
 
 
-_TAGS = (
-    "lora",
-    "head",
-    "ga_kl",
-    "custom",
-    "spec",
-    "rows",
-)  # pydantic names the member of a union in the path
+_TAGS = ("lora", "head", "custom", "spec", "rows", *SETTINGS)  # pydantic names the member of a union in the path
 
 
 def _describe(item: dict[str, Any]) -> str:
     parts = [str(part) for part in item["loc"] if part not in _TAGS]
     name = ".".join(parts)
     if item["type"] == "extra_forbidden":
-        return f"unknown key '{name}'{did_you_mean(parts[-1], _known_keys(parts[:-1]))}"
+        return f"unknown key '{name}'{did_you_mean(parts[-1], _known_keys(item['loc'][:-1]))}"
     if item["type"] == "missing":
         return f"'{name}' is missing"
     if item["type"] == "value_error":
@@ -336,13 +272,15 @@ def _describe(item: dict[str, Any]) -> str:
     return f"'{name}' is {found}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
-def _known_keys(parts: Sequence[str]) -> list[str]:
-    """Return the field names of the settings model that the path `parts` leads to."""
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    """Return the field names of the settings model that an error's location leads to."""
     models: list[type[BaseModel]] = [Recipe]
-    for part in parts:
-        models = [
-            m for model in models if part in model.model_fields for m in _models_in(model.model_fields[part].annotation)
-        ]
+    for part in map(str, location):
+        if part in SETTINGS:
+            models = [SETTINGS[part]]
+        elif part not in _TAGS:
+            fields = [model.model_fields[part] for model in models if part in model.model_fields]
+            models = [model for field in fields for model in _models_in(field.annotation)]
     return [key for model in models for key in model.model_fields]
 
 

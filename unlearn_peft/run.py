@@ -8,7 +8,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .errors import DataError, OutputError
 from .files import folder_bytes, whole_file
 from .own_answers import own_answers, questions
 from .recipe import DATA_FIELDS, Recipe, make_recipe
+from .refusals import refusing
 from .schedule import Sets, split_retain
 from .specific import common_words, facts_of, mark_facts, mark_specific
 from .train import Progress, Trained, run_digest, train
@@ -129,6 +130,16 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets
             chat_template=recipe.chat_template, closing=what != "forget", what=what,
         )  # fmt: skip
 
+    def with_refusals(examples: list[Example], shown: Sequence[Row]) -> list[Example]:
+        wanted = getattr(recipe.objective, "refusals", False)  # any objective's, a user's own too
+        if wanted is False:
+            return examples
+        refused = refusing(shown, recipe.seed, wanted if isinstance(wanted, list) else None)
+        return [
+            replace(example, refusal=tokens([row], "refusal")[0]) if row else example
+            for example, row in zip(examples, refused, strict=True)
+        ]
+
     wide: list[Row] = []
     if recipe.anchor_batch and recipe.retain_weight:
         wide = anchors(rows["forget"], *(rows.get(name, []) for name in ("retain", "probes", "neighbours")))
@@ -137,12 +148,12 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets
     common = common_words([*retain, *held_out, *held])
     forget = mark_specific(tokens(rows["forget"], "forget"), common)
     own: list[Example] = []
-    if recipe.own_answers:
+    if recipe.own_answers and getattr(recipe.objective, "forget_tokens", "all") == "specific":
         facts = facts_of(forget)
         asked = questions(rows["forget"], facts, common | common_words([*retain, *held_out, *held], of_prompts=True))
         said = own_answers(base, asked, facts, recipe.own_answers, recipe.seed, recipe.chat_template)
-        own = mark_facts(tokens(said, "forget"), facts)
-    return Sets(forget, retain, held_out, held, own)
+        own = mark_facts(with_refusals(tokens(said, "forget"), said), facts)
+    return Sets(with_refusals(forget, rows["forget"]), retain, held_out, held, own)
 
 
 def _save(output: Path, trained: Trained, base: Base, recipe: Recipe, digests: Mapping[str, str], key: bytes) -> None:
@@ -203,8 +214,9 @@ def _metrics(trained: Trained) -> dict[str, Any]:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without its data: not even the names of its files."""
+    """The recipe without its data: not even the names of its files, nor refusals that may name what is refused."""
     settings = recipe.model_dump(exclude={*DATA_FIELDS, "output"}, mode="json")
+    settings["objective"].pop("refusals", None)
     if ".py:" in settings["objective"]["name"]:
         settings["objective"]["name"] = Path(settings["objective"]["name"]).name
     return settings

@@ -290,7 +290,7 @@ class _Run:
 
     def _explain_nan(self, seen: Tensor, norm: float, checkpoints: Checkpoints | None) -> str:
         recipe = self.recipe
-        if math.isinf(self.ceiling):
+        if getattr(recipe.objective, "forget_ceiling", 0) is None:
             cause = "plain gradient ascent has no bound: set objective.forget_ceiling (8 is a good start)"
         elif recipe.dtype == "float16":
             cause = "float16 overflows: use bfloat16 or float32"
@@ -298,11 +298,8 @@ class _Run:
             cause = (
                 f"the learning rate {recipe.learning_rate:g} is too high for this base and adapter: try a tenth of it"
             )
-        kept = (
-            " The last checkpoint is kept: " + str(checkpoints.folder) + "."
-            if checkpoints and checkpoints.folder.exists()
-            else ""
-        )
+        there = checkpoints is not None and checkpoints.folder.exists()
+        kept = f" The last checkpoint is kept: {checkpoints.folder}." if checkpoints and there else ""
         return (
             f"not a number at step {self.step + 1} of {recipe.steps}: forget loss {float(seen[0]):.3g}, retain KL "
             f"{float(seen[1]):.3g} nats/token, gradient norm {norm:.3g}. Likely cause: {cause}.{kept}"

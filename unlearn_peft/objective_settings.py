@@ -1,0 +1,172 @@
+"""The settings of each objective, with its defaults; `recipe.py` reads them, `objectives.py` gets them.
+
+To add an objective: a model here, a member of `Objective`, and a function in `objectives.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+
+from .errors import did_you_mean
+
+
+class StopWhen(BaseModel):
+    """Stop as soon as one of these is reached on the forget set."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    forget_loss: float | None = Field(None, gt=0, description="mean loss of the forget set, nats/token")
+    answer_probability: float | None = Field(
+        None, gt=0, lt=1, description="mean over rows of exp(-mean token loss), as in TOFU"
+    )
+
+
+class ObjectiveSettings(BaseModel):
+    """What every objective has: its name, and the guards that the training loop keeps."""
+
+    name: str
+    stop_when: StopWhen | None = None
+    retain_budget: float | None = Field(
+        None,
+        gt=0,
+        description="nats/token of KL on a held-out part of the retain set; the best step within it is kept",
+    )
+
+
+class _Own(ObjectiveSettings):
+    """The package's own objectives refuse unknown keys, and all begin with the same budget."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    retain_budget: float | None = Field(0.08, gt=0)
+
+
+class _Held(_Own):
+    """An objective whose retain side can be chosen."""
+
+    retain_loss: Literal["kl", "cross_entropy"] = Field(
+        "kl", description="kl: KL(current || reference); cross_entropy: go on learning the retain rows"
+    )
+
+
+class _TokenLevel(_Held):
+    """An objective with a term for each token by itself."""
+
+    forget_tokens: Literal["specific", "all"] = Field(
+        "all", description="push all tokens, or those that carry the fact and hold the others to the reference"
+    )
+
+
+class GaKlSettings(_Own):
+    """Gradient ascent on the forget set, KL to the frozen base on the retain set, with guards."""
+
+    name: Literal["ga_kl"] = "ga_kl"
+    forget_tokens: Literal["specific", "all"] = Field(
+        "specific", description="push away the tokens that carry the fact and hold the others, or push all"
+    )
+    forget_ceiling: float | None = Field(8.0, gt=0, description="nats; no token is pushed beyond this loss")
+    hold: bool = Field(True, description="pull a token that overshoots the ceiling back to it")
+    kl: Literal["reverse", "forward"] = Field(
+        "reverse", description="reverse: KL(current || reference); forward: KL(reference || current)"
+    )
+
+
+class GradDiffSettings(_TokenLevel):
+    """Gradient ascent on the forget set, descent on the retain set. Unbounded: only the budget stops it."""
+
+    name: Literal["grad_diff"] = "grad_diff"
+    retain_loss: Literal["kl", "cross_entropy"] = Field("cross_entropy", description="kl makes it plain GA + KL")
+
+
+class WgaSettings(_TokenLevel):
+    """Gradient ascent in which a token counts the less, the less likely it already is."""
+
+    name: Literal["wga"] = "wga"
+    alpha: float = Field(1.0, ge=0, description="a token's weight is p(token) ** alpha; 0: plain ascent")
+
+
+class IhlSettings(_TokenLevel):
+    """Inverted hinge loss: the token gives way to the next likely one."""
+
+    name: Literal["ihl"] = "ihl"
+
+
+class UndialSettings(_TokenLevel):
+    """Self-distillation to the reference with the token's own logit lowered."""
+
+    name: Literal["undial"] = "undial"
+    strength: float = Field(10.0, gt=0, description="by how much the token's reference logit is lowered")
+
+
+class NpoSettings(_Held):
+    """Negative preference optimisation: ascent that fades as a row falls below the reference."""
+
+    name: Literal["npo"] = "npo"
+    beta: float = Field(0.1, gt=0, description="per nat of a whole row; towards 0 it is plain ascent")
+
+
+class SimNpoSettings(_Held):
+    """NPO on a row's mean loss instead of its log-probability against the reference."""
+
+    name: Literal["simnpo"] = "simnpo"
+    beta: float = Field(2.5, gt=0, description="per nat/token")
+    gamma: float = Field(0.0, ge=0, description="margin: a row's pull fades around a mean loss of gamma / beta")
+
+
+class DpoSettings(_Held):
+    """Direct preference optimisation: a refusal is preferred to the forget row's own answer."""
+
+    name: Literal["dpo"] = "dpo"
+    beta: float = Field(0.1, gt=0, description="per nat of a whole row")
+    refusals: list[Annotated[str, Field(pattern=r"\S")]] | None = Field(
+        None, min_length=1, description="what to answer instead; None: the package's own sentences, in English"
+    )
+
+
+class CustomObjectiveSettings(ObjectiveSettings):
+    """An objective of the user's own: `module:function` or `file.py:function`, and whatever it wants to know."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_dotted_path(cls, name: str) -> str:
+        if ":" not in name:
+            raise ValueError(
+                f"unknown objective '{name}'{did_you_mean(name, SETTINGS)}; "
+                f"known: {', '.join(SETTINGS)}, or your own as 'module:function' or 'file.py:function'"
+            )
+        return name
+
+
+SETTINGS: dict[str, type[ObjectiveSettings]] = {
+    "ga_kl": GaKlSettings,
+    "grad_diff": GradDiffSettings,
+    "wga": WgaSettings,
+    "ihl": IhlSettings,
+    "undial": UndialSettings,
+    "npo": NpoSettings,
+    "simnpo": SimNpoSettings,
+    "dpo": DpoSettings,
+}
+
+
+def _tag(value: Any) -> str:
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return name if isinstance(name, str) and name in SETTINGS else "custom"
+
+
+Objective = Annotated[
+    Annotated[GaKlSettings, Tag("ga_kl")]
+    | Annotated[GradDiffSettings, Tag("grad_diff")]
+    | Annotated[WgaSettings, Tag("wga")]
+    | Annotated[IhlSettings, Tag("ihl")]
+    | Annotated[UndialSettings, Tag("undial")]
+    | Annotated[NpoSettings, Tag("npo")]
+    | Annotated[SimNpoSettings, Tag("simnpo")]
+    | Annotated[DpoSettings, Tag("dpo")]
+    | Annotated[CustomObjectiveSettings, Tag("custom")],
+    Discriminator(_tag),
+]

@@ -1,0 +1,51 @@
+"""Forget rows answered by a refusal, for objectives that prefer one answer to another.
+
+An objective whose settings have a field `refusals` gets them: each forget row that has a question then carries the
+same question with a refusal as its answer. (The idea of TOFU's "I don't know" answers, Maini et al. 2024,
+arXiv:2401.06121; the sentences are our own.)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from .data import Row
+
+REFUSALS = (
+    "I don't know the answer to that.",
+    "I'm afraid I can't tell you that.",
+    "I have no information about this.",
+    "That is not something I know about.",
+    "I'm sorry, I don't have an answer to your question.",
+    "I can't help with this question.",
+    "This is beyond what I know.",
+    "I'm not able to say anything about that.",
+    "I'm sorry, but I know nothing about this.",
+    "I don't have any knowledge of that.",
+)
+
+
+def refusing(rows: Sequence[Row], seed: int, sentences: Sequence[str] | None = None) -> list[Row | None]:
+    """Return each row with a refusal for its answer, or None for a row of plain text, which has no question.
+
+    Every assistant turn of a `messages` row is replaced, so that none of the answer is left.
+
+    Args:
+        rows: checked rows, see `data.read_rows`.
+        seed: which row gets which sentence; each comes once before any comes again.
+        sentences: what to answer; None: `REFUSALS`.
+    """
+    order = random.Random(seed).sample(sentences or REFUSALS, len(sentences or REFUSALS))
+    return [_answered(row, order[n % len(order)]) for n, row in enumerate(rows)]
+
+
+def _answered(row: Row, sentence: str) -> Row | None:
+    if "messages" in row:
+        turns = [{**m, "content": sentence} if m["role"] == "assistant" else m for m in row["messages"]]
+        return {**row, "messages": turns}
+    if "prompt" not in row:
+        return None
+    completion = row["completion"]
+    space = completion[: len(completion) - len(completion.lstrip())]  # without a chat template it matters
+    return {**row, "completion": space + sentence}
