@@ -1,4 +1,7 @@
-"""Run the demo and the original experiment, and write what they print into README.md: no figure is typed by hand."""
+"""Run what README.md shows and write what it prints into it: no figure is typed by hand.
+
+python benchmarks/readme.py [demo] [seed] [targets]      # all by default; about 25 minutes on 2 cores
+"""
 
 import re
 import shutil
@@ -7,27 +10,45 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CLI = [sys.executable, "-m", "unlearn_peft.cli"]
+CLI = ["-m", "unlearn_peft.cli"]
 DATA = "recipes/data/harry_potter_"
-DEMO = [
-    ["train", "recipes/harry_potter.yaml", "--output", "out/readme"],
-    ["compare", "out/readme", "--probes", DATA + "probes.jsonl", "--neighbours", DATA + "neighbours.jsonl"],
-]
-SEED = [["train", "recipes/seed_lm_head.yaml", "--output", "out/readme_seed"]]
+BLOCKS = {
+    "demo": [
+        [*CLI, "train", "recipes/harry_potter.yaml", "--output", "out/readme"],
+        [*CLI, "compare", "out/readme", "--probes", DATA + "probes.jsonl", "--neighbours", DATA + "neighbours.jsonl"],
+    ],
+    "seed": [[*CLI, "train", "recipes/seed_lm_head.yaml", "--output", "out/readme_seed"]],
+    "targets": [["benchmarks/targets.py"]],
+}
 
 
 def main():
-    """Run both, rewrite the blocks, copy the curves."""
-    readme = (ROOT / "README.md").read_text()
-    for name, commands in (("demo", DEMO), ("seed", SEED)):
+    """Run the blocks named on the command line, rewrite them, copy the curves."""
+    for name in sys.argv[1:] or BLOCKS:
         shown = []
-        for command in commands:
-            done = subprocess.run([*CLI, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-            shown.append("$ unlearn-peft " + " ".join(command) + "\n" + done.stdout.rstrip())
-        block = f"<!-- {name} -->\n```\n" + "\n".join(shown) + f"\n```\n<!-- /{name} -->"
+        for command in BLOCKS[name]:
+            lines = run(command)
+            called = " ".join(command).replace(" ".join(CLI), "unlearn-peft")
+            shown.append(lines if name == "targets" else f"$ {called}\n{lines}")
+        text = "\n".join(shown) if name == "targets" else "```\n" + "\n".join(shown) + "\n```"
+        block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
+        readme = (ROOT / "README.md").read_text()
         readme = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, block=block: block, readme, flags=re.DOTALL)
-    (ROOT / "README.md").write_text(readme)
-    shutil.copy(ROOT / "out" / "readme" / "curves.png", ROOT / "docs" / "curves.png")
+        (ROOT / "README.md").write_text(readme)
+        if name == "demo":
+            shutil.copy(ROOT / "out" / "readme" / "curves.png", ROOT / "docs" / "curves.png")
+
+
+def run(command):
+    """Run Python with these arguments, showing what it prints; returns it."""
+    lines = []
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} ended with {process.returncode}: README.md is as it was")
+    return "".join(lines).rstrip()
 
 
 if __name__ == "__main__":
