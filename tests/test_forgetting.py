@@ -14,7 +14,12 @@ from unlearn_peft.recipe import DataSpec
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
-EINSTEIN = {name: str(DATA / f"einstein_{name}.jsonl") for name in ("forget", "retain", "probes", "neighbours")}
+SETS = ("forget", "retain", "probes", "neighbours")
+OTHERS = {
+    target: {name: str(DATA / f"{target}_{name}.jsonl") for name in SETS}
+    for target in ("einstein", "van_gogh", "apple")
+}
+EINSTEIN = OTHERS["einstein"]
 
 
 def is_english(text):
@@ -39,7 +44,7 @@ def perplexity(base, prompt, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changed", [{}, EINSTEIN], ids=["harry_potter", "einstein"])
+@pytest.mark.parametrize("changed", [{}, *OTHERS.values()], ids=["harry_potter", *OTHERS])
 def test_the_recipe_forgets(smol, tmp_path, changed):
     """The demo's recipe, and a copy of it with only the data changed."""
     recipe = load_recipe(ROOT / "recipes" / "harry_potter.yaml", output=str(tmp_path / "adapter"))
@@ -53,7 +58,7 @@ def test_the_recipe_forgets(smol, tmp_path, changed):
     print(result["leaks"], result["neighbour_kl"], adapter.metrics)
     for probe in result["probes"]:
         print(probe["prompt"], "->", probe["with"]["text"])
-    assert result["leaks"]["before"] >= 5 and result["leaks"]["with"] == 0
+    assert result["leaks"]["before"] >= 3 and result["leaks"]["with"] == 0
     assert [p["after"] for p in result["probes"]] == [p["before"] for p in result["probes"]]
     assert result["neighbour_kl"]["with"] <= 0.1 and result["neighbour_kl"]["after"] == 0
     for probe in result["probes"]:

@@ -289,3 +289,12 @@ def test_full_disk_keeps_what_was_there(tiny, fields, monkeypatch):
         unlearn(tiny, **{**fields, "seed": 3})
     assert (path / "adapter_model.safetensors").read_bytes() == kept
     assert sorted(p.name for p in path.parent.iterdir() if ".partial" in p.name) == []
+
+
+def test_a_base_with_something_attached_is_refused(tiny, fields, make_adapter):
+    from unlearn_peft.errors import AdapterError
+
+    attach(tiny, make_adapter(tiny, "other"))
+    with pytest.raises(AdapterError, match="other.*Detach"):
+        unlearn(tiny, **fields)
+    detach(tiny)

@@ -49,8 +49,10 @@ def questions(rows: Sequence[Row], facts: Set[str], common: Set[str]) -> list[st
     return list(dict.fromkeys(question for question in asked if question))
 
 
-def own_answers(base: Base, prompts: Sequence[str], facts: Set[str], samples: int, seed: int, chat: bool) -> list[Row]:
-    """Return the base's sampled answers that name a fact, each up to the last, without doubles.
+def own_answers(
+    base: Base, prompts: Sequence[str], facts: Set[str], samples: int, *, seed: int, chat: bool, quiet: bool = True
+) -> list[Row]:
+    """Return the base's answers that name a fact, each up to the last, without doubles.
 
     Args:
         base: nothing may be attached to it.
@@ -59,19 +61,25 @@ def own_answers(base: Base, prompts: Sequence[str], facts: Set[str], samples: in
         samples: answers a question, at temperature 1; the greedy answer comes on top.
         seed: the same seed gives the same answers.
         chat: whether the base is asked in its chat template.
+        quiet: no progress bar.
     """
+    from tqdm import tqdm
+
     if len(prompts) > _MOST_QUESTIONS:
         prompts = random.Random(seed).sample(prompts, _MOST_QUESTIONS)
-    how: dict[str, Any] = {"max_new_tokens": _TOKENS, "chat_template": chat, "batch_size": _BATCH, "seed": seed}
-    greedy = answers(base, prompts, **how)
-    others = sampled(base, prompts, count=samples, **how)
+    how: dict[str, Any] = {"max_new_tokens": _TOKENS, "chat_template": chat, "batch_size": _BATCH}
     found: dict[tuple[str, str], Row] = {}
-    for prompt, first, more in zip(prompts, greedy, others, strict=True):
-        named = {word for word in facts if tells(word)} - words_of(prompt)
-        for text in (first, *more):
-            ends = [word.end() for word in re.finditer(r"\w+", text) if word.group().casefold() in named]
-            if ends:  # what comes after the last fact would only cost time
-                found[prompt, text[: ends[-1]]] = {"prompt": prompt, "completion": text[: ends[-1]]}
+    with tqdm(total=len(prompts), unit="question", desc="asking the base", disable=quiet) as bar:
+        for start in range(0, len(prompts), _BATCH):
+            asked = prompts[start : start + _BATCH]
+            greedy, others = answers(base, asked, **how), sampled(base, asked, count=samples, seed=seed + start, **how)
+            for prompt, first, more in zip(asked, greedy, others, strict=True):
+                named = {word for word in facts if tells(word)} - words_of(prompt)
+                for text in (first, *more):
+                    ends = [word.end() for word in re.finditer(r"\w+", text) if word.group().casefold() in named]
+                    if ends:  # what comes after the last fact would only cost time
+                        found[prompt, text[: ends[-1]]] = {"prompt": prompt, "completion": text[: ends[-1]]}
+            bar.update(len(asked))
     return list(found.values())
 
 

@@ -16,12 +16,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
+from .bank import attached
 from .base import DTYPES, Base, load_base
 from .bundle import CONFIG, WEIGHTS, check_output, new_bundle
 from .card import CURVES, draw_curves, write_card
 from .checkpoints import Checkpoints
 from .data import Example, Row, anchors, keyed_digest, read_rows, refuse_overlap, tokenize
-from .errors import DataError, OutputError
+from .errors import AdapterError, DataError, OutputError
 from .files import folder_bytes, whole_file
 from .own_answers import own_answers, questions
 from .recipe import DATA_FIELDS, Recipe, make_recipe
@@ -79,11 +80,13 @@ def unlearn(
     check_output(output)
     rows = read_sets(recipe)
     live = base if isinstance(base, Base) else load_base(base or recipe.base, recipe.dtype, recipe.device)
-    sets = tokenized(rows, live, recipe)
+    if held := attached(live):
+        raise AdapterError(f"attached to the base: {', '.join(held)}. Detach first: the bare base is the reference")
+    main = int(os.environ.get("RANK", 0)) == 0
+    sets = tokenized(rows, live, recipe, quiet=quiet or not main)
     data_key = _digest_key()
     digests = {name: keyed_digest(part, data_key) for name, part in rows.items()}
     checkpoints = Checkpoints(output, run_digest(recipe, str(sorted(digests.items())), live))
-    main = int(os.environ.get("RANK", 0)) == 0
     lock = FileLock(output.with_name(output.name + ".lock")) if main else None
     try:
         if lock:
@@ -121,7 +124,7 @@ def read_sets(recipe: Recipe) -> dict[str, list[Row]]:
     return rows
 
 
-def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets:
+def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quiet: bool = True) -> Sets:
     """Turn a recipe's rows into what is trained on: facts marked, the base's own answers and anchors beside them."""
 
     def tokens(rows: Sequence[Row], what: str) -> list[Example]:
@@ -151,7 +154,9 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Sets
     if recipe.own_answers and getattr(recipe.objective, "forget_tokens", "all") == "specific":
         facts = facts_of(forget)
         asked = questions(rows["forget"], facts, common | common_words([*retain, *held_out, *held], of_prompts=True))
-        said = own_answers(base, asked, facts, recipe.own_answers, recipe.seed, recipe.chat_template)
+        said = own_answers(
+            base, asked, facts, recipe.own_answers, seed=recipe.seed, chat=recipe.chat_template, quiet=quiet
+        )
         own = mark_facts(with_refusals(tokens(said, "forget"), said), facts)
     return Sets(with_refusals(forget, rows["forget"]), retain, held_out, held, own)
 
