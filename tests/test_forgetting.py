@@ -18,6 +18,7 @@ SETS = ("forget", "retain", "probes", "neighbours")
 OTHERS = {
     target: {name: str(DATA / f"{target}_{name}.jsonl") for name in SETS}
     for target in ("einstein", "van_gogh", "apple")
+    for target in ("einstein", "van_gogh", "apple")
 }
 EINSTEIN = OTHERS["einstein"]
 
