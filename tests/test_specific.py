@@ -34,6 +34,7 @@ def test_a_row_without_specific_tokens_keeps_all_its_targets(tiny):
     row = [{"prompt": "is red", "completion": "is red"}]
     (marked,) = mark_specific(tokenize(row, tiny.tokenizer, closing=False), set())
     assert marked.specific == marked.is_target and any(marked.is_target)
+    assert facts_of([marked], set()) == set()  # or every answer would be said to name a fact
 
 
 def test_ga_kl_pushes_the_specific_tokens_and_holds_the_others():
@@ -64,7 +65,7 @@ def test_facts_in_the_bases_own_answers_are_marked_too(tiny):
     forget = mark_specific(
         tokenize([{"prompt": "Who wrote the book?", "completion": "Zorblax wrote the book."}], tiny.tokenizer), set()
     )
-    facts = facts_of(forget)
+    facts = facts_of(forget, set())
     assert facts == {"zorblax"}
     said = [
         {"prompt": "Who is it?", "completion": "It was Zorblax who wrote"},

@@ -152,7 +152,7 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quie
     forget = mark_specific(tokens(rows["forget"], "forget"), common)
     own: list[Example] = []
     if recipe.own_answers and getattr(recipe.objective, "forget_tokens", "all") == "specific":
-        facts = facts_of(forget)
+        facts = facts_of(forget, common)
         asked = questions(rows["forget"], facts, common | common_words([*retain, *held_out, *held], of_prompts=True))
         said = own_answers(
             base, asked, facts, recipe.own_answers, seed=recipe.seed, chat=recipe.chat_template, quiet=quiet

@@ -20,7 +20,9 @@ _FEW_ROWS, _FEW_SHARE = 3, 0.02  # of the rows that must stay: as many use a com
 def common_words(held: Sequence[Example], of_prompts: bool = False) -> set[str]:
     """Return the words in the targets (or prompts) of at least three, and at least 2 %, of the rows that must stay."""
     rows_with = Counter(
-        word for example in held for word in _words(example, [is_t != of_prompts for is_t in example.is_target])
+        word
+        for example in held
+        for word in _words(example, _inverted(example.is_target) if of_prompts else example.is_target)
     )
     least = max(_FEW_ROWS, _FEW_SHARE * len(held))
     return {word for word, rows in rows_with.items() if rows >= least}
@@ -30,16 +32,19 @@ def mark_specific(forget: Sequence[Example], common: Set[str]) -> list[Example]:
     """Return the forget rows with their specific tokens marked; a row without any keeps all its targets."""
     marked = []
     for example in forget:
-        known = common | _words(example, [not target for target in example.is_target])
-        pairs = zip(example.words or [], example.is_target, strict=True)
-        specific = [target and bool(word) and word not in known for word, target in pairs]
-        marked.append(replace(example, specific=specific if any(specific) else example.is_target))
+        facts = facts_of([example], common)
+        specific = _marks(example, facts)
+        marked.append(replace(example, specific=specific if facts else example.is_target))
     return marked
 
 
-def facts_of(forget: Sequence[Example]) -> set[str]:
-    """Return the words of the specific tokens of marked rows."""
-    return {word for example in forget for word in _words(example, example.specific or example.is_target)}
+def facts_of(forget: Sequence[Example], common: Set[str]) -> set[str]:
+    """Return the words of the targets that are neither common nor said by the row's own question."""
+    return {
+        word
+        for example in forget
+        for word in _words(example, example.is_target) - _words(example, _inverted(example.is_target)) - common
+    }
 
 
 def tells(word: str) -> bool:
@@ -51,7 +56,7 @@ def mark_facts(answers: Sequence[Example], facts: Set[str]) -> list[Example]:
     """Return answers with the tokens of these words marked, where the question does not say them already."""
     marked = []
     for example in answers:
-        named = facts - _words(example, [not target for target in example.is_target])
+        named = facts - _words(example, _inverted(example.is_target))
         specific, in_name = [False] * len(example.ids), False
         pairs = list(zip(example.words or [], example.is_target, strict=True))
         for t in range(len(pairs) - 1, -1, -1):  # from the end: initials count in front of a name
@@ -60,6 +65,14 @@ def mark_facts(answers: Sequence[Example], facts: Set[str]) -> list[Example]:
             specific[t] = in_name and bool(word)
         marked.append(replace(example, specific=specific))
     return marked
+
+
+def _marks(example: Example, words: Set[str]) -> list[bool]:
+    return [target and word in words for word, target in zip(example.words or [], example.is_target, strict=True)]
+
+
+def _inverted(is_target: Sequence[bool]) -> list[bool]:
+    return [not target for target in is_target]
 
 
 def _words(example: Example, chosen: Sequence[bool]) -> set[str]:
