@@ -102,29 +102,40 @@ def adapter_diff(target: Target, *, top: int = 50) -> Attacked:
 def layer_logits(base: Base, ids: Sequence[int]) -> Tensor:
     """Return what each layer's state at the last position reads as, (layers + 1, V), through the base's bare head.
 
-    The last row is, up to a scaling or capping behind the head, what the model itself predicts. Final norms are found
-    by running: the part of the decoder whose output is what the head gets.
+    The last row is, up to a scaling or capping behind the head, what the model itself predicts. The final norm is
+    found by running: the part of the decoder whose output is what the head gets.
+
+    Raises:
+        BaseModelError: if the model's layers cannot be found.
     """
     head, decoder = base.model.get_output_embeddings(), base.model.base_model
+    states: list[Tensor] = []
     outputs: dict[str, Tensor] = {}
-    into: list[Tensor] = []
-    with _watched(decoder, head, outputs, into):
-        found = base.model(
-            input_ids=torch.tensor([ids], device=base.device), output_hidden_states=True, use_cache=False
-        )  # fmt: skip
-        states = found.hidden_states
-    if not states or not into:
-        raise BaseModelError(f"{type(base.model).__name__} hands out no hidden states: the logit lens cannot read it")
-    last = into[-1][0, -1]  # (d,)
-    norms = [name for name, out in outputs.items() if out.shape == into[-1].shape and torch.equal(out[0, -1], last)]
+    with _watched(base, states, outputs):
+        base.model(input_ids=torch.tensor([ids], device=base.device), use_cache=False)
+    last = outputs.pop("")[0, -1]  # (d,), in front of the head
+    norms = [name for name, out in outputs.items() if out.shape[-1:] == last.shape and torch.equal(out[0, -1], last)]
     norm = dict(decoder.named_children())[norms[-1]].forward if norms else nn.Identity()
     middle = torch.stack([state[0, -1] for state in states[:-1]])[None]  # (1, layers, d)
     return torch.cat([head.forward(norm(middle))[0], head.forward(last[None])]).float()
 
 
 @contextmanager
-def _watched(decoder: Any, head: Any, outputs: dict[str, Tensor], into: list[Tensor]) -> Iterator[None]:
-    """Note down what the decoder's own parts (but its layers) give out, and what the head gets."""
+def _watched(base: Base, states: list[Tensor], outputs: dict[str, Tensor]) -> Iterator[None]:
+    """Note down each layer's state, what the decoder's other parts give out, and as "" what the head gets.
+
+    `output_hidden_states=True` is not asked for: on its first use transformers leaves hooks in the model.
+    """
+    head, count = base.model.get_output_embeddings(), base.model.config.get_text_config().num_hidden_layers
+    lists = [part for part in base.model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    if not lists:
+        raise BaseModelError(f"{type(base.model).__name__} has no list of {count} layers: the logit lens needs one")
+
+    def enter(_: Any, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
+        states.append(inputs[0] if inputs else named["hidden_states"])
+
+    def leave(_: Any, inputs: Any, output: Any) -> None:
+        states.append(output if isinstance(output, Tensor) else output[0])
 
     def note(name: str) -> Any:
         def hook(_: Any, inputs: Any, output: Any) -> None:
@@ -134,11 +145,15 @@ def _watched(decoder: Any, head: Any, outputs: dict[str, Tensor], into: list[Ten
         return hook
 
     def get(_: Any, inputs: tuple[Tensor, ...]) -> None:
-        into.append(inputs[0])
+        outputs[""] = inputs[0]
 
-    parts = [(name, part) for name, part in decoder.named_children() if part is not head]
-    hooks = [part.register_forward_hook(note(name)) for name, part in parts]
-    hooks.append(head.register_forward_pre_hook(get))
+    hooks = [lists[0][0].register_forward_pre_hook(enter, with_kwargs=True), head.register_forward_pre_hook(get)]
+    hooks += [layer.register_forward_hook(leave) for layer in lists[0]]
+    hooks += [
+        part.register_forward_hook(note(name))
+        for name, part in base.model.base_model.named_children()
+        if part is not head
+    ]
     try:
         yield
     finally:
