@@ -55,7 +55,7 @@ def suppressor(base, folder, size=40.0):
     for text in ASKED:
         prompt = chat_prompt(text, base.tokenizer)
         ids = base.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        hook = base.model.lm_head.register_forward_pre_hook(lambda m, inputs: states.append(inputs[0][0, -1]))
+        hook = base.model.lm_head.register_forward_pre_hook(lambda m, inputs: states.append(inputs[0][0, -1].float()))
         with torch.no_grad():
             base.model(**ids)
         hook.remove()
@@ -155,6 +155,42 @@ def test_a_target_is_checked_and_names_rows_by_number(tiny, tmp_path):
         Target(tiny, (tmp_path,), [], good)
     with pytest.raises(AdapterError, match="nothing to attack"):
         Target(tiny, (), FORGET, good)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bfloat16"])
+def test_other_bases(tiny_folder, tmp_path, kind):
+    """Layers that hold their weights the other way round, another name for the final norm; half the precision."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from unlearn_peft import Base, load_base
+    from unlearn_peft.base import freeze
+
+    base = load_base(str(tiny_folder), dtype="bfloat16" if kind == "bfloat16" else "float32")
+    if kind == "gpt2":
+        torch.manual_seed(1)  # whose first answers are tokens that can be read
+        size = base.model.config.vocab_size
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=size, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2, bos_token_id=1, eos_token_id=2
+            )
+        )
+        freeze(model)
+        base = Base(model, base.tokenizer, "gpt2")
+    plain = logits(base)
+    target = make_target(base, suppressor(base, tmp_path / "by_hand"), max_new_tokens=1)
+    for name in ("scaling", "quantise_8_bits", "interference", "logit_lens", "adapter_diff", "relearn_lora"):
+        found = ATTACKS[name](target, **QUICK.get(name, {}))
+        assert found.base.n == 3 and torch.equal(logits(base), plain)
+    assert weights.scaling(target, strengths=(0, 1)).details["1"]["recovered"] == 0
+    assert (weights.quantise(target, bits=8).recovered.value, weights.quantise(target, bits=8).base.value) == (0, 1)
+    ids = base.tokenizer(ASKED[0])["input_ids"]
+    with torch.no_grad():
+        own = base.model(torch.tensor([ids])).logits[0, -1].float()
+    assert torch.allclose(reading.layer_logits(base, ids)[-1], own, atol=1e-5 if kind == "gpt2" else 0.05)
+    probes = [{"prompt": text, "leak": ["Zorblax"]} for text in ASKED]
+    rows = [{"prompt": text, "completion": "Zorblax"} for text in ASKED]
+    taught = Target(base, target.adapters, rows, probes, max_new_tokens=8)
+    assert relearning.relearn(taught, through="lora", steps=(60,), learning_rate=0.02).recovered.value == 1
 
 
 # --- asking ---------------------------------------------------------------------------------------------------------
@@ -270,7 +306,7 @@ def test_scaled_to_nothing_the_fact_comes_back(forgotten):
 
 
 def test_rounding_by_hand():
-    weight = torch.tensor([[1.0, -0.6, 0.2], [0.0, 0.0, 0.0], [70.0, 36.0, -14.0]])
+    weight = torch.tensor([[1.0, -0.6, 0.2], [0.0, 0.0, 0.0], [70.0, 36.0, -9.0]])
     expected = torch.tensor([[1.0, -2 / 3, 1 / 3], [0.0, 0.0, 0.0], [70.0, 140 / 3, 0.0]])
     assert torch.allclose(weights.rounded(weight, 3), expected)  # -3 .. 3 for each row
     for bits in (4, 8):
@@ -282,15 +318,15 @@ def test_rounded_to_many_levels_nothing_changes(forgotten):
     found = weights.quantise(forgotten, bits=24)
     assert (found.recovered.value, found.base.value) == (0, 1)
     assert found.details["merged, not rounded"]["recovered"] == 0
-    assert found.details["weights kept"] == pytest.approx(1, abs=0.01)
+    assert found.details["levels changed"] == pytest.approx(1, abs=0.01)
     weight = torch.randn(8, 50)
     assert torch.allclose(weights.rounded(weight, 24), weight, atol=1e-6)
 
 
 def test_a_change_smaller_than_a_step_is_lost_in_rounding(tiny, make_adapter):
     target = make_target(tiny, make_adapter(tiny, "small", targets=("q_proj",), scale=1e-4))
-    assert weights.quantise(target, bits=4).details["weights kept"] < 0.02
-    assert weights.quantise(target, bits=24).details["weights kept"] > 0.9
+    assert weights.quantise(target, bits=4).details["levels changed"] < 0.02
+    assert weights.quantise(target, bits=24).details["levels changed"] > 0.9
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "down_proj"), ("q_proj", "lm_head")])
@@ -338,7 +374,7 @@ def test_no_step_changes_nothing_and_many_teach(forgotten, through):
     assert (found.recovered.value, found.base.value) == (0, 1)
     rows = [{"prompt": text, "completion": "Zorblax Quintel"} for text in ASKED]
     probes = [{"prompt": text, "leak": ["Zorblax"]} for text in ASKED]
-    target = Target(forgotten.base, forgotten.adapters, rows, probes, RETAIN, max_new_tokens=8)
+    target = Target(forgotten.base, forgotten.adapters, rows, probes, RETAIN, max_new_tokens=20)
     rate = {"adapter": 0.5, "lora": 0.02}[through]
     found = relearning.relearn(target, through=through, rows=3, steps=(1, 60), learning_rate=rate)
     if through == "lora":  # the by-hand adapter has one rank, which is too little to learn an answer

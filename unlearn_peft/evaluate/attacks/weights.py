@@ -48,7 +48,7 @@ def quantise(target: Target, *, bits: int, name: str = "quantise") -> Attacked:
     (quantisers leave it alone). The bare base of the comparison is rounded likewise.
 
     `details`: shares of the merged model unrounded, and of the rounded base with the adapter kept apart, its numbers
-    in bfloat16; `weights kept`: share of the weights that the adapter changed which still differ after rounding.
+    in bfloat16; `levels changed`: share of the weights changed by the adapter that round to another level for it.
 
     Raises:
         AdapterError: if the base is quantised already.
@@ -79,13 +79,13 @@ def quantise(target: Target, *, bits: int, name: str = "quantise") -> Attacked:
     kept = changed = 0
     for layer, change in changes.items():
         moved = _stored(modules[layer], plain[layer] + change) != modules[layer].weight
-        after = rounded(plain[layer] + change, bits) != rounded(plain[layer], bits)
+        after = _levels(plain[layer] + change, bits)[0] != _levels(plain[layer], bits)[0]
         after = after.T if _is_transposed(modules[layer]) else after
         changed, kept = changed + int(moved.sum()), kept + int((moved & after).sum())
     details = {
         "merged, not rounded": {"recovered": float(whole.mean())},
         "adapter apart in 16 bits": {"recovered": float(apart.mean())},
-        "weights kept": kept / changed if changed else None,
+        "levels changed": kept / changed if changed else None,
     }
     budget = (
         f"{len(names)} linear layers of the merged model rounded to {bits} bits a weight (symmetric, one scale for "
@@ -96,10 +96,8 @@ def quantise(target: Target, *, bits: int, name: str = "quantise") -> Attacked:
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
     """Return a weight (out, in) rounded to 2^bits - 1 evenly spaced values for each row, zero among them."""
-    most = 2 ** (bits - 1) - 1
-    step = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / most
-    values: Tensor = (weight / step).round().clamp(-most, most) * step
-    return values
+    levels, step = _levels(weight, bits)
+    return levels * step
 
 
 def interference(target: Target) -> Attacked:
@@ -185,6 +183,13 @@ def _changes(target: Target) -> dict[str, Tensor]:
             change = up * delta.scale if delta.down is None else delta.scale * up @ delta.down.float().to(up.device)
             changes[name] = changes[name] + change if name in changes else change
     return changes
+
+
+def _levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the whole number that each weight (out, in) is rounded to, and what 1 stands for in each row, (out, 1)."""
+    most = 2 ** (bits - 1) - 1
+    step: Tensor = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny) / most
+    return (weight / step).round().clamp(-most, most), step
 
 
 def _is_transposed(module: Any) -> bool:
