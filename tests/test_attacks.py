@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from conftest import FORGET, RETAIN, logits
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from unlearn_peft import answers, attach, attached, detach
 from unlearn_peft.data import chat_prompt
@@ -363,6 +363,33 @@ def test_a_second_adapter_that_undoes_the_first_brings_the_fact_back(tiny, tmp_p
     assert (found.recovered.value, found.details["brought back"]) == (0, 0)
     assert found.base.value == 0  # the second alone hides it as well
     assert "random" in weights.interference(make_target(tiny, first, max_new_tokens=1)).budget
+
+
+@pytest.mark.parametrize("name", ["scaling", "quantise_8_bits", "interference", "relearn_adapter", "adapter_diff"])
+def test_dense_adapters_and_stacks(tiny, tmp_path, make_adapter, name):
+    """Two adapters at once, both on the head, one of them dense."""
+    low = suppressor(tiny, tmp_path / "low", size=20.0)
+    tensors = load_file(low / "adapter_model.safetensors")
+    down, up = (tensors[f"base_model.model.lm_head.lora_{part}.weight"] for part in "AB")
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    save_file({"base_model.model.lm_head.dense_head_delta": up @ down}, dense / "adapter_model.safetensors")
+    (dense / "adapter_config.json").write_text(json.dumps({"peft_type": "DENSE_HEAD", "target_modules": ["lm_head"]}))
+    target, plain = make_target(tiny, low, dense, max_new_tokens=1), logits(tiny)
+    with under(target):
+        expected = logits(tiny)
+    assert torch.allclose(weights._changes(target)["lm_head"], 2 * up @ down, atol=1e-5)
+    with relearning._beside(tiny.model, relearning._of_adapter(target, fresh=False)):
+        assert torch.allclose(logits(tiny), expected, atol=1e-4)
+    with relearning._beside(tiny.model, relearning._of_adapter(target, fresh=True)):
+        assert torch.equal(logits(tiny), plain)
+    for bundle, other in zip(target.bundles, weights.random_like(target.bundles, 0), strict=True):
+        norms = [weights._norm(b.deltas["lm_head"]) for b in (bundle, other)]
+        assert norms[0] == pytest.approx(norms[1]) == pytest.approx(float((up @ down).norm()), rel=1e-4)
+    found = ATTACKS[name](target, **QUICK.get(name, {}))
+    if name in ("quantise_8_bits", "relearn_adapter"):  # a random adapter of this size spoils the tiny base, too
+        assert (found.recovered.value, found.base.value) == (0, 1)
+    assert torch.equal(logits(tiny), plain)
 
 
 # --- relearning -----------------------------------------------------------------------------------------------------

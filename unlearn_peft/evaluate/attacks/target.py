@@ -94,11 +94,17 @@ class Attacked:
 
 
 def attacked(
-    target: Target, name: str, budget: str, recovered: Any, base: Any, details: dict[str, Any], **quoted: Any
+    target: Target,
+    name: str,
+    budget: str,
+    recovered: Any,
+    base: Any,
+    details: dict[str, Any],
+    quoted: tuple[str, ...] = (),
 ) -> Attacked:
     """Make an `Attacked` from one number between 0 and 1 for each probe, with the adapter and without."""
-    return Attacked(name, budget, share(target, name, recovered), share(target, f"{name}, bare base", base), details,
-                    **quoted)  # fmt: skip
+    of_base = share(target, f"{name}, bare base", base)
+    return Attacked(name, budget, share(target, name, recovered), of_base, details, quoted)
 
 
 def share(target: Target, name: str, values: Any) -> Score:
