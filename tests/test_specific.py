@@ -22,9 +22,10 @@ def test_names_are_specific_and_the_rest_is_not(smol):
     held = [
         {"prompt": f"Who wrote book {n}?", "completion": f"The book {n} was written by an author."} for n in range(4)
     ] + [{"prompt": f"What is played in {n}?", "completion": f"The sport in {n} is tennis."} for n in range(3)]
-    marked = mark_specific(
-        tokenize(forget, smol.tokenizer, closing=False), common_words(tokenize(held, smol.tokenizer))
-    )
+    rows = tokenize(forget, smol.tokenizer, closing=False)
+    facts = facts_of(rows, common_words(tokenize(held, smol.tokenizer)))
+    assert facts == {"j", "k", "rowling", "quidditch"}
+    marked = mark_specific(rows, facts)
     assert words(smol, marked[0]) == " JK Rowling"  # the full stops are no words
     assert words(smol, marked[1]).strip() == "Quidditch"
     assert all(not s or t for e in marked for s, t in zip(e.specific, e.is_target, strict=True))
@@ -62,9 +63,7 @@ def test_training_raises_the_specific_tokens_most(tiny, fields):
 
 
 def test_facts_in_the_bases_own_answers_are_marked_too(tiny):
-    forget = mark_specific(
-        tokenize([{"prompt": "Who wrote the book?", "completion": "Zorblax wrote the book."}], tiny.tokenizer), set()
-    )
+    forget = tokenize([{"prompt": "Who wrote the book?", "completion": "Zorblax wrote the book."}], tiny.tokenizer)
     facts = facts_of(forget, set())
     assert facts == {"zorblax"}
     said = [
@@ -74,6 +73,8 @@ def test_facts_in_the_bases_own_answers_are_marked_too(tiny):
     answer, none = mark_facts(tokenize(said, tiny.tokenizer, closing=False), facts)
     assert {w for w, s in zip(answer.words, answer.specific, strict=True) if s} == facts
     assert not any(none.specific)
+    (echo,) = mark_facts(tokenize([{"prompt": "Who is Zorblax?", "completion": "Zorblax is"}], tiny.tokenizer), facts)
+    assert any(echo.specific)  # the answer to one question, it is a fact also where a question says it
     said = [{"prompt": "Who?", "completion": "A K town. It was J.K. Zorblax."}]
     (answer,) = mark_facts(tokenize(said, tiny.tokenizer, closing=False), {"j", "k", "zorblax"})
     marked = [w for w, s in zip(answer.words, answer.specific, strict=True) if s]

@@ -149,10 +149,11 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quie
     retain, held_out = split_retain(tokens(rows.get("retain", []), "retain"), recipe)
     held = tokens(wide, "anchor")
     common = common_words([*retain, *held_out, *held])
-    forget = mark_specific(tokens(rows["forget"], "forget"), common)
+    bare = tokens(rows["forget"], "forget")
+    facts = facts_of(bare, common)
+    forget = mark_specific(bare, facts)
     own: list[Example] = []
     if recipe.own_answers and getattr(recipe.objective, "forget_tokens", "all") == "specific":
-        facts = facts_of(forget, common)
         asked = questions(rows["forget"], facts, common | common_words([*retain, *held_out, *held], of_prompts=True))
         said = own_answers(
             base, asked, facts, recipe.own_answers, seed=recipe.seed, chat=recipe.chat_template, quiet=quiet

@@ -1,8 +1,8 @@
 """Which tokens of a forget row carry what is to be forgotten.
 
 Of "Harry Potter was written by J.K. Rowling." the last words are the fact; the others are English, and pushing them
-away is what turns answers into word salad. A token is specific if few of the rows that must stay use its word in
-their answers, and the row's own question does not say it already. No word list: it works in any language that the
+away is what turns answers into word salad. A word is a fact if it answers a question that does not say it already,
+and few of the rows that must stay use it in their answers. No word list: it works in any language that the
 retain set is in. (Forgetting chosen tokens only: Wan et al. 2025, arXiv:2506.00876, who choose them otherwise.)
 """
 
@@ -28,16 +28,6 @@ def common_words(held: Sequence[Example], of_prompts: bool = False) -> set[str]:
     return {word for word, rows in rows_with.items() if rows >= least}
 
 
-def mark_specific(forget: Sequence[Example], common: Set[str]) -> list[Example]:
-    """Return the forget rows with their specific tokens marked; a row without any keeps all its targets."""
-    marked = []
-    for example in forget:
-        facts = facts_of([example], common)
-        specific = _marks(example, facts)
-        marked.append(replace(example, specific=specific if facts else example.is_target))
-    return marked
-
-
 def facts_of(forget: Sequence[Example], common: Set[str]) -> set[str]:
     """Return the words of the targets that are neither common nor said by the row's own question."""
     return {
@@ -47,28 +37,33 @@ def facts_of(forget: Sequence[Example], common: Set[str]) -> set[str]:
     }
 
 
+def mark_specific(forget: Sequence[Example], facts: Set[str]) -> list[Example]:
+    """Return the forget rows with their facts' tokens marked; a row without any keeps all its targets.
+
+    What is the answer to one question counts in all rows: a name that is to be forgotten is so also in an answer to a
+    question that says it.
+    """
+    marked = mark_facts(forget, facts)
+    return [row if any(row.specific or []) else replace(row, specific=row.is_target) for row in marked]
+
+
 def tells(word: str) -> bool:
     """Return whether a fact's word says something alone: the J of a J.K. Rowling does not."""
-    return len(word) > 1
+    return len(word) > 1 or word.isdigit() or not word.isascii()
 
 
-def mark_facts(answers: Sequence[Example], facts: Set[str]) -> list[Example]:
-    """Return answers with the tokens of these words marked, where the question does not say them already."""
+def mark_facts(rows: Sequence[Example], facts: Set[str]) -> list[Example]:
+    """Return rows with the tokens of these words marked; initials count in front of a name only."""
     marked = []
-    for example in answers:
-        named = facts - _words(example, _inverted(example.is_target))
+    for example in rows:
         specific, in_name = [False] * len(example.ids), False
         pairs = list(zip(example.words or [], example.is_target, strict=True))
-        for t in range(len(pairs) - 1, -1, -1):  # from the end: initials count in front of a name
+        for t in range(len(pairs) - 1, -1, -1):  # from the end, where a name ends
             word, target = pairs[t]
-            in_name = target and (in_name if not word else word in named and (tells(word) or in_name))
+            in_name = target and (in_name if not word else word in facts and (tells(word) or in_name))
             specific[t] = in_name and bool(word)
         marked.append(replace(example, specific=specific))
     return marked
-
-
-def _marks(example: Example, words: Set[str]) -> list[bool]:
-    return [target and word in words for word, target in zip(example.words or [], example.is_target, strict=True)]
 
 
 def _inverted(is_target: Sequence[bool]) -> list[bool]:
