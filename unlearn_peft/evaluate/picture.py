@@ -39,11 +39,14 @@ def panels(evaluation: Evaluation) -> list[tuple[str, str]] | None:
     return found
 
 
-def draw(path: Path, evaluation: Evaluation) -> bool:
-    """Draw all panels into one PNG on white; returns False where matplotlib is not there, or nothing is to be drawn."""
+def drawable(evaluation: Evaluation) -> bool:
+    """Return whether there is something to draw, and matplotlib to draw it with."""
+    return bool(main_figures(evaluation)) and _pyplot() is not None
+
+
+def draw(path: Path, evaluation: Evaluation) -> None:
+    """Draw all panels into one PNG on white, see `drawable`."""
     pyplot, names = _pyplot(), main_figures(evaluation)
-    if pyplot is None or not names:
-        return False
     columns = min(len(names), 3)
     lines = -(-len(names) // columns)
     figure, grid = pyplot.subplots(
@@ -57,7 +60,6 @@ def draw(path: Path, evaluation: Evaluation) -> bool:
             axes.set_axis_off()
     figure.savefig(path, dpi=130, format="png")
     pyplot.close(figure)
-    return True
 
 
 def _draw(axes: Any, evaluation: Evaluation, name: str) -> None:

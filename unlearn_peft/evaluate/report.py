@@ -18,7 +18,7 @@ from ..errors import OutputError
 from ..files import whole_file
 from . import wording
 from .evaluation import STATES, Evaluation
-from .picture import draw, panels
+from .picture import draw, drawable, panels
 from .score import Score
 
 FIGURES, PAGE, PICTURE = "evaluation.json", "report.html", "figures.png"
@@ -62,14 +62,12 @@ def write_report(evaluation: Evaluation, folder: Path, adapters: Sequence[str | 
     with whole_file(folder / PAGE) as path:
         path.write_text(html(evaluation, adapters), encoding="utf-8")
     written = [folder / FIGURES, folder / PAGE]
-    if wording.main_figures(evaluation):
+    if drawable(evaluation):
         with whole_file(folder / PICTURE) as path:
-            if draw(path, evaluation):
-                written.append(folder / PICTURE)
-            else:
-                path.touch()
-        if folder / PICTURE not in written:
-            (folder / PICTURE).unlink()
+            draw(path, evaluation)
+        written.append(folder / PICTURE)
+    else:
+        (folder / PICTURE).unlink(missing_ok=True)  # an earlier report's
     return written
 
 
@@ -86,7 +84,7 @@ def html(evaluation: Evaluation, adapters: Sequence[str | Path] = ()) -> str:
     return template.render(
         evaluation=evaluation,
         title=_title(evaluation),
-        rows=", ".join(f"{n} {name.replace('_', ' ')} rows" for name, n in evaluation.rows.items()),
+        rows=", ".join(f"{n} {name.replace('_', ' ')}" for name, n in evaluation.rows.items()),
         headlines=wording.headlines(evaluation),
         panels=None if pictures is None else [(label, Markup(svg)) for label, svg in pictures],
         states=STATES,
@@ -136,19 +134,22 @@ def show(evaluation: Evaluation) -> None:
 
     console = Console()
     table = Table(title=f"{_title(evaluation)}, base {evaluation.base}", title_justify="left")
-    for title in ("figure", "unit", "n"):
-        table.add_column(title, justify="right" if title == "n" else "left")
+    table.add_column("figure", min_width=24)
+    table.add_column("n", justify="right")
     for title in TITLES.values():
-        table.add_column(title)
-    table.add_column("change")
+        table.add_column(title, min_width=12)
+    table.add_column("change", min_width=9)
     styles = {"better": "green", "worse": "red", "cost": "yellow"}
     for heading, figures in _topics(evaluation):
         table.add_section()
         table.add_row(Text(heading, style="bold"))
         for figure in figures:
+            name = Text(f"{figure['label']}\n").append(figure["unit"], style="dim")
             cells = [Text("\n".join(cell) if (cell := figure["cells"][state]) else "-") for state in STATES]
+            if figure["restored"]:
+                cells[-1] = Text(f"{figure['cells']['after'][0]}\nas the base")
             told = Text(_CHIPS[figure["change"]], style=styles.get(figure["change"], ""))
-            table.add_row(Text(figure["label"]), Text(figure["unit"]), str(figure["n"]), *cells, told)
+            table.add_row(name, str(figure["n"]), *cells, told)
     console.print(table)
     if evaluation.attacks:
         attacks = Table(title="attacks", title_justify="left")
@@ -175,6 +176,7 @@ def _topics(evaluation: Evaluation) -> list[tuple[str, list[dict[str, Any]]]]:
             "n": some.n,
             "cells": {state: (wording.value(s), wording.interval(s)) if s else None for state, s in states.items()},
             "change": wording.change(states["before"], states["with"]),
+            "restored": states["after"] is not None and states["after"] == states["before"],  # exactly, unrounded
         }
 
     found = []
@@ -199,4 +201,6 @@ def _curves(folder: Path) -> str | None:
 
 
 def _line(*cells: str) -> str:
-    return "| " + " | ".join(re.sub(r"\s+", " ", cell).replace("|", "\\|") for cell in cells) + " |"
+    return (
+        "| " + " | ".join(re.sub(r"\s+", " ", cell).replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
+    )

@@ -50,6 +50,7 @@ class Headline:
     question: str
     label: str
     value: str
+    unit: str
     detail: str
     change: Change
 
@@ -128,11 +129,12 @@ def headlines(evaluation: Evaluation) -> list[Headline]:
             continue
         base = f"base {value(before)}; " if before else ""
         detail = f"{base}95 % interval {interval(now)}; n = {now.n}"
-        sign = "" if unit(now).startswith("%") else " "
-        found.append(Headline(question, label(name), f"{value(now)}{sign}{unit(now)}", detail, change(before, now)))
+        found.append(Headline(question, label(name), value(now), unit(now), detail, change(before, now)))
     left = evaluation.left_behind
     told = "traces left" if left else "without a trace"
-    found.append(Headline("Does it come off?", "After removal", told, removal(evaluation), "worse" if left else "same"))
+    found.append(
+        Headline("Does it come off?", "After removal", told, "", removal(evaluation), "worse" if left else "same")
+    )
     return found
 
 
