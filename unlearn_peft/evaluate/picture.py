@@ -91,7 +91,7 @@ def _inline(svg: str) -> str:
     """Cut a file down to its <svg> element, let the page colour it, and drop ids that would repeat."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r' width="[^"]*pt" height="[^"]*pt"', ' aria-hidden="true"', svg, count=1)
     svg = re.sub(r' height="[^"]*pt"| width="[^"]*pt"', "", svg, count=2)
     for colour, variable in _VARIABLES.items():
