@@ -307,16 +307,38 @@ def test_the_card_section_holds_figures_and_attacks_only():
         "| Sampled answers that leak, 32 a probe | % of answers | 6 | 21.9 (9.9 to 33.9) | 0 (0 to 0) "
         "| 21.9 (9.9 to 33.9) | better |"
     ) in section
-    assert "up to about 3/n of others may" in section
+    assert "up to about 3/n of others may" in section and "relearning &lt;i>" in section
+
+
+def test_a_figure_of_fewer_rows_in_one_state_tells_all_three_counts():
+    result = made_up()
+    fewer = [dataclasses.replace(s, n=9) if s.name.startswith("perplexity") else s for s in result.scores["with"]]
+    assert "| perplexity | 14 / 9 / 14 |" in markdown_section(
+        dataclasses.replace(result, scores={**result.scores, "with": fewer})
+    )
+    none = [s for s in result.scores["with"] if not s.name.startswith("perplexity")]
+    gone = dataclasses.replace(result, scores={**result.scores, "with": none})
+    assert "| 1.61 (1.41 to 1.81) | not measured |" in markdown_section(gone)
+    assert gone.left_behind == [] and "not measured" in html(gone)
 
 
 def test_the_terminal_shows_every_figure(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setenv("COLUMNS", "80")
     result = made_up()
     show(result)
     out = capsys.readouterr().out
-    assert "21.9" in out and "9.9 to 33.9" in out and "relearning <i>" in out and "Is it forgotten?" in out
-    assert "up to about 3/n" in out and "all 11 figures and 2 greedy answers equal the base's exactly" in out
+    assert max(map(len, out.splitlines())) <= 80 and "│ not clear │" in out
+    assert (
+        "21.9" in out
+        and "9.9–33.9" in out
+        and "% of answers, n = 6" in out
+        and "relearning <i>" in out
+        and "Is it forgotten?" in out
+    )
+    assert (
+        "up to about 3/n" in re.sub(r"\s+", " ", out)
+        and "all 11 figures and 2 greedy answers equal the base's exactly" in out
+    )
 
 
 def test_left_behind_names_figures_and_answers():

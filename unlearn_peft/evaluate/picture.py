@@ -50,12 +50,13 @@ def draw(path: Path, evaluation: Evaluation) -> None:
     columns = min(len(names), 3)
     lines = -(-len(names) // columns)
     figure, grid = pyplot.subplots(
-        lines, columns, figsize=(4 * columns, 1.75 * lines), layout="constrained", squeeze=False
+        lines, columns, figsize=(4 * columns, 1.8 * lines), layout="constrained", squeeze=False
     )
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     for n, axes in enumerate(grid.flat):
         if n < len(names):
             _draw(axes, evaluation, names[n])
-            axes.set_title(label(names[n]), fontsize=9, color=INK, loc="left")
+            axes.set_title(label(names[n]), fontsize=10, fontweight="bold", color=INK, loc="left")
         else:
             axes.set_axis_off()
     figure.savefig(path, dpi=130, format="png")
@@ -77,12 +78,13 @@ def _draw(axes: Any, evaluation: Evaluation, name: str) -> None:
         axes.set_xlim(-4, 104)  # all shares on one scale
     elif low > 0 or low > -0.1 * high:
         axes.set_xlim(-0.04 * max(high, 1e-3), max(high, 1e-3) * 1.04)  # from zero: what looks large is large
+    axes.locator_params(axis="x", nbins=5)
     axes.set_ylim(len(STATES) - 0.5, -0.5)
     axes.set_yticks(range(len(STATES)), list(ROWS.values()))
-    axes.set_xlabel(unit_, color=INK)
+    axes.set_xlabel(unit_, color=INK, fontsize=9)
     axes.grid(axis="x", color=LINE, lw=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0)
+    axes.tick_params(colors=INK, length=0, labelsize=9)
     for side in axes.spines.values():
         side.set_visible(False)
 

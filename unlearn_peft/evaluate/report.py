@@ -117,7 +117,7 @@ def markdown_section(evaluation: Evaluation) -> str:
                 f"{cell[0]} ({cell[1]})" if (cell := figure["cells"][state]) else "not measured" for state in STATES
             ]
             lines.append(
-                _line(figure["label"], figure["unit"], str(figure["n"]), *cells, _CHIPS[figure["change"]])
+                _line(figure["label"], figure["unit"], figure["n"], *cells, _CHIPS[figure["change"]])
             )  # fmt: skip
     if evaluation.attacks:
         lines += ["", _line("attack", "budget", "recovered with the adapter", "same on the base"), "|---" * 4 + "|"]
@@ -134,22 +134,24 @@ def show(evaluation: Evaluation) -> None:
 
     console = Console()
     table = Table(title=f"{_title(evaluation)}, base {evaluation.base}", title_justify="left")
-    table.add_column("figure", min_width=24)
-    table.add_column("n", justify="right")
+    table.add_column("figure", min_width=19)  # with the others, 80 columns hold it
     for title in TITLES.values():
-        table.add_column(title, min_width=12)
-    table.add_column("change", min_width=9)
+        table.add_column(title, max_width=12)
+    table.add_column("change", no_wrap=True)
     styles = {"better": "green", "worse": "red", "cost": "yellow"}
     for heading, figures in _topics(evaluation):
         table.add_section()
         table.add_row(Text(heading, style="bold"))
         for figure in figures:
-            name = Text(f"{figure['label']}\n").append(figure["unit"], style="dim")
-            cells = [Text("\n".join(cell) if (cell := figure["cells"][state]) else "-") for state in STATES]
+            name = Text(f"{figure['label']}\n").append(f"{figure['unit']}, n = {figure['n']}", style="dim")
+            cells = [
+                Text("\n".join(cell).replace(" to ", "–") if (cell := figure["cells"][state]) else "-")
+                for state in STATES
+            ]
             if figure["restored"]:
                 cells[-1] = Text(f"{figure['cells']['after'][0]}\nas the base")
             told = Text(_CHIPS[figure["change"]], style=styles.get(figure["change"], ""))
-            table.add_row(name, str(figure["n"]), *cells, told)
+            table.add_row(name, *cells, told)
     console.print(table)
     if evaluation.attacks:
         attacks = Table(title="attacks", title_justify="left")
@@ -168,12 +170,13 @@ def _topics(evaluation: Evaluation) -> list[tuple[str, list[dict[str, Any]]]]:
 
     def figure(name: str) -> dict[str, Any]:
         states = {state: evaluation.score(name, state) for state in STATES}
+        counts = {score.n for score in states.values() if score}  # empty answers have no perplexity
         some: Score = next(score for score in states.values() if score)
         return {
             "name": name,
             "label": wording.label(name),
             "unit": wording.unit(some),
-            "n": some.n,
+            "n": str(some.n) if len(counts) == 1 else " / ".join(str(s.n) if s else "-" for s in states.values()),
             "cells": {state: (wording.value(s), wording.interval(s)) if s else None for state, s in states.items()},
             "change": wording.change(states["before"], states["with"]),
             "restored": states["after"] is not None and states["after"] == states["before"],  # exactly, unrounded
