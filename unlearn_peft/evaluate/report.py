@@ -133,7 +133,7 @@ def show(evaluation: Evaluation) -> None:
     from rich.text import Text
 
     console = Console()
-    table = Table(title=f"{_title(evaluation)}, base {evaluation.base}", title_justify="left")
+    table = Table(title=Text(f"{_title(evaluation)}, base {evaluation.base}"), title_justify="left")
     table.add_column("figure", min_width=19)  # with the others, 80 columns hold it
     for title in TITLES.values():
         table.add_column(title, max_width=12)
