@@ -24,11 +24,12 @@ from .base import fingerprint, mismatches
 from .errors import AdapterError, OutputError
 from .files import folder_bytes, whole_folder
 
-WEIGHTS, CONFIG, MANIFEST, CARD = (
+WEIGHTS, CONFIG, MANIFEST, CARD, CURVES = (
     "adapter_model.safetensors",
     "adapter_config.json",
     "forget.json",
     "README.md",
+    "curves.png",
 )
 SCHEMA_VERSION = 1
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CURVES = "curves.png"
+from .bundle import CURVES as CURVES
 
 
 def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:

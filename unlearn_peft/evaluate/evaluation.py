@@ -1,0 +1,270 @@
+"""Before, with the adapters, after removal: everything measured three times, and whether nothing stayed behind.
+
+A bare base, adapter directories and sets of rows come in; an `Evaluation` goes out, to the terminal, to report.py and
+as figures alone (no row, no prompt, no answer) to JSON.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..bank import attached, forgetting
+from ..base import Base
+from ..bundle import read_bundle
+from ..data import Row, read_rows
+from ..errors import AdapterError, DataError
+from ..generate import answers, leaked
+from ..recipe import DataSpec, load_recipe
+from .score import CONFIDENCE, RESAMPLES, Score
+from .suite import SETS, measure, take_reference
+
+SCHEMA_VERSION = 1
+STATES = ("before", "with", "after")
+
+
+@dataclass(frozen=True)
+class MeasuredAdapter:
+    """What tells which adapter was measured, and how strongly it was attached."""
+
+    name: str
+    weights_sha256: str
+    bytes: int
+    strength: float
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The greedy answers to one probe, and the leak words that each of them names, by state."""
+
+    prompt: str
+    texts: dict[str, str]
+    leaks: dict[str, list[str]]
+
+
+class AttackResult(Protocol):
+    """What one attack won back of what was forgotten, as the report shows it."""
+
+    @property
+    def name(self) -> str:
+        """Which attack."""
+
+    @property
+    def budget(self) -> object:
+        """What it was allowed, as text: 16 samples, 20 steps, ..."""
+
+    @property
+    def recovered(self) -> Score:
+        """What comes out with the adapters attached."""
+
+    @property
+    def base(self) -> Score:
+        """What the same attack gets out of the bare base."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One measurement of a base before, with, and after adapters.
+
+    Attributes:
+        base: the base's public name.
+        fingerprint: of the base, see `base.fingerprint`.
+        adapters: what was attached.
+        settings: what the figures depend on besides the rows.
+        rows: the number of rows in each set.
+        scores: the figures by state: `before`, `with`, `after`.
+        answers: greedy answers to the probes; for people, never for files that travel.
+        attacks: results of attacks, if any were run.
+        versions: of the packages that measured.
+        created: when, ISO 8601, UTC.
+        seconds: how long it took.
+    """
+
+    base: str
+    fingerprint: dict[str, str | None]
+    adapters: list[MeasuredAdapter]
+    settings: dict[str, Any]
+    rows: dict[str, int]
+    scores: dict[str, list[Score]]
+    answers: list[SideBySide]
+    attacks: Sequence[AttackResult]
+    versions: dict[str, str]
+    created: str
+    seconds: float
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all figures, in order; one may be missing in a state (no perplexity of empty answers)."""
+        return list(dict.fromkeys(score.name for state in STATES for score in self.scores[state]))
+
+    def score(self, name: str, state: str) -> Score | None:
+        """Return a figure in a state, or None."""
+        return next((score for score in self.scores[state] if score.name == name), None)
+
+    @property
+    def left_behind(self) -> list[str]:
+        """What differs from the base after removal: names of figures, and `answer n`. Empty is as it must be."""
+        figures = [name for name in self.names if self.score(name, "before") != self.score(name, "after")]
+        texts = [n for n, row in enumerate(self.answers, 1) if row.texts["before"] != row.texts["after"]]
+        return figures + [f"answer {n}" for n in texts]
+
+    def leaking(self, state: str) -> int:
+        """Return how many greedy answers name a leak word."""
+        return sum(bool(row.leaks[state]) for row in self.answers)
+
+    def compared(self) -> dict[str, Any]:
+        """Return the answers in the form that `compare.show` prints."""
+        probes = [
+            {"prompt": row.prompt, **{s: {"text": row.texts[s], "leaked": row.leaks[s]} for s in STATES}}
+            for row in self.answers
+        ]
+        return {"probes": probes, "leaks": {state: self.leaking(state) for state in STATES}}
+
+    def figures(self) -> dict[str, Any]:
+        """Return what goes into `evaluation.json`: figures alone, nothing from which a row could be read."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "created": self.created,
+            "seconds": round(self.seconds, 1),
+            "base": {"name": self.base, "fingerprint": self.fingerprint},
+            "adapters": [asdict(adapter) for adapter in self.adapters],
+            "settings": self.settings,
+            "rows": self.rows,
+            "interval": {"method": "percentile bootstrap over rows", "confidence": CONFIDENCE, "resamples": RESAMPLES},
+            "scores": {state: [asdict(score) for score in self.scores[state]] for state in STATES},
+            "greedy_answers_that_leak": {"n": len(self.answers), **{state: self.leaking(state) for state in STATES}},
+            "removal": {"exact": not self.left_behind, "differs": self.left_behind},
+            "attacks": [
+                {"name": a.name, "budget": str(a.budget), "recovered": asdict(a.recovered), "base": asdict(a.base)}
+                for a in self.attacks
+            ],
+            "versions": self.versions,
+        }
+
+
+def evaluate(
+    base: Base,
+    adapters: Sequence[str | Path],
+    rows: Mapping[str, list[Row]],
+    *,
+    k: int = 32,
+    strength: float | Sequence[float] = 1.0,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    chat_template: bool = True,
+    batch_size: int = 8,
+    attacks: Callable[[Base], Sequence[AttackResult]] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Evaluation:
+    """Measure a base before, with and after adapters; what was attached is off again at the end, errors or not.
+
+    Args:
+        base: a base with nothing attached.
+        adapters: adapter directories.
+        rows: checked rows by set, as `suite.measure` takes them.
+        k: answers sampled for each probe.
+        strength: as `attach` takes it.
+        seed: of sampling and bootstrap.
+        max_new_tokens: length of greedy and sampled answers.
+        chat_template: see `data.tokenize`.
+        batch_size: rows at a time.
+        attacks: called once with the base while the adapters are attached, so that the measurement after removal
+            also tells what an attack left behind.
+        progress: is told what is being done, a line at a time.
+
+    Raises:
+        AdapterError: if something is attached already, or an adapter is refused.
+        DataError: if there is nothing to measure, or a set is unknown.
+        UnlearnError: if the extra `eval` is not installed.
+    """
+    began = time.monotonic()
+    given = {name: part for name, part in rows.items() if part}
+    if not given:
+        raise DataError(f"nothing to measure: expected rows of at least one of {', '.join(SETS)}")
+    if attached(base):
+        raise AdapterError("adapters are attached already: detach them, so that 'before' is the base")
+    with forgetting(base, *adapters, strength=strength):  # refused, it is to be told now and not after minutes
+        strengths = list(attached(base).values())
+    bundles = [read_bundle(path) for path in adapters]
+    reference = take_reference(base, given, chat_template=chat_template, batch_size=batch_size)
+    prompts = [row["prompt"] for row in given.get("probes", [])]
+    scores: dict[str, list[Score]] = {}
+    texts: dict[str, list[str]] = {}
+
+    def look(state: str) -> None:
+        scores[state] = measure(
+            base, given, reference, k=k, max_new_tokens=max_new_tokens, seed=seed, chat_template=chat_template,
+            batch_size=batch_size,
+        )  # fmt: skip
+        texts[state] = answers(
+            base, prompts, max_new_tokens=max_new_tokens, chat_template=chat_template, batch_size=batch_size
+        )
+
+    progress("measuring the base (1 of 3) ...")
+    look("before")
+    with forgetting(base, *adapters, strength=strength):
+        progress("measuring with the adapters (2 of 3) ...")
+        look("with")
+        if attacks:
+            progress("attacking ...")
+        attacked = list(attacks(base)) if attacks else []
+    progress("measuring after removal (3 of 3) ...")
+    look("after")
+    return Evaluation(
+        base=base.name,
+        fingerprint=dict(base.fingerprint),
+        adapters=[
+            MeasuredAdapter(bundle.name, bundle.digest, bundle.bytes, factor)
+            for bundle, factor in zip(bundles, strengths, strict=True)
+        ],
+        settings={
+            "k": k,
+            "temperature": 1.0,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+            "chat_template": chat_template,
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "device": base.device.type,
+        },  # fmt: skip
+        rows={name: len(given[name]) for name in SETS if name in given},
+        scores=scores,
+        answers=[
+            SideBySide(
+                row["prompt"],
+                {state: texts[state][n] for state in STATES},
+                {state: leaked(texts[state][n], row["leak"]) for state in STATES},
+            )
+            for n, row in enumerate(given.get("probes", []))
+        ],
+        attacks=attacked,
+        versions={name: version(name) for name in ("unlearn-peft", "torch", "transformers", "peft")},
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seconds=time.monotonic() - began,
+    )
+
+
+def read_measured(recipe: Path | None, files: Mapping[str, Path | None]) -> tuple[dict[str, list[Row]], bool]:
+    """Read the sets to measure from a recipe, single files, or both (a file goes before the recipe's).
+
+    Returns:
+        Rows by set, and whether the recipe wants the chat template.
+
+    Raises:
+        RecipeError, DataError: if a file is missing or cannot be used, or nothing is given at all.
+    """
+    chosen: dict[str, Any] = {}
+    chat_template = True
+    if recipe:
+        settings = load_recipe(recipe)
+        chat_template = settings.chat_template
+        chosen = {name: source for name in SETS if (source := getattr(settings, name, None)) is not None}
+    chosen.update({name: DataSpec(path=str(path)) for name, path in files.items() if path})
+    if not chosen:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in SETS)
+        raise DataError(f"nothing to measure: give --recipe FILE, or one or more of {flags}")
+    return {name: read_rows(source, name) for name, source in chosen.items()}, chat_template

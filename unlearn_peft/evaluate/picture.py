@@ -1,0 +1,112 @@
+"""Dots and intervals: one small panel a figure, with a row each for the base, with the adapter, and after removal.
+
+An `Evaluation` comes in; SVG for a page that colours it by its own style sheet, or one PNG, goes out. Needs
+matplotlib (extra `report`).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+from .evaluation import STATES, Evaluation
+from .wording import factor, label, main_figures, unit
+
+ROWS = {"before": "base", "with": "with adapter", "after": "after removal"}
+# Stand-ins that the page's style sheet gives its own colours, light or dark; also good on white as they are.
+COLOURS = {"before": "#5b6673", "with": "#c2410c", "after": "#1d6fa5"}
+INK, LINE = "#20262e", "#d5dae1"
+_VARIABLES = {COLOURS["before"]: "before", COLOURS["with"]: "with", COLOURS["after"]: "after", INK: "ink", LINE: "line"}
+
+
+def panels(evaluation: Evaluation) -> list[tuple[str, str]] | None:
+    """Return label and inline SVG of each main figure; None where matplotlib is not there."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return None
+    found = []
+    style = {"svg.fonttype": "none", "svg.hashsalt": "unlearn_peft", "font.family": "sans-serif", "font.size": 9}
+    for name in main_figures(evaluation):
+        with pyplot.rc_context(style):
+            figure, axes = pyplot.subplots(figsize=(3.5, 1.45), layout="constrained")
+            _draw(axes, evaluation, name)
+            stream = io.StringIO()
+            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            pyplot.close(figure)
+        found.append((label(name), _inline(stream.getvalue())))
+    return found
+
+
+def drawable(evaluation: Evaluation) -> bool:
+    """Return whether there is something to draw, and matplotlib to draw it with."""
+    return bool(main_figures(evaluation)) and _pyplot() is not None
+
+
+def draw(path: Path, evaluation: Evaluation) -> None:
+    """Draw all panels into one PNG on white, see `drawable`."""
+    pyplot, names = _pyplot(), main_figures(evaluation)
+    columns = min(len(names), 3)
+    lines = -(-len(names) // columns)
+    figure, grid = pyplot.subplots(
+        lines, columns, figsize=(4 * columns, 1.8 * lines), layout="constrained", squeeze=False
+    )
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    for n, axes in enumerate(grid.flat):
+        if n < len(names):
+            _draw(axes, evaluation, names[n])
+            axes.set_title(label(names[n]), fontsize=10, fontweight="bold", color=INK, loc="left")
+        else:
+            axes.set_axis_off()
+    figure.savefig(path, dpi=130, format="png")
+    pyplot.close(figure)
+
+
+def _draw(axes: Any, evaluation: Evaluation, name: str) -> None:
+    unit_ = ""
+    for y, state in enumerate(STATES):
+        score = evaluation.score(name, state)
+        if score is None:
+            continue
+        times, unit_ = factor(score), unit(score)
+        axes.plot([times * score.low, times * score.high], [y, y], color=COLOURS[state], lw=2.5, solid_capstyle="round")
+        axes.plot([times * score.value], [y], "o", color=COLOURS[state], ms=7)
+    low, high = axes.get_xlim()
+    first = evaluation.score(name, "before") or evaluation.score(name, "with")
+    if first and first.unit.startswith("share"):
+        axes.set_xlim(-4, 104)  # all shares on one scale
+    elif low > 0 or low > -0.1 * high:
+        axes.set_xlim(-0.04 * max(high, 1e-3), max(high, 1e-3) * 1.04)  # from zero: what looks large is large
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_ylim(len(STATES) - 0.5, -0.5)
+    axes.set_yticks(range(len(STATES)), list(ROWS.values()))
+    axes.set_xlabel(unit_, color=INK, fontsize=9)
+    axes.grid(axis="x", color=LINE, lw=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=0, labelsize=9)
+    for side in axes.spines.values():
+        side.set_visible(False)
+
+
+def _inline(svg: str) -> str:
+    """Cut a file down to its <svg> element, let the page colour it, and drop ids that would repeat."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r' width="[^"]*pt" height="[^"]*pt"', ' aria-hidden="true"', svg, count=1)
+    svg = re.sub(r' height="[^"]*pt"| width="[^"]*pt"', "", svg, count=2)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return svg
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -1,0 +1,209 @@
+"""An evaluation for people: one page that needs no network, a section for the model card, a table for the terminal.
+
+An `Evaluation` comes in. The page and the terminal show prompts and answers; the section and `evaluation.json` hold
+figures only, and may travel with the adapter.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bundle import CONFIG, CURVES
+from ..errors import OutputError
+from ..files import whole_file
+from . import wording
+from .evaluation import STATES, Evaluation
+from .picture import draw, drawable, panels
+from .score import Score
+
+FIGURES, PAGE, PICTURE = "evaluation.json", "report.html", "figures.png"
+TITLES = {"before": "base", "with": "with the adapter", "after": "after removal"}
+_CHIPS = {
+    "same": "as the base", "unclear": "not clear", "better": "better", "worse": "worse",
+    "cost": "cost", "missing": "not measured",
+}  # fmt: skip
+_PNG, _MOST_BYTES = b"\x89PNG\r\n\x1a\n", 3_000_000
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse, before minutes of measuring, a place where a report cannot or should not lie.
+
+    Raises:
+        OutputError: if it is a file, or an adapter: the page shows prompts and answers, and must not travel with it.
+    """
+    if folder.is_file():
+        raise OutputError(f"the output {folder} is a file: choose a folder")
+    if (folder / CONFIG).is_file():
+        raise OutputError(
+            f"the output {folder} is an adapter: the report shows prompts and answers, which must not travel with it. "
+            "Choose another folder with --output."
+        )
+
+
+def write_report(evaluation: Evaluation, folder: Path, adapters: Sequence[str | Path] = ()) -> list[Path]:
+    """Write the page, the picture and the figures into a folder, each whole or not at all; returns their paths.
+
+    Args:
+        evaluation: what was measured.
+        folder: made if it is not there; an earlier report in it is replaced.
+        adapters: adapter directories whose training curves the page shows.
+
+    Raises:
+        OutputError: see `check_folder`; or if the place cannot be written.
+    """
+    check_folder(folder)
+    with whole_file(folder / FIGURES) as path:
+        path.write_text(json.dumps(evaluation.figures(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole_file(folder / PAGE) as path:
+        path.write_text(html(evaluation, adapters), encoding="utf-8")
+    written = [folder / FIGURES, folder / PAGE]
+    if drawable(evaluation):
+        with whole_file(folder / PICTURE) as path:
+            draw(path, evaluation)
+        written.append(folder / PICTURE)
+    else:
+        (folder / PICTURE).unlink(missing_ok=True)  # an earlier report's
+    return written
+
+
+def html(evaluation: Evaluation, adapters: Sequence[str | Path] = ()) -> str:
+    """Return the page: everything inline, everything that is not ours escaped by jinja2."""
+    import jinja2
+    from markupsafe import Markup
+
+    pictures = panels(evaluation)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )  # fmt: skip
+    template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
+    return template.render(
+        evaluation=evaluation,
+        title=_title(evaluation),
+        rows=", ".join(f"{n} {name.replace('_', ' ')}" for name, n in evaluation.rows.items()),
+        headlines=wording.headlines(evaluation),
+        panels=None if pictures is None else [(label, Markup(svg)) for label, svg in pictures],
+        states=STATES,
+        titles=TITLES,
+        chips=_CHIPS,
+        topics=_topics(evaluation),
+        notes=wording.notes(evaluation),
+        attacks=wording.attack_rows(evaluation.attacks),
+        curves=[(Path(path).name, picture) for path in adapters if (picture := _curves(Path(path)))],
+        marked=marked,
+    )
+
+
+def marked(text: str, words: Sequence[str]) -> list[tuple[str, bool]]:
+    """Cut a text into parts, each with whether it is one of the words; case does not matter."""
+    if not words:
+        return [(text, False)] if text else []
+    pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    parts = re.split(f"({pattern})", text, flags=re.IGNORECASE)
+    return [(part, n % 2 == 1) for n, part in enumerate(parts) if part]
+
+
+def markdown_section(evaluation: Evaluation) -> str:
+    """Return a section for the model card: figures and attacks only, no prompt and no answer."""
+    lines = ["## Evaluation", "", f"{wording.removal(evaluation)}.", ""]
+    lines += [_line("figure", "unit", "n", *TITLES.values(), "change"), "|---" * 7 + "|"]
+    for _, figures in _topics(evaluation):
+        for figure in figures:
+            cells = [
+                f"{cell[0]} ({cell[1]})" if (cell := figure["cells"][state]) else "not measured" for state in STATES
+            ]
+            lines.append(
+                _line(figure["label"], figure["unit"], figure["n"], *cells, _CHIPS[figure["change"]])
+            )  # fmt: skip
+    if evaluation.attacks:
+        lines += ["", _line("attack", "budget", "recovered with the adapter", "same on the base"), "|---" * 4 + "|"]
+        lines += [_line(*row) for row in wording.attack_rows(evaluation.attacks)]
+    lines += ["", *(f"- {note}" for note in wording.notes(evaluation)), ""]
+    return "\n".join(lines)
+
+
+def show(evaluation: Evaluation) -> None:
+    """Print the figures, and the attacks if there are any, as tables for the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table(title=Text(f"{_title(evaluation)}, base {evaluation.base}"), title_justify="left")
+    table.add_column("figure", min_width=19)  # with the others, 80 columns hold it
+    for title in TITLES.values():
+        table.add_column(title, max_width=12)
+    table.add_column("change", no_wrap=True)
+    styles = {"better": "green", "worse": "red", "cost": "yellow"}
+    for heading, figures in _topics(evaluation):
+        table.add_section()
+        table.add_row(Text(heading, style="bold"))
+        for figure in figures:
+            name = Text(f"{figure['label']}\n").append(f"{figure['unit']}, n = {figure['n']}", style="dim")
+            cells = [
+                Text("\n".join(cell).replace(" to ", "–") if (cell := figure["cells"][state]) else "-")
+                for state in STATES
+            ]
+            if figure["restored"]:
+                cells[-1] = Text(f"{figure['cells']['after'][0]}\nas the base")
+            told = Text(_CHIPS[figure["change"]], style=styles.get(figure["change"], ""))
+            table.add_row(name, *cells, told)
+    console.print(table)
+    if evaluation.attacks:
+        attacks = Table(title="attacks", title_justify="left")
+        for title in ("attack", "budget", "recovered with the adapter", "same on the base"):
+            attacks.add_column(title)
+        for row in wording.attack_rows(evaluation.attacks):
+            attacks.add_row(*map(Text, row))
+        console.print(attacks)
+    for note in wording.notes(evaluation):
+        console.print(Text(note, style="dim"))
+    console.print(Text(f"{wording.removal(evaluation)}.", style="bold red" if evaluation.left_behind else "bold"))
+
+
+def _topics(evaluation: Evaluation) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return all figures as texts, by topic."""
+
+    def figure(name: str) -> dict[str, Any]:
+        states = {state: evaluation.score(name, state) for state in STATES}
+        counts = {score.n for score in states.values() if score}  # empty answers have no perplexity
+        some: Score = next(score for score in states.values() if score)
+        return {
+            "name": name,
+            "label": wording.label(name),
+            "unit": wording.unit(some),
+            "n": str(some.n) if len(counts) == 1 else " / ".join(str(s.n) if s else "-" for s in states.values()),
+            "cells": {state: (wording.value(s), wording.interval(s)) if s else None for state, s in states.items()},
+            "change": wording.change(states["before"], states["with"]),
+            "restored": states["after"] is not None and states["after"] == states["before"],  # exactly, unrounded
+        }
+
+    found = []
+    for key, heading in wording.TOPICS.items():
+        names = [name for name in evaluation.names if wording.topic(name) == key]
+        if names:
+            found.append((heading, [figure(name) for name in names]))
+    return found
+
+
+def _title(evaluation: Evaluation) -> str:
+    return "Evaluation of " + " + ".join(adapter.name for adapter in evaluation.adapters)
+
+
+def _curves(folder: Path) -> str | None:
+    """Return an adapter's curves as a data URI, if they are what they should be: a PNG of a sane size."""
+    path = folder / CURVES
+    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+        return None
+    data = path.read_bytes()
+    return "data:image/png;base64," + base64.b64encode(data).decode() if data.startswith(_PNG) else None
+
+
+def _line(*cells: str) -> str:
+    return (
+        "| " + " | ".join(re.sub(r"\s+", " ", cell).replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
+    )
