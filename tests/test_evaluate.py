@@ -218,7 +218,7 @@ def test_evaluate_leaves_the_base_as_it_was(tiny, make_adapter):
         return [Attacked("guess", "1 guess", half, half)]
 
     result = evaluate(tiny, adapters, {**SETS, "free_text": []}, strength=[1.0, 0.5], attacks=attacks, **QUICK)
-    assert seen == [{"a": 1.0, "b": 0.5}] and not attached(tiny) and logits(tiny).equal(before)
+    assert seen == [{}] and not attached(tiny) and logits(tiny).equal(before)  # attacks put their own on and off
     assert [(adapter.name, adapter.strength) for adapter in result.adapters] == [("a", 1.0), ("b", 0.5)]
     assert result.left_behind == [] and "free_text" not in result.rows
     assert result.scores["before"] == result.scores["after"] != result.scores["with"]
@@ -437,3 +437,23 @@ def _corner(shot):
     from matplotlib.image import imread
 
     return float(imread(shot)[4, 4, :3].mean())
+
+
+def test_the_command_runs_attacks_and_refuses_what_it_cannot(tiny, tiny_folder, make_adapter, write_rows, tmp_path):
+    from typer.testing import CliRunner
+
+    from unlearn_peft.cli import app
+    from unlearn_peft.errors import UnlearnError
+
+    adapter = make_adapter(tiny, "attacked")
+    forget = write_rows("f.jsonl", FORGET)
+    probes = write_rows("p.jsonl", [{"prompt": "Who wrote the blue book?", "leak": ["Zorblax"]}])
+    command = ["eval", str(adapter), "--base", str(tiny_folder), "--k", "2", "--max-new-tokens", "4", "--json"]
+    command += ["--output", str(tmp_path / "report"), "--probes", str(probes)]
+    run = CliRunner().invoke(app, [*command, "--forget", str(forget), "--attacks", "prefix,scaling"])
+    assert run.exit_code == 0, run.output
+    figures = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    assert [attack["name"] for attack in figures["attacks"]] == ["prefix", "scaling"] and figures["removal"]["exact"]
+    for wrong, told in (("prefix", "needs forget rows"), ("prefxi", "did you mean 'prefix'")):
+        refused = CliRunner().invoke(app, [*command, "--attacks", wrong])
+        assert isinstance(refused.exception, UnlearnError) and told in str(refused.exception)

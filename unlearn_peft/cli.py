@@ -158,6 +158,9 @@ def evaluate(
     neighbours: Annotated[Path | None, typer.Option(help="Rows near the target, never trained on.")] = None,
     free_text: Annotated[Path | None, typer.Option(help="Any other text that must stay as likely as it was.")] = None,
     base: BaseOption = None,
+    attacks: Annotated[
+        str | None, typer.Option(help="Try to get it back: all, or names with commas. Needs forget rows and probes.")
+    ] = None,
     k: Annotated[int, typer.Option(min=1, help="Answers sampled for each probe.")] = 32,
     strength: StrengthOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of greedy and sampled answers.")] = 64,
@@ -181,8 +184,11 @@ def evaluate(
       unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml
 
       unlearn-peft eval out/hp --probes probes.jsonl --neighbours near.jsonl --k 8
+
+      unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml --attacks prefix,jailbreak,relearn_lora
     """
     from .compare import show as show_answers
+    from .evaluate.attacks import Target, check_names, run_attacks
     from .evaluate.evaluation import evaluate as evaluate_
     from .evaluate.evaluation import read_measured
     from .evaluate.report import check_folder, show, write_report
@@ -192,9 +198,22 @@ def evaluate(
     check_folder(folder)
     files = dict(forget=forget, retain=retain, probes=probes, neighbours=neighbours, free_text=free_text)
     rows, chat_template = read_measured(recipe, files)
+    names = attacks.split(",") if attacks and attacks != "all" else attacks
+    if names:  # told now and not after minutes
+        check_names(names)
+        if lacking := [name for name in ("forget", "probes") if not rows.get(name)]:
+            raise UnlearnError(f"--attacks needs {' and '.join(lacking)} rows: name them, or a --recipe that does")
+
+    def attack(live: Any) -> list[Any]:
+        near = rows.get("neighbours", [])
+        return run_attacks(
+            Target(live, tuple(adapter), rows["forget"], rows["probes"], near, seed=seed, chat_template=chat_template),
+            names or (),
+        )
+
     result = evaluate_(
         _load(base, adapter, dtype, device), adapter, rows, k=k, strength=strength or 1.0, seed=seed,
-        max_new_tokens=max_new_tokens, chat_template=chat_template,
+        max_new_tokens=max_new_tokens, chat_template=chat_template, attacks=attack if names else None,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     written = write_report(result, folder, adapter)

@@ -173,8 +173,8 @@ def evaluate(
         max_new_tokens: length of greedy and sampled answers.
         chat_template: see `data.tokenize`.
         batch_size: rows at a time.
-        attacks: called once with the base while the adapters are attached, so that the measurement after removal
-            also tells what an attack left behind.
+        attacks: called once with the bare base before the last measurement, which so also tells what an attack left
+            behind, e.g. `lambda base: run_attacks(Target(base, adapters, ...))`.
         progress: is told what is being done, a line at a time.
 
     Raises:
@@ -210,9 +210,9 @@ def evaluate(
     with forgetting(base, *adapters, strength=strength):
         progress("measuring with the adapters (2 of 3) ...")
         look("with")
-        if attacks:
-            progress("attacking ...")
-        attacked = list(attacks(base)) if attacks else []
+    if attacks:
+        progress("attacking ...")
+    attacked = list(attacks(base)) if attacks else []
     progress("measuring after removal (3 of 3) ...")
     look("after")
     return Evaluation(

@@ -37,6 +37,20 @@ ATTACKS: dict[str, Attack] = {
 }
 
 
+def check_names(names: str | Sequence[str]) -> list[str]:
+    """Return the attacks that these names mean; `all` means all.
+
+    Raises:
+        UnlearnError: if a name is unknown.
+    """
+    chosen = list(ATTACKS) if names == "all" else [names] if isinstance(names, str) else list(names)
+    unknown = [name for name in chosen if name not in ATTACKS]
+    if unknown:
+        told = ", ".join(f"'{name}'{did_you_mean(name, ATTACKS)}" for name in unknown)
+        raise UnlearnError(f"unknown attacks: {told}; known: {', '.join(ATTACKS)}")
+    return chosen
+
+
 def run_attacks(
     target: Target, names: Literal["all"] | Sequence[str] = "all", *, quiet: bool = False
 ) -> list[Attacked]:
@@ -53,11 +67,7 @@ def run_attacks(
     """
     from tqdm import tqdm
 
-    chosen = list(ATTACKS) if names == "all" else [names] if isinstance(names, str) else list(names)
-    unknown = [name for name in chosen if name not in ATTACKS]
-    if unknown:
-        told = ", ".join(f"'{name}'{did_you_mean(name, ATTACKS)}" for name in unknown)
-        raise UnlearnError(f"unknown attacks: {told}; known: {', '.join(ATTACKS)}")
+    chosen = check_names(names)
     if attached(target.base):
         raise AdapterError("adapters are attached already: detach them, an attack puts its own on and off")
     found = []
@@ -68,4 +78,4 @@ def run_attacks(
     return found
 
 
-__all__ = ["ATTACKS", "Attack", "Attacked", "Target", "run_attacks"]
+__all__ = ["ATTACKS", "Attack", "Attacked", "Target", "check_names", "run_attacks"]
