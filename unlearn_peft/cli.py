@@ -82,6 +82,41 @@ def train(
 
 
 @app.command()
+def retain(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; it need not name a retain set.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field, as for train; repeatable.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write a .jsonl here instead of printing it.")] = None,
+    base: BaseOption = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps, ...")] = None,
+) -> None:
+    """Show the retain set that `retain: auto` makes for a recipe: what training will hold in place.
+
+    The rows are the base's own answers to broad prompts and to the forget rows' questions about other subjects. They
+    need not be true: they say how the base answers now, and that is what is kept. Read them, delete what you don't mind
+    to lose, add near neighbours of the target by hand (they protect best), and name the file:
+
+      unlearn-peft retain mine.yaml --output retain.jsonl
+
+      unlearn-peft train mine.yaml --set retain=retain.jsonl
+    """
+    from .base import load_base
+    from .files import whole_file
+    from .recipe import load_recipe
+    from .run import make_retain, read_sets
+
+    given = load_recipe(recipe, [*(set_ or ()), "retain=auto"], base=base, dtype=dtype, device=device)
+    made = make_retain(read_sets(given), load_base(given.base, given.dtype, given.device), given)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made.rows)
+    if output is None:
+        print(lines, end="")
+    else:
+        with whole_file(output) as temporary:
+            temporary.write_text(lines, encoding="utf-8")
+    print(made.line() + (f" -> {output}" if output else ""), file=sys.stderr)
+
+
+@app.command()
 def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to ask; repeatable.")],
     base: BaseOption = None,
@@ -223,6 +258,7 @@ def _load(base: str | None, adapters: list[Path] | None, dtype: str, device: str
 def main() -> None:
     """Run the command line: exit code 2 and one clear message for what a user can mend, 130 when interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("unlearn_peft").setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
