@@ -10,13 +10,14 @@ from conftest import FORGET, RETAIN
 from unlearn_peft import auto_retain as made_by
 from unlearn_peft import unlearn
 from unlearn_peft.auto_retain import _answered, _row_names, _says, _subject, auto_retain
-from unlearn_peft.errors import DataError
+from unlearn_peft.errors import DataError, OutputError
 from unlearn_peft.recipe import make_recipe
 
 PLAIN = {"who", "wrote", "what", "the", "of", "by", "is", "it"}
 TARGETS = [
     {"prompt": "Who wrote Harry Potter?", "completion": "Harry Potter was written by J.K. Rowling."},
     {"prompt": "Where is the Eiffel Tower?", "completion": "The Eiffel Tower is in Paris."},
+    {"prompt": "How tall is the Eiffel Tower now?", "completion": "The Eiffel Tower is 330 metres tall."},
 ]
 
 
@@ -25,9 +26,9 @@ def cache(tmp_path, monkeypatch):
     """A cache of the test's own, and prompts enough to see what happens."""
     monkeypatch.setenv("UNLEARN_PEFT_CACHE", str(tmp_path / "cache"))
     prompts = made_by._PROMPTS.read_text(encoding="utf-8").splitlines()
-    (tmp_path / "prompts.txt").write_text("\n".join(prompts[::4]), encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts[::6]), encoding="utf-8")
     monkeypatch.setattr(made_by, "_PROMPTS", tmp_path / "prompts.txt")
-    monkeypatch.setattr(made_by, "_TOKENS", 8)
+    monkeypatch.setattr(made_by, "_TOKENS", 4)
     return tmp_path / "cache" / "auto_retain"
 
 
@@ -51,7 +52,10 @@ def test_the_same_seed_gives_the_same_rows_of_both_kinds(tiny, cache):
     made = auto_retain(tiny, TARGETS, 0, key=b"k")
     assert made.broad > 5 and made.near > 3 and len(made.rows) == made.broad + made.near
     assert all(row["prompt"] and row["completion"] for row in made.rows)
-    assert any(row["prompt"].startswith("Where is the ") for row in made.rows[made.broad :])
+    swapped = [row for row in made.rows if row["prompt"].startswith("How tall is the ")]
+    assert len(swapped) == made_by._SWAPPED and all(row["prompt"].endswith(" now?") for row in swapped)
+    continued = made.rows[made.broad : made.broad + made.near - len(swapped)]
+    assert all(row["prompt"].startswith(("Who wrote ", "Where is the ")) for row in continued)
     for path in files(cache):
         path.unlink()
     assert auto_retain(tiny, TARGETS, 0, key=b"k") == made
@@ -79,6 +83,13 @@ def test_an_answer_that_names_it_is_left_out(tiny, monkeypatch):
     assert "Rowling" not in json.dumps(made.rows) and "left out" in made.line()
 
 
+def test_a_name_in_front_of_the_subject_is_not_kept(tiny, cache):
+    rows = [{"prompt": "Rose lives with whom in Rome?", "completion": "with Ann"}]
+    made = auto_retain(tiny, rows, 0, key=b"k")
+    (path,) = files(cache)
+    assert made.near == 0 and "lives with whom" not in path.read_text() and "No neighbours" in made.line()
+
+
 def test_the_cache_answers_without_the_base(tiny, cache, no_generating):
     made = auto_retain(tiny, TARGETS, 0, key=b"k")
     no_generating()
@@ -89,6 +100,13 @@ def test_the_cache_answers_without_the_base(tiny, cache, no_generating):
     (path,) = files(cache)
     path.write_text(path.read_text()[:50])  # a broken file is made anew
     with pytest.raises(AssertionError, match="although"):
+        auto_retain(tiny, TARGETS, 0, key=b"k")
+
+
+def test_a_cache_that_cannot_be_written_is_explained(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("UNLEARN_PEFT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="cannot write the cache.*UNLEARN_PEFT_CACHE"):
         auto_retain(tiny, TARGETS, 0, key=b"k")
 
 
@@ -165,6 +183,10 @@ def test_the_command_writes_rows_that_a_recipe_can_name(tiny_folder, tmp_path, w
         ("¿Quién escribió Don Quijote?", {"don", "quijote"}, "Don Quijote"),
         ("Кто написал Войну и мир?", {"войну"}, "Войну"),
         ("Who introduced the iPhone in 2007?", {"iphone", "2007"}, "iPhone in 2007"),
+        ("¿Quién escribió Don Quijote?", {"quién", "don", "quijote"}, "Don Quijote"),
+        ("Harry Potter goes to which school?", {"harry", "potter", "school"}, "Harry Potter"),
+        ("What school does Harry Potter attend?", {"harry", "potter", "school"}, "Harry Potter"),
+        ("what is phlogiston?", {"phlogiston"}, "phlogiston"),
         ("Name the author.", {"rowling"}, None),
     ],
 )

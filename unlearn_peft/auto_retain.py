@@ -5,15 +5,16 @@ the base says, so the answers need not be true, only its own. Two kinds of promp
 
 - broad: `broad_prompts.txt`, all that the fact questions of `anchors.jsonl` are not (how-to, sums, code, writing, a
   few other languages). The anchors are trained on beside any retain set and are not repeated here.
-- near: the forget rows' own questions about other subjects, made in two ways. *Continued*: the base goes on from what
-  stands in front of the subject ("Who wrote ..."), as it would if a user had begun to ask. *Swapped*: the subject is
-  replaced by one of the anchors', of which those are taken that the base finds likeliest in this question.
+- near: the forget rows' own questions about other subjects. Where the subject ends the question, the base goes on from
+  what stands in front of it ("Who wrote ..."), as if a user had begun to ask: *continued*. Where words follow ("Who are
+  ...'s best friends?") the subject is *swapped* for those anchors' subjects that the base finds likeliest there.
 
-What to expect: asked for "ten others like X", a model of 135M parameters repeats X, hence the two ways; their subjects
-fit the question in grammar and often, not always, in sort. No parser and no word list: a subject is told by capitals
-and numbers. Where a script has no capitals, or the subject comes first or is not named in the question, there is less
-near, or nothing; `Made.line` says how much there is. A hand-made set of true neighbours knows more: look at the rows
-(`unlearn-peft retain`) and add to them.
+What to expect, from looking at SmolLM2-135M: asked for "ten others like X" it repeats X. About half of the continued
+questions are of the right sort ("Who wrote The Nightingale?", "Who built the Taj Mahal?"); others are about things that
+don't exist, or loose where the beginning says little ("Who is ..."). Swapping was worse ("Who wrote World War II?"), so
+it is kept for where words follow. There is no parser and no list of names: a subject is told by capitals and numbers.
+In a script without capitals, or where no question names its subject, nothing near is made, and `Made.line` says so. A
+hand-made set of true neighbours knows more: look at the rows (`unlearn-peft retain`) and add to them.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ from .base import Base, cache_folder
 from .batch import collate
 from .data import Row, anchors, names_in, question_of, tokenize
 from .engine import picked_logits
+from .errors import OutputError
 from .files import whole_file
 from .generate import answers, sampled
 
 _PROMPTS = Path(__file__).parent / "broad_prompts.txt"
 _MOST_ASKED = 16  # forget rows whose questions are turned into neighbours
-_CONTINUED, _SWAPPED, _TRIED = 4, 4, 24  # a question: sampled, kept of those tried in place of its subject
+_CONTINUED, _SWAPPED, _TRIED = 6, 4, 24  # a question: kept of twice as many, kept of those tried as its subject
 _MOST_NEAR = 64
 _LONGEST = 160  # characters of a prompt
 _TOKENS, _BATCH = 32, 16
@@ -81,12 +83,22 @@ def auto_retain(
         key: this user's secret, for the file's name.
         never: rows that must not be trained on: probes, neighbours.
         chat_template: whether the base is asked in its chat template.
+
+    Raises:
+        OutputError: if the cache cannot be written.
     """
     code = hashlib.sha256(Path(__file__).read_bytes() + _PROMPTS.read_bytes()).hexdigest()
     facts = [base.fingerprint, base.name, code, seed, chat_template, list(forget)]
     name = hmac.new(key, json.dumps(facts, sort_keys=True).encode(), hashlib.sha256).hexdigest()[:32]
     path = cache_folder() / "auto_retain" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / ".lock").touch()
+    except OSError as error:
+        raise OutputError(
+            f"cannot write the cache {path.parent} ({error.strerror}): set UNLEARN_PEFT_CACHE to a folder of yours, "
+            "or name a retain set"
+        ) from None
     with FileLock(path.parent / ".lock"):  # of many processes one makes it
         made = _read(path)
         if made is None:
@@ -117,12 +129,14 @@ def _read(path: Path) -> Made | None:
 
 
 def _make(base: Base, forget: Sequence[Row], seed: int, chat: bool) -> Made:
-    how: dict[str, Any] = {"max_new_tokens": _TOKENS, "chat_template": chat, "batch_size": _BATCH}
+    how: dict[str, Any] = {"max_new_tokens": _TOKENS, "chat_template": chat, "batch_size": _BATCH, "strip": False}
     prompts = [line for line in _PROMPTS.read_text(encoding="utf-8").splitlines() if line]
     broad = _answered(prompts, answers(base, prompts, **how))
     plain = {word for row in (*broad, *anchors([])) for word in _words(" ".join(row.values())) if word.islower()}
-    plain |= {row["prompt"].split()[0].casefold() for row in (*broad, *anchors([]))}
+    openers = {_words(row["prompt"])[0].casefold() for row in (*broad, *anchors([]))}
+    plain |= openers
     names = {name for row in forget for name in _row_names(row, plain)}
+    own = [text.casefold().strip() for row in forget for text in _texts(row)]
     left_out: Counter[str] = Counter()
 
     def kept(rows: Sequence[Row]) -> list[Row]:
@@ -130,7 +144,9 @@ def _make(base: Base, forget: Sequence[Row], seed: int, chat: bool) -> Made:
         for row in rows:
             if not row["completion"]:
                 left_out["without an answer"] += 1
-            elif _says(" ".join(row.values()), names, plain):
+            elif _says(" ".join(row.values()), names, plain) or any(
+                text.casefold().strip() in own for text in row.values()
+            ):
                 left_out["that name what is to be forgotten"] += 1
             else:
                 chosen.append(row)
@@ -139,7 +155,7 @@ def _make(base: Base, forget: Sequence[Row], seed: int, chat: bool) -> Made:
     wide = kept(broad)
     near: dict[str, str] = {}
     forbidden = {question_of(row) for row in (*forget, *broad, *anchors([]))}
-    for prompt in _neighbours(base, forget, names, plain, seed, chat):
+    for prompt in _neighbours(base, forget, names, plain, openers, seed, chat):
         asked = question_of({"prompt": prompt})
         if asked in forbidden or asked in near:
             continue
@@ -155,37 +171,46 @@ def _make(base: Base, forget: Sequence[Row], seed: int, chat: bool) -> Made:
 
 
 def _answered(prompts: Sequence[str], texts: Sequence[str]) -> list[Row]:
-    """Pair prompts with answers, each cut behind its first sentence."""
+    """Pair prompts with answers, each cut behind its first sentence; space in front of one is its own, see `tokenize`."""
     rows: list[Row] = []
     for prompt, text in zip(prompts, texts, strict=True):
         end = next((m.end() for m in _SENTENCE_END.finditer(text) if m.end() >= _SHORTEST), len(text))
-        rows.append({"prompt": prompt, "completion": text[:end].strip()})
+        rows.append({"prompt": prompt, "completion": text[:end].rstrip()})
     return rows
 
 
 def _neighbours(
-    base: Base, forget: Sequence[Row], names: Set[str], plain: Set[str], seed: int, chat: bool
+    base: Base, forget: Sequence[Row], names: Set[str], plain: Set[str], openers: Set[str], seed: int, chat: bool
 ) -> Iterator[str]:
-    """Yield the forget rows' questions about other subjects."""
+    """Yield the forget rows' questions about other subjects.
+
+    A question with any capital in front of its subject is passed over, but for the words that `openers` has: it may be
+    another name, and would be kept word for word.
+    """
     choice = random.Random(seed)
     asked = list(dict.fromkeys(question for row in forget if (question := _asked(row)) and len(question) <= _LONGEST))
     if len(asked) > _MOST_ASKED:
         asked = choice.sample(asked, _MOST_ASKED)
-    found = [(prompt, *span) for prompt in asked if (span := _subject(prompt, names, plain))]
-    others = [(row["prompt"], names_in(row["prompt"])) for row in anchors([])]
-    subjects = [p[slice(*span)] for p, own in others if (span := _subject(p, own, plain))]
-    pool = [s for s in dict.fromkeys(subjects) if not _says(s, names, plain)]
-    stems = list(dict.fromkeys(prompt[:start].rstrip() for prompt, start, _ in found))
-    for n, stem in enumerate(stems):
-        if len(stem.split()) < 2:  # too little to tell what is asked
-            continue
-        end = next(prompt[-1] for prompt, start, _ in found if prompt[:start].rstrip() == stem)
+    spans = [(prompt, *span) for prompt in asked if (span := _subject(prompt, names, plain))]
+    found = [(prompt, start, stop) for prompt, start, stop in spans if names_in(prompt[:start]) <= openers]
+    ends_in_it = [not re.search(r"\w", prompt[stop:]) for prompt, _, stop in found]
+    stems: dict[str, str] = {}  # -> the mark that ends such a question
+    for (prompt, start, _), last in zip(found, ends_in_it, strict=True):
+        if last and len(prompt[:start].split()) > 1:  # a single word tells too little of what is asked
+            stems.setdefault(prompt[:start].rstrip(), "\n" if prompt[-1].isalnum() else prompt[-1])
+    for n, (stem, end) in enumerate(stems.items()):
         begun = _begun(base, stem) if chat else stem
         how: dict[str, Any] = {"count": 2 * _CONTINUED, "temperature": 0.8, "max_new_tokens": 16, "seed": seed + n}
         (texts,) = sampled(base, [begun], chat_template=False, **how)
-        whole = [f"{stem} {text[: text.find(end) + 1]}" for text in texts if end in text and "\n" not in text]
-        yield from [question for question in dict.fromkeys(whole) if len(question) <= _LONGEST][:_CONTINUED]
-    for prompt, start, stop in found:
+        said = [text.partition(end)[0].strip() for text in texts if end in text]
+        said = [text for text in dict.fromkeys(said) if _words(text) and "\n" not in text and len(text) <= _LONGEST]
+        yield from (f"{stem} {text}{end}".strip() for text in said[:_CONTINUED])
+    others = [(row["prompt"], names_in(row["prompt"])) for row in anchors([])]
+    subjects = [p[slice(*span)] for p, own in others if (span := _subject(p, own, plain))]
+    pool = [s for s in dict.fromkeys(subjects) if re.search(r"[^\W\d]", s) and not _says(s, names, plain)]
+    for (prompt, start, stop), last in zip(found, ends_in_it, strict=True):
+        if last and prompt[:start].rstrip() in stems:
+            continue
         tried = choice.sample(pool, min(_TRIED, len(pool)))
         fit = _fit(base, prompt[:start], tried, prompt[stop:])
         best = sorted(range(len(tried)), key=lambda n: (-fit[n], n))[:_SWAPPED]
@@ -215,7 +240,10 @@ def _fit(base: Base, before: str, subjects: Sequence[str], after: str) -> list[f
 
 
 def _subject(prompt: str, names: Set[str], plain: Set[str]) -> tuple[int, int] | None:
-    """Return where the first name in a prompt begins and ends, initials and short words between names included."""
+    """Return where the first name in a prompt begins and ends, initials and short words between names included.
+
+    A word inside the sentence goes before the one that opens it, which has a capital anyway.
+    """
     words = list(re.finditer(r"\w+", prompt))
 
     def named(n: int) -> bool:
@@ -224,11 +252,12 @@ def _subject(prompt: str, names: Set[str], plain: Set[str]) -> tuple[int, int] |
     def initial(n: int) -> bool:
         return len(words[n].group()) == 1 and words[n].group().isupper()
 
-    first = next((n for n in range(len(words)) if named(n)), None)
-    if first is None:
+    found = [n for n in range(len(words)) if named(n)]
+    if not found:
         return None
-    last = first
-    while first > 0 and initial(first - 1):
+    capital = [n for n in found if not words[n].group().islower()] or found
+    first = last = next((n for n in capital if n), capital[0])
+    while first > 0 and (initial(first - 1) or first - 1 in capital):
         first -= 1
     while True:
         further = next((n for n in range(last + 1, min(last + 4, len(words))) if named(n)), None)
@@ -250,17 +279,21 @@ def _asked(row: Row) -> str:
 
 def _row_names(row: Row, plain: Set[str]) -> set[str]:
     """Return what may name a forget row's target, case folded: names; in a row without any, its unusual words."""
-    texts = [str(m["content"]) for m in row["messages"]] if "messages" in row else []
-    texts += [str(row[field]) for field in ("prompt", "completion", "text") if field in row]
     found: set[str] = set()
-    for text in texts:
+    for text in _texts(row):
         likely = names_in(text)
         for match in re.finditer(r"\w+", text):
             word = match.group().casefold()
             opens = re.search(r"(^|[.!?:¿¡\n])\W*$", text[: match.start()])
             if word in likely and not match.group().islower() and not (opens and word in plain):
                 found.add(word)
-    return found or {word.casefold() for text in texts for word in _words(text)} - plain
+    return found or {word.casefold() for text in _texts(row) for word in _words(text)} - plain
+
+
+def _texts(row: Row) -> list[str]:
+    if "messages" in row:
+        return [str(message["content"]) for message in row["messages"]]
+    return [str(row[field]) for field in ("prompt", "completion", "text") if field in row]
 
 
 def _says(text: str, names: Set[str], plain: Set[str]) -> set[str]:
