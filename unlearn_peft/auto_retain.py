@@ -171,7 +171,7 @@ def _make(base: Base, forget: Sequence[Row], seed: int, chat: bool) -> Made:
 
 
 def _answered(prompts: Sequence[str], texts: Sequence[str]) -> list[Row]:
-    """Pair prompts with answers, each cut behind its first sentence; space in front of one is its own, see `tokenize`."""
+    """Pair prompts with answers, each cut behind its first sentence; white space in front of an answer stays."""
     rows: list[Row] = []
     for prompt, text in zip(prompts, texts, strict=True):
         end = next((m.end() for m in _SENTENCE_END.finditer(text) if m.end() >= _SHORTEST), len(text))

@@ -90,11 +90,13 @@ def retain(
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps, ...")] = None,
 ) -> None:
-    """Show the retain set that `retain: auto` makes for a recipe: what training will hold in place.
+    """Show the retain set that `retain: auto` makes for a recipe.
 
-    The rows are the base's own answers to broad prompts and to the forget rows' questions about other subjects. They
-    need not be true: they say how the base answers now, and that is what is kept. Read them, delete what you don't mind
-    to lose, add near neighbours of the target by hand (they protect best), and name the file:
+    The rows are the base's own answers to broad prompts and to the forget
+    rows' questions about other subjects. They need not be true: they say how
+    the base answers now, and that is what is kept. Read them, delete what may
+    change, add near neighbours of the target (they protect best), and name
+    the file:
 
       unlearn-peft retain mine.yaml --output retain.jsonl
 
