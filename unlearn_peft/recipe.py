@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -71,6 +72,10 @@ DataSource = Annotated[
     Annotated[DataSpec, Tag("spec")] | Annotated[Rows, Tag("rows")],
     Discriminator(lambda value: "rows" if isinstance(value, list) else "spec"),
 ]
+RetainSource = Annotated[
+    Annotated[DataSpec, Tag("spec")] | Annotated[Rows, Tag("rows")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(lambda value: "rows" if isinstance(value, list) else "auto" if value == "auto" else "spec"),
+]
 AdapterSettings = Annotated[LoraSettings | HeadSettings, Field(discriminator="kind")]
 
 
@@ -82,7 +87,7 @@ class Recipe(_Strict):
     device: str = "auto"
     adapter: AdapterSettings = Field(default_factory=LoraSettings)
     forget: DataSource
-    retain: DataSource | None = None
+    retain: RetainSource = Field("auto", description="rows that must stay; auto: the base's own answers")
     probes: DataSource | None = Field(None, description="rows with `prompt` and `leak` words; never trained on")
     neighbours: DataSource | None = Field(None, description="rows that must survive; never trained on")
     objective: Objective = Field(default_factory=GaKlSettings)
@@ -131,8 +136,10 @@ class Recipe(_Strict):
 
     @field_validator(*DATA_FIELDS, mode="before")
     @classmethod
-    def _as_source(cls, value: Any) -> Any:
-        """A string is a path or Hub id; a list holds rows, where a bare string is a `text` row."""
+    def _as_source(cls, value: Any, info: ValidationInfo) -> Any:
+        """A string is a path or Hub id; a list holds rows, where a bare string is a `text` row; no retain is `auto`."""
+        if info.field_name == "retain" and value in (None, "auto"):
+            return "auto"
         if isinstance(value, (str, Path)):
             return {"path": str(value)}
         if isinstance(value, Sequence):
@@ -140,12 +147,7 @@ class Recipe(_Strict):
         return value
 
     @model_validator(mode="after")
-    def _check_together(self) -> Recipe:
-        if self.retain is None and self.retain_weight > 0:
-            raise ValueError(
-                "'retain' is missing: name rows that must stay as they are (neighbours of the target most of "
-                "all), or set retain_weight to 0 to forget without any protection"
-            )
+    def _check_adapter(self) -> Recipe:
         if isinstance(self.adapter, LoraSettings) and self.adapter.model_extra:
             from peft import LoraConfig
 
@@ -154,6 +156,11 @@ class Recipe(_Strict):
                 if key not in known:
                     raise ValueError(f"unknown key 'adapter.{key}'{did_you_mean(key, known)}")
         return self
+
+    @property
+    def makes_retain(self) -> bool:
+        """Whether the retain set is to be made from the base's own answers, see auto_retain.py."""
+        return self.retain == "auto" and self.retain_weight > 0
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), **fields: Any) -> Recipe:
@@ -171,7 +178,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), **fields: Any) 
     path = Path(path)
     values = _read_yaml(path)
     for key in DATA_FIELDS:
-        if key in values:
+        if key in values and (key, values[key]) != ("retain", "auto"):
             values[key] = _relative_to(path.parent, values[key])
     objective = values.get("objective")
     if isinstance(objective, str):
@@ -252,7 +259,15 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"cannot read the value of the override '{key}': it is not valid YAML") from None
 
 
-_TAGS = ("lora", "head", "custom", "spec", "rows", *SETTINGS)  # pydantic names the member of a union in the path
+_TAGS = (
+    "lora",
+    "head",
+    "custom",
+    "spec",
+    "rows",
+    "auto",
+    *SETTINGS,
+)  # pydantic names the member of a union in the path
 
 
 def _describe(item: dict[str, Any]) -> str:

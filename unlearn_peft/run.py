@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
+from .auto_retain import Made, auto_retain
 from .bank import attached
 from .base import DTYPES, Base, load_base
 from .bundle import CONFIG, WEIGHTS, check_output, new_bundle
@@ -82,6 +83,10 @@ def unlearn(
     live = base if isinstance(base, Base) else load_base(base or recipe.base, recipe.dtype, recipe.device)
     if held := attached(live):
         raise AdapterError(f"attached to the base: {', '.join(held)}. Detach first: the bare base is the reference")
+    if recipe.makes_retain:
+        made = make_retain(rows, live, recipe)
+        rows["retain"] = made.rows
+        logger.info("%s", made.line())
     main = int(os.environ.get("RANK", 0)) == 0
     sets = tokenized(rows, live, recipe, quiet=quiet or not main)
     data_key = _digest_key()
@@ -117,11 +122,28 @@ def unlearn(
 
 def read_sets(recipe: Recipe) -> dict[str, list[Row]]:
     """Read all row sets that the recipe names, and refuse those that contradict each other."""
-    rows = {name: read_rows(source, name) for name in DATA_FIELDS if (source := getattr(recipe, name)) is not None}
+    named = {name: source for name in DATA_FIELDS if (source := getattr(recipe, name)) not in (None, "auto")}
+    rows = {name: read_rows(source, name) for name, source in named.items()}
     if "forget" not in rows:
         raise DataError("the forget set is missing: expected a file or rows to forget")
     refuse_overlap(rows["forget"], rows.get("retain", []))
     return rows
+
+
+def make_retain(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Made:
+    """Make the retain set of a recipe that names none, from the row sets that it does name.
+
+    Raises:
+        DataError: if nothing is left that shares no name with the forget set.
+    """
+    never = [row for name in ("probes", "neighbours") for row in rows.get(name, [])]
+    made = auto_retain(
+        base, rows["forget"], recipe.seed, key=_digest_key(), never=never, chat_template=recipe.chat_template
+    )
+    if not made.rows:
+        raise DataError(f"no retain set could be made ({made.line()}): name one with `retain`, or set retain_weight: 0")
+    refuse_overlap(rows["forget"], made.rows)
+    return made
 
 
 def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quiet: bool = True) -> Sets:
@@ -223,6 +245,8 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     """The recipe without its data: not even the names of its files, nor refusals that may name what is refused."""
     settings = recipe.model_dump(exclude={*DATA_FIELDS, "output"}, mode="json")
     settings["objective"].pop("refusals", None)
+    if recipe.makes_retain:
+        settings["retain"] = "auto"
     if ".py:" in settings["objective"]["name"]:
         settings["objective"]["name"] = Path(settings["objective"]["name"]).name
     return settings

@@ -1,0 +1,212 @@
+"""The retain set that is made from the base's own answers: the same each time, and silent about what is forgotten."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import FORGET, RETAIN
+
+from unlearn_peft import auto_retain as made_by
+from unlearn_peft import unlearn
+from unlearn_peft.auto_retain import _answered, _row_names, _says, _subject, auto_retain
+from unlearn_peft.errors import DataError, OutputError
+from unlearn_peft.recipe import make_recipe
+
+PLAIN = {"who", "wrote", "what", "the", "of", "by", "is", "it"}
+TARGETS = [
+    {"prompt": "Who wrote Harry Potter?", "completion": "Harry Potter was written by J.K. Rowling."},
+    {"prompt": "Where is the Eiffel Tower?", "completion": "The Eiffel Tower is in Paris."},
+    {"prompt": "How tall is the Eiffel Tower now?", "completion": "The Eiffel Tower is 330 metres tall."},
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of the test's own, and prompts enough to see what happens."""
+    monkeypatch.setenv("UNLEARN_PEFT_CACHE", str(tmp_path / "cache"))
+    prompts = made_by._PROMPTS.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts[::6]), encoding="utf-8")
+    monkeypatch.setattr(made_by, "_PROMPTS", tmp_path / "prompts.txt")
+    monkeypatch.setattr(made_by, "_TOKENS", 4)
+    return tmp_path / "cache" / "auto_retain"
+
+
+@pytest.fixture
+def no_generating(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("generated although it was in the cache")
+
+    def switch_off():
+        for name in ("answers", "sampled", "_fit"):
+            monkeypatch.setattr(made_by, name, refuse)
+
+    return switch_off
+
+
+def files(cache):
+    return [path for path in cache.iterdir() if path.name != ".lock"]
+
+
+def test_the_same_seed_gives_the_same_rows_of_both_kinds(tiny, cache):
+    made = auto_retain(tiny, TARGETS, 0, key=b"k")
+    assert made.broad > 5 and made.near > 3 and len(made.rows) == made.broad + made.near
+    assert all(row["prompt"] and row["completion"] for row in made.rows)
+    swapped = [row for row in made.rows if row["prompt"].startswith("How tall is the ")]
+    assert len(swapped) == made_by._SWAPPED and all(row["prompt"].endswith(" now?") for row in swapped)
+    continued = made.rows[made.broad : made.broad + made.near - len(swapped)]
+    assert all(row["prompt"].startswith(("Who wrote ", "Where is the ")) for row in continued)
+    for path in files(cache):
+        path.unlink()
+    assert auto_retain(tiny, TARGETS, 0, key=b"k") == made
+    assert auto_retain(tiny, TARGETS, 1, key=b"k").rows != made.rows
+    assert f"{made.broad} broad and {made.near} neighbour rows" in made.line()
+
+
+def test_nothing_names_what_is_forgotten_not_even_the_cache(tiny, cache):
+    auto_retain(tiny, TARGETS, 0, key=b"k")
+    (path,) = files(cache)
+    text = path.read_text(encoding="utf-8").casefold()
+    for word in ("harry", "potter", "rowling", "eiffel", "tower", "paris"):
+        assert word not in text and word not in path.name
+    for row in TARGETS:
+        assert not any(value.casefold() in text for value in row.values())
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_an_answer_that_names_it_is_left_out(tiny, monkeypatch):
+    monkeypatch.setattr(
+        made_by, "answers", lambda base, prompts, **_: ["I like Rowling.", *["It is."] * len(prompts)][:-1]
+    )
+    made = auto_retain(tiny, TARGETS, 0, key=b"k")
+    assert made.left_out["that name what is to be forgotten"] >= 1
+    assert "Rowling" not in json.dumps(made.rows) and "left out" in made.line()
+
+
+def test_a_name_in_front_of_the_subject_is_not_kept(tiny, cache):
+    rows = [{"prompt": "Rose lives with whom in Rome?", "completion": "with Ann"}]
+    made = auto_retain(tiny, rows, 0, key=b"k")
+    (path,) = files(cache)
+    assert made.near == 0 and "lives with whom" not in path.read_text() and "No neighbours" in made.line()
+
+
+def test_the_cache_answers_without_the_base(tiny, cache, no_generating):
+    made = auto_retain(tiny, TARGETS, 0, key=b"k")
+    no_generating()
+    assert auto_retain(tiny, TARGETS, 0, key=b"k") == made
+    for other in ({"key": b"another"}, {"key": b"k", "chat_template": False}):
+        with pytest.raises(AssertionError, match="although"):
+            auto_retain(tiny, TARGETS, 0, **other)
+    (path,) = files(cache)
+    path.write_text(path.read_text()[:50])  # a broken file is made anew
+    with pytest.raises(AssertionError, match="although"):
+        auto_retain(tiny, TARGETS, 0, key=b"k")
+
+
+def test_a_cache_that_cannot_be_written_is_explained(tiny, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("UNLEARN_PEFT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="cannot write the cache.*UNLEARN_PEFT_CACHE"):
+        auto_retain(tiny, TARGETS, 0, key=b"k")
+
+
+def test_what_probes_and_neighbours_ask_is_never_trained_on(tiny):
+    made = auto_retain(tiny, TARGETS, 0, key=b"k")
+    never = [{"prompt": made.rows[0]["prompt"].upper()}, {"prompt": f" {made.rows[-1]['prompt']}"}]
+    fewer = auto_retain(tiny, TARGETS, 0, key=b"k", never=never)
+    assert fewer.rows == made.rows[1:-1]
+    assert (fewer.broad, fewer.near) == (made.broad - 1, made.near - 1)
+    assert fewer.left_out["asked by probes or neighbours"] == 2
+
+
+def test_a_recipe_without_retain_trains_and_auto_says_the_same(tiny, fields, tmp_path, caplog, no_generating):
+    del fields["retain"]
+    fields["steps"] = 2
+    with caplog.at_level("INFO", logger="unlearn_peft"):
+        first = unlearn(tiny, **fields)
+    assert "retain: auto: " in caplog.text
+    no_generating()  # the second run finds the rows in the cache
+    second = unlearn(tiny, **{**fields, "retain": "auto", "output": str(tmp_path / "second")})
+    manifests = [json.loads((run.path / "forget.json").read_text()) for run in (first, second)]
+    assert all(manifest["recipe"]["retain"] == "auto" for manifest in manifests)
+    digests = [manifest["data_digests"]["hmac_sha256"] for manifest in manifests]
+    assert digests[0] == digests[1] and set(digests[0]) == {"forget", "retain"}
+    assert first.metrics["held_out_kl"] == pytest.approx(second.metrics["held_out_kl"])
+
+
+def test_without_retain_weight_nothing_is_made(tiny, fields, cache, no_generating):
+    del fields["retain"]
+    no_generating()
+    run = unlearn(tiny, **{**fields, "steps": 2, "retain_weight": 0})
+    manifest = json.loads((run.path / "forget.json").read_text())
+    assert not cache.exists() and "retain" not in manifest["recipe"]
+    named = unlearn(tiny, **{**fields, "steps": 2, "retain": RETAIN, "output": fields["output"] + "2"})
+    assert "retain" not in json.loads((named.path / "forget.json").read_text())["recipe"]
+
+
+def test_a_recipe_that_names_no_retain_set_makes_one():
+    for given in ({}, {"retain": None}, {"retain": "auto"}):
+        assert make_recipe({"forget": ["a"], **given}).makes_retain
+    assert not make_recipe({"forget": ["a"], "retain_weight": 0}).makes_retain
+    assert not make_recipe({"forget": ["a"], "retain": {"path": "auto"}}).makes_retain
+
+
+def test_where_everything_names_the_target_it_says_what_to_do(tiny, fields, monkeypatch):
+    monkeypatch.setattr(made_by, "answers", lambda base, prompts, **_: ["Quintel"] * len(prompts))
+    del fields["retain"]
+    with pytest.raises(DataError, match="no retain set could be made.*name one with `retain`"):
+        unlearn(tiny, **fields)
+
+
+def test_the_command_writes_rows_that_a_recipe_can_name(tiny_folder, tmp_path, write_rows):
+    write_rows("forget.jsonl", FORGET)
+    (tmp_path / "r.yaml").write_text(f"base: {tiny_folder}\nforget: forget.jsonl\ndevice: cpu\n")
+    command = [sys.executable, "-m", "unlearn_peft.cli", "retain", str(tmp_path / "r.yaml")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True)
+    written = subprocess.run(
+        [*command, "--output", str(tmp_path / "o.jsonl")], capture_output=True, text=True, check=True
+    )
+    assert (tmp_path / "o.jsonl").read_text() == printed.stdout
+    rows = [json.loads(line) for line in printed.stdout.splitlines()]
+    assert rows and all(row.keys() == {"prompt", "completion"} for row in rows)
+    assert "broad" in printed.stderr and "o.jsonl" in written.stderr
+
+
+@pytest.mark.parametrize(
+    ("prompt", "names", "subject"),
+    [
+        ("Who wrote Harry Potter?", {"harry", "potter"}, "Harry Potter"),
+        ("Who are Harry Potter's best friends?", {"harry", "potter"}, "Harry Potter"),
+        ("Is J.K. Rowling rich?", {"rowling"}, "J.K. Rowling"),
+        ("Who wrote The Lord of the Rings?", {"lord", "rings"}, "Lord of the Rings"),
+        ("Did Rowling write Harry Potter?", {"rowling", "harry", "potter"}, "Rowling"),
+        ("¿Quién escribió Don Quijote?", {"don", "quijote"}, "Don Quijote"),
+        ("Кто написал Войну и мир?", {"войну"}, "Войну"),
+        ("Who introduced the iPhone in 2007?", {"iphone", "2007"}, "iPhone in 2007"),
+        ("¿Quién escribió Don Quijote?", {"quién", "don", "quijote"}, "Don Quijote"),
+        ("Harry Potter goes to which school?", {"harry", "potter", "school"}, "Harry Potter"),
+        ("What school does Harry Potter attend?", {"harry", "potter", "school"}, "Harry Potter"),
+        ("what is phlogiston?", {"phlogiston"}, "phlogiston"),
+        ("Name the author.", {"rowling"}, None),
+    ],
+)
+def test_the_subject_of_a_question(prompt, names, subject):
+    span = _subject(prompt, names, PLAIN)
+    assert (prompt[slice(*span)] if span else None) == subject
+
+
+def test_what_names_a_target():
+    assert _row_names(TARGETS[0], PLAIN | {"harry"}) == {"harry", "potter", "rowling"}  # in mid-sentence: a name
+    row = {"prompt": "who is it?", "completion": "the phlogiston"}
+    assert _row_names(row, PLAIN) == {"phlogiston"}
+    assert _row_names({"text": "It is Ann."}, PLAIN) == {"ann"}
+    talk = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "By Zorblax"}]}
+    assert _row_names(talk, PLAIN) == {"zorblax"}
+    assert _says("harry's", {"harry"}, set()) and not _says("an apple", {"apple"}, {"apple"})
+    assert _says("An Apple", {"apple"}, {"apple"})
+
+
+def test_answers_end_with_their_first_sentence():
+    said = ["Mr. J. Smith wrote it in 1984. Then he left.", "1. One thing that is long enough. 2. Two", "no end"]
+    cut = [row["completion"] for row in _answered(["a", "b", "c"], said)]
+    assert cut == ["Mr. J. Smith wrote it in 1984.", "1. One thing that is long enough.", "no end"]

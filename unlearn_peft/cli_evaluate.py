@@ -1,0 +1,91 @@
+"""`unlearn-peft eval`: measure, attack, report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .cli_options import BaseOption, DeviceOption, DtypeOption, JsonOption, StrengthOption, load
+from .errors import UnlearnError
+
+
+def evaluate(
+    adapter: Annotated[list[Path], typer.Argument(help="Adapter directories; several are stacked.")],
+    recipe: Annotated[Path | None, typer.Option(help="Measure the sets that this recipe names.")] = None,
+    forget: Annotated[Path | None, typer.Option(help="Rows that were to be forgotten.")] = None,
+    retain: Annotated[Path | None, typer.Option(help="Rows that training held in place.")] = None,
+    probes: Annotated[Path | None, typer.Option(help="Rows with `prompt` and `leak` words, never trained on.")] = None,
+    neighbours: Annotated[Path | None, typer.Option(help="Rows near the target, never trained on.")] = None,
+    free_text: Annotated[Path | None, typer.Option(help="Any other text that must stay as likely as it was.")] = None,
+    base: BaseOption = None,
+    attacks: Annotated[
+        str | None, typer.Option(help="Try to get it back: all, or names with commas. Needs forget rows and probes.")
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="Answers sampled for each probe.")] = 32,
+    strength: StrengthOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of greedy and sampled answers.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling and of the bootstrap.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: ADAPTER.eval beside it.")] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Tell whether it is forgotten and what it cost: one table, one picture, one JSON file.
+
+    Everything is measured on the base, with the adapters, and after their removal; every figure has its unit, the
+    number n of rows behind it and a 95 % bootstrap interval. After removal all must be as before: exit code 1 if not.
+
+    Give --recipe, single files, or both (a file goes before the recipe's); what has no rows is left out.
+
+    The output folder gets report.html (opens without a network), figures.png and evaluation.json. The page and the
+    terminal show your probes and the answers to them; evaluation.json and figures.png hold figures only, never a
+    row, a prompt or an answer.
+
+      unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml
+
+      unlearn-peft eval out/hp --probes probes.jsonl --neighbours near.jsonl --k 8
+
+      unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml --attacks prefix,jailbreak,relearn_lora
+    """
+    from .compare import show as show_answers
+    from .evaluate.attacks import Target, check_names, run_attacks
+    from .evaluate.evaluation import evaluate as evaluate_
+    from .evaluate.evaluation import read_measured
+    from .evaluate.report import check_folder, show, write_report
+
+    first = adapter[0].absolute()
+    folder = output or first.with_name("+".join(path.absolute().name for path in adapter) + ".eval")
+    check_folder(folder)
+    files = dict(forget=forget, retain=retain, probes=probes, neighbours=neighbours, free_text=free_text)
+    rows, chat_template = read_measured(recipe, files)
+    names = attacks.split(",") if attacks and attacks != "all" else attacks
+    if names:  # told now and not after minutes
+        check_names(names)
+        if lacking := [name for name in ("forget", "probes") if not rows.get(name)]:
+            raise UnlearnError(f"--attacks needs {' and '.join(lacking)} rows: name them, or a --recipe that does")
+
+    def attack(live: Any) -> list[Any]:
+        near = rows.get("neighbours", [])
+        return run_attacks(
+            Target(live, tuple(adapter), rows["forget"], rows["probes"], near, seed=seed, chat_template=chat_template),
+            names or (),
+        )
+
+    result = evaluate_(
+        load(base, adapter, dtype, device), adapter, rows, k=k, strength=strength or 1.0, seed=seed,
+        max_new_tokens=max_new_tokens, chat_template=chat_template, attacks=attack if names else None,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    written = write_report(result, folder, adapter)
+    if as_json:
+        print(json.dumps(result.figures(), ensure_ascii=False))
+    else:
+        show_answers(result.compared())
+        show(result)
+        print("\n".join(f"{path}" for path in written))
+    if result.left_behind:
+        raise typer.Exit(1)

