@@ -37,8 +37,6 @@ app = typer.Typer(
     "  unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml",
 )
 
-app.command("eval")(evaluate)
-
 
 @app.command()
 def train(
@@ -180,6 +178,9 @@ def compare(
         raise UnlearnError("nothing to compare: give --probes FILE, --neighbours FILE or --prompt TEXT")
     result = compare_(load(base, adapter, dtype, device), adapter, rows, near, strength or 1.0, max_new_tokens)
     print(json.dumps(result, ensure_ascii=False)) if as_json else show(result)
+
+
+app.command("eval")(evaluate)
 
 
 @app.command()
