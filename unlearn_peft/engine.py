@@ -119,7 +119,8 @@ class Engine:
             return self.head(hidden)  # type: ignore[no-any-return]
 
     def _remember(self, examples: Sequence[Example]) -> None:
-        batch = self._batch(examples)
+        # padded: a packed row's last bits depend on its neighbours, and a resumed run meets the rows in another order
+        batch = collate(examples, self.pad_id).to(self.device)
         seen: list[Tensor] = []
         logits = self._logits(self.unwrapped, examples, batch, watch=seen.append)
         hidden = seen[-1]
