@@ -1,6 +1,6 @@
 """Run what README.md shows and write what it prints into it: no figure is typed by hand.
 
-python benchmarks/readme.py [demo] [seed] [targets]      # all by default; about 25 minutes on 2 cores
+python benchmarks/readme.py [demo] [seed]      # both by default; about 5 minutes on 2 cores
 """
 
 import re
@@ -18,7 +18,6 @@ BLOCKS = {
         [*CLI, "compare", "out/readme", "--probes", DATA + "probes.jsonl", "--neighbours", DATA + "neighbours.jsonl"],
     ],
     "seed": [[*CLI, "train", "recipes/seed_lm_head.yaml", "--output", "out/readme_seed"]],
-    "targets": [["benchmarks/targets.py"]],
 }
 
 
@@ -27,11 +26,9 @@ def main():
     for name in sys.argv[1:] or BLOCKS:
         shown = []
         for command in BLOCKS[name]:
-            lines = run(command)
             called = " ".join(command).replace(" ".join(CLI), "unlearn-peft")
-            shown.append(lines if name == "targets" else f"$ {called}\n{lines}")
-        text = "\n".join(shown) if name == "targets" else "```\n" + "\n".join(shown) + "\n```"
-        block = f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
+            shown.append(f"$ {called}\n{run(command)}")
+        block = f"<!-- {name} -->\n```\n" + "\n".join(shown) + f"\n```\n<!-- /{name} -->"
         readme = (ROOT / "README.md").read_text()
         readme = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, block=block: block, readme, flags=re.DOTALL)
         (ROOT / "README.md").write_text(readme)
