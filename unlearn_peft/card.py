@@ -70,22 +70,12 @@ def draw_curves(
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     steps = [h["step"] for h in history]
     left.plot(steps, [h["forget_loss"] for h in history], color="#c0392b", lw=1, alpha=0.5, label="batch")
-    left.plot(
-        [e["step"] for e in evaluations],
-        [e["forget_set_loss"] for e in evaluations],
-        "o-",
-        color="#c0392b",
-        ms=3,
-        label="whole forget set",
-    )
-    left.plot(
-        [e["step"] for e in evaluations],
-        [e["specific_loss"] for e in evaluations],
-        "s--",
-        color="#7d3c98",
-        ms=3,
-        label="its tokens that carry the fact",
-    )
+    evaluated = [e["step"] for e in evaluations]
+    for key, style, color, label in (
+        ("forget_set_loss", "o-", "#c0392b", "whole forget set"),
+        ("specific_loss", "s--", "#7d3c98", "its tokens that carry the fact"),
+    ):
+        left.plot(evaluated, [e[key] for e in evaluations], style, color=color, ms=3, label=label)
     left.set(title="Forget loss: up is forgotten", xlabel="step", ylabel="nats/token")
     right.plot(steps, [h["retain_kl"] for h in history], color="#2471a3", lw=1, alpha=0.5, label="batch")
     which, label = ("held_out_kl", "held out") if "held_out_kl" in evaluations[0] else ("retain_kl", "whole retain set")

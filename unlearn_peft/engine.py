@@ -52,7 +52,8 @@ class Engine:
         labels, rows = _labels(batch)
         reference = self._reference_logits(examples)
         specific = torch.tensor(
-            [s for e in forget for s, t in zip(e.specific or e.is_target, e.is_target, strict=True) if t]
+            [s for e in forget for s, t in zip(e.specific or e.is_target, e.is_target, strict=True) if t],
+            dtype=torch.bool,
         )
         f, r = rows < len(forget), rows >= len(forget) + len(refusals)
         refused = None
@@ -67,23 +68,25 @@ class Engine:
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
         """Return the rows packed, if that is worth it and the model is seen to give the same, else padded."""
-        padded = collate(examples, self.pad_id).to(self.device)
-        if self._packs is False:
-            return padded
-        packed = pack(examples, getattr(self.unwrapped.config, "sliding_window", None))
-        if packed is None:
-            return padded
-        packed = packed.to(self.device, self.unwrapped.dtype)
-        if self._packs is None:
-            with torch.no_grad():
-                expected = picked_logits(self.unwrapped, self.head, padded)
-                try:
-                    found = picked_logits(self.unwrapped, self.head, packed)
-                except (RuntimeError, TypeError, ValueError, IndexError):  # a model that takes no such mask
-                    self._packs = False
-                    return padded
-            self._packs = alike(found, expected)
-        return packed if self._packs else padded
+        packed = None
+        if self._packs is not False:
+            packed = pack(examples, getattr(self.unwrapped.config, "sliding_window", None))
+        if packed is not None:
+            packed = packed.to(self.device, self.unwrapped.dtype)
+            if self._packs is None:
+                self._packs = self._takes(packed, collate(examples, self.pad_id).to(self.device))
+            if self._packs:
+                return packed
+        return collate(examples, self.pad_id).to(self.device)
+
+    @torch.no_grad()
+    def _takes(self, packed: Batch, padded: Batch) -> bool:
+        """Return whether the model gives the same for packed rows as for padded ones."""
+        expected = picked_logits(self.unwrapped, self.head, padded)
+        try:
+            return alike(picked_logits(self.unwrapped, self.head, packed), expected)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # a model that takes no such mask
+            return False
 
     def _logits(
         self, model: nn.Module, examples: Sequence[Example], batch: Batch, watch: Callable[[Tensor], None] | None = None
