@@ -35,8 +35,8 @@ class Engine:
         self.head = unwrapped.get_base_model().get_output_embeddings()
         # by id, with the row itself (ids of dead rows come again): hidden states in front of the head, (n, d)
         self._reference: dict[int, tuple[Example, Tensor]] = {}
-        self._head_is_last: bool | None = None  # the last two are found out by comparing once
-        self._packs: bool | None = None
+        self._head_is_last: bool | None = None  # found out by comparing once
+        self._rows = Rows(unwrapped, self.head, pad_id)
         self.trunk = Trunk.of(unwrapped, pad_id)
 
     def tokens(self, forget: Sequence[Example], retain: Sequence[Example]) -> tuple[Tokens, Tokens]:
@@ -47,7 +47,7 @@ class Engine:
         paired = [n for n, example in enumerate(forget) if example.refusal is not None]
         refusals = [example.refusal for example in forget if example.refusal is not None]
         examples = [*forget, *refusals, *retain]
-        batch = self._batch(examples)
+        batch = self._rows.batch(examples)
         logits = self._logits(self.model, examples, batch)
         labels, rows = _labels(batch)
         reference = self._reference_logits(examples)
@@ -65,28 +65,6 @@ class Engine:
             Tokens(logits[f], labels[f], rows[f], reference[f], specific.to(self.device), refused),
             Tokens(logits[r], labels[r], rows[r] - len(forget) - len(refusals), reference[r]),
         )
-
-    def _batch(self, examples: Sequence[Example]) -> Batch:
-        """Return the rows packed, if that is worth it and the model is seen to give the same, else padded."""
-        packed = None
-        if self._packs is not False:
-            packed = pack(examples, getattr(self.unwrapped.config, "sliding_window", None))
-        if packed is not None:
-            packed = packed.to(self.device, self.unwrapped.dtype)
-            if self._packs is None:
-                self._packs = self._takes(packed, collate(examples, self.pad_id).to(self.device))
-            if self._packs:
-                return packed
-        return collate(examples, self.pad_id).to(self.device)
-
-    @torch.no_grad()
-    def _takes(self, packed: Batch, padded: Batch) -> bool:
-        """Return whether the model gives the same for packed rows as for padded ones."""
-        expected = picked_logits(self.unwrapped, self.head, padded)
-        try:
-            return alike(picked_logits(self.unwrapped, self.head, packed), expected)
-        except (RuntimeError, TypeError, ValueError, IndexError):  # a model that takes no such mask
-            return False
 
     def _logits(
         self, model: nn.Module, examples: Sequence[Example], batch: Batch, watch: Callable[[Tensor], None] | None = None
@@ -112,7 +90,7 @@ class Engine:
         """Return the base's logits at the examples' targets, (N, V)."""
         with torch.no_grad(), self.unwrapped.disable_adapter():
             if self._head_is_last is not None and not self._head_is_last:
-                return picked_logits(self.unwrapped, self.head, self._batch(examples))
+                return picked_logits(self.unwrapped, self.head, self._rows.batch(examples))
             fresh = [example for example in examples if id(example) not in self._reference]
             if fresh:
                 self._remember(fresh)
@@ -132,6 +110,43 @@ class Engine:
         counts = [sum(example.is_target) for example in examples]
         for example, states in zip(examples, torch.split(hidden, counts), strict=True):
             self._reference[id(example)] = (example, states)
+
+
+class Rows:
+    """Lays rows out for one model: packed, if that is worth it and the model is seen to give the same, else padded.
+
+    Args:
+        model: whatever is attached to it stays as it is.
+        head: its output head.
+        pad_id: any token id; padding is never looked at.
+    """
+
+    def __init__(self, model: Any, head: nn.Module, pad_id: int) -> None:
+        self.model, self.head, self.pad_id = model, head, pad_id
+        self.device = next(model.parameters()).device
+        self._packs: bool | None = None  # found out by comparing once
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Return the rows in one batch, on the model's device."""
+        packed = None
+        if self._packs is not False:
+            packed = pack(examples, getattr(self.model.config, "sliding_window", None))
+        if packed is not None:
+            packed = packed.to(self.device, self.model.dtype)
+            if self._packs is None:
+                self._packs = self._takes(packed, collate(examples, self.pad_id).to(self.device))
+            if self._packs:
+                return packed
+        return collate(examples, self.pad_id).to(self.device)
+
+    @torch.no_grad()
+    def _takes(self, packed: Batch, padded: Batch) -> bool:
+        """Return whether the model gives the same for packed rows as for padded ones."""
+        expected = picked_logits(self.model, self.head, padded)
+        try:
+            return alike(picked_logits(self.model, self.head, packed), expected)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # a model that takes no such mask
+            return False
 
 
 def picked_logits(
