@@ -56,17 +56,18 @@ LEARNT = {  # the LoRA through which the models learn their authors
 def main():
     given = arguments()
     rows = hub_rows(given) if given.hub else local_rows(given)
-    key = hashlib.sha256(json.dumps([rows, given.base, given.epochs, given.seed, LEARNT]).encode()).hexdigest()[:12]
-    folder = given.output / key
-    print(f"results are kept in {folder}", file=sys.stderr)
+    known = {name: bare(rows[name]) for name in ("forget", "retain")}
+    folder = given.output / digest(known, given.base, given.epochs, given.seed, LEARNT)
+    measured_as = folder / digest(rows, given.steps, given.finetuned, given.retain_only)
+    print(f"results are kept in {measured_as}", file=sys.stderr)
     began = time.monotonic()
-    base = model(given.retain_only, "retain_only", rows["retain"], given, folder)
-    found = {"retain-only": line(folder, "retain-only", lambda: measured(base, rows))}
+    base = model(given.retain_only, "retain_only", known["retain"], given, folder)
+    found = {"retain-only": line(measured_as, "retain-only", lambda: measured(base, rows))}
     twin = np.array(found["retain-only"]["truth_ratios"])
-    base = model(given.finetuned, "finetuned", rows["forget"] + rows["retain"], given, folder)
-    found["fine-tuned"] = line(folder, "fine-tuned", lambda: measured(base, rows))
+    base = model(given.finetuned, "finetuned", known["forget"] + known["retain"], given, folder)
+    found["fine-tuned"] = line(measured_as, "fine-tuned", lambda: measured(base, rows))
     for name in given.objectives:
-        found[name] = line(folder, name, lambda name=name: forgotten(base, rows, name, given, folder))
+        found[name] = line(measured_as, name, lambda name=name: forgotten(base, rows, name, given, measured_as))
     table(found, twin)
     print(f"{time.monotonic() - began:.0f} s, with what was there already", file=sys.stderr)
     if given.json:
@@ -126,6 +127,14 @@ def hub_rows(given):
     return {**rows, "retain_measured": given.utility_rows}
 
 
+def digest(*parts):
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def bare(rows):
+    return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+
+
 def authors(rows):
     return [rows[i : i + AN_AUTHOR] for i in range(0, len(rows), AN_AUTHOR)]
 
@@ -133,10 +142,14 @@ def authors(rows):
 def about_others(author, unknown):
     """Give each row wrong answers: what is said of other authors where they are asked most alike."""
     own, result = full_name(author), []
+
+    def of(n, text, question):  # a question that doesn't name the author asks who it is
+        return renamed(text, full_name(unknown[n]), own) if own.split()[0] in question else text
+
     for row in author:
         best = [max(other, key=lambda r, row=row: alike(r["prompt"], row["prompt"])) for other in unknown]
         order = sorted(range(len(unknown)), key=lambda n: -alike(best[n]["prompt"], row["prompt"]))[:WRONG]
-        wrong = [renamed(best[n]["completion"], full_name(unknown[n]), own) for n in order]
+        wrong = [of(n, best[n]["completion"], row["prompt"]) for n in order]
         result.append({"prompt": row["prompt"], "completion": row["completion"], "perturbed": wrong})
     return result
 
@@ -183,11 +196,10 @@ def model(given_name, name, rows, given, folder):
     place = folder / name
     if not (place / "config.json").is_file():
         print(f"{name}: learning {len(rows)} rows", file=sys.stderr)
-        known = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
-        steps = max(given.epochs * len(known) // LEARNT["retain_batch"], 1)
+        steps = max(given.epochs * len(rows) // LEARNT["retain_batch"], 1)
         base = load_base(given.base)
         adapter = unlearn(
-            base, forget=[{"prompt": "-", "completion": "-"}], retain=known, steps=steps, eval_every=steps,
+            base, forget=[{"prompt": "-", "completion": "-"}], retain=rows, steps=steps, eval_every=steps,
             objective={"name": f"{Path(__file__).absolute()}:learn"}, seed=given.seed, resume=True,
             output=str(folder / f"{name}_adapter"), **LEARNT,
         )  # fmt: skip
@@ -197,10 +209,9 @@ def model(given_name, name, rows, given, folder):
 
 def forgotten(tuned, rows, name, given, folder):
     """Forget, and measure with the adapter attached."""
-    bare = {s: [{"prompt": r["prompt"], "completion": r["completion"]} for r in rows[s]] for s in ("forget", "retain")}
     adapter = unlearn(
-        tuned, **bare, steps=given.steps, own_answers=0, seed=given.seed, resume=True,
-        output=str(folder / "adapters" / re.sub(r"\W+", "_", name)), **VARIANTS[name],
+        tuned, forget=bare(rows["forget"]), retain=bare(rows["retain"]), steps=given.steps, own_answers=0,
+        seed=given.seed, resume=True, output=str(folder / "adapters" / re.sub(r"\W+", "_", name)), **VARIANTS[name],
     )  # fmt: skip
     with forgetting(tuned, adapter.path):
         found = measured(tuned, rows)
@@ -216,7 +227,7 @@ def measured(base: Base, rows):
 
 def line(folder, name, make):
     """Return what was measured, or measure and keep it."""
-    place = folder / "lines" / f"{re.sub(r'[^a-z]+', '_', name)}.json"
+    place = folder / f"{re.sub(r'[^a-z]+', '_', name)}.json"
     if not place.is_file():
         print(f"{name} ...", file=sys.stderr, flush=True)
         found = make()
