@@ -44,17 +44,19 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "frontier")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "frontier.png")
     given = parser.parse_args()
-    base, lines, bare = load_base("demo"), {}, None
+    base, lines = load_base("demo"), {}
     recipe = load_recipe(ROOT / "recipes" / "harry_potter.yaml")
     rows = {name: read_rows(getattr(recipe, name), name) for name in ("forget", "retain", "probes", "neighbours")}
-    folder = given.output / hashlib.sha256(json.dumps([rows, STRENGTHS, SAMPLES, TOKENS]).encode()).hexdigest()[:12]
+    settings = recipe.model_dump(mode="json", exclude={"output", *rows})
+    key = json.dumps([rows, settings, STRENGTHS, SAMPLES, TOKENS])
+    folder = given.output / hashlib.sha256(key.encode()).hexdigest()[:12]
     reference = target_log_probabilities(base, rows["neighbours"], "neighbours")
     bare = kept(folder / "base.json", lambda: look(base, rows, reference))
     print(f"base: {told(bare)}", flush=True)
     for variant in given.variants:
         for kind in given.adapters:
             place = folder / f"{kind}_{re.sub(r'[^a-z]+', '_', variant)}.json"
-            lines[variant, kind] = kept(place, lambda v=variant, k=kind: points(base, rows, reference, v, k))
+            lines[variant, kind] = kept(place, lambda v=variant, k=kind: points(base, rows, reference, v, k, folder))
             for point in lines[variant, kind]:
                 print(f"{variant} on {kind}, strength {point['strength']}: {told(point)}", flush=True)
     limit = SALAD * bare["perplexity"]
@@ -70,12 +72,12 @@ def kept(place, make):
     return json.loads(place.read_text())
 
 
-def points(base, rows, reference, variant, kind):
+def points(base, rows, reference, variant, kind, folder):
     """Train once, look at it with each strength."""
     print(f"{variant} on {kind} ...", file=sys.stderr, flush=True)
     fields = dict(VARIANTS[variant])
     fields["objective"] = {**fields["objective"], "retain_budget": None}
-    where = ROOT / "out" / "frontier_adapters" / f"{kind}_{re.sub(r'[^a-z]+', '_', variant)}"
+    where = folder / "adapters" / f"{kind}_{re.sub(r'[^a-z]+', '_', variant)}"
     try:
         adapter = unlearn(
             base, forget=rows["forget"], retain=rows["retain"], adapter=ADAPTERS[kind], quiet=True, resume=True,
