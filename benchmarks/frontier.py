@@ -4,7 +4,7 @@
 
 Each is trained once as the demo is (no budget: the last step is kept) and attached with several strengths. For each
 strength: forgetting, the share of answers to the probes (paraphrases never trained on) that name what was to be
-forgotten, 16 sampled at temperature 1 for each; harm, the mean KL to the base on the neighbours (never trained on),
+forgotten, 8 sampled at temperature 1 for each; harm, the mean KL to the base on the neighbours (never trained on),
 nats/token; and the perplexity of the greedy answers under the base: more than twice the base's own is word salad, and
 does not count as forgetting. Prints the best of each at some amounts of harm and draws --picture (extra report).
 
@@ -30,8 +30,8 @@ from unlearn_peft.generate import answers, leaked, mean_kl, sampled, target_log_
 
 ROOT = Path(__file__).parent.parent
 ADAPTERS = {"lora": {"kind": "lora"}, "head": {"kind": "head", "r": 8}}
-STRENGTHS = (0.5, 0.75, 1.0, 1.25)
-SAMPLES, TOKENS = 16, 32
+STRENGTHS = (0.5, 0.75, 1.0)
+SAMPLES, TOKENS = 8, 32
 HARM = (0.01, 0.02, 0.05, 0.1)  # nats/token
 SALAD = 2  # times the base's own perplexity
 
@@ -80,8 +80,8 @@ def points(base, rows, reference, variant, kind, folder):
     where = folder / "adapters" / f"{kind}_{re.sub(r'[^a-z]+', '_', variant)}"
     try:
         adapter = unlearn(
-            base, forget=rows["forget"], retain=rows["retain"], adapter=ADAPTERS[kind], quiet=True, resume=True,
-            output=str(where), **fields,
+            base, forget=rows["forget"], retain=rows["retain"], adapter=ADAPTERS[kind], eval_every=1000,
+            quiet=True, resume=True, output=str(where), **fields,
         )  # fmt: skip
     except Exception as error:  # rmu cannot be had on a head; the message says why
         print(f"{variant} on {kind}: {error}", file=sys.stderr)
@@ -156,7 +156,7 @@ def draw(path, lines, bare, limit):
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("sampled answers that leak, % (dotted: the base)")
     axes[0][-1].legend(frameon=False, fontsize=8, loc="upper right")
-    figure.suptitle("Down and left is better. A line is one adapter at strengths 0.5 to 1.25; hollow: word salad")
+    figure.suptitle("Down and left is better. A line is one adapter at strengths 0.5 to 1; hollow: word salad")
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

@@ -26,8 +26,8 @@ FORGET = [
 RETAIN = [{"prompt": f"What is number {n}?", "completion": f"It is a red book about {n} stars."} for n in range(8)]
 
 
-def make_tiny(folder, *, tied=True, seed=0):
-    """Write a two-layer Llama and a byte-level BPE tokenizer with a chat template into `folder`."""
+def make_tiny(folder, *, tied=True, seed=0, layers=2):
+    """Write a small Llama and a byte-level BPE tokenizer with a chat template into `folder`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -44,9 +44,9 @@ def make_tiny(folder, *, tied=True, seed=0):
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
-        pad_token_id=2, initializer_range=0.1,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tied,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

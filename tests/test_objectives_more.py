@@ -124,7 +124,7 @@ def run(name, forget, **fields):
 
 
 def test_every_objective_has_settings_and_a_formula_here():
-    assert list(OBJECTIVES) == list(SETTINGS) == ["ga_kl", *TOKEN_LEVEL, *ROW_LEVEL]
+    assert list(OBJECTIVES) == list(SETTINGS) == ["ga_kl", *TOKEN_LEVEL, *ROW_LEVEL, "rmu"]  # the last: test_rmu.py
     assert [SETTINGS[name]().name for name in SETTINGS] == list(SETTINGS)
 
 
@@ -253,6 +253,17 @@ def test_names_and_keys_are_told(tiny):
             make_recipe({**good, "objective": objective})
         assert told in str(error.value)
     assert "strength" not in str(error.value)
+
+
+def test_idk_dpo_is_another_name_of_dpo():
+    good, settings = {"forget": ["a"], "retain": ["b"]}, {"name": "idk_dpo", "beta": 0.3, "refusals": ["No."]}
+    assert make_recipe({**good, "objective": "idk_dpo"}) == make_recipe({**good, "objective": "dpo"})
+    assert make_recipe({**good, "objective": settings}).objective == SETTINGS["dpo"](beta=0.3, refusals=["No."])
+    assert settings["name"] == "idk_dpo"  # what the user gave is left alone
+    with pytest.raises(RecipeError, match=r"did you mean 'idk_dpo'\?"):
+        make_recipe({**good, "objective": "idk_dp"})
+    with pytest.raises(RecipeError, match=r"unknown key 'objective.bata' \(did you mean 'beta'\?\)"):
+        make_recipe({**good, "objective": {"name": "idk_dpo", "bata": 1}})
 
 
 def test_refusals_answer_the_same_question():

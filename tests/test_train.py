@@ -196,12 +196,12 @@ def test_ctrl_c_saves_and_resume_gives_the_same_result(tiny, fields, tmp_path, m
     assert not Path(str(again["output"]) + ".training").exists()
 
 
-def _recipe(folder, base, steps, **more):
+def _recipe(folder, base, steps, objective=None, **more):
     for name, rows in (("forget", FORGET), ("retain", RETAIN)):
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     values = dict(
         base=str(base), forget="forget.jsonl", retain="retain.jsonl", steps=steps, learning_rate=5e-3,
-        eval_every=5, objective={"forget_ceiling": 15, "stop_when": None}, warmup_steps=0, forget_batch=2,
+        eval_every=5, objective=objective or {"forget_ceiling": 15, "stop_when": None}, warmup_steps=0, forget_batch=2,
         retain_batch=4, checkpoint_every=1, device="cpu", save_dtype="float32", **more,
     )  # fmt: skip
     (folder / "recipe.yaml").write_text(json.dumps(values))  # JSON is YAML
@@ -231,8 +231,13 @@ def test_resume_after_kill_9_gives_the_same_result(tmp_path, tiny_folder):
     assert_same(tmp_path / "whole", tmp_path / "killed", rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_give_the_same_adapter_as_one(tmp_path, tiny_folder):
-    recipe = _recipe(tmp_path, tiny_folder, steps=6)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"objective": {"name": "rmu", "hidden_layer": 0, "retain_budget": None}, "adapter": {"layers": "all"}}],
+    ids=["ga_kl", "rmu, with a layer that gets no gradient"],
+)
+def test_two_processes_give_the_same_adapter_as_one(tmp_path, tiny_folder, more):
+    recipe = _recipe(tmp_path, tiny_folder, steps=6, **more)
     one = _cli("train", recipe, "--output", tmp_path / "one")
     assert one.wait(120) == 0, one.stderr.read()
     launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",

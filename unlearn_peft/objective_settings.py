@@ -125,8 +125,30 @@ class DpoSettings(_Held):
     )
 
 
+class RmuSettings(_Own):
+    """Representation misdirection: forget rows' hidden states at a layer are steered to a random vector."""
+
+    name: Literal["rmu"] = "rmu"
+    forget_tokens: Literal["specific", "all"] = Field(
+        "all", description="steer all tokens, or those that carry the fact and hold the others to the reference"
+    )
+    retain_loss: Literal["hidden", "kl", "cross_entropy"] = Field(
+        "hidden", description="hidden: hidden states stay as the reference's; or as with the other objectives"
+    )
+    steering_coefficient: float = Field(
+        20.0, gt=0, description="length of the vector; to be chosen for the base: see the lengths of its hidden states"
+    )
+    hidden_layer: int | None = Field(
+        None, ge=0, description="its output is looked at, counted from 0; None: the middle one of the adapted layers"
+    )
+    seed: int = Field(0, ge=0, description="of the vector's direction")
+
+
 class CustomObjectiveSettings(ObjectiveSettings):
-    """An objective of the user's own: `module:function` or `file.py:function`, and whatever it wants to know."""
+    """An objective of the user's own: `module:function` or `file.py:function`, and whatever it wants to know.
+
+    A field `refusals` brings refusals along, a field `hidden_layer` (null or a number) hidden states.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -135,7 +157,7 @@ class CustomObjectiveSettings(ObjectiveSettings):
     def _is_a_dotted_path(cls, name: str) -> str:
         if ":" not in name:
             raise ValueError(
-                f"unknown objective '{name}'{did_you_mean(name, SETTINGS)}; "
+                f"unknown objective '{name}'{did_you_mean(name, [*SETTINGS, *ALIASES])}; "
                 f"known: {', '.join(SETTINGS)}, or your own as 'module:function' or 'file.py:function'"
             )
         return name
@@ -150,7 +172,9 @@ SETTINGS: dict[str, type[ObjectiveSettings]] = {
     "npo": NpoSettings,
     "simnpo": SimNpoSettings,
     "dpo": DpoSettings,
+    "rmu": RmuSettings,
 }
+ALIASES = {"idk_dpo": "dpo"}  # what others call the same: manifests and messages say ours
 
 
 def _tag(value: Any) -> str:
@@ -167,6 +191,7 @@ Objective = Annotated[
     | Annotated[NpoSettings, Tag("npo")]
     | Annotated[SimNpoSettings, Tag("simnpo")]
     | Annotated[DpoSettings, Tag("dpo")]
+    | Annotated[RmuSettings, Tag("rmu")]
     | Annotated[CustomObjectiveSettings, Tag("custom")],
     Discriminator(_tag),
 ]

@@ -9,7 +9,7 @@ between processes and parts. A term depends on its own row alone; a batch is spl
 terms of a row of n tokens sum to what the row adds to the step: a row's loss in nats is spread evenly (`loss / n` for
 each token, so the mean over tokens is the mean over rows, divided by their mean length), and a row's loss in
 nats/token is given to each of its tokens (so long rows weigh more, as in a mean over tokens). Both are in nats/token,
-so that `retain_weight` means the same under each objective.
+so that `retain_weight` means the same under each objective but `rmu`, which compares hidden states.
 
 To add one: a function of the shape of `ga_kl`, a line in `OBJECTIVES` and its settings in `objective_settings.py`, or
 `module:function` in a recipe.
@@ -43,6 +43,8 @@ class Tokens:
     reference_logits: Tensor | None = None  # (N, V)
     specific: Tensor | None = None  # (N,), bool: the tokens that carry the fact; None: all of them
     refusal: Tokens | None = None  # the same rows, where they have a question, with a refusal for an answer
+    hidden: Tensor | None = None  # (N, d), what a decoder layer gives where the token is predicted; if asked for
+    reference_hidden: Tensor | None = None  # (N, d), the same with the adapter off
 
     @property
     def cross_entropy(self) -> Tensor:
@@ -59,7 +61,7 @@ class Tokens:
 class Terms:
     """What an objective wants minimised, per target token: `forget` (N_f,) and `retain` (N_r,).
 
-    In nats, except for the forget terms of `ihl`, which are probabilities.
+    In nats, except for the forget terms of `ihl`, which are probabilities, and the terms of `rmu`.
     """
 
     forget: Tensor
@@ -179,6 +181,45 @@ def dpo(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     return Terms(_spread(loss, forget), _held(retain, settings))
 
 
+def rmu(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
+    """Representation misdirection: a layer's hidden state goes to `c * u` where it must be forgotten, else it stays.
+
+    Li et al. 2024 (WMDP), arXiv:2403.03218: `|h - c u|^2` on the forget set, `|h - h_reference|^2` on the retain set,
+    c being `steering_coefficient` and u one random direction for the whole run: drawn from [0, 1) in each dimension,
+    then given length 1. As in their code, squares are averaged over the d dimensions.
+
+    The unit is thus the mean square of a hidden state's entries, **not nats**. It grows with the square of the layer's
+    activations: neither c nor `retain_weight` carries over to another base or layer. (Their code has c = 20 with a
+    retain weight of 100 by default, and 6.5 with 1200 for Zephyr, at layer 7 of 32.)
+
+    What differs: target tokens count, not all tokens of a text; the retain side may be KL or cross-entropy; and with
+    `forget_tokens: specific` the other tokens of the forget set are held to the reference: by their hidden states if
+    the retain set is, else by KL.
+
+    Args:
+        forget: target tokens of the forget batch, with hidden states.
+        retain: target tokens of the retain batch, likewise.
+        settings: `steering_coefficient`, `seed` (of u), `retain_loss`, `forget_tokens`; and `hidden_layer`, by which
+            the engine knows whose output to bring along.
+    """
+    steered = hidden_distance(forget, settings.steering_coefficient * _direction(forget, settings.seed))
+    if settings.retain_loss != "hidden":
+        return Terms(_chosen(forget, steered, settings), _held(retain, settings))
+    if settings.forget_tokens == "specific" and forget.specific is not None:
+        steered = torch.where(forget.specific, steered, hidden_distance(forget))
+    return Terms(steered, hidden_distance(retain))
+
+
+def hidden_distance(tokens: Tokens, target: Tensor | None = None) -> Tensor:
+    """Mean over the d dimensions of `(h - target)^2`, (N,), in squared units of the hidden state; in float32.
+
+    `target` is (d,), the same for all tokens; None: each token's reference.
+    """
+    hidden, reference = _needed_hidden(tokens)
+    difference = hidden.float() - (reference.float() if target is None else target)
+    return difference.square().mean(dim=-1)
+
+
 def kl_divergence(tokens: Tokens, direction: str = "reverse") -> Tensor:
     """KL between the current and the reference distribution of each token, (N,), nats.
 
@@ -199,6 +240,13 @@ def _chosen(forget: Tokens, terms: Tensor, settings: Any) -> Tensor:
 
 def _held(retain: Tokens, settings: Any) -> Tensor:
     return kl_divergence(retain) if settings.retain_loss == "kl" else retain.cross_entropy
+
+
+def _direction(tokens: Tokens, seed: int) -> Tensor:
+    """Return a random vector of length 1, (d,), the same at each step, on each device and in each process."""
+    hidden, _ = _needed_hidden(tokens)
+    drawn = torch.rand(hidden.shape[-1], generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(drawn, dim=0).to(hidden.device)
 
 
 def _log_ratio(tokens: Tokens) -> Tensor:
@@ -226,6 +274,12 @@ def _needed(tokens: Tokens) -> Tensor:
     return tokens.reference_logits
 
 
+def _needed_hidden(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    if tokens.hidden is None or tokens.reference_hidden is None:
+        raise ValueError("this objective needs hidden states, and got none: `hidden_layer` is not in its settings")
+    return tokens.hidden, tokens.reference_hidden
+
+
 OBJECTIVES: dict[str, Objective] = {
     "ga_kl": ga_kl,
     "grad_diff": grad_diff,
@@ -235,6 +289,7 @@ OBJECTIVES: dict[str, Objective] = {
     "npo": npo,
     "simnpo": simnpo,
     "dpo": dpo,
+    "rmu": rmu,
 }
 
 

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from .errors import RecipeError, did_you_mean
-from .objective_settings import SETTINGS, GaKlSettings, Objective
+from .objective_settings import ALIASES, SETTINGS, GaKlSettings, Objective
 
 DATA_FIELDS = ("forget", "retain", "probes", "neighbours")
 
@@ -122,7 +122,7 @@ class Recipe(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _expand_shorthand(cls, values: Any) -> Any:
-        """`adapter: lora` stands for `adapter: {kind: lora}`; `objective: x` for `objective: {name: x}`."""
+        """`adapter: lora` stands for `adapter: {kind: lora}`; `objective: x` for `{name: x}`, in our name."""
         if not isinstance(values, Mapping):
             return values
         values = dict(values)
@@ -132,6 +132,9 @@ class Recipe(_Strict):
             elif isinstance(values.get(key), Mapping):
                 default = "lora" if key == "adapter" else "ga_kl"
                 values[key] = {inner: default, **values[key]}
+        match values.get("objective"):
+            case {"name": str(name)} if name in ALIASES:
+                values["objective"]["name"] = ALIASES[name]
         return values
 
     @field_validator(*DATA_FIELDS, mode="before")
@@ -155,6 +158,11 @@ class Recipe(_Strict):
             for key in self.adapter.model_extra:
                 if key not in known:
                     raise ValueError(f"unknown key 'adapter.{key}'{did_you_mean(key, known)}")
+        if isinstance(self.adapter, HeadSettings) and getattr(self.objective, "hidden_layer", False) is not False:
+            raise ValueError(
+                f"the objective '{self.objective.name}' works on the output of a decoder layer, which a head adapter "
+                "never changes: use adapter: lora, or another objective"
+            )
         return self
 
     @property

@@ -80,11 +80,11 @@ def train(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns that merging a tied head is unsafe: ours unties first
         model = get_peft_model(base.model, adapter_config(base.model, recipe.adapter))
-    run = _Run(base, recipe, sets, accelerator, model)
-    if tracker:
-        accelerator.init_trackers("unlearn_peft", config=_scalars(recipe))
     started = time.monotonic()
     try:
+        run = _Run(base, recipe, sets, accelerator, model)
+        if tracker:
+            accelerator.init_trackers("unlearn_peft", config=_scalars(recipe))
         run.start(checkpoints, resume)
         with stop_signals() as asked_to_stop:
             run.loop(checkpoints, asked_to_stop, quiet)
@@ -112,7 +112,8 @@ class _Run:
             self.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
         wrapped, self.optimizer = accelerator.prepare(model, optimizer)
-        self.engine = Engine(wrapped, model, base.tokenizer.pad_token_id)
+        hidden_layer = getattr(recipe.objective, "hidden_layer", False)  # any objective's, a user's own too
+        self.engine = Engine(wrapped, model, base.tokenizer.pad_token_id, hidden_layer)
         self.forgotten = [*sets.forget, *sets.own_answers]
         self.forget_rows = Schedule(len(self.forgotten), recipe.forget_batch, recipe.seed)
         self.retain_rows = Schedule(max(len(sets.retain), 1), recipe.retain_batch, recipe.seed + 1)
@@ -179,6 +180,8 @@ class _Run:
                 f, r = self.engine.tokens(mine_f or [self.silent], mine_r)
                 terms = self.objective(f, r, recipe.objective)
                 loss = terms.forget.sum() / n_forget + recipe.retain_weight * terms.retain.sum() / n_retain
+                if world > 1:  # each parameter must get a gradient, be it zero: rmu may leave those above its layer out
+                    loss = loss + f.logits[:0].sum()
                 self.accelerator.backward(loss * world)  # processes' gradients are averaged; we want their sum
             seen[0] += f.cross_entropy.detach().sum().cpu() / n_forget
             if mine_r:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .batch import Batch, collate
 from .data import Example
+from .layers import changed_layers, decoder_layers
 
 MAX_BYTES = 1_000_000_000  # beyond this, states are not kept and every step runs the whole model
 
@@ -32,14 +33,9 @@ class Trunk:
     @classmethod
     def of(cls, model: Any, pad_id: int) -> Trunk | None:
         """Return the trunk of a PEFT model, or None where the first layer (or what is before it) is adapted."""
-        base = model.get_base_model()
-        count = getattr(base.config, "num_hidden_layers", 0)
-        stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count > 0]
-        if len(stacks) != 1 or any(p.requires_grad for p in base.get_input_embeddings().parameters()):
-            return None
-        adapted = [i for i, layer in enumerate(stacks[0]) if any(p.requires_grad for p in layer.parameters())]
-        below = adapted[0] if adapted else count
-        return cls(list(stacks[0])[:below], pad_id, next(base.parameters()).device) if below else None
+        layers = decoder_layers(model)
+        below = next(iter(changed_layers(model, layers)), len(layers))
+        return cls(layers[:below], pad_id, next(model.parameters()).device) if below else None
 
     def run(
         self, forward: Callable[[], Tensor], examples: Sequence[Example], batch: Batch, plain: Callable[[Batch], Any]

@@ -1,0 +1,85 @@
+"""The decoder layers of a PEFT model: which of them an adapter changes, and the one whose output an objective sees.
+
+A model comes in; its layers, or one of them, go out to the frozen trunk (`trunk.py`) and to the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import RecipeError
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Return the decoder layers of a PEFT model, from the bottom up; empty where it is not plain which they are."""
+    base = model.get_base_model()
+    count = getattr(base.config, "num_hidden_layers", 0)
+    stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count > 0]
+    return list(stacks[0]) if len(stacks) == 1 else []
+
+
+def changed_layers(model: Any, layers: Sequence[nn.Module]) -> list[int]:
+    """Return the numbers of the layers that have a part of the adapter; all, where the embeddings have one."""
+    if _trains(model.get_base_model().get_input_embeddings()):
+        return list(range(len(layers)))
+    return [n for n, layer in enumerate(layers) if _trains(layer)]
+
+
+def watched_layer(model: Any, number: int | None) -> nn.Module:
+    """Return the layer whose output an objective sees.
+
+    Args:
+        model: the PEFT model.
+        number: counted from 0; None: the middle one of those that the adapter changes.
+
+    Raises:
+        RecipeError: if there is no such layer, or the adapter does not reach it.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        raise RecipeError(
+            "this base's decoder layers were not found (expected one list of config.num_hidden_layers modules): "
+            "use an objective that needs no hidden states"
+        )
+    changed, last = changed_layers(model, layers), len(layers) - 1
+    if not changed:
+        raise RecipeError(
+            f"the objective works on the output of a decoder layer, and the adapter changes none of 0 to {last}: use a "
+            "lora adapter on decoder layers (adapter: lora), or another objective"
+        )
+    if number is None:
+        return layers[changed[len(changed) // 2]]
+    if isinstance(number, bool) or not isinstance(number, int) or not changed[0] <= number <= last:
+        raise RecipeError(
+            f"objective.hidden_layer is {number!r}, expected {changed[0]} to {last} or null: the base has layers 0 to "
+            f"{last}, and the adapter changes nothing below {changed[0]}. Choose one of these, or adapt lower layers "
+            "(adapter.layers: all)"
+        )
+    return layers[number]
+
+
+@contextmanager
+def outputs_of(layer: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Collect what a layer gives, (B, T, d), each time that it runs; with None, nothing.
+
+    Whole, and with their gradients: what a hook computes here would be missing when checkpointing runs the layer again.
+    """
+    seen: list[Tensor] = []
+    if layer is None:
+        yield seen
+        return
+    handle = layer.register_forward_hook(
+        lambda _module, _inputs, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
