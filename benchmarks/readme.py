@@ -1,6 +1,9 @@
 """Run what README.md shows and write what it prints into it: no figure is typed by hand.
 
-python benchmarks/readme.py [demo] [seed]      # both by default; about 5 minutes on 2 cores
+    python benchmarks/readme.py [demo] [eval] [seed] [tofu] [frontier]
+
+By default demo, eval and seed: about half an hour on 2 cores. tofu and frontier take an hour or more each, and go on
+where they were. (`eval` measures the adapter that `demo` made.)
 """
 
 import re
@@ -17,23 +20,38 @@ BLOCKS = {
         [*CLI, "train", "recipes/harry_potter.yaml", "--output", "out/readme"],
         [*CLI, "compare", "out/readme", "--probes", DATA + "probes.jsonl", "--neighbours", DATA + "neighbours.jsonl"],
     ],
+    "eval": [
+        [*CLI, "eval", "out/readme", "--recipe", "recipes/harry_potter.yaml", "--attacks", "all", "--card"],
+    ],
     "seed": [[*CLI, "train", "recipes/seed_lm_head.yaml", "--output", "out/readme_seed"]],
+    "tofu": [["benchmarks/tofu_smollm2.py"]],
+    "frontier": [["benchmarks/frontier.py"]],
 }
 
 
 def main():
     """Run the blocks named on the command line, rewrite them, copy the curves."""
-    for name in sys.argv[1:] or BLOCKS:
+    for name in sys.argv[1:] or ("demo", "eval", "seed"):
         shown = []
         for command in BLOCKS[name]:
             called = " ".join(command).replace(" ".join(CLI), "unlearn-peft")
-            shown.append(f"$ {called}\n{run(command)}")
-        block = f"<!-- {name} -->\n```\n" + "\n".join(shown) + f"\n```\n<!-- /{name} -->"
+            shown.append((called, run(command)))
         readme = (ROOT / "README.md").read_text()
+        block = f"<!-- {name} -->\n{told(name, shown)}\n<!-- /{name} -->"
         readme = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, block=block: block, readme, flags=re.DOTALL)
         (ROOT / "README.md").write_text(readme)
         if name == "demo":
             shutil.copy(ROOT / "out" / "readme" / "curves.png", ROOT / "docs" / "curves.png")
+
+
+def told(name, shown):
+    """Return commands with what they print; of those that print Markdown, or write it into a card, the Markdown."""
+    if name == "eval":
+        card = (ROOT / "out" / "readme" / "README.md").read_text()
+        return re.search(r"<!-- evaluation[^\n]*\n(.*?)\n<!-- /evaluation", card, re.DOTALL)[1].replace("## ", "#### ")
+    if name in ("tofu", "frontier"):
+        return "\n".join(line for _, text in shown for line in text.splitlines() if line.startswith("|"))
+    return "```\n" + "\n".join(f"$ {called}\n{text}\n" for called, text in shown) + "```"
 
 
 def run(command):
