@@ -6,7 +6,7 @@ from conftest import FORGET, RETAIN
 
 from unlearn_peft.batch import collate, pack
 from unlearn_peft.data import Example, tokenize
-from unlearn_peft.engine import Engine, picked_logits
+from unlearn_peft.engine import Rows, picked_logits
 
 SMALL = dict(
     vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -74,12 +74,12 @@ def test_a_model_that_does_not_take_the_mask_is_run_padded(tiny, fields, monkeyp
 
     seen = []
     monkeypatch.setattr(engine_, "alike", lambda found, expected: False)
-    original = Engine._batch
+    original = Rows.batch
 
     def watched(self, examples):
         seen.append(original(self, examples))
         return seen[-1]
 
-    monkeypatch.setattr(Engine, "_batch", watched)
+    monkeypatch.setattr(Rows, "batch", watched)
     unlearn(tiny, **fields)
     assert seen and all(batch.positions is None for batch in seen)

@@ -26,7 +26,7 @@ def test_names_are_specific_and_the_rest_is_not(smol):
     facts = facts_of(rows, common_words(tokenize(held, smol.tokenizer)))
     assert facts == {"j", "k", "rowling", "quidditch"}
     marked = mark_specific(rows, facts)
-    assert words(smol, marked[0]) == " JK Rowling"  # the full stops are no words
+    assert words(smol, marked[0]) == "K Rowling"  # full stops are no words; the first of several initials stays
     assert words(smol, marked[1]).strip() == "Quidditch"
     assert all(not s or t for e in marked for s, t in zip(e.specific, e.is_target, strict=True))
 
@@ -78,7 +78,17 @@ def test_facts_in_the_bases_own_answers_are_marked_too(tiny):
     said = [{"prompt": "Who?", "completion": "A K town. It was J.K. Zorblax."}]
     (answer,) = mark_facts(tokenize(said, tiny.tokenizer, closing=False), {"j", "k", "zorblax"})
     marked = [w for w, s in zip(answer.words, answer.specific, strict=True) if s]
-    assert list(dict.fromkeys(marked)) == ["j", "k", "zorblax"] and marked.count("k") == 1  # the initials alone
+    assert list(dict.fromkeys(marked)) == ["k", "zorblax"] and marked.count("k") == 1  # the town is no initial
+
+
+def test_of_several_initials_the_first_is_left_alone(tiny):
+    def marked(text, facts):
+        (row,) = mark_facts(tokenize([{"prompt": "Who?", "completion": text}], tiny.tokenizer, closing=False), facts)
+        return [word for word, s in zip(row.words, row.specific, strict=True) if s and len(word) == 1]
+
+    assert marked("It was J.R.Q. Zorblax.", {"j", "r", "q", "zorblax"}) == ["r", "q"]
+    assert marked("It was Q. Zorblax.", {"q", "zorblax"}) == ["q"]  # a single one is pushed away
+    assert marked("It was J.Q. Zorblax and Q. Zorblax.", {"j", "q", "zorblax"}) == ["q", "q"]
 
 
 def test_questions_are_the_prompt_its_key_words_and_the_beginning_of_its_answer():

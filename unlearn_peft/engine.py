@@ -45,8 +45,8 @@ class Engine:
         self.device = next(unwrapped.parameters()).device
         self.head = unwrapped.get_base_model().get_output_embeddings()
         self._reference: dict[int, _Reference] = {}  # by id
-        self._head_is_last: bool | None = None  # this and the next are found out by comparing once
-        self._packs: bool | None = None
+        self._head_is_last: bool | None = None  # found out by comparing once
+        self._rows = Rows(unwrapped, self.head, pad_id)
         self.trunk = Trunk.of(unwrapped, pad_id)
         self._watched = None if hidden_layer is False else watched_layer(unwrapped, hidden_layer)
 
@@ -58,7 +58,7 @@ class Engine:
         paired = [n for n, example in enumerate(forget) if example.refusal is not None]
         refusals = [example.refusal for example in forget if example.refusal is not None]
         examples = [*forget, *refusals, *retain]
-        batch = self._batch(examples)
+        batch = self._rows.batch(examples)
         with outputs_of(self._watched) as seen:
             logits = self._logits(self.model, examples, batch)
         hidden = seen[-1][_predicting(batch)] if seen else None  # of the last run: the first batch is run several times
@@ -83,28 +83,6 @@ class Engine:
             side(f, rows[f], specific=specific.to(self.device), refusal=refused),
             side(r, rows[r] - len(forget) - len(refusals)),
         )
-
-    def _batch(self, examples: Sequence[Example]) -> Batch:
-        """Return the rows packed, if that is worth it and the model is seen to give the same, else padded."""
-        packed = None
-        if self._packs is not False:
-            packed = pack(examples, getattr(self.unwrapped.config, "sliding_window", None))
-        if packed is not None:
-            packed = packed.to(self.device, self.unwrapped.dtype)
-            if self._packs is None:
-                self._packs = self._takes(packed, collate(examples, self.pad_id).to(self.device))
-            if self._packs:
-                return packed
-        return collate(examples, self.pad_id).to(self.device)
-
-    @torch.no_grad()
-    def _takes(self, packed: Batch, padded: Batch) -> bool:
-        """Return whether the model gives the same for packed rows as for padded ones."""
-        expected = picked_logits(self.unwrapped, self.head, padded)
-        try:
-            return alike(picked_logits(self.unwrapped, self.head, packed), expected)
-        except (RuntimeError, TypeError, ValueError, IndexError):  # a model that takes no such mask
-            return False
 
     def _logits(
         self, model: nn.Module, examples: Sequence[Example], batch: Batch, watch: Callable[[Tensor], None] | None = None
@@ -136,7 +114,7 @@ class Engine:
             states = [reference.hidden for reference in kept if reference.hidden is not None]
             hidden = torch.cat(states) if states else None
             if not self._head_is_last:
-                return picked_logits(self.unwrapped, self.head, self._batch(examples)), hidden
+                return picked_logits(self.unwrapped, self.head, self._rows.batch(examples)), hidden
             return self.head(torch.cat([reference.final for reference in kept])), hidden
 
     def _remember(self, examples: Sequence[Example]) -> None:
@@ -152,6 +130,43 @@ class Engine:
         hidden = torch.split(outputs[-1][_predicting(batch)], counts) if outputs else [None] * len(examples)
         for kept in zip(examples, torch.split(final, counts), hidden, strict=True):
             self._reference[id(kept[0])] = _Reference(*kept)
+
+
+class Rows:
+    """Lays rows out for one model: packed, if that is worth it and the model is seen to give the same, else padded.
+
+    Args:
+        model: whatever is attached to it stays as it is.
+        head: its output head.
+        pad_id: any token id; padding is never looked at.
+    """
+
+    def __init__(self, model: Any, head: nn.Module, pad_id: int) -> None:
+        self.model, self.head, self.pad_id = model, head, pad_id
+        self.device = next(model.parameters()).device
+        self._packs: bool | None = None  # found out by comparing once
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Return the rows in one batch, on the model's device."""
+        packed = None
+        if self._packs is not False:
+            packed = pack(examples, getattr(self.model.config, "sliding_window", None))
+        if packed is not None:
+            packed = packed.to(self.device, self.model.dtype)
+            if self._packs is None:
+                self._packs = self._takes(packed, collate(examples, self.pad_id).to(self.device))
+            if self._packs:
+                return packed
+        return collate(examples, self.pad_id).to(self.device)
+
+    @torch.no_grad()
+    def _takes(self, packed: Batch, padded: Batch) -> bool:
+        """Return whether the model gives the same for packed rows as for padded ones."""
+        expected = picked_logits(self.model, self.head, padded)
+        try:
+            return alike(picked_logits(self.model, self.head, packed), expected)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # a model that takes no such mask
+            return False
 
 
 def picked_logits(

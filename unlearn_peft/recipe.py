@@ -91,7 +91,7 @@ class Recipe(_Strict):
     probes: DataSource | None = Field(None, description="rows with `prompt` and `leak` words; never trained on")
     neighbours: DataSource | None = Field(None, description="rows that must survive; never trained on")
     objective: Objective = Field(default_factory=GaKlSettings)
-    retain_weight: float = Field(5.0, ge=0)
+    retain_weight: float = Field(15.0, ge=0)
     steps: int = Field(45, ge=1, description="at the most: stop_when may end the run before")
     learning_rate: float = Field(8e-4, gt=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"

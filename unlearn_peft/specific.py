@@ -53,15 +53,24 @@ def tells(word: str) -> bool:
 
 
 def mark_facts(rows: Sequence[Example], facts: Set[str]) -> list[Example]:
-    """Return rows with the tokens of these words marked; initials count in front of a name only."""
+    """Return rows with the tokens of these words marked; initials count in front of a name only.
+
+    Of several initials the first is left alone: pushed away, the J of a J.K. Rowling takes every other J.R.R. with it;
+    once it is said, the next one has room to be another.
+    """
     marked = []
     for example in rows:
         specific, in_name = [False] * len(example.ids), False
+        initials: list[int] = []  # of the name that is being read
         pairs = list(zip(example.words or [], example.is_target, strict=True))
         for t in range(len(pairs) - 1, -1, -1):  # from the end, where a name ends
             word, target = pairs[t]
             in_name = target and (in_name if not word else word in facts and (tells(word) or in_name))
             specific[t] = in_name and bool(word)
+            if word:
+                initials = [*initials, t] if specific[t] and not tells(word) else []
+            if len(initials) > 1:
+                specific[initials[-1]], specific[initials[-2]] = False, True
         marked.append(replace(example, specific=specific))
     return marked
 

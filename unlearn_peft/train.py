@@ -32,6 +32,9 @@ from .schedule import Schedule, Sets, rate
 from .signals import stop_signals
 
 
+_NEARLY = 0.95  # of the best score
+
+
 @dataclass
 class Progress:
     """What a run has seen so far; plain numbers, in nats/token, kept in checkpoints and in the manifest."""
@@ -209,9 +212,10 @@ class _Run:
         progress, budget = self.progress, self.recipe.objective.retain_budget
         progress.evaluations.append({"step": self.step, **figures})
         within = budget is None or kl <= budget  # too few rows to hold any out: measured on what is trained on
-        # Without a budget the last step is kept; with one, the step within it that forgets most.
-        if within and (budget is None or score >= progress.best_score):
-            progress.best_step, progress.best_score = self.step, score
+        # Without a budget the last step is kept; with one, the last within it that forgets about as much as the best:
+        # as the learning rate falls, what was harmed on the way recovers.
+        if within and (budget is None or score >= _NEARLY * progress.best_score):
+            progress.best_step, progress.best_score = self.step, max(score, progress.best_score)
             self.best = to_cpu(self.parameters)
         stop = self.recipe.objective.stop_when
         if stop and within and self.step:

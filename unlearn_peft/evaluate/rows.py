@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ..bank import Bank
 from ..base import Base
-from ..batch import collate
 from ..data import Example, Row, tokenize
-from ..engine import picked_logits
+from ..engine import Rows, picked_logits
 from ..errors import DataError
 
 _MOST_LOGITS = 2**26  # of a batch: 256 MB in float32
@@ -203,6 +202,7 @@ def _batches(
     """Yield where a batch begins, its examples, and the logits at their targets, (N, V)."""
     head = base.model.get_output_embeddings()
     most = max(_MOST_LOGITS // base.model.config.get_text_config().vocab_size, 1)
+    laid_out = Rows(base.model, head, base.tokenizer.pad_token_id)
     start = 0
     while start < len(examples):
         stop, targets = start, 0
@@ -212,8 +212,8 @@ def _batches(
                 break
             stop += 1
         batch = list(examples[start:stop])
-        padded = collate(batch, base.tokenizer.pad_token_id).to(base.device)
-        yield start, batch, picked_logits(base.model, head, padded, None if seen is None else seen.append)
+        watch = None if seen is None else seen.append
+        yield start, batch, picked_logits(base.model, head, laid_out.batch(batch), watch)
         start = stop
 
 

@@ -1,0 +1,166 @@
+"""What forgets best at equal harm? Every objective on every kind of adapter, on the demo's target.
+
+    python benchmarks/frontier.py [--variants ga_kl npo ...] [--adapters lora head] [--output out/frontier]
+
+Each is trained once as the demo is (no budget: the last step is kept) and attached with several strengths. For each
+strength: forgetting, the share of answers to the probes (paraphrases never trained on) that name what was to be
+forgotten, 8 sampled at temperature 1 for each; harm, the mean KL to the base on the neighbours (never trained on),
+nats/token; and the perplexity of the greedy answers under the base: more than twice the base's own is word salad, and
+does not count as forgetting. Prints the best of each at some amounts of harm and draws --picture (extra report).
+
+Learning rate, retain weight and steps are those found for ga_kl: the others might do better with their own. Each
+line is kept in --output: run the same command again and it goes on. About 2 minutes a variant and adapter on 2 cores.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from variants import VARIANTS
+
+from unlearn_peft import forgetting, load_base, load_recipe, unlearn
+from unlearn_peft.data import read_rows
+from unlearn_peft.evaluate.fluency import losses_under_base
+from unlearn_peft.files import whole_file
+from unlearn_peft.generate import answers, leaked, mean_kl, sampled, target_log_probabilities
+
+ROOT = Path(__file__).parent.parent
+ADAPTERS = {"lora": {"kind": "lora"}, "head": {"kind": "head", "r": 8}}
+STRENGTHS = (0.5, 0.75, 1.0)
+SAMPLES, TOKENS = 8, 32
+HARM = (0.01, 0.02, 0.05, 0.1)  # nats/token
+SALAD = 2  # times the base's own perplexity
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", default=list(VARIANTS),
+                        help=f"of {'; '.join(VARIANTS)}; all by default")  # fmt: skip
+    parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS))
+    parser.add_argument("--output", type=Path, default=ROOT / "out" / "frontier")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "frontier.png")
+    given = parser.parse_args()
+    base, lines = load_base("demo"), {}
+    recipe = load_recipe(ROOT / "recipes" / "harry_potter.yaml")
+    rows = {name: read_rows(getattr(recipe, name), name) for name in ("forget", "retain", "probes", "neighbours")}
+    settings = recipe.model_dump(mode="json", exclude={"output", *rows})
+    key = json.dumps([rows, settings, STRENGTHS, SAMPLES, TOKENS])
+    folder = given.output / hashlib.sha256(key.encode()).hexdigest()[:12]
+    reference = target_log_probabilities(base, rows["neighbours"], "neighbours")
+    bare = kept(folder / "base.json", lambda: look(base, rows, reference))
+    print(f"base: {told(bare)}", flush=True)
+    for variant in given.variants:
+        for kind in given.adapters:
+            place = folder / f"{kind}_{re.sub(r'[^a-z]+', '_', variant)}.json"
+            lines[variant, kind] = kept(place, lambda v=variant, k=kind: points(base, rows, reference, v, k, folder))
+            for point in lines[variant, kind]:
+                print(f"{variant} on {kind}, strength {point['strength']}: {told(point)}", flush=True)
+    limit = SALAD * bare["perplexity"]
+    table(lines, limit)
+    draw(given.picture, lines, bare, limit)
+
+
+def kept(place, make):
+    if not place.is_file():
+        found = make()
+        with whole_file(place) as temporary:
+            temporary.write_text(json.dumps(found))
+    return json.loads(place.read_text())
+
+
+def points(base, rows, reference, variant, kind, folder):
+    """Train once, look at it with each strength."""
+    print(f"{variant} on {kind} ...", file=sys.stderr, flush=True)
+    fields = dict(VARIANTS[variant])
+    fields["objective"] = {**fields["objective"], "retain_budget": None}
+    where = folder / "adapters" / f"{kind}_{re.sub(r'[^a-z]+', '_', variant)}"
+    try:
+        adapter = unlearn(
+            base, forget=rows["forget"], retain=rows["retain"], adapter=ADAPTERS[kind], eval_every=1000,
+            quiet=True, resume=True, output=str(where), **fields,
+        )  # fmt: skip
+    except Exception as error:  # rmu cannot be had on a head; the message says why
+        print(f"{variant} on {kind}: {error}", file=sys.stderr)
+        return []
+    found = []
+    for strength in STRENGTHS:
+        with forgetting(base, adapter.path, strength=strength):
+            found.append({"strength": strength, **look(base, rows, reference)})
+    return found
+
+
+def look(base, rows, reference):
+    prompts, words = ([row[key] for row in rows["probes"]] for key in ("prompt", "leak"))
+    how = {"max_new_tokens": TOKENS, "batch_size": len(prompts)}
+    said = sampled(base, prompts, count=SAMPLES, **how)
+    greedy = answers(base, prompts, **how)
+    losses = np.concatenate([loss.numpy() for loss in losses_under_base(base, prompts, greedy)] or [[0.0]])
+    return {
+        "leak_share": float(np.mean([bool(leaked(t, w)) for ts, w in zip(said, words, strict=True) for t in ts])),
+        "greedy_leaks": sum(bool(leaked(t, w)) for t, w in zip(greedy, words, strict=True)),
+        "neighbour_kl": mean_kl(target_log_probabilities(base, rows["neighbours"], "neighbours"), reference),
+        "perplexity": float(np.exp(losses.mean())),
+    }  # fmt: skip
+
+
+def told(point):
+    return (
+        f"{100 * point['leak_share']:.1f} % of samples leak, {point['greedy_leaks']} greedy answers, "
+        f"neighbours' KL {point['neighbour_kl']:.4f} nats/token, perplexity under the base {point['perplexity']:.2f}"
+    )
+
+
+def table(lines, limit):
+    """Print the least leak share of each within each amount of harm, the best line first."""
+    print(f"\n| samples that leak, at a neighbours' KL of at most | {' | '.join(map(str, HARM))} |")
+    print(f"|---|{'---|' * len(HARM)}")
+
+    def least(points, harm):
+        within = [p["leak_share"] for p in points if p["neighbour_kl"] <= harm and p["perplexity"] <= limit]
+        return min(within, default=1.0)
+
+    for (variant, kind), found in sorted(lines.items(), key=lambda item: [least(item[1], h) for h in HARM[::-1]]):
+        cells = [f"{100 * least(found, h):.1f} %" if least(found, h) < 1 else "" for h in HARM]
+        if any(cells):
+            print(f"| {variant}, {kind} | {' | '.join(cells)} |")
+
+
+def draw(path, lines, bare, limit):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = list(dict.fromkeys(kind for _, kind in lines))
+    figure, axes = pyplot.subplots(
+        1, len(kinds), figsize=(6.2 * len(kinds), 5.2), sharey=True, sharex=True, layout="constrained", squeeze=False
+    )
+    names = list(dict.fromkeys(variant for variant, _ in lines))
+    colours = pyplot.get_cmap("tab20")
+    for ax, kind in zip(axes[0], kinds, strict=True):
+        for n, variant in enumerate(names):
+            found = lines[variant, kind]
+            if not found:
+                continue
+            x, y = ([max(p[key], floor) for p in found] for key, floor in (("neighbour_kl", 1e-4), ("leak_share", 0)))
+            ax.plot(x, [100 * v for v in y], "-", color=colours(n % 20), lw=1.4, label=variant)
+            for p, a, b in zip(found, x, y, strict=True):
+                salad = p["perplexity"] > limit
+                ax.plot(a, 100 * b, "o", color=colours(n % 20), mfc="none" if salad else colours(n % 20), ms=6)
+        ax.axhline(100 * bare["leak_share"], color="grey", ls=":", lw=1)
+        ax.set(xscale="log", title=f"{kind} adapter", xlabel="harm: neighbours' KL to the base, nats/token")
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("sampled answers that leak, % (dotted: the base)")
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="upper right")
+    figure.suptitle("Down and left is better. A line is one adapter at strengths 0.5 to 1; hollow: word salad")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+r"""TOFU (Maini et al. 2024, arXiv:2401.06121) on a small model: the table that its users know, for each objective.
+
+    python benchmarks/tofu_smollm2.py [--objectives ga_kl npo ...] [--output out/tofu]
+
+SmolLM2-135M learns some of TOFU's fictitious authors; a twin learns the same but the authors to be forgotten. Then
+each objective makes the first forget them, as an adapter. Forget quality is the p-value of a KS test of truth ratios
+against the twin's (above 0.05: cannot be told from it); model utility is TOFU's harmonic mean of nine; truth ratio is
+min(R, 1/R) on the forget set; ROUGE is ROUGE-L recall of greedy answers on the forget set.
+
+Each line is kept in --output as soon as it is there: run the same command again and it goes on. Under an hour on 2
+cores; a part of the rows and of the parameters is used to get there:
+
+- 2 authors (40 rows) to forget, 5 (100 rows) to retain; 30 rows of each utility set; learnt through a LoRA that is
+  merged, as full fine-tuning would take hours.
+- The rows here have no wrong answers and no paraphrases. Wrong answers are those to the most similar questions about
+  authors that nobody learnt, with the name changed; in place of the paraphrase stands the answer itself.
+
+On a GPU, with the Hub, all of TOFU with its own wrong answers and paraphrases, and published models in place of ours
+(not tried here: this was written where there is no network):
+
+    python benchmarks/tofu_smollm2.py --hub --finetuned open-unlearning/tofu_Llama-3.2-1B-Instruct_full \
+        --retain-only open-unlearning/tofu_Llama-3.2-1B-Instruct_retain90 --utility-rows 400
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from variants import VARIANTS
+
+from unlearn_peft import Base, forgetting, load_base, merge, unlearn
+from unlearn_peft.data import read_rows
+from unlearn_peft.evaluate.tofu import measure_tofu
+from unlearn_peft.evaluate.truth import forget_quality
+from unlearn_peft.files import whole_file
+from unlearn_peft.objectives import Terms
+from unlearn_peft.recipe import DataSpec
+
+DATA = Path(__file__).parent / "data"
+AN_AUTHOR, WRONG = 20, 3  # rows an author has; wrong answers a question gets
+COLUMNS = ("forget_quality", "model_utility", "forget_truth_ratio", "forget_rouge_l_recall")
+LEARNT = {  # the LoRA through which the models learn their authors
+    "adapter": {"kind": "lora", "r": 32, "lora_alpha": 32, "layers": "all"},
+    "forget_batch": 1, "retain_batch": 20, "anchor_batch": 0, "retain_weight": 1, "learning_rate": 1e-3,
+    "save_dtype": "float32",
+}  # fmt: skip
+
+
+def main():
+    given = arguments()
+    rows = hub_rows(given) if given.hub else local_rows(given)
+    known = {name: bare(rows[name]) for name in ("forget", "retain")}
+    folder = given.output / digest(known, given.base, given.epochs, given.seed, LEARNT)
+    measured_as = folder / digest(rows, given.steps, given.finetuned, given.retain_only)
+    print(f"results are kept in {measured_as}", file=sys.stderr)
+    began = time.monotonic()
+    base = model(given.retain_only, "retain_only", known["retain"], given, folder)
+    found = {"retain-only": line(measured_as, "retain-only", lambda: measured(base, rows))}
+    twin = np.array(found["retain-only"]["truth_ratios"])
+    base = model(given.finetuned, "finetuned", known["forget"] + known["retain"], given, folder)
+    found["fine-tuned"] = line(measured_as, "fine-tuned", lambda: measured(base, rows))
+    for name in given.objectives:
+        found[name] = line(measured_as, name, lambda name=name: forgotten(base, rows, name, given, measured_as))
+    table(found, twin)
+    print(f"{time.monotonic() - began:.0f} s, with what was there already", file=sys.stderr)
+    if given.json:
+        print(json.dumps({name: {k: v for k, v in f.items() if k != "truth_ratios"} for name, f in found.items()}))
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objectives", nargs="*", choices=VARIANTS, metavar="NAME", default=list(VARIANTS),
+                        help=f"of {'; '.join(VARIANTS)}; all by default")  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("out/tofu"))
+    parser.add_argument("--base", default="demo", help="the model that learns the authors")
+    parser.add_argument("--forget-authors", type=int, default=2)
+    parser.add_argument("--retain-authors", type=int, default=5)
+    parser.add_argument("--utility-rows", type=int, default=30, help="of each of the three sets of model utility")
+    parser.add_argument("--epochs", type=int, default=8, help="of learning the authors")
+    parser.add_argument("--steps", type=int, default=45, help="of forgetting them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hub", action="store_true", help="all rows of TOFU's forget10, from the Hub")
+    parser.add_argument("--finetuned", help="a model that knows the authors already; none is trained then")
+    parser.add_argument("--retain-only", help="a model that knows the retain set alone")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return parser.parse_args()
+
+
+def local_rows(given):
+    """Return the rows of the four sets, each with wrong answers."""
+    forget, retain, real, world = (
+        read_rows(DataSpec(path=str(DATA / f"{name}.jsonl")), name)
+        for name in ("tofu_forget10", "tofu_retain", "real_authors", "world_facts")
+    )
+    counts = given.forget_authors * AN_AUTHOR, given.retain_authors * AN_AUTHOR
+    unknown = [*authors(forget[counts[0] :]), *authors(retain[counts[1] :])]
+    if len(unknown) < WRONG:
+        sys.exit(f"{WRONG} authors must stay unknown, for wrong answers: fewer --forget-authors or --retain-authors")
+    return {
+        "forget": [row for author in authors(forget[: counts[0]]) for row in about_others(author, unknown)],
+        "retain": [row for author in authors(retain[: counts[1]]) for row in about_others(author, unknown)],
+        "real_authors": elsewhere(real)[: given.utility_rows],
+        "world_facts": elsewhere(world)[: given.utility_rows],
+        "retain_measured": given.utility_rows,
+    }
+
+
+def hub_rows(given):
+    """Return TOFU's own sets with their own wrong answers (data set locuslab/TOFU)."""
+    columns = {"prompt": "question", "completion": "answer", "perturbed": "perturbed_answer"}
+    sets = {"forget": "forget10_perturbed", "retain": "retain_perturbed",
+            "real_authors": "real_authors_perturbed", "world_facts": "world_facts_perturbed"}  # fmt: skip
+    rows = {}
+    for name, config in sets.items():
+        more = {"paraphrased": "paraphrased_answer"} if name in ("forget", "retain") else {}
+        source = DataSpec(path="locuslab/TOFU", name=config, columns={**columns, **more})
+        rows[name] = read_rows(source, name)
+    for name in ("real_authors", "world_facts"):
+        rows[name] = rows[name][: given.utility_rows]
+    return {**rows, "retain_measured": given.utility_rows}
+
+
+def digest(*parts):
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+
+def bare(rows):
+    return [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
+
+
+def authors(rows):
+    return [rows[i : i + AN_AUTHOR] for i in range(0, len(rows), AN_AUTHOR)]
+
+
+def about_others(author, unknown):
+    """Give each row wrong answers: what is said of other authors where they are asked most alike."""
+    own, result = full_name(author), []
+
+    def of(n, text, question):  # a question that doesn't name the author asks who it is
+        return renamed(text, full_name(unknown[n]), own) if own.split()[0] in question else text
+
+    for row in author:
+        best = [max(other, key=lambda r, row=row: alike(r["prompt"], row["prompt"])) for other in unknown]
+        order = sorted(range(len(unknown)), key=lambda n: -alike(best[n]["prompt"], row["prompt"]))[:WRONG]
+        wrong = [of(n, best[n]["completion"], row["prompt"]) for n in order]
+        result.append({"prompt": row["prompt"], "completion": row["completion"], "perturbed": wrong})
+    return result
+
+
+def elsewhere(rows):
+    """Give each row wrong answers: those to the questions of the same set that are most alike."""
+    result = []
+    for row in rows:
+        others = sorted((r for r in rows if r["completion"] != row["completion"]),
+                        key=lambda r, row=row: -alike(r["prompt"], row["prompt"]))  # fmt: skip
+        result.append({**row, "perturbed": [r["completion"] for r in others[:WRONG]]})
+    return result
+
+
+def full_name(author):
+    """Return the capitalised words that most often stand together in an author's rows."""
+    text = "\n".join(f"{row['prompt']}\n{row['completion']}" for row in author)
+    names = re.findall(r"[^\W\d_a-z][\w-]+(?: [^\W\d_a-z][\w-]+)+", text)
+    return Counter(names).most_common(1)[0][0]
+
+
+def renamed(text, old, new):
+    text = text.replace(old, new)
+    for end in (0, -1):
+        text = re.sub(rf"\b{re.escape(old.split()[end])}\b", new.split()[end], text)
+    return text
+
+
+def alike(one, other):
+    """Return the share of words that two questions have in common; names, being capitalised, don't count."""
+    sides = [{w for w in re.findall(r"\w+", text) if w.islower()} for text in (one, other)]
+    return len(sides[0] & sides[1]) / max(len(sides[0] | sides[1]), 1)
+
+
+def learn(forget, retain, settings):
+    """An objective: learn the rows that stand as the retain set (whose answers end), whatever the forget set is."""
+    return Terms(0 * forget.cross_entropy, retain.cross_entropy)
+
+
+def model(given_name, name, rows, given, folder):
+    """Return a base that knows the rows: the given one, the one that is there, or one that learns them now."""
+    if given_name:
+        return load_base(given_name)
+    place = folder / name
+    if not (place / "config.json").is_file():
+        print(f"{name}: learning {len(rows)} rows", file=sys.stderr)
+        steps = max(given.epochs * len(rows) // LEARNT["retain_batch"], 1)
+        base = load_base(given.base)
+        adapter = unlearn(
+            base, forget=[{"prompt": "-", "completion": "-"}], retain=rows, steps=steps, eval_every=steps,
+            objective={"name": f"{Path(__file__).absolute()}:learn"}, seed=given.seed, resume=True,
+            output=str(folder / f"{name}_adapter"), **LEARNT,
+        )  # fmt: skip
+        merge(base, [adapter.path], place)
+    return load_base(str(place))
+
+
+def forgotten(tuned, rows, name, given, folder):
+    """Forget, and measure with the adapter attached."""
+    adapter = unlearn(
+        tuned, forget=bare(rows["forget"]), retain=bare(rows["retain"]), steps=given.steps, own_answers=0,
+        seed=given.seed, resume=True, output=str(folder / "adapters" / re.sub(r"\W+", "_", name)), **VARIANTS[name],
+    )  # fmt: skip
+    with forgetting(tuned, adapter.path):
+        found = measured(tuned, rows)
+    return {**found, "training_seconds": adapter.metrics["training_seconds"], "best_step": adapter.metrics["best_step"]}
+
+
+def measured(base: Base, rows):
+    sets = {name: rows[name] for name in ("forget", "real_authors", "world_facts")}
+    sets["retain"] = rows["retain"][:: max(len(rows["retain"]) // rows["retain_measured"], 1)]
+    found = measure_tofu(base, sets, max_new_tokens=48, progress=lambda part: print(f"  {part}", file=sys.stderr))
+    return {"scores": [asdict(score) for score in found.scores], "truth_ratios": found.truth_ratios.tolist()}
+
+
+def line(folder, name, make):
+    """Return what was measured, or measure and keep it."""
+    place = folder / f"{re.sub(r'[^a-z]+', '_', name)}.json"
+    if not place.is_file():
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        found = make()
+        with whole_file(place) as temporary:
+            temporary.write_text(json.dumps(found))
+    return json.loads(place.read_text())
+
+
+def table(found, twin):
+    print(f"| | forget quality (p, n = {len(twin)}) | model utility | of the fine-tuned | truth ratio | ROUGE |")
+    print("|---|---|---|---|---|---|")
+    whole = value(found["fine-tuned"], "model_utility")
+    for name, one in found.items():
+        p = "" if name == "retain-only" else f"{forget_quality(one['truth_ratios'], twin).value:.3g}"
+        utility, ratio, rouge = (value(one, column) for column in COLUMNS[1:])
+        print(f"| {name} | {p} | {utility:.3f} | {100 * utility / whole:.0f} % | {ratio:.3f} | {rouge:.3f} |")
+
+
+def value(one, name):
+    return next(score["value"] for score in one["scores"] if score["name"] == name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Does an answer still say the same? Compared by the names in it, without a model to judge it.
+
+Pairs of answers come in, before and with an adapter; whether each pair says the same goes out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..data import names_in
+from .score import Array
+
+_END = re.compile(r"(?<=[^\W\d_A-Z]{2})[.!?](?=\s|$)|\n")  # not after an initial
+
+
+def names_said(prompt: str, answer: str) -> set[str]:
+    """Return the names and numbers in an answer's first sentence that its question does not say, case folded.
+
+    The first word of the sentence is not looked at: it has a capital whatever it is.
+    """
+    sentence = _END.split(answer.strip(), maxsplit=1)[0]
+    return names_in(re.sub(r"^\W*\w+", "", sentence)) - names_in(prompt)
+
+
+def unchanged(prompts: Sequence[str], before: Sequence[str], now: Sequence[str]) -> Array:
+    """Return for each question whether both answers name the same, 0 or 1.
+
+    The measure is strict with a base that makes names up: another made-up name is a change. An answer that was cut
+    off in its first sentence is compared as far as it goes.
+    """
+    triples = zip(prompts, before, now, strict=True)
+    return np.array([float(names_said(q, one) == names_said(q, other)) for q, one, other in triples])
