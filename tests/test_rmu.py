@@ -156,10 +156,10 @@ def test_hidden_states_are_those_that_predict_the_targets(deep, layer, settings,
     forget = [replace(example, refusal=refusal) for example, refusal in zip(bare, refused, strict=True)]
     engine = Engine(model, model, 2, hidden_layer=layer)
     assert (engine.trunk is None) == (settings == {"layers": "all"})
-    engine._packs = None if packs else False
+    engine._rows._packs = None if packs else False
     for _ in range(2):  # the second time from what was kept
         f, r = engine.tokens(forget, retain)
-        assert engine._packs is packs and (engine.trunk is None) == (settings == {"layers": "all"})
+        assert engine._rows._packs is packs and (engine.trunk is None) == (settings == {"layers": "all"})
         for found, examples in ((f, bare), (r, retain), (f.refusal, refused)):
             torch.testing.assert_close(found.hidden, states_by_hand(model, examples, layer), rtol=1e-4, atol=1e-4)
             with model.disable_adapter():
@@ -204,7 +204,7 @@ def test_the_gradient_reaches_the_adapter_up_to_the_layer_and_no_further(deep, c
     model = peft_model(deep, layers_to_transform=[1, 2, 3])
     forget, retain = tokenize(FORGET, deep.tokenizer, closing=False), tokenize(RETAIN, deep.tokenizer)
     plain, engine = Engine(model, model, 2, hidden_layer=2), Engine(model, model, 2, hidden_layer=2)
-    plain.trunk, plain._packs = None, False
+    plain.trunk, plain._rows._packs = None, False
     gradients = []
     for each, saves_memory in ((plain, False), (engine, checkpointing)):
         training_mode(model, saves_memory)
@@ -212,7 +212,7 @@ def test_the_gradient_reaches_the_adapter_up_to_the_layer_and_no_further(deep, c
         (terms.forget.mean() + terms.retain.mean()).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
         model.zero_grad(set_to_none=True)
-    assert engine._packs and engine.trunk is not None
+    assert engine._rows._packs and engine.trunk is not None
     for name, gradient in gradients[0].items():
         if "layers.3." in name:
             assert gradient is None and gradients[1][name] is None

@@ -210,7 +210,7 @@ def _recipe(folder, base, steps, objective=None, **more):
 
 def _cli(*arguments, launch=()):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *(launch or ("-m", "unlearn_peft.cli")), *map(str, arguments)]
+    command = [sys.executable, *map(str, launch or ("-m", "unlearn_peft.cli")), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -240,8 +240,12 @@ def test_two_processes_give_the_same_adapter_as_one(tmp_path, tiny_folder, more)
     recipe = _recipe(tmp_path, tiny_folder, steps=6, **more)
     one = _cli("train", recipe, "--output", tmp_path / "one")
     assert one.wait(120) == 0, one.stderr.read()
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "unlearn_peft.cli")  # fmt: skip
+    # not `accelerate launch --cpu --num_processes 2`: that starts one process, and says nothing
+    (tmp_path / "half.py").write_text(
+        "from accelerate import PartialState\nfrom unlearn_peft.cli import main\n"
+        "assert PartialState(cpu=True).num_processes == 2\nmain()\n"
+    )
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "half.py")
     two = _cli("train", recipe, "--output", tmp_path / "two", launch=launch)
     out, errors = two.communicate(timeout=200)
     assert two.returncode == 0, errors

@@ -189,8 +189,9 @@ def rmu(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     then given length 1. As in their code, squares are averaged over the d dimensions.
 
     The unit is thus the mean square of a hidden state's entries, **not nats**. It grows with the square of the layer's
-    activations: neither c nor `retain_weight` carries over to another base or layer. (Their code has c = 20 with a
-    retain weight of 100 by default, and 6.5 with 1200 for Zephyr, at layer 7 of 32.)
+    activations: neither c nor `retain_weight` carries over to another base or layer. (Copies of their code have c = 20
+    with a retain weight of 100, or 6.5 with 1200, at layer 7 of Zephyr's 32.) With c far below the states' own length
+    they are shortened more than misdirected.
 
     What differs: target tokens count, not all tokens of a text; the retain side may be KL or cross-entropy; and with
     `forget_tokens: specific` the other tokens of the forget set are held to the reference: by their hidden states if

@@ -31,7 +31,6 @@ from .recipe import Recipe
 from .schedule import Schedule, Sets, rate
 from .signals import stop_signals
 
-
 _NEARLY = 0.95  # of the best score
 
 
