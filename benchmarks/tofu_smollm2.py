@@ -84,7 +84,7 @@ def arguments():
     parser.add_argument("--retain-authors", type=int, default=5)
     parser.add_argument("--utility-rows", type=int, default=30, help="of each of the three sets of model utility")
     parser.add_argument("--epochs", type=int, default=8, help="of learning the authors")
-    parser.add_argument("--steps", type=int, default=45, help="of forgetting them")
+    parser.add_argument("--steps", type=int, default=30, help="of forgetting them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hub", action="store_true", help="all rows of TOFU's forget10, from the Hub")
     parser.add_argument("--finetuned", help="a model that knows the authors already; none is trained then")
@@ -210,8 +210,9 @@ def model(given_name, name, rows, given, folder):
 def forgotten(tuned, rows, name, given, folder):
     """Forget, and measure with the adapter attached."""
     adapter = unlearn(
-        tuned, forget=bare(rows["forget"]), retain=bare(rows["retain"]), steps=given.steps, own_answers=0,
-        seed=given.seed, resume=True, output=str(folder / "adapters" / re.sub(r"\W+", "_", name)), **VARIANTS[name],
+        tuned, forget=bare(rows["forget"]), retain=bare(rows["retain"]), steps=given.steps, retain_batch=4,
+        anchor_batch=2, own_answers=0, seed=given.seed, resume=True,
+        output=str(folder / "adapters" / re.sub(r"\W+", "_", name)), **VARIANTS[name],
     )  # fmt: skip
     with forgetting(tuned, adapter.path):
         found = measured(tuned, rows)

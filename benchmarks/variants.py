@@ -4,9 +4,10 @@ TOKEN_LEVEL = ("grad_diff", "wga", "ihl", "undial")  # they can push all tokens,
 VARIANTS = {
     "ga_kl": {"objective": {"name": "ga_kl"}},
     "ga_kl, all tokens": {"objective": {"name": "ga_kl", "forget_tokens": "all"}},
+    "ga_kl, all tokens to 3 nats": {"objective": {"name": "ga_kl", "forget_tokens": "all", "forget_ceiling": 3}},
     "ga_kl, plain": {"objective": {"name": "ga_kl", "forget_tokens": "all", "forget_ceiling": None}},
     **{name: {"objective": {"name": name}} for name in TOKEN_LEVEL},
-    **{f"{name}, specific": {"objective": {"name": name, "forget_tokens": "specific"}} for name in TOKEN_LEVEL},
+    **{f"{name}, specific": {"objective": {"name": name, "forget_tokens": "specific"}} for name in ("ihl", "undial")},
     **{name: {"objective": {"name": name}} for name in ("npo", "simnpo", "idk_dpo")},
     "rmu": {"objective": {"name": "rmu"}},
 }
