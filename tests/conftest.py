@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -113,6 +114,23 @@ def write_rows(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture
+def run_eval(monkeypatch, capsys):
+    """Run `unlearn-peft eval` inside this process; returns exit code, stdout, stderr."""
+
+    from unlearn_peft import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["unlearn-peft", "eval", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "150")
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        out = capsys.readouterr()
+        return done.value.code or 0, out.out, out.err
+
+    return call
 
 
 def logits(base, text="Who wrote the blue book about stars?"):

@@ -91,5 +91,7 @@ def test_wrong_bases_and_adapters(recipe, tmp_path, tiny_folder):
 
 def test_help_names_every_command():
     out = cli("--help").stdout
-    assert all(verb in out for verb in ("train", "generate", "compare", "inspect", "stack", "merge"))
+    listed = [words[1] for line in out.splitlines() if len(words := line.split()) > 2 and words[0] in ("│", "|")]
+    verbs = ("train", "retain", "generate", "compare", "eval", "inspect", "stack", "merge")
+    assert [verb for verb in listed if verb in verbs] == list(verbs)
     assert cli("--no-such").returncode == 2

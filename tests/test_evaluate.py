@@ -6,7 +6,6 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import FORGET, RETAIN, logits
 
-from unlearn_peft import attach, attached, cli, detach
+from unlearn_peft import attach, attached, detach
 from unlearn_peft.errors import AdapterError, DataError, OutputError
 from unlearn_peft.evaluate import picture, wording
 from unlearn_peft.evaluate.evaluation import STATES, SideBySide, evaluate, read_measured
@@ -88,21 +87,6 @@ def made_up():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line inside this process; returns exit code, stdout, stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["unlearn-peft", "eval", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "150")
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        out = capsys.readouterr()
-        return done.value.code or 0, out.out, out.err
-
-    return call
-
-
-@pytest.fixture
 def files(write_rows):
     return {name: write_rows(f"{name}.jsonl", rows) for name, rows in SETS.items()}
 
@@ -121,11 +105,11 @@ def told_of_rows(text):
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_from_rows_to_report(run, files, tiny, tiny_folder, make_adapter):
+def test_the_command_from_rows_to_report(run_eval, files, tiny, tiny_folder, make_adapter):
     adapter = make_adapter(tiny, "a", scale=0.2)
     shutil.copy(Path(__file__).parents[1] / "docs" / "curves.png", adapter / "curves.png")
     quick = ["--base", tiny_folder, "--k", 2, "--max-new-tokens", 5]
-    code, out, err = run(adapter, *flags(files), *quick)
+    code, out, err = run_eval(adapter, *flags(files), *quick)
     assert code == 0, err
     assert "after removal all" in out.casefold() and "equal the base's exactly" in out
     assert PROBES[0]["prompt"] in out and "3 of 3" in err
@@ -147,7 +131,7 @@ def test_the_command_from_rows_to_report(run, files, tiny, tiny_folder, make_ada
     page = (folder / "report.html").read_text()
     assert PROBES[1]["prompt"] in page and "data:image/png;base64," in page and page.count("<svg") >= 6
 
-    code, out, err = run(adapter, *flags(files), *quick, "--json", "--output", folder.with_name("other"))
+    code, out, err = run_eval(adapter, *flags(files), *quick, "--json", "--output", folder.with_name("other"))
     again = json.loads(out)
     assert code == 0 and again["scores"] == figures["scores"], err
     assert (folder.with_name("other") / "report.html").is_file()
@@ -165,11 +149,11 @@ def test_a_recipe_names_the_sets_and_a_file_goes_before_it(tmp_path, files, writ
     assert read_measured(None, {"retain": other, "probes": None}) == ({"retain": RETAIN[:1]}, True)
 
 
-def test_refusals(run, tmp_path, files, tiny, tiny_folder, make_adapter):
+def test_refusals(run_eval, tmp_path, files, tiny, tiny_folder, make_adapter):
     adapter = make_adapter(tiny, "a")
 
     def refused(*arguments, told):
-        code, _, err = run(*arguments)
+        code, _, err = run_eval(*arguments)
         assert code == 2 and told in err and "Traceback" not in err, (code, err)
 
     probes = ("--probes", files["probes"])
@@ -185,14 +169,14 @@ def test_refusals(run, tmp_path, files, tiny, tiny_folder, make_adapter):
     assert not adapter.with_name("a.eval").exists()
 
 
-def test_help_teaches(run):
-    code, out, _ = run("--help")
+def test_help_teaches(run_eval):
+    code, out, _ = run_eval("--help")
     assert code == 0
     for words in ("bootstrap", "evaluation.json", "never a row, a prompt or an answer", "exit code 1", "--neighbours"):
         assert words in re.sub(r"[\s│]+", " ", out), out
 
 
-def test_traces_after_removal_are_told_with_exit_code_1(run, files, tiny, tiny_folder, make_adapter, monkeypatch):
+def test_traces_after_removal_are_told_with_exit_code_1(run_eval, files, tiny, tiny_folder, make_adapter, monkeypatch):
     from unlearn_peft.evaluate import evaluation
 
     states = iter("bwa")
@@ -201,7 +185,7 @@ def test_traces_after_removal_are_told_with_exit_code_1(run, files, tiny, tiny_f
         return [Score("repetition", 0.5 if next(states) == "a" else 0.25, "share", 2, 0.0, 1.0, False)]
 
     monkeypatch.setattr(evaluation, "measure", measure)
-    code, out, _ = run(make_adapter(tiny, "a"), "--probes", files["probes"], "--base", tiny_folder, "--k", 1)
+    code, out, _ = run_eval(make_adapter(tiny, "a"), "--probes", files["probes"], "--base", tiny_folder, "--k", 1)
     assert code == 1 and "differ from the base's: repetition" in out
 
 

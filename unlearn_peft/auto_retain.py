@@ -9,12 +9,14 @@ the base says, so the answers need not be true, only its own. Two kinds of promp
   what stands in front of it ("Who wrote ..."), as if a user had begun to ask: *continued*. Where words follow ("Who are
   ...'s best friends?") the subject is *swapped* for those anchors' subjects that the base finds likeliest there.
 
-What to expect, from looking at SmolLM2-135M: asked for "ten others like X" it repeats X. About half of the continued
-questions are of the right sort ("Who wrote The Nightingale?", "Who built the Taj Mahal?"); others are about things that
-don't exist, or loose where the beginning says little ("Who is ..."). Swapping was worse ("Who wrote World War II?"), so
-it is kept for where words follow. There is no parser and no list of names: a subject is told by capitals and numbers.
-In a script without capitals, or where no question names its subject, nothing near is made, and `Made.line` says so. A
-hand-made set of true neighbours knows more: look at the rows (`unlearn-peft retain`) and add to them.
+What to expect, from looking at SmolLM2-135M: asked for "ten others like X" it repeats X. Some of the continued
+questions are of the right sort ("Who wrote The Nightingale?", "Who built the Taj Mahal?"), others are about things that
+don't exist, or loose where the beginning says little ("Who is ..."): which are kept does not depend on it (the first
+`_CONTINUED` different ones of twice as many sampled), and how many are good has not been counted. Swapping was worse
+("Who wrote World War II?"), so it is kept for where words follow. There is no parser and no list of names: a subject is
+told by capitals and numbers. In a script without capitals, or where no question names its subject, nothing near is
+made, and `Made.line` says so. A hand-made set of true neighbours knows more: look at the rows (`unlearn-peft retain`)
+and add to them.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .base import fingerprint, mismatches
 from .errors import AdapterError, OutputError
-from .files import folder_bytes, whole_folder
+from .files import folder_bytes, whole_file, whole_folder
 
 WEIGHTS, CONFIG, MANIFEST, CARD, CURVES = (
     "adapter_model.safetensors",
@@ -170,6 +170,20 @@ def new_bundle(path: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
         files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
         text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest, "files": files}, indent=2, sort_keys=True)
         (folder / MANIFEST).write_text(text + "\n")
+
+
+def note_digest(path: Path, name: str) -> None:
+    """Note in an adapter's manifest, if it has one, that a file beside the weights and config was changed on purpose.
+
+    Raises:
+        OutputError: if the manifest cannot be written.
+    """
+    if not (path / MANIFEST).is_file():
+        return
+    manifest = _read_json(path / MANIFEST)
+    manifest["files"] = {**manifest.get("files", {}), name: sha256(path / name)}
+    with whole_file(path / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 
 def check_output(path: Path) -> None:

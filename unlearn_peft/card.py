@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .bundle import CARD, note_digest
 from .bundle import CURVES as CURVES
+from .errors import AdapterError
+from .files import whole_file
+
+_BEGIN, _END = "<!-- evaluation, written by unlearn-peft eval -->", "<!-- /evaluation -->"
 
 
 def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -53,7 +59,33 @@ attach(base, "path/to/this/folder")
 Losses and KL are means in nats/token. Objective: {recipe["objective"]["name"]}, {metrics["best_step"]} steps,
 learning rate {recipe["learning_rate"]:g}, retain weight {recipe["retain_weight"]:g}.
 {picture}"""
-    (folder / "README.md").write_text(text)
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def put_evaluation(folder: Path, section: str) -> Path:
+    """Put a section into the adapter's card, in place of an earlier evaluation; all else in it stays. Returns its path.
+
+    The manifest gets the card's new digest.
+
+    Raises:
+        AdapterError: if the card is no text.
+        OutputError: if the folder cannot be written to.
+    """
+    card = folder / CARD
+    try:
+        text = card.read_text(encoding="utf-8") if card.exists() else ""
+    except UnicodeDecodeError:
+        raise AdapterError(f"{card} is no text in UTF-8: mend or remove it, and a new one is made") from None
+    block = f"{_BEGIN}\n{section.strip()}\n{_END}\n"
+    earlier = re.search(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", text, re.DOTALL)
+    if earlier:
+        text = text[: earlier.start()] + block + text[earlier.end() :]
+    else:
+        text = f"{text.rstrip()}\n\n{block}".lstrip()
+    with whole_file(card) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    note_digest(folder, CARD)
+    return card
 
 
 def draw_curves(

@@ -11,6 +11,7 @@ import typer
 
 from .cli_options import BaseOption, DeviceOption, DtypeOption, JsonOption, StrengthOption, load
 from .errors import UnlearnError
+from .evaluate.suites import Suite
 
 
 def evaluate(
@@ -21,14 +22,29 @@ def evaluate(
     probes: Annotated[Path | None, typer.Option(help="Rows with `prompt` and `leak` words, never trained on.")] = None,
     neighbours: Annotated[Path | None, typer.Option(help="Rows near the target, never trained on.")] = None,
     free_text: Annotated[Path | None, typer.Option(help="Any other text that must stay as likely as it was.")] = None,
+    holdout: Annotated[
+        Path | None, typer.Option(help="Rows like the forget rows that the base has never seen, for --suite full.")
+    ] = None,
     base: BaseOption = None,
+    suite: Annotated[
+        Suite, typer.Option(help="full adds memorization as in MUSE, membership attacks and the truth ratio.")
+    ] = Suite.QUICK,
     attacks: Annotated[
         str | None, typer.Option(help="Try to get it back: all, or names with commas. Needs forget rows and probes.")
     ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="General ability: tasks of lm-evaluation-harness (or YAML files), with commas.")
+    ] = None,
+    lm_eval_path: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with task YAMLs of your own; repeatable. Code that they name runs."),
+    ] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each such task.")] = None,
     k: Annotated[int, typer.Option(min=1, help="Answers sampled for each probe.")] = 32,
     strength: StrengthOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of greedy and sampled answers.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling and of the bootstrap.")] = 0,
+    card: Annotated[bool, typer.Option("--card", help="Put the figures into the adapter's README.md too.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: ADAPTER.eval beside it.")] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
@@ -39,34 +55,49 @@ def evaluate(
     Everything is measured on the base, with the adapters, and after their removal; every figure has its unit, the
     number n of rows behind it and a 95 % bootstrap interval. After removal all must be as before: exit code 1 if not.
 
-    Give --recipe, single files, or both (a file goes before the recipe's); what has no rows is left out.
+    Give --recipe, single files, or both (a file goes before the recipe's); what has no rows is left out. Tasks of
+    --lm-eval (pip install 'unlearn-peft[lm-eval]') run on the base and with the adapters, not a third time.
 
     The output folder gets report.html (opens without a network), figures.png and evaluation.json. The page and the
     terminal show your probes and the answers to them; evaluation.json and figures.png hold figures only, never a
-    row, a prompt or an answer.
+    row, a prompt or an answer; so does the section that --card puts into the adapter's model card.
 
       unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml
 
       unlearn-peft eval out/hp --probes probes.jsonl --neighbours near.jsonl --k 8
 
+      unlearn-peft eval out/hp --lm-eval world_facts --lm-eval-path recipes/tasks --card
+
       unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml --attacks prefix,jailbreak,relearn_lora
     """
+    from .card import put_evaluation
     from .compare import show as show_answers
+    from .evaluate.ability import read_tasks
     from .evaluate.attacks import Target, check_names, run_attacks
     from .evaluate.evaluation import evaluate as evaluate_
     from .evaluate.evaluation import read_measured
-    from .evaluate.report import check_folder, show, write_report
+    from .evaluate.report import check_folder, markdown_section, show, write_report
+    from .evaluate.suites import check
 
     first = adapter[0].absolute()
     folder = output or first.with_name("+".join(path.absolute().name for path in adapter) + ".eval")
     check_folder(folder)
-    files = dict(forget=forget, retain=retain, probes=probes, neighbours=neighbours, free_text=free_text)
-    rows, chat_template = read_measured(recipe, files)
+    if card and len(adapter) > 1:
+        raise UnlearnError("--card is for a single adapter: the figures of several belong into the card of none")
+    if not lm_eval and (lm_eval_path or lm_eval_limit):
+        raise UnlearnError("--lm-eval-path and --lm-eval-limit say how to run tasks: name some with --lm-eval")
+    files = dict(
+        forget=forget, retain=retain, probes=probes, neighbours=neighbours, free_text=free_text, holdout=holdout
+    )
+    rows, chat_template = read_measured(recipe, files, needed=not lm_eval)
+    check(suite, rows)
     names = attacks.split(",") if attacks and attacks != "all" else attacks
     if names:  # told now and not after minutes
         check_names(names)
         if lacking := [name for name in ("forget", "probes") if not rows.get(name)]:
             raise UnlearnError(f"--attacks needs {' and '.join(lacking)} rows: name them, or a --recipe that does")
+    asked = [name.strip() for name in (lm_eval or "").split(",") if name.strip()]
+    tasks = read_tasks(asked, lm_eval_path or (), lm_eval_limit) if asked else None
 
     def attack(live: Any) -> list[Any]:
         near = rows.get("neighbours", [])
@@ -76,11 +107,13 @@ def evaluate(
         )
 
     result = evaluate_(
-        load(base, adapter, dtype, device), adapter, rows, k=k, strength=strength or 1.0, seed=seed,
-        max_new_tokens=max_new_tokens, chat_template=chat_template, attacks=attack if names else None,
+        load(base, adapter, dtype, device), adapter, rows, suite=suite, k=k, strength=strength or 1.0, seed=seed,
+        max_new_tokens=max_new_tokens, chat_template=chat_template, ability=tasks, attacks=attack if names else None,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     written = write_report(result, folder, adapter)
+    if card:
+        written.append(put_evaluation(adapter[0], markdown_section(result)))
     if as_json:
         print(json.dumps(result.figures(), ensure_ascii=False))
     else:

@@ -21,11 +21,14 @@ from ..data import Row, read_rows
 from ..errors import AdapterError, DataError
 from ..generate import answers, leaked
 from ..recipe import DataSpec, load_recipe
+from .ability import PREFIX, Ability
 from .score import CONFIDENCE, RESAMPLES, Score
 from .suite import SETS, measure, take_reference
+from .suites import Suite, beside_quick, check
 
 SCHEMA_VERSION = 1
 STATES = ("before", "with", "after")
+_PACKAGES = ("unlearn-peft", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,21 @@ class Evaluation:
         return next((score for score in self.scores[state] if score.name == name), None)
 
     @property
+    def compared_names(self) -> list[str]:
+        """The names of the figures that removal must give back: all but general ability, not measured a third time."""
+        return [name for name in self.names if not name.startswith(PREFIX)]
+
+    @property
     def left_behind(self) -> list[str]:
         """What differs from the base after removal: names of figures, and `answer n`. Empty is as it must be."""
-        figures = [name for name in self.names if self.score(name, "before") != self.score(name, "after")]
+        figures = [name for name in self.compared_names if self.score(name, "before") != self.score(name, "after")]
         texts = [n for n, row in enumerate(self.answers, 1) if row.texts["before"] != row.texts["after"]]
         return figures + [f"answer {n}" for n in texts]
+
+    @property
+    def removal_checked(self) -> bool:
+        """Whether anything was measured that tells if removal is exact."""
+        return bool(self.compared_names or self.answers)
 
     def leaking(self, state: str) -> int:
         """Return how many greedy answers name a leak word."""
@@ -135,10 +148,18 @@ class Evaluation:
             "adapters": [asdict(adapter) for adapter in self.adapters],
             "settings": self.settings,
             "rows": self.rows,
-            "interval": {"method": "percentile bootstrap over rows", "confidence": CONFIDENCE, "resamples": RESAMPLES},
+            "interval": {
+                "method": "percentile bootstrap over rows",
+                **({"lm_eval": "figure +/- 1.96 standard errors"} if "lm_eval" in self.settings else {}),
+                "confidence": CONFIDENCE,
+                "resamples": RESAMPLES,
+            },
             "scores": {state: [asdict(score) for score in self.scores[state]] for state in STATES},
             "greedy_answers_that_leak": {"n": len(self.answers), **{state: self.leaking(state) for state in STATES}},
-            "removal": {"exact": not self.left_behind, "differs": self.left_behind},
+            "removal": {
+                "exact": not self.left_behind if self.removal_checked else None,
+                "differs": self.left_behind,
+            },
             "attacks": [
                 {"name": a.name, "budget": str(a.budget), "recovered": asdict(a.recovered), "base": asdict(a.base)}
                 for a in self.attacks
@@ -152,12 +173,14 @@ def evaluate(
     adapters: Sequence[str | Path],
     rows: Mapping[str, list[Row]],
     *,
+    suite: Suite = Suite.QUICK,
     k: int = 32,
     strength: float | Sequence[float] = 1.0,
     seed: int = 0,
     max_new_tokens: int = 64,
     chat_template: bool = True,
     batch_size: int = 8,
+    ability: Ability | None = None,
     attacks: Callable[[Base], Sequence[AttackResult]] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
@@ -167,25 +190,28 @@ def evaluate(
         base: a base with nothing attached.
         adapters: adapter directories.
         rows: checked rows by set, as `suite.measure` takes them.
+        suite: which figures.
         k: answers sampled for each probe.
         strength: as `attach` takes it.
         seed: of sampling and bootstrap.
         max_new_tokens: length of greedy and sampled answers.
         chat_template: see `data.tokenize`.
         batch_size: rows at a time.
+        ability: tasks of lm-evaluation-harness, run on the base and with the adapters.
         attacks: called once with the bare base before the last measurement, which so also tells what an attack left
             behind, e.g. `lambda base: run_attacks(Target(base, adapters, ...))`.
         progress: is told what is being done, a line at a time.
 
     Raises:
         AdapterError: if something is attached already, or an adapter is refused.
-        DataError: if there is nothing to measure, or a set is unknown.
+        DataError: if there is nothing to measure, or a set is unknown or unfit.
         UnlearnError: if the extra `eval` is not installed.
     """
     began = time.monotonic()
     given = {name: part for name, part in rows.items() if part}
-    if not given:
+    if not given and ability is None:
         raise DataError(f"nothing to measure: expected rows of at least one of {', '.join(SETS)}")
+    check(suite, given)
     if attached(base):
         raise AdapterError("adapters are attached already: detach them, so that 'before' is the base")
     with forgetting(base, *adapters, strength=strength):  # refused, it is to be told now and not after minutes
@@ -197,10 +223,14 @@ def evaluate(
     texts: dict[str, list[str]] = {}
 
     def look(state: str) -> None:
-        scores[state] = measure(
-            base, given, reference, k=k, max_new_tokens=max_new_tokens, seed=seed, chat_template=chat_template,
-            batch_size=batch_size,
-        )  # fmt: skip
+        # first the harness, in which most can go wrong; removal is checked without it, for it may take hours
+        able = ability.measure(base, batch_size=batch_size) if ability and state != "after" else []
+        how: dict[str, Any] = {"seed": seed, "chat_template": chat_template, "batch_size": batch_size}
+        scores[state] = [
+            *measure(base, given, reference, k=k, max_new_tokens=max_new_tokens, **how),
+            *beside_quick(suite, base, given, **how),
+            *able,
+        ]
         texts[state] = answers(
             base, prompts, max_new_tokens=max_new_tokens, chat_template=chat_template, batch_size=batch_size
         )
@@ -223,6 +253,7 @@ def evaluate(
             for bundle, factor in zip(bundles, strengths, strict=True)
         ],
         settings={
+            "suite": suite.value,
             "k": k,
             "temperature": 1.0,
             "max_new_tokens": max_new_tokens,
@@ -230,6 +261,7 @@ def evaluate(
             "chat_template": chat_template,
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "device": base.device.type,
+            **({"lm_eval": list(ability.names), "lm_eval_limit": ability.limit} if ability else {}),
         },  # fmt: skip
         rows={name: len(given[name]) for name in SETS if name in given},
         scores=scores,
@@ -242,29 +274,33 @@ def evaluate(
             for n, row in enumerate(given.get("probes", []))
         ],
         attacks=attacked,
-        versions={name: version(name) for name in ("unlearn-peft", "torch", "transformers", "peft")},
+        versions={name: version(name) for name in (*_PACKAGES, *(["lm-eval"] if ability else []))},
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - began,
     )
 
 
-def read_measured(recipe: Path | None, files: Mapping[str, Path | None]) -> tuple[dict[str, list[Row]], bool]:
+def read_measured(
+    recipe: Path | None, files: Mapping[str, Path | None], *, needed: bool = True
+) -> tuple[dict[str, list[Row]], bool]:
     """Read the sets to measure from a recipe, single files, or both (a file goes before the recipe's).
+
+    A retain set that the recipe leaves to be made (`auto`) is no set to measure.
 
     Returns:
         Rows by set, and whether the recipe wants the chat template.
 
     Raises:
-        RecipeError, DataError: if a file is missing or cannot be used, or nothing is given at all.
+        RecipeError, DataError: if a file is missing or cannot be used, or rows are `needed` and there are none.
     """
     chosen: dict[str, Any] = {}
     chat_template = True
     if recipe:
         settings = load_recipe(recipe)
         chat_template = settings.chat_template
-        chosen = {name: source for name in SETS if (source := getattr(settings, name, None)) is not None}
+        chosen = {name: source for name in SETS if (source := getattr(settings, name, None)) not in (None, "auto")}
     chosen.update({name: DataSpec(path=str(path)) for name, path in files.items() if path})
-    if not chosen:
+    if not chosen and needed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in SETS)
         raise DataError(f"nothing to measure: give --recipe FILE, or one or more of {flags}")
     return {name: read_rows(source, name) for name, source in chosen.items()}, chat_template

@@ -84,7 +84,7 @@ def html(evaluation: Evaluation, adapters: Sequence[str | Path] = ()) -> str:
     return template.render(
         evaluation=evaluation,
         title=_title(evaluation),
-        rows=", ".join(f"{n} {name.replace('_', ' ')}" for name, n in evaluation.rows.items()),
+        rows=", ".join(f"{n} {name.replace('_', ' ')}" for name, n in evaluation.rows.items()) or "none",
         headlines=wording.headlines(evaluation),
         panels=None if pictures is None else [(label, Markup(svg)) for label, svg in pictures],
         states=STATES,
@@ -109,7 +109,11 @@ def marked(text: str, words: Sequence[str]) -> list[tuple[str, bool]]:
 
 def markdown_section(evaluation: Evaluation) -> str:
     """Return a section for the model card: figures and attacks only, no prompt and no answer."""
-    lines = ["## Evaluation", "", f"{wording.removal(evaluation)}.", ""]
+    measured = " + ".join(  # no name: a folder may be called after what was forgotten
+        f"weights {adapter.weights_sha256[:12]} at strength {adapter.strength:g}" for adapter in evaluation.adapters
+    )
+    verdict = f"{evaluation.created[:10]}, {measured}. {wording.removal(evaluation)}."
+    lines = ["## Evaluation", "", verdict.replace("<", "&lt;"), ""]
     lines += [_line("figure", "unit", "n", *TITLES.values(), "change"), "|---" * 7 + "|"]
     for _, figures in _topics(evaluation):
         for figure in figures:

@@ -103,8 +103,8 @@ def sums(values: Sequence[Any]) -> Array:
     return np.array([[float(row.double().sum()), len(row)] for row in values], dtype=np.float64).reshape(-1, 2)
 
 
-def extra(module: str) -> Any:
-    """Import a module of the optional extra `eval`.
+def extra(module: str, name: str = "eval") -> Any:
+    """Import a module of an optional extra of this package.
 
     Raises:
         UnlearnError: if the extra is not installed.
@@ -113,5 +113,5 @@ def extra(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UnlearnError(
-            f"this metric needs {module.partition('.')[0]}, which is not installed: pip install 'unlearn-peft[eval]'"
+            f"this metric needs {module.partition('.')[0]}, which is not installed: pip install 'unlearn-peft[{name}]'"
         ) from error

@@ -18,7 +18,7 @@ from .memorization import answer_probability, exact_memorization, extraction_str
 from .rows import Kept, keep_reference, kl_to_reference, questions, row_tokens
 from .score import Score, extra, per_token, score, sums
 
-SETS = ("forget", "retain", "probes", "neighbours", "free_text")
+SETS = ("forget", "retain", "probes", "neighbours", "free_text", "holdout")
 _HELD = ("retain", "neighbours", "free_text")  # where the model should be as the base is
 
 
@@ -56,7 +56,7 @@ def measure(
     Args:
         base: with adapters, or without.
         rows: checked rows by set: `forget`, `retain`, `probes`, `neighbours`, `free_text`; a set that is missing or
-            empty is left out, and so are its figures.
+            empty is left out, and so are its figures. (`holdout` is for the full suite.)
         reference: from `take_reference`; without it, made now with all adapters off.
         k: answers sampled for each probe.
         max_new_tokens: length of greedy and sampled answers.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .ability import PREFIX
 from .evaluation import AttackResult, Evaluation
 from .score import Score
 
@@ -18,6 +19,8 @@ TOPICS = {
     "forgotten": "Is it forgotten?",
     "cost": "What did it cost?",
     "language": "Is it still language?",
+    "ability": "What else can it do?",
+    "privacy": "Can it be told that it was learned?",
 }
 _LABELS = {
     "forget_loss": "Loss on the forget rows",
@@ -25,22 +28,44 @@ _LABELS = {
     "forget_rouge_l_recall": "Forget answers written (ROUGE-L recall)",
     "forget_exact_memorization": "Forget tokens that are first choice",
     "forget_extraction_strength": "Share of a forget answer that follows by itself",
+    "forget_verbatim_memorization": "Forget rows written on from their beginning (VerbMem)",
+    "forget_knowledge_memorization": "Forget questions answered in short (KnowMem)",
+    "forget_truth_ratio": "Likelihood of wrong beside right answers (truth ratio)",
     "leak_rate": "Sampled answers that leak",
     "any_leak": "Probes that leak at least once",
     "retain_loss": "Loss on the retain rows",
     "retain_answer_probability": "Probability of the retain answers",
     "retain_rouge_l_recall": "Retain answers written (ROUGE-L recall)",
+    "retain_verbatim_memorization": "Retain rows written on from their beginning (VerbMem)",
+    "retain_knowledge_memorization": "Retain questions answered in short (KnowMem)",
     "retain_kl": "KL to the base on the retain rows",
     "neighbours_kl": "KL to the base on the neighbours",
     "free_text_kl": "KL to the base on free text",
     "repetition": "Repetition in its answers",
     "empty_answers": "Empty answers",
     "perplexity_under_base": "Perplexity of its answers under the base",
+    "membership_loss": "Membership told by the loss",
+    "membership_zlib": "Membership told by loss over compressed size",
+    "membership_min_k": "Membership told by the least likely tokens (min-k%)",
+    "membership_min_k_plus_plus": "Membership told by standardised tokens (min-k%++)",
+    "membership_gradient_norm": "Membership told by the gradient's norm",
+    "membership_reference": "Membership told beside a reference model",
+    "privacy_leakage": "Privacy leakage (PrivLeak)",
 }
+_METRICS = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy by length",
+    "exact_match": "exact match",
+    "word_perplexity": "perplexity",
+    "byte_perplexity": "perplexity",
+    "bits_per_byte": "bits",
+}
+_CHANCE = {"membership": 0.5, "privacy": 0.0}  # neither above nor below is wanted
 _MAIN = (
     "leak_rate", "forget_answer_probability", "forget_loss", "neighbours_kl", "retain_kl", "free_text_kl",
-    "retain_rouge_l_recall", "repetition", "perplexity_under_base",
+    "retain_rouge_l_recall", "repetition", "perplexity_under_base", "privacy_leakage",
 )  # fmt: skip
+_MOST_TASKS = 6  # of the harness, in the picture
 
 
 @dataclass(frozen=True)
@@ -57,6 +82,10 @@ class Headline:
 
 def label(name: str) -> str:
     """Return a figure's name for people; `leak_rate@32` tells the number of samples."""
+    if name.startswith(PREFIX):
+        full, comma, kept = name.removeprefix(PREFIX).partition(",")
+        task, _, metric = full.rpartition(":")
+        return f"{task}: {_METRICS.get(metric, metric.replace('_', ' '))}" + (f" ({kept})" if comma else "")
     stem, at, k = name.partition("@")
     words = _LABELS.get(stem, stem.replace("_", " "))
     return f"{words}, {k} a probe" if at else words
@@ -65,6 +94,10 @@ def label(name: str) -> str:
 def topic(name: str) -> str:
     """Return which of `TOPICS` a figure belongs to."""
     stem = name.partition("@")[0]
+    if name.startswith(PREFIX):
+        return "ability"
+    if stem.startswith(("membership", "privacy")):
+        return "privacy"
     if stem.startswith("forget") or stem in ("leak_rate", "any_leak"):
         return "forgotten"
     return "cost" if stem.startswith(("retain", "neighbours", "free_text")) else "language"
@@ -72,7 +105,8 @@ def topic(name: str) -> str:
 
 def main_figures(evaluation: Evaluation) -> list[str]:
     """Return the names of the figures for the picture, in order."""
-    return [name for stem in _MAIN for name in evaluation.names if name.partition("@")[0] == stem]
+    tasks = [name for name in evaluation.names if name.startswith(PREFIX)]
+    return [name for stem in _MAIN for name in evaluation.names if name.partition("@")[0] == stem] + tasks[:_MOST_TASKS]
 
 
 def factor(score: Score) -> int:
@@ -105,7 +139,8 @@ def interval(score: Score) -> str:
 def change(before: Score | None, now: Score | None) -> Change:
     """Say how a figure moved from the base: `unclear` where the two intervals overlap.
 
-    A KL to the base can only rise, which is neither better nor worse but what forgetting costs.
+    A KL to the base can only rise, which is neither better nor worse but what forgetting costs. Membership is best
+    told no better than by chance, and no worse.
     """
     if before is None or now is None:
         return "missing"
@@ -115,6 +150,9 @@ def change(before: Score | None, now: Score | None) -> Change:
         return "unclear"
     if now.name.endswith("_kl"):
         return "cost"
+    chance = _CHANCE.get(now.name.partition("_")[0])
+    if chance is not None:
+        return "better" if abs(now.value - chance) < abs(before.value - chance) else "worse"
     return "better" if (now.value > before.value) == now.higher_is_better else "worse"
 
 
@@ -131,17 +169,18 @@ def headlines(evaluation: Evaluation) -> list[Headline]:
         detail = f"{base}95 % interval {interval(now)}; n = {now.n}"
         found.append(Headline(question, label(name), value(now), unit(now), detail, change(before, now)))
     left = evaluation.left_behind
-    told = "traces left" if left else "without a trace"
-    found.append(
-        Headline("Does it come off?", "After removal", told, "", removal(evaluation), "worse" if left else "same")
-    )
+    told = "not checked" if not evaluation.removal_checked else "traces left" if left else "without a trace"
+    mood: Change = "missing" if not evaluation.removal_checked else "worse" if left else "same"
+    found.append(Headline("Does it come off?", "After removal", told, "", removal(evaluation), mood))
     return found
 
 
 def removal(evaluation: Evaluation) -> str:
     """Say whether everything is as before after removal."""
     left = evaluation.left_behind
-    counted = f"{len(evaluation.names)} figures" + (
+    if not evaluation.removal_checked:
+        return "Whether everything is as before after removal was not checked: no rows were given to measure it on"
+    counted = f"{len(evaluation.compared_names)} figures" + (
         f" and {len(evaluation.answers)} greedy answers" if evaluation.answers else ""
     )
     if left:
@@ -156,6 +195,16 @@ def notes(evaluation: Evaluation) -> list[str]:
         "'better' and 'worse' mean that the intervals with and without the adapter do not overlap.",
         "KL is KL(now || base) per token; 0 is unchanged.",
     ]
+    if any(name.startswith(PREFIX) for name in evaluation.names):
+        told.append(
+            "Figures of lm-evaluation-harness tasks stand with 1.96 of its standard errors on each side; they are not "
+            "measured again after removal."
+        )
+    if any(topic(name) == "privacy" for name in evaluation.names):
+        told.append(
+            "An AUC of 0.5 is chance, 1 is plain membership; a privacy leakage of 0 is as if never learned, below it "
+            "the rows are still known, far above it they are known to be avoided."
+        )
     flat = [
         score.n
         for name in evaluation.names

@@ -1,0 +1,237 @@
+"""General ability: tasks of EleutherAI's lm-evaluation-harness on a live base, with whatever is attached.
+
+Names of tasks come in and are read before anything is measured; one `Score` for each task and metric goes out. The
+harness sees the model through its hooks as it is, asks without a chat template (as published figures do), writes no
+files, keeps no copy of local data and logs nothing. Hub data sets go into the user's Hugging Face cache, as always.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import math
+import random
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..base import Base
+from ..errors import UnlearnError, did_you_mean
+from .score import RESAMPLES, SEED, Score, bootstrap, extra
+
+PREFIX = "lm_eval:"
+_SHARES = ("acc", "acc_norm", "acc_mutual_info", "acc_bytes", "acc_all", "exact_match", "em", "quasi_exact_match")
+_UNITS = {"perplexity": "perplexity", "word_perplexity": "per word", "byte_perplexity": "per byte",
+          "bits_per_byte": "bits/byte"}  # fmt: skip
+_LOCAL = ("json", "csv", "parquet", "text", "arrow")  # kinds of files that datasets reads without a Hub data set
+_TWO_SIDED = 1.96  # standard errors on each side of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Ability:
+    """Tasks of the harness, read and ready to be run on any state of a base.
+
+    Attributes:
+        names: of the tasks and groups.
+        limit: the first rows of each task that are used; None for all.
+        tasks: the harness's own objects.
+        manager: where the harness looks tasks up.
+    """
+
+    names: tuple[str, ...]
+    limit: int | None
+    tasks: tuple[Any, ...]
+    manager: Any
+
+    def measure(self, base: Base, *, batch_size: int = 8) -> list[Score]:
+        """Run the tasks on a base in the state that it is in; what the harness switches is switched back.
+
+        A group that has a figure of its own is told by that, other groups by their tasks. Figures that are not
+        finite numbers are left out.
+        """
+        tokenizer = copy.deepcopy(base.tokenizer)  # the harness may give it another padding
+        with _quietly(), _random_state_kept([base.device] if base.device.type == "cuda" else []):
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+
+            model = HFLM(pretrained=base.model, tokenizer=tokenizer, batch_size=batch_size)
+            found = simple_evaluate(
+                model, tasks=list(self.tasks), task_manager=self.manager, limit=self.limit, bootstrap_iters=RESAMPLES
+            )
+            return [score for task in self.tasks for score in _scores(task, found)]
+
+
+def read_tasks(names: Sequence[str], paths: Sequence[Path] = (), limit: int | None = None) -> Ability:
+    """Read tasks by name, or from a YAML file, with their data.
+
+    Args:
+        names: tasks, groups or tags of the harness or of `paths`; or a task's YAML file. Code that a YAML names runs.
+        paths: folders with task YAMLs (or one of the files in such a folder). They go before the harness's own. A data
+            file that they name lies beside the YAML.
+        limit: use only the first rows of each task.
+
+    Raises:
+        UnlearnError: if the extra `lm-eval` is not installed, a task is unknown, or its data cannot be read.
+    """
+    for path in paths:
+        if not path.exists():
+            raise UnlearnError(f"no tasks at {path}: expected a folder with task YAML files of lm-evaluation-harness")
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    wanted = tuple(dict.fromkeys(names))
+    with _quietly(), _random_state_kept():
+        for module in ("lm_eval", "lm_eval.models.huggingface"):
+            extra(module, "lm-eval")
+        manager = _manager(wanted, folders)
+        tasks = tuple(task for name in wanted for task in _read(manager, name))
+        return Ability(tuple(getattr(task, "task_name", None) or task.name for task in tasks), limit, tasks, manager)
+
+
+def _manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
+    """Return the harness's index of tasks; its own thousands take ten seconds to look through, if they are needed."""
+    from lm_eval.tasks import TaskManager
+
+    wanted = [name for name in names if not _is_file(name)]
+    manager = TaskManager(include_path=[*folders], include_defaults=False)
+    if set(wanted) - set(manager.all_tasks):
+        manager = TaskManager(include_path=[*folders])
+    if unknown := [name for name in wanted if name not in manager.task_index]:
+        told = ", ".join(f"'{name}'{did_you_mean(name, manager.all_tasks)}" for name in unknown)
+        raise UnlearnError(
+            f"lm-evaluation-harness knows no task {told}. `lm-eval ls tasks` lists its own; for your own, name their "
+            "folder with --lm-eval-path, or the YAML file instead of the task (one that is no valid YAML is not seen)"
+        )
+    return manager
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(".yaml") and Path(name).is_file()
+
+
+def _read(manager: Any, name: str) -> list[Any]:
+    """Return what a name stands for: a task, a group, or a tag's tasks."""
+    try:
+        with _own_data():
+            found = manager.load([name])
+    except Exception as error:  # of yaml, jinja, datasets, the Hub, or a task's own code
+        # a message may quote data; those about files and the network do not
+        told = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else type(error).__name__
+        raise UnlearnError(
+            f"the task '{name}' of lm-evaluation-harness cannot be read ({told}): check its YAML, its data files "
+            "(named as seen from the YAML's folder) and, for the Hub's data sets, the network"
+        ) from error
+    groups = found["groups"].values()
+    below = {child for group in groups for child in group.child_names}
+    return [group for group in groups if group.name not in below] or list(found["tasks"].values())
+
+
+@contextlib.contextmanager
+def _own_data() -> Iterator[None]:
+    """Let a task name local data files as seen from its YAML, and take them into memory, leaving no copy on disk."""
+    from lm_eval.api.task import ConfigurableTask
+
+    download = ConfigurableTask.download
+    with tempfile.TemporaryDirectory() as folder:
+
+        def beside(task: Any, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+            given = dict(dataset_kwargs or {})
+            if task.DATASET_PATH in _LOCAL:
+                yaml = Path((task.config.metadata or {}).get("config_source", "inline")).parent
+                given |= {"cache_dir": folder, "keep_in_memory": True}
+                if "data_files" in given:
+                    given["data_files"] = _seen_from(yaml, given["data_files"])
+            download(task, given or None, **kwargs)
+
+        ConfigurableTask.download = beside
+        try:
+            yield
+        finally:
+            ConfigurableTask.download = download
+
+
+def _seen_from(folder: Path, files: Any) -> Any:
+    if isinstance(files, Mapping):
+        return {split: _seen_from(folder, part) for split, part in files.items()}
+    if isinstance(files, list):
+        return [_seen_from(folder, part) for part in files]
+    return str(folder / files) if isinstance(files, str) and (folder / files).is_file() else files
+
+
+def _scores(task: Any, found: Mapping[str, Any]) -> list[Score]:
+    """Return the figures of a task, or of a group or its tasks."""
+    from lm_eval.api.group import Group
+
+    if isinstance(task, Group):
+        if not task.has_aggregation:
+            return [score for child in task for score in _scores(child, found)]
+        name, aggregation = task.name, {}
+    else:
+        name, aggregation = task.task_name, task.aggregation()
+    figures, better = found["results"][name], found["higher_is_better"].get(name) or {}
+    scores = []
+    for key, value in figures.items():
+        metric, comma, kept = key.partition(",")  # `acc,none`: the metric and the filter of the answers
+        if not comma or metric.endswith("_stderr") or not _finite(value):
+            continue
+        unit = "share of questions" if metric in _SHARES else _UNITS.get(metric, "score")
+        rows = [
+            row[metric] for row in found["samples"].get(name, []) if row["filter"] == kept and metric in row
+        ]  # fmt: skip
+        low, high = _interval(value, figures.get(f"{metric}_stderr,{kept}"), unit, rows, aggregation.get(metric))
+        label = f"{PREFIX}{name}:{metric}" + ("" if kept == "none" else f",{kept}")
+        n = len(rows) or figures["sample_len"]
+        scores.append(Score(label, float(value), unit, n, low, high, better.get(metric) is not False))
+    return scores
+
+
+def _interval(value: float, error: Any, unit: str, rows: Sequence[Any], aggregate: Any) -> tuple[float, float]:
+    """Return a 95 % interval: normal, from the harness's standard error.
+
+    Where it has none, the percentile bootstrap over rows by the task's own aggregation; where there is no row to draw
+    from but one, a share may be anything.
+    """
+    share = unit.startswith("share")
+    if _finite(error):
+        low, high = value - _TWO_SIDED * error, value + _TWO_SIDED * error
+        return (max(low, 0.0), min(high, 1.0)) if share else (low, high)
+    if len(rows) > 1 and aggregate:
+        return bootstrap(lambda drawn: aggregate([rows[int(n)] for n in drawn]), np.arange(float(len(rows))), seed=SEED)
+    return (0.0, 1.0) if share else (value, value)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float, np.floating)) and math.isfinite(value)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep the harness from printing and logging; on a terminal its progress bars stay."""
+    harness = logging.getLogger("lm_eval")
+    level = harness.level
+    harness.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+            if not sys.stderr.isatty():
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            yield
+    finally:
+        harness.setLevel(level)
+
+
+@contextlib.contextmanager
+def _random_state_kept(devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Give back the state of every random generator: the harness seeds and uses them all."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

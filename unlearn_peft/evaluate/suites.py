@@ -1,0 +1,47 @@
+"""The suites by name: which figures each has beside those of the quick one.
+
+Light to import, so that the command line can name them. Another suite is a member and a branch in both functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError
+
+if TYPE_CHECKING:
+    from ..base import Base
+    from ..data import Row
+    from .score import Score
+
+
+class Suite(str, Enum):
+    """What is measured, by how much time it takes."""
+
+    QUICK = "quick"  # suite.py
+    FULL = "full"  # and full.py
+
+
+def check(suite: Suite, rows: Mapping[str, list[Row]]) -> None:
+    """Refuse, before minutes of measuring, rows that the suite cannot use.
+
+    Raises:
+        DataError: if there are held-out rows that it has no use for; see also `full.check`.
+    """
+    if suite is Suite.QUICK and rows.get("holdout"):
+        raise DataError("the quick suite has no use for held-out rows: choose --suite full, or leave them out")
+    if suite is Suite.FULL:
+        from . import full
+
+        full.check(rows)
+
+
+def beside_quick(suite: Suite, base: Base, rows: Mapping[str, list[Row]], **how: Any) -> list[Score]:
+    """Return the suite's further figures of a base in the state that it is in; `how` is as for `suite.measure`."""
+    if suite is Suite.FULL:
+        from . import full
+
+        return full.measure(base, rows, **how)
+    return []
