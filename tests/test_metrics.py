@@ -550,7 +550,7 @@ def test_the_suite_measures_before_with_and_after(tiny, make_adapter):
     assert list(first) == [
         "forget_loss", "forget_answer_probability", "forget_rouge_l_recall", "forget_exact_memorization",
         "forget_extraction_strength", "retain_loss", "retain_answer_probability", "retain_rouge_l_recall",
-        "leak_rate@4", "any_leak@4", "retain_kl", "neighbours_kl", "free_text_kl", "repetition", "empty_answers",
+        "leak_rate@4", "any_leak@4", "retain_kl", "neighbours_kl", "neighbours_unchanged", "free_text_kl", "repetition", "empty_answers",
         "perplexity_under_base",
     ]  # fmt: skip
     assert with_ == without_reference
@@ -563,7 +563,9 @@ def test_the_suite_measures_before_with_and_after(tiny, make_adapter):
 
 
 def test_the_suite_leaves_out_what_it_has_no_rows_for_and_refuses_unknown_sets(tiny):
-    assert [s.name for s in measure(tiny, {"neighbours": RETAIN[:1], "probes": []})] == ["neighbours_kl"]
+    assert [s.name for s in measure(tiny, {"neighbours": RETAIN[:1], "probes": []})] == [
+        "neighbours_kl", "neighbours_unchanged",
+    ]  # fmt: skip
     with pytest.raises(DataError, match="'neighbors' \\(did you mean 'neighbours'\\?\\)"):
         measure(tiny, {"neighbors": RETAIN})
     with pytest.raises(DataError, match="reference holds nothing of the retain set"):

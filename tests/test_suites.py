@@ -5,13 +5,14 @@ import json
 import pytest
 from conftest import FORGET, RETAIN
 
-from unlearn_peft import attached, read_bundle
+from unlearn_peft import attached, forgetting, read_bundle
 from unlearn_peft.card import put_evaluation
 from unlearn_peft.errors import AdapterError, DataError
-from unlearn_peft.evaluate import full, memorization, truth, wording
+from unlearn_peft.evaluate import full, meaning, memorization, tofu, truth, wording
 from unlearn_peft.evaluate.evaluation import evaluate, read_measured
 from unlearn_peft.evaluate.score import Score
 from unlearn_peft.evaluate.suites import Suite, check
+from unlearn_peft.generate import answers
 
 ASKED = [{**row, "paraphrased": "By Zorblax.", "perturbed": ["By the sea.", "By a star."]} for row in FORGET]
 HOLDOUT = [{"prompt": f"Who wrote book {n}?", "completion": f"It was star {n}."} for n in range(4)]
@@ -61,6 +62,40 @@ def test_unfit_rows_are_refused_before_anything_is_measured(tiny, make_adapter):
             evaluate(tiny, [make_adapter(tiny, "a")], rows, suite=Suite.FULL)
     with pytest.raises(DataError, match="choose --suite full"):
         check(Suite.QUICK, FULL)
+
+
+TOFU = {
+    name: [{**row, "perturbed": ["By the sea.", "By a star."]} for row in rows]
+    for name, rows in (("forget", FORGET), *((part, RETAIN[:2]) for part in ("retain", "real_authors", "world_facts")))
+}
+
+
+def test_tofu_has_its_table_and_the_forget_quality_against_another_model(tiny, make_adapter):
+    twin = tofu.truth_ratios(tiny, TOFU["forget"])
+    adapter = make_adapter(tiny, "a", scale=0.3)
+    result = evaluate(tiny, [adapter], TOFU, suite=Suite.TOFU, max_new_tokens=4, retrained=twin)
+    assert result.score("forget_quality", "before").value == 1  # the twin is the base itself
+    table = {score.name: score for score in tofu.measure_tofu(tiny, TOFU).scores}
+    assert result.score("model_utility", "before") == table["model_utility"]
+    assert result.score("forget_truth_ratio", "with") != table["forget_truth_ratio"] and result.left_behind == []
+    for name in (*table, "forget_quality", "neighbours_unchanged"):
+        assert wording.label(name) != name.replace("_", " ") and wording.topic(name) in ("forgotten", "cost")
+    with pytest.raises(DataError, match="missing: real_authors, world_facts"):
+        evaluate(tiny, [adapter], FULL, suite=Suite.TOFU)
+    with pytest.raises(DataError, match="retain set: 2 of 2 rows, row 1"):
+        evaluate(tiny, [adapter], {**TOFU, "retain": RETAIN[:2]}, suite=Suite.TOFU)
+
+
+def test_neighbours_answers_are_compared_with_the_bases_own(tiny, make_adapter):
+    rows = {"neighbours": [*RETAIN[:2], {"text": "no question"}]}
+    result = evaluate(tiny, [make_adapter(tiny, "a", scale=3)], rows)
+    before, now = (result.score("neighbours_unchanged", state) for state in ("before", "with"))
+    assert (before.value, before.n, now.n) == (1, 2, 2)
+    prompts = [row["prompt"] for row in RETAIN[:2]]
+    bare = answers(tiny, prompts, max_new_tokens=32, batch_size=8)
+    with forgetting(tiny, make_adapter(tiny, "b", scale=3)):
+        said = answers(tiny, prompts, max_new_tokens=32, batch_size=8)
+    assert said != bare and now.value == meaning.unchanged(prompts, bare, said).mean()
 
 
 def test_every_figure_of_the_full_suite_has_words():

@@ -25,10 +25,19 @@ def evaluate(
     holdout: Annotated[
         Path | None, typer.Option(help="Rows like the forget rows that the base has never seen, for --suite full.")
     ] = None,
+    real_authors: Annotated[Path | None, typer.Option(help="Rows with wrong answers, for --suite tofu.")] = None,
+    world_facts: Annotated[Path | None, typer.Option(help="Rows with wrong answers, for --suite tofu.")] = None,
     base: BaseOption = None,
     suite: Annotated[
-        Suite, typer.Option(help="full adds memorization as in MUSE, membership attacks and the truth ratio.")
+        Suite,
+        typer.Option(
+            help="full adds memorization as in MUSE, membership attacks and the truth ratio; tofu adds model utility "
+            "and forget quality (rows with `perturbed`, a list of wrong answers)."
+        ),
     ] = Suite.QUICK,
+    retrained: Annotated[
+        str | None, typer.Option(help="A model that never saw the forget rows, for the forget quality of --suite tofu.")
+    ] = None,
     attacks: Annotated[
         str | None, typer.Option(help="Try to get it back: all, or names with commas. Needs forget rows and probes.")
     ] = None,
@@ -70,6 +79,7 @@ def evaluate(
 
       unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml --attacks prefix,jailbreak,relearn_lora
     """
+    from .base import load_base
     from .card import put_evaluation
     from .compare import show as show_answers
     from .evaluate.ability import read_tasks
@@ -78,6 +88,7 @@ def evaluate(
     from .evaluate.evaluation import read_measured
     from .evaluate.report import check_folder, markdown_section, show, write_report
     from .evaluate.suites import check
+    from .evaluate.tofu import truth_ratios
 
     first = adapter[0].absolute()
     folder = output or first.with_name("+".join(path.absolute().name for path in adapter) + ".eval")
@@ -87,10 +98,13 @@ def evaluate(
     if not lm_eval and (lm_eval_path or lm_eval_limit):
         raise UnlearnError("--lm-eval-path and --lm-eval-limit say how to run tasks: name some with --lm-eval")
     files = dict(
-        forget=forget, retain=retain, probes=probes, neighbours=neighbours, free_text=free_text, holdout=holdout
-    )
+        forget=forget, retain=retain, probes=probes, neighbours=neighbours, free_text=free_text, holdout=holdout,
+        real_authors=real_authors, world_facts=world_facts,
+    )  # fmt: skip
     rows, chat_template = read_measured(recipe, files, needed=not lm_eval)
     check(suite, rows)
+    if retrained and suite is not Suite.TOFU:
+        raise UnlearnError("--retrained is for the forget quality of --suite tofu: choose that, or leave it out")
     names = attacks.split(",") if attacks and attacks != "all" else attacks
     if names:  # told now and not after minutes
         check_names(names)
@@ -106,9 +120,11 @@ def evaluate(
             names or (),
         )
 
+    ratios = truth_ratios(load_base(retrained, dtype, device), rows["forget"]) if retrained else None
     result = evaluate_(
         load(base, adapter, dtype, device), adapter, rows, suite=suite, k=k, strength=strength or 1.0, seed=seed,
-        max_new_tokens=max_new_tokens, chat_template=chat_template, ability=tasks, attacks=attack if names else None,
+        max_new_tokens=max_new_tokens, chat_template=chat_template, ability=tasks, retrained=ratios,
+        attacks=attack if names else None,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     written = write_report(result, folder, adapter)

@@ -22,7 +22,7 @@ from ..errors import AdapterError, DataError
 from ..generate import answers, leaked
 from ..recipe import DataSpec, load_recipe
 from .ability import PREFIX, Ability
-from .score import CONFIDENCE, RESAMPLES, Score
+from .score import CONFIDENCE, RESAMPLES, Array, Score
 from .suite import SETS, measure, take_reference
 from .suites import Suite, beside_quick, check
 
@@ -181,6 +181,7 @@ def evaluate(
     chat_template: bool = True,
     batch_size: int = 8,
     ability: Ability | None = None,
+    retrained: Array | None = None,
     attacks: Callable[[Base], Sequence[AttackResult]] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
@@ -198,6 +199,7 @@ def evaluate(
         chat_template: see `data.tokenize`.
         batch_size: rows at a time.
         ability: tasks of lm-evaluation-harness, run on the base and with the adapters.
+        retrained: truth ratios of the forget set under a model that never saw it, for the suite `tofu`.
         attacks: called once with the bare base before the last measurement, which so also tells what an attack left
             behind, e.g. `lambda base: run_attacks(Target(base, adapters, ...))`.
         progress: is told what is being done, a line at a time.
@@ -228,7 +230,7 @@ def evaluate(
         how: dict[str, Any] = {"seed": seed, "chat_template": chat_template, "batch_size": batch_size}
         scores[state] = [
             *measure(base, given, reference, k=k, max_new_tokens=max_new_tokens, **how),
-            *beside_quick(suite, base, given, **how),
+            *beside_quick(suite, base, given, retrained, **how),
             *able,
         ]
         texts[state] = answers(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -126,6 +126,7 @@ class Kept:
 
     rows: list[Tensor]
     hidden: bool
+    texts: list[str] = field(default_factory=list)  # its greedy answers to the rows' questions, where they were asked
 
 
 @torch.no_grad()

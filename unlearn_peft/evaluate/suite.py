@@ -6,6 +6,7 @@ A base with whatever is attached and sets of rows come in; a list of `Score` goe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..base import Base
@@ -14,11 +15,13 @@ from ..errors import DataError, did_you_mean
 from ..generate import answers
 from .fluency import losses_under_base, perplexity, repetition
 from .leaks import any_leak, sampled_leaks
+from .meaning import unchanged
 from .memorization import answer_probability, exact_memorization, extraction_strength, rouge_l
-from .rows import Kept, keep_reference, kl_to_reference, questions, row_tokens
+from .rows import Kept, alone, keep_reference, kl_to_reference, questions, row_tokens
 from .score import Score, extra, per_token, score, sums
 
-SETS = ("forget", "retain", "probes", "neighbours", "free_text", "holdout")
+SETS = ("forget", "retain", "probes", "neighbours", "free_text", "holdout", "real_authors", "world_facts")
+_SENTENCE = 32  # tokens
 _HELD = ("retain", "neighbours", "free_text")  # where the model should be as the base is
 
 
@@ -30,11 +33,12 @@ def take_reference(
     Taken once before the adapter comes, it also tells whether the model is the same after it has gone.
     """
     _check(rows)
-    return {
-        name: keep_reference(base, rows[name], what=name, chat_template=chat_template, batch_size=batch_size)
-        for name in _HELD
-        if rows.get(name)
-    }
+    how: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
+    kept = {name: keep_reference(base, rows[name], what=name, **how) for name in _HELD if rows.get(name)}
+    if "neighbours" in kept:
+        with alone(base):
+            kept["neighbours"] = replace(kept["neighbours"], texts=_said(base, rows["neighbours"], how))
+    return kept
 
 
 def measure(
@@ -56,7 +60,7 @@ def measure(
     Args:
         base: with adapters, or without.
         rows: checked rows by set: `forget`, `retain`, `probes`, `neighbours`, `free_text`; a set that is missing or
-            empty is left out, and so are its figures. (`holdout` is for the full suite.)
+            empty is left out, and so are its figures. (The others are for other suites.)
         reference: from `take_reference`; without it, made now with all adapters off.
         k: answers sampled for each probe.
         max_new_tokens: length of greedy and sampled answers.
@@ -110,6 +114,10 @@ def measure(
                 raise DataError(f"the reference holds nothing of the {name} set: make it of the same rows")
             values = kl_to_reference(base, rows[name], kept[name], what=name, **how)
             add(f"{name}_kl", "nats/token", False, sums(values), per_token)
+            if before := kept[name].texts:
+                prompts = [prompt for prompt, _ in questions(rows[name])]
+                same = unchanged(prompts, before, _said(base, rows[name], how))
+                add(f"{name}_unchanged", "share of answers", True, same)
     if said:
         add("repetition", "share", False, [repetition(text) for text in said])
         add("empty_answers", "share", False, [float(not text) for text in said])
@@ -122,6 +130,11 @@ def measure(
                 perplexity,
             )
     return scores
+
+
+def _said(base: Base, rows: Sequence[Row], how: Mapping[str, Any]) -> list[str]:
+    """Return the greedy answers to the rows' questions; no longer than the sentence that is compared."""
+    return answers(base, [prompt for prompt, _ in questions(rows)], max_new_tokens=_SENTENCE, **how)
 
 
 def _check(rows: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from ..errors import DataError
 if TYPE_CHECKING:
     from ..base import Base
     from ..data import Row
-    from .score import Score
+    from .score import Array, Score
 
 
 class Suite(str, Enum):
@@ -22,6 +22,7 @@ class Suite(str, Enum):
 
     QUICK = "quick"  # suite.py
     FULL = "full"  # and full.py
+    TOFU = "tofu"  # and tofu.py
 
 
 def check(suite: Suite, rows: Mapping[str, list[Row]]) -> None:
@@ -36,12 +37,26 @@ def check(suite: Suite, rows: Mapping[str, list[Row]]) -> None:
         from . import full
 
         full.check(rows)
+    if suite is Suite.TOFU:
+        from . import tofu
+
+        tofu.check(rows)
 
 
-def beside_quick(suite: Suite, base: Base, rows: Mapping[str, list[Row]], **how: Any) -> list[Score]:
-    """Return the suite's further figures of a base in the state that it is in; `how` is as for `suite.measure`."""
+def beside_quick(
+    suite: Suite, base: Base, rows: Mapping[str, list[Row]], retrained: Array | None = None, **how: Any
+) -> list[Score]:
+    """Return the suite's further figures of a base in the state that it is in; `how` is as for `suite.measure`.
+
+    `retrained` are truth ratios of the forget set under a model that never saw it, for TOFU's forget quality.
+    """
     if suite is Suite.FULL:
         from . import full
 
         return full.measure(base, rows, **how)
+    if suite is Suite.TOFU:
+        from . import tofu
+
+        quick = ("forget_answer_probability", "forget_rouge_l_recall")  # these are there already
+        return [score for score in tofu.measure_tofu(base, rows, retrained, **how).scores if score.name not in quick]
     return []

@@ -30,6 +30,8 @@ from .truth import (
     utility_truth_ratio,
 )
 
+_ALL = ("forget", *SETS)
+
 
 @dataclass(frozen=True)
 class Tofu:
@@ -39,12 +41,35 @@ class Tofu:
     truth_ratios: Array  # of the forget set, one a row
 
 
+def check(rows: Mapping[str, Sequence[Row]]) -> None:
+    """Refuse rows that would be found unfit only after minutes.
+
+    Raises:
+        DataError: if a set is missing, or a row has no wrong answers.
+    """
+    if lacking := [name for name in _ALL if not rows.get(name)]:
+        raise DataError(f"TOFU's figures need rows of {', '.join(_ALL)}; missing: {', '.join(lacking)}")
+    for name in _ALL:
+        without = [n for n, row in enumerate(rows[name], 1) if not row.get("perturbed") or not row.get("completion")]
+        if without:
+            raise DataError(
+                f"TOFU's figures need rows with 'prompt', 'completion' and 'perturbed' (a list of wrong answers); not "
+                f"so in the {name} set: {len(without)} of {len(rows[name])} rows, row {without[0]} the first"
+            )
+
+
+def truth_ratios(base: Base, rows: Sequence[Row], *, chat_template: bool = True, batch_size: int = 8) -> Array:
+    """Return the truth ratio of each row, as `measure_tofu` takes it of a retrained model."""
+    return truth_ratio(*truth_losses(base, _asked(rows), chat_template=chat_template, batch_size=batch_size))
+
+
 def measure_tofu(
     base: Base,
     rows: Mapping[str, Sequence[Row]],
     retrained: Array | None = None,
     *,
     max_new_tokens: int = 64,
+    seed: int = 0,
     chat_template: bool = True,
     batch_size: int = 8,
     progress: Callable[[str], None] = lambda line: None,
@@ -57,22 +82,22 @@ def measure_tofu(
             `perturbed` (wrong answers) and, if there is one, `paraphrased`.
         retrained: truth ratios of the forget set under a model that never saw it; without them no forget quality.
         max_new_tokens: length of the greedy answers for ROUGE.
+        seed: of the bootstrap.
         chat_template: see `data.tokenize`.
         batch_size: rows at a time.
         progress: is told which set is being measured.
 
     Raises:
-        DataError: if a set or a row's wrong answers are missing.
+        DataError: see `check`.
     """
-    if lacking := [name for name in ("forget", *SETS) if not rows.get(name)]:
-        raise DataError(f"TOFU's figures need rows of {', '.join(('forget', *SETS))}; missing: {', '.join(lacking)}")
+    check(rows)
     how: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
     scores: list[Score] = []
     parts: dict[str, Array] = {}
     ratios = np.zeros(0)
-    for name in ("forget", *SETS):
+    for name in _ALL:
         progress(name)
-        asked = [{**row, "paraphrased": row.get("paraphrased", row["completion"])} for row in rows[name]]
+        asked = _asked(rows[name])
         right, wrong = truth_losses(base, asked, **how)
         ratio = truth_ratio(right, wrong)
         if name in ("forget", "retain"):
@@ -84,9 +109,9 @@ def measure_tofu(
         if name == "forget":
             ratios = ratio
             scores += [
-                score("forget_truth_ratio", "share", True, forget_truth_ratio(ratio)),
-                score("forget_answer_probability", "share", False, probability),
-                score("forget_rouge_l_recall", "share", False, rouge),
+                score("forget_truth_ratio", "ratio", True, forget_truth_ratio(ratio), seed=seed),
+                score("forget_answer_probability", "share", False, probability, seed=seed),
+                score("forget_rouge_l_recall", "share", False, rouge, seed=seed),
             ]
         else:
             parts |= {
@@ -94,11 +119,16 @@ def measure_tofu(
                 f"{name}_rouge": rouge,
                 f"{name}_truth_ratio": utility_truth_ratio(ratio),
             }
-    scores += [score(name, "share", True, values) for name, values in parts.items()]
-    scores.insert(0, model_utility(parts))
+    scores += [score(name, "share", True, values, seed=seed) for name, values in parts.items()]
+    scores.insert(0, model_utility(parts, seed=seed))
     if retrained is not None:
-        scores.insert(0, forget_quality(ratios, retrained))
+        scores.insert(0, forget_quality(ratios, retrained, seed=seed))
     return Tofu(scores, ratios)
+
+
+def _asked(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with the answer itself where there is no paraphrase."""
+    return [{**row, "paraphrased": row.get("paraphrased", row["completion"])} for row in rows]
 
 
 def _probabilities(base: Base, rows: Sequence[Row], right: Array, how: Mapping[str, Any]) -> Array:

@@ -31,6 +31,13 @@ _LABELS = {
     "forget_verbatim_memorization": "Forget rows written on from their beginning (VerbMem)",
     "forget_knowledge_memorization": "Forget questions answered in short (KnowMem)",
     "forget_truth_ratio": "Likelihood of wrong beside right answers (truth ratio)",
+    "forget_quality": "Forget quality (TOFU)",
+    "model_utility": "Model utility (TOFU)",
+    **{
+        f"{rows}_{part}": f"{said} ({part.replace('_', ' ')}, TOFU)"
+        for rows, said in (("retain", "Retain set"), ("real_authors", "Real authors"), ("world_facts", "World facts"))
+        for part in ("probability", "rouge", "truth_ratio")
+    },
     "leak_rate": "Sampled answers that leak",
     "any_leak": "Probes that leak at least once",
     "retain_loss": "Loss on the retain rows",
@@ -40,6 +47,7 @@ _LABELS = {
     "retain_knowledge_memorization": "Retain questions answered in short (KnowMem)",
     "retain_kl": "KL to the base on the retain rows",
     "neighbours_kl": "KL to the base on the neighbours",
+    "neighbours_unchanged": "Neighbours whose answer names the same as before",
     "free_text_kl": "KL to the base on free text",
     "repetition": "Repetition in its answers",
     "empty_answers": "Empty answers",
@@ -62,9 +70,11 @@ _METRICS = {
 }
 _CHANCE = {"membership": 0.5, "privacy": 0.0}  # neither above nor below is wanted
 _MAIN = (
-    "leak_rate", "forget_answer_probability", "forget_loss", "neighbours_kl", "retain_kl", "free_text_kl",
+    "leak_rate", "forget_answer_probability", "forget_loss", "forget_quality", "model_utility", "neighbours_kl",
+    "retain_kl", "free_text_kl",
     "retain_rouge_l_recall", "repetition", "perplexity_under_base", "privacy_leakage",
 )  # fmt: skip
+_COST = ("retain", "neighbours", "free_text", "model_utility", "real_authors", "world_facts")
 _MOST_TASKS = 6  # of the harness, in the picture
 
 
@@ -100,7 +110,7 @@ def topic(name: str) -> str:
         return "privacy"
     if stem.startswith("forget") or stem in ("leak_rate", "any_leak"):
         return "forgotten"
-    return "cost" if stem.startswith(("retain", "neighbours", "free_text")) else "language"
+    return "cost" if stem.startswith(_COST) else "language"
 
 
 def main_figures(evaluation: Evaluation) -> list[str]:
