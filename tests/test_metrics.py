@@ -550,7 +550,8 @@ def test_the_suite_measures_before_with_and_after(tiny, make_adapter):
     assert list(first) == [
         "forget_loss", "forget_answer_probability", "forget_rouge_l_recall", "forget_exact_memorization",
         "forget_extraction_strength", "retain_loss", "retain_answer_probability", "retain_rouge_l_recall",
-        "leak_rate@4", "any_leak@4", "retain_kl", "neighbours_kl", "neighbours_unchanged", "free_text_kl", "repetition", "empty_answers",
+        "leak_rate@4", "any_leak@4", "retain_kl", "neighbours_kl", "neighbours_unchanged", "free_text_kl",
+        "repetition", "empty_answers",
         "perplexity_under_base",
     ]  # fmt: skip
     assert with_ == without_reference
