@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -303,6 +304,9 @@ def test_scaled_to_nothing_the_fact_comes_back(forgotten):
     found = weights.scaling(forgotten, strengths=(0, 1, 1.5))
     assert found.recovered.value == 1
     assert {name: part["recovered"] for name, part in found.details.items()} == {"0": 1, "1": 0, "1.5": 0}
+    near = weights.scaling(replace(forgotten, neighbours=RETAIN[:2]), strengths=(0, 1, 1.5)).details
+    kls = [near[strength]["neighbours_kl"] for strength in ("0", "1", "1.5")]
+    assert kls[0] == 0 < kls[1] < kls[2]
 
 
 def test_rounding_by_hand():

@@ -36,7 +36,7 @@ class Attacked:
     budget: str
     recovered: Score
     base: Score
-    details: str = "Zorblax Quintel"
+    details: object = "Zorblax Quintel"
 
 
 def made_up():
@@ -362,6 +362,20 @@ def test_without_matplotlib_the_page_says_so(tmp_path, monkeypatch):
     assert [path.name for path in written] == ["evaluation.json", "report.html"]
     assert "matplotlib is not installed" in (tmp_path / "out" / "report.html").read_text()
     assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_the_attack_by_strength_is_drawn_as_a_frontier(tmp_path):
+    evaluation = made_up()
+    some = evaluation.attacks[0].recovered
+    details = {s: {"recovered": share, "neighbours_kl": kl} for s, share, kl in (("0.5", 1.0, 0.0), ("1", 0.25, 0.125))}
+    scaled = dataclasses.replace(evaluation, attacks=[Attacked("scaling", "two", some, some, details)])
+    assert picture.frontier(scaled) == [("0.5", 0.0, 1.0), ("1", 0.125, 0.25)] and picture.frontier(evaluation) == []
+    bare, drawn = picture.panels(evaluation), picture.panels(scaled)
+    assert [label for label, _ in drawn][len(bare) :] == [picture.FRONTIER] and "% of probes leak" in drawn[-1][1]
+    picture.draw(tmp_path / "figures.png", scaled)
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+    without = [Attacked("scaling", "two", some, some, {"1": {"recovered": 0.0}})]  # the target had no neighbours
+    assert picture.frontier(dataclasses.replace(evaluation, attacks=without)) == []
 
 
 def test_curves_that_are_no_picture_are_left_out(tmp_path):

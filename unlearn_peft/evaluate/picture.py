@@ -18,6 +18,7 @@ ROWS = {"before": "base", "with": "with adapter", "after": "after removal"}
 # Stand-ins that the page's style sheet gives its own colours, light or dark; also good on white as they are.
 COLOURS = {"before": "#5b6673", "with": "#c2410c", "after": "#1d6fa5"}
 INK, LINE = "#20262e", "#d5dae1"
+FRONTIER = "Forgetting against harm, by strength"
 _VARIABLES = {COLOURS["before"]: "before", COLOURS["with"]: "with", COLOURS["after"]: "after", INK: "ink", LINE: "line"}
 
 
@@ -36,7 +37,24 @@ def panels(evaluation: Evaluation) -> list[tuple[str, str]] | None:
             figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
             pyplot.close(figure)
         found.append((label(name), _inline(stream.getvalue())))
+    if points := frontier(evaluation):
+        with pyplot.rc_context(style):
+            figure, axes = pyplot.subplots(figsize=(3.5, 2.2), layout="constrained")
+            _draw_frontier(axes, points)
+            stream = io.StringIO()
+            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            pyplot.close(figure)
+        found.append((FRONTIER, _inline(stream.getvalue())))
     return found
+
+
+def frontier(evaluation: Evaluation) -> list[tuple[str, float, float]]:
+    """Return strength, neighbours' KL (nats/token) and share of probes that leak, if the attack `scaling` told them."""
+    for attack in evaluation.attacks:
+        if attack.name == "scaling":
+            details = getattr(attack, "details", {})
+            return [(s, d["neighbours_kl"], d["recovered"]) for s, d in details.items() if "neighbours_kl" in d]
+    return []
 
 
 def drawable(evaluation: Evaluation) -> bool:
@@ -46,9 +64,10 @@ def drawable(evaluation: Evaluation) -> bool:
 
 def draw(path: Path, evaluation: Evaluation) -> None:
     """Draw all panels into one PNG on white, see `drawable`."""
-    pyplot, names = _pyplot(), main_figures(evaluation)
-    columns = min(len(names), 3)
-    lines = -(-len(names) // columns)
+    pyplot, names, points = _pyplot(), main_figures(evaluation), frontier(evaluation)
+    count = len(names) + bool(points)
+    columns = min(count, 3)
+    lines = -(-count // columns)
     figure, grid = pyplot.subplots(
         lines, columns, figsize=(4 * columns, 1.8 * lines), layout="constrained", squeeze=False
     )
@@ -57,6 +76,9 @@ def draw(path: Path, evaluation: Evaluation) -> None:
         if n < len(names):
             _draw(axes, evaluation, names[n])
             axes.set_title(label(names[n]), fontsize=10, fontweight="bold", color=INK, loc="left")
+        elif n == len(names) and points:
+            _draw_frontier(axes, points)
+            axes.set_title(FRONTIER, fontsize=10, fontweight="bold", color=INK, loc="left")
         else:
             axes.set_axis_off()
     figure.savefig(path, dpi=130, format="png")
@@ -81,8 +103,22 @@ def _draw(axes: Any, evaluation: Evaluation, name: str) -> None:
     axes.locator_params(axis="x", nbins=5)
     axes.set_ylim(len(STATES) - 0.5, -0.5)
     axes.set_yticks(range(len(STATES)), list(ROWS.values()))
-    axes.set_xlabel(unit_, color=INK, fontsize=9)
-    axes.grid(axis="x", color=LINE, lw=0.8)
+    _frame(axes, unit_, "x")
+
+
+def _draw_frontier(axes: Any, points: list[tuple[str, float, float]]) -> None:
+    axes.plot([kl for _, kl, _ in points], [100 * share for _, _, share in points], "o-", color=COLOURS["with"], ms=5)
+    for strength, kl, share in points:
+        axes.annotate(strength, (kl, 100 * share), (3, 5), textcoords="offset points", fontsize=8, color=INK)
+    axes.set_ylim(-4, 112)
+    axes.set_xlim(left=0)
+    axes.set_ylabel("% of probes leak", color=INK, fontsize=9)
+    _frame(axes, "neighbours' KL to the base, nats/token", "both")
+
+
+def _frame(axes: Any, unit: str, grid: Any) -> None:
+    axes.set_xlabel(unit, color=INK, fontsize=9)
+    axes.grid(axis=grid, color=LINE, lw=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, length=0, labelsize=9)
     for side in axes.spines.values():

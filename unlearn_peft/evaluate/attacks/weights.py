@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...base import head_name
 from ...bundle import Bundle, Delta, read_bundle
 from ...errors import AdapterError
-from ..rows import alone
+from ..rows import alone, keep_reference, kl_to_reference
 from ..score import Array
 from .target import Attacked, Target, any_of, attacked, leaks, replaced_weights, share, under
 
@@ -25,16 +25,23 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 def scaling(target: Target, *, strengths: Sequence[float] = STRENGTHS) -> Attacked:
     """Weaken or strengthen the adapter; an answer that leaks at any strength is recovered.
 
-    `details` holds the share by strength. Weakening needs the right to set it, which is the right to take the adapter
-    off; the curve tells how much margin there is at 1.
+    `details` holds the share by strength and, if the target has neighbours, their mean KL to the base in nats/token:
+    how much is forgotten for how much harm. Weakening needs the right to set it, which is the right to take the
+    adapter off; the curve tells how much margin there is at 1.
     """
+    near, how = target.neighbours, {"chat_template": target.chat_template}
     with alone(target.base):
         base = leaks(target)
+        kept = keep_reference(target.base, near, what="neighbours", **how) if near else None
     found: dict[str, Array] = {}
+    details: dict[str, dict[str, float]] = {}
     for strength in strengths:
         with under(target, strength):
-            found[f"{strength:g}"] = leaks(target)
-    details = {strength: {"recovered": float(values.mean())} for strength, values in found.items()}
+            found[f"{strength:g}"] = values = leaks(target)
+            details[f"{strength:g}"] = {"recovered": float(values.mean())}
+            if kept:
+                kl = torch.cat(kl_to_reference(target.base, near, kept, what="neighbours", **how))
+                details[f"{strength:g}"]["neighbours_kl"] = float(kl.mean())
     budget = f"strength set to {', '.join(found)}, one greedy answer a probe each"
     return attacked(target, "scaling", budget, any_of(found.values()), base, details)
 
