@@ -113,6 +113,26 @@ def test_bfloat16(tiny_folder, fields):
         unlearn(load_base(str(tiny_folder), dtype="float16"), **fields)
 
 
+def test_of_the_steps_that_forget_nearly_as_much_as_the_best_the_last_is_kept(tiny, fields, monkeypatch):
+    from unlearn_peft import train as module
+
+    scores = iter([1.0, 7.9, 5.0, 7.6, 7.4, 7.0])  # at step 0 and then each step
+    monkeypatch.setattr(module._Run, "_forget_figures", lambda self: (1.0, 1.0, next(scores), 0.5))
+    monkeypatch.setattr(module._Run, "_mean_kl", lambda self, examples: 0.01)
+    objective = {"name": "undial", "retain_budget": 0.05}
+    result = unlearn(tiny, **{**fields, "steps": 5, "eval_every": 1, "objective": objective})
+    assert result.metrics["best_step"] == 3  # 7.6 is 95 % of 7.9 and more; what falls below is no longer near
+    assert result.progress.best_score == 7.9
+
+
+def test_beyond_eight_nats_no_token_is_better_forgotten(tiny, fields):
+    plain = {"name": "grad_diff", "retain_loss": "kl", "retain_budget": 1e9}
+    settings = {**fields, "steps": 30, "eval_every": 5, "learning_rate": 3e-2, "retain_weight": 0, "objective": plain}
+    result = unlearn(tiny, **settings)
+    losses = [e["forget_set_loss"] for e in result.progress.evaluations]
+    assert max(losses) > 8 and result.progress.best_score <= 8 and result.metrics["best_step"] == 30
+
+
 def test_the_best_step_within_budget_is_kept_not_the_last(tiny, fields):
     result = unlearn(
         tiny,

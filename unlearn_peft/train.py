@@ -32,6 +32,7 @@ from .schedule import Schedule, Sets, rate
 from .signals import stop_signals
 
 _NEARLY = 0.95  # of the best score
+_ENOUGH = 8.0  # nats; a token this unlikely (1 in 3000) is forgotten, and a still higher loss is no better
 
 
 @dataclass
@@ -106,7 +107,7 @@ class _Run:
     def __init__(self, base: Base, recipe: Recipe, sets: Sets, accelerator: Any, model: Any) -> None:
         self.recipe, self.sets, self.accelerator, self.peft = recipe, sets, accelerator, model
         self.objective = find_objective(recipe.objective.name)
-        self.ceiling = getattr(recipe.objective, "forget_ceiling", None) or math.inf
+        self.ceiling = getattr(recipe.objective, "forget_ceiling", None) or _ENOUGH
         self.only_specific = getattr(recipe.objective, "forget_tokens", "all") == "specific"
         training_mode(model, recipe.gradient_checkpointing)
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -245,7 +246,7 @@ class _Run:
     def _forget_figures(self) -> tuple[float, ...]:
         """Return the forget set's mean loss, that of its specific tokens, the score, and mean answer probability.
 
-        The score is the mean loss, capped at the ceiling, of the tokens that the objective pushes away.
+        The score is the mean loss, capped at the ceiling (or `_ENOUGH`), of the tokens that the objective pushes away.
         """
         sums = torch.zeros(4, dtype=torch.float64)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
