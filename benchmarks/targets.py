@@ -2,7 +2,7 @@
 
 The defaults were chosen while looking at these targets: they show breadth, they are no held-out test.
 
-    python benchmarks/targets.py [TARGET ...] [--json]
+    python benchmarks/targets.py [TARGET ...] [--set objective=ga_kl --set retain_weight=15] [--json]
 
 For each target in tests/data and the demo's own: greedy answers to the probes that leak before / with / after, of how
 many, samples at temperature 1 that leak, neighbours' mean KL to the base (nats/token), training seconds.
@@ -31,12 +31,13 @@ def main():
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}; all by default")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--samples", type=int, default=32, help="answers sampled for each probe")
+    parser.add_argument("--set", action="append", default=[], help="override a field of the recipe; repeatable")
     given = parser.parse_args()
     base, rows = load_base("demo"), {}
     print("| target | probes that leak: before / with / after | samples that leak | neighbours' KL | training |")
     print("|---|---|---|---|---|")
     for target in given.targets or TARGETS:
-        rows[target] = measure(base, target, given.samples)
+        rows[target] = measure(base, target, given.samples, given.set)
         r = rows[target]
         leaks = " / ".join(f"{r['leaks'][state]} of {r['n_probes']}" for state in ("before", "with", "after"))
         print(
@@ -48,8 +49,8 @@ def main():
         print(json.dumps(rows))
 
 
-def measure(base, target, samples):
-    files = [f"{name}={TARGETS[target] / f'{target}_{name}.jsonl'}" for name in SETS]
+def measure(base, target, samples, overrides):
+    files = [f"{name}={TARGETS[target] / f'{target}_{name}.jsonl'}" for name in SETS] + overrides
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(ROOT / "recipes" / "harry_potter.yaml", files, output=f"{folder}/adapter")
         adapter = unlearn(base, recipe=recipe, quiet=True)
