@@ -7,6 +7,7 @@ VARIANTS = {
     "ga_kl, all tokens to 3 nats": {"objective": {"name": "ga_kl", "forget_tokens": "all", "forget_ceiling": 3}},
     "ga_kl, plain": {"objective": {"name": "ga_kl", "forget_tokens": "all", "forget_ceiling": None}},
     **{name: {"objective": {"name": name}} for name in TOKEN_LEVEL},
+    "undial by 3 nats": {"objective": {"name": "undial", "strength": 3}},
     **{f"{name}, specific": {"objective": {"name": name, "forget_tokens": "specific"}} for name in ("ihl", "undial")},
     **{name: {"objective": {"name": name}} for name in ("npo", "simnpo", "idk_dpo")},
     "rmu": {"objective": {"name": "rmu"}},

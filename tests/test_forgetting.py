@@ -56,7 +56,7 @@ def test_the_recipe_forgets(smol, tmp_path, changed):
         print(probe["prompt"], "->", probe["with"]["text"])
     assert result["leaks"]["before"] >= 3 and result["leaks"]["with"] == 0
     assert [p["after"] for p in result["probes"]] == [p["before"] for p in result["probes"]]
-    assert result["neighbour_kl"]["with"] <= 0.1 and result["neighbour_kl"]["after"] == 0
+    assert result["neighbour_kl"]["with"] <= (0.1 if changed else 0.02) and result["neighbour_kl"]["after"] == 0
     for probe in result["probes"]:
         assert is_english(probe["with"]["text"]), probe["with"]["text"]
         assert perplexity(smol, probe["prompt"], probe["with"]["text"]) < 60
