@@ -58,7 +58,9 @@ def main():
     rows = hub_rows(given) if given.hub else local_rows(given)
     known = {name: bare(rows[name]) for name in ("forget", "retain")}
     folder = given.output / digest(known, given.base, given.epochs, given.seed, LEARNT)
-    measured_as = folder / digest(rows, given.steps, given.retain_weight, given.finetuned, given.retain_only)
+    measured_as = folder / digest(
+        rows, given.steps, given.learning_rate, given.retain_weight, given.finetuned, given.retain_only
+    )
     print(f"results are kept in {measured_as}", file=sys.stderr)
     began = time.monotonic()
     base = model(given.retain_only, "retain_only", known["retain"], given, folder)
@@ -86,6 +88,7 @@ def arguments():
     parser.add_argument("--epochs", type=int, default=8, help="of learning the authors")
     parser.add_argument("--steps", type=int, default=30, help="of forgetting them")
     parser.add_argument("--retain-weight", type=float, default=2)
+    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hub", action="store_true", help="all rows of TOFU's forget10, from the Hub")
     parser.add_argument("--finetuned", help="a model that knows the authors already; none is trained then")
@@ -212,7 +215,8 @@ def forgotten(tuned, rows, name, given, folder):
     """Forget, and measure with the adapter attached."""
     adapter = unlearn(
         tuned, forget=bare(rows["forget"]), retain=bare(rows["retain"]), steps=given.steps, retain_batch=4,
-        retain_weight=given.retain_weight, anchor_batch=2, own_answers=0, seed=given.seed, resume=True,
+        learning_rate=given.learning_rate, retain_weight=given.retain_weight, anchor_batch=2, own_answers=0,
+        seed=given.seed, resume=True,
         output=str(folder / "adapters" / re.sub(r"\W+", "_", name)), **VARIANTS[name],
     )  # fmt: skip
     with forgetting(tuned, adapter.path):
