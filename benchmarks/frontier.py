@@ -44,6 +44,7 @@ def main():
                         help=f"of {'; '.join(VARIANTS)}; all by default")  # fmt: skip
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS))
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "frontier")
+    parser.add_argument("--kept", action="store_true", help="run nothing: table and picture of what is kept already")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "frontier.png")
     given = parser.parse_args()
     base, lines = load_base("demo"), {}
@@ -59,6 +60,9 @@ def main():
     for variant in given.variants:
         for kind in given.adapters:
             place = folder / f"{kind}_{re.sub(r'[^a-z]+', '_', variant)}.json"
+            if given.kept and not place.is_file():
+                lines[variant, kind] = []
+                continue
             lines[variant, kind] = kept(place, lambda v=variant, k=kind: points(base, rows, reference, v, k, folder))
             for point in lines[variant, kind]:
                 print(f"{variant} on {kind}, strength {point['strength']}: {told(point)}", flush=True)

@@ -2,8 +2,8 @@
 
     python benchmarks/readme.py [demo] [eval] [seed] [tofu] [frontier]
 
-By default demo, eval and seed: about half an hour on 2 cores. tofu and frontier take an hour or more each, and go on
-where they were. (`eval` measures the adapter that `demo` made.)
+By default demo, eval and seed: about half an hour on 2 cores. (`eval` measures the adapter that `demo` made.) tofu and
+frontier show what benchmarks/tofu_smollm2.py and benchmarks/frontier.py have kept so far: run these before.
 """
 
 import re
@@ -24,8 +24,8 @@ BLOCKS = {
         [*CLI, "eval", "out/readme", "--recipe", "recipes/harry_potter.yaml", "--attacks", "all", "--card"],
     ],
     "seed": [[*CLI, "train", "recipes/seed_lm_head.yaml", "--output", "out/readme_seed"]],
-    "tofu": [["benchmarks/tofu_smollm2.py"]],
-    "frontier": [["benchmarks/frontier.py"]],
+    "tofu": [["benchmarks/tofu_smollm2.py", "--kept"]],
+    "frontier": [["benchmarks/frontier.py", "--kept"]],
 }
 
 

@@ -69,6 +69,8 @@ def main():
     base = model(given.finetuned, "finetuned", known["forget"] + known["retain"], given, folder)
     found["fine-tuned"] = line(measured_as, "fine-tuned", lambda: measured(base, rows))
     for name in given.objectives:
+        if given.kept and not kept(measured_as, name).is_file():
+            continue
         found[name] = line(measured_as, name, lambda name=name: forgotten(base, rows, name, given, measured_as))
     table(found, twin)
     print(f"{time.monotonic() - began:.0f} s, with what was there already", file=sys.stderr)
@@ -93,6 +95,7 @@ def arguments():
     parser.add_argument("--hub", action="store_true", help="all rows of TOFU's forget10, from the Hub")
     parser.add_argument("--finetuned", help="a model that knows the authors already; none is trained then")
     parser.add_argument("--retain-only", help="a model that knows the retain set alone")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: the table of what is kept already")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser.parse_args()
 
@@ -231,9 +234,13 @@ def measured(base: Base, rows):
     return {"scores": [asdict(score) for score in found.scores], "truth_ratios": found.truth_ratios.tolist()}
 
 
+def kept(folder, name):
+    return folder / f"{re.sub(r'[^a-z]+', '_', name)}.json"
+
+
 def line(folder, name, make):
     """Return what was measured, or measure and keep it."""
-    place = folder / f"{re.sub(r'[^a-z]+', '_', name)}.json"
+    place = kept(folder, name)
     if not place.is_file():
         print(f"{name} ...", file=sys.stderr, flush=True)
         found = make()
