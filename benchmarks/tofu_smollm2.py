@@ -62,6 +62,8 @@ def main():
         rows, given.steps, given.learning_rate, given.retain_weight, given.finetuned, given.retain_only
     )
     print(f"results are kept in {measured_as}", file=sys.stderr)
+    if given.kept and not kept(measured_as, "fine-tuned").is_file():
+        sys.exit("nothing is kept there yet: run the same command without --kept")
     began = time.monotonic()
     base = model(given.retain_only, "retain_only", known["retain"], given, folder)
     found = {"retain-only": line(measured_as, "retain-only", lambda: measured(base, rows))}
