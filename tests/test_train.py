@@ -259,7 +259,7 @@ def test_resume_after_kill_9_gives_the_same_result(tmp_path, tiny_folder):
 def test_two_processes_give_the_same_adapter_as_one(tmp_path, tiny_folder, more):
     recipe = _recipe(tmp_path, tiny_folder, steps=6, **more)
     one = _cli("train", recipe, "--output", tmp_path / "one")
-    assert one.wait(120) == 0, one.stderr.read()
+    assert one.wait(300) == 0, one.stderr.read()
     # not `accelerate launch --cpu --num_processes 2`: that starts one process, and says nothing
     (tmp_path / "half.py").write_text(
         "from accelerate import PartialState\nfrom unlearn_peft.cli import main\n"
@@ -267,9 +267,10 @@ def test_two_processes_give_the_same_adapter_as_one(tmp_path, tiny_folder, more)
     )
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "half.py")
     two = _cli("train", recipe, "--output", tmp_path / "two", launch=launch)
-    out, errors = two.communicate(timeout=200)
+    out, errors = two.communicate(timeout=500)
     assert two.returncode == 0, errors
-    assert_same(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=1e-4)
+    # sums of two halves round otherwise, and AdamW's first steps magnify that where a gradient is nearly nothing
+    assert_same(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=5e-4)
     steps = [json.loads((tmp_path / n / "forget.json").read_text())["history"]["steps"] for n in ("one", "two")]
     assert [s["forget_loss"] for s in steps[0]] == pytest.approx([s["forget_loss"] for s in steps[1]], rel=1e-3)
 
