@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +29,10 @@ def panels(evaluation: Evaluation) -> list[tuple[str, str]] | None:
     pyplot = _pyplot()
     if pyplot is None:
         return None
-    found = []
-    style = {"svg.fonttype": "none", "svg.hashsalt": "unlearn_peft", "font.family": "sans-serif", "font.size": 9}
-    for name in main_figures(evaluation):
-        with pyplot.rc_context(style):
-            figure, axes = pyplot.subplots(figsize=(3.5, 1.45), layout="constrained")
-            _draw(axes, evaluation, name)
-            stream = io.StringIO()
-            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-            pyplot.close(figure)
-        found.append((label(name), _inline(stream.getvalue())))
-    if points := frontier(evaluation):
-        with pyplot.rc_context(style):
-            figure, axes = pyplot.subplots(figsize=(3.5, 2.2), layout="constrained")
-            _draw_frontier(axes, points)
-            stream = io.StringIO()
-            figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-            pyplot.close(figure)
-        found.append((FRONTIER, _inline(stream.getvalue())))
+    names, points = main_figures(evaluation), frontier(evaluation)
+    found = [(label(name), _svg(pyplot, 1.45, partial(_draw, evaluation=evaluation, name=name))) for name in names]
+    if points:
+        found.append((FRONTIER, _svg(pyplot, 2.2, partial(_draw_frontier, points=points))))
     return found
 
 
@@ -123,6 +111,17 @@ def _frame(axes: Any, unit: str, grid: Any) -> None:
     axes.tick_params(colors=INK, length=0, labelsize=9)
     for side in axes.spines.values():
         side.set_visible(False)
+
+
+def _svg(pyplot: Any, height: float, draw_into: Callable[[Any], None]) -> str:
+    style = {"svg.fonttype": "none", "svg.hashsalt": "unlearn_peft", "font.family": "sans-serif", "font.size": 9}
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(figsize=(3.5, height), layout="constrained")
+        draw_into(axes)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+    return _inline(stream.getvalue())
 
 
 def _inline(svg: str) -> str:
