@@ -15,12 +15,11 @@ line is kept in --output: run the same command again and it goes on. About 2 min
 import argparse
 import hashlib
 import json
-import re
 import sys
 from pathlib import Path
 
 import numpy as np
-from variants import VARIANTS
+from variants import VARIANTS, file_name
 
 from unlearn_peft import forgetting, load_base, load_recipe, unlearn
 from unlearn_peft.data import read_rows
@@ -59,7 +58,7 @@ def main():
     print(f"base: {told(bare)}", flush=True)
     for variant in given.variants:
         for kind in given.adapters:
-            place = folder / f"{kind}_{re.sub(r'[^a-z]+', '_', variant)}.json"
+            place = folder / f"{kind}_{file_name(variant)}.json"
             if given.kept and not place.is_file():
                 lines[variant, kind] = []
                 continue
@@ -84,7 +83,7 @@ def points(base, rows, reference, variant, kind, folder):
     print(f"{variant} on {kind} ...", file=sys.stderr, flush=True)
     fields = dict(VARIANTS[variant])
     fields["objective"] = {**fields["objective"], "retain_budget": None}
-    where = folder / "adapters" / f"{kind}_{re.sub(r'[^a-z]+', '_', variant)}"
+    where = folder / "adapters" / f"{kind}_{file_name(variant)}"
     try:
         adapter = unlearn(
             base, forget=rows["forget"], retain=rows["retain"], adapter=ADAPTERS[kind], eval_every=1000,

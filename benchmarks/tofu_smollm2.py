@@ -33,7 +33,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from variants import VARIANTS
+from variants import VARIANTS, file_name
 
 from unlearn_peft import Base, forgetting, load_base, merge, unlearn
 from unlearn_peft.data import read_rows
@@ -222,7 +222,7 @@ def forgotten(tuned, rows, name, given, folder):
         tuned, forget=bare(rows["forget"]), retain=bare(rows["retain"]), steps=given.steps, retain_batch=4,
         learning_rate=given.learning_rate, retain_weight=given.retain_weight, anchor_batch=2, own_answers=0,
         seed=given.seed, resume=True,
-        output=str(folder / "adapters" / re.sub(r"\W+", "_", name)), **VARIANTS[name],
+        output=str(folder / "adapters" / file_name(name)), **VARIANTS[name],
     )  # fmt: skip
     with forgetting(tuned, adapter.path):
         found = measured(tuned, rows)
@@ -237,7 +237,7 @@ def measured(base: Base, rows):
 
 
 def kept(folder, name):
-    return folder / f"{re.sub(r'[^a-z]+', '_', name)}.json"
+    return folder / f"{file_name(name)}.json"
 
 
 def line(folder, name, make):

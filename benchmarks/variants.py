@@ -1,5 +1,7 @@
 """The objectives that the benchmarks compare: name -> fields of a recipe. All else is the recipe's default."""
 
+import re
+
 TOKEN_LEVEL = ("grad_diff", "wga", "ihl", "undial")  # they can push all tokens, or the fact's alone
 VARIANTS = {
     "ga_kl": {"objective": {"name": "ga_kl"}},
@@ -12,3 +14,8 @@ VARIANTS = {
     **{name: {"objective": {"name": name}} for name in ("npo", "simnpo", "idk_dpo")},
     "rmu": {"objective": {"name": "rmu"}},
 }
+
+
+def file_name(variant):
+    """Return a variant's name as a part of a file's name; digits are left out."""
+    return re.sub(r"[^a-z]+", "_", variant)
