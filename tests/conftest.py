@@ -12,7 +12,7 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["UNLEARN_PEFT_DIGEST_KEY"] = "tests"
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 WORDS = "who wrote the blue book about green stars ? it was by Zorblax Quintel in a small town near sea . of and red"
 TEMPLATE = (

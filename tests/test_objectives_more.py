@@ -315,9 +315,9 @@ def test_the_engine_hands_out_each_rows_refusal(tiny, fields):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    f, r = Engine(model, model, 2).tokens(paired, retain)
-    alone, kept = Engine(model, model, 2).tokens(refused, retain)
-    own, _ = Engine(model, model, 2).tokens([forget[3], *forget[:3]], retain)
+    f, r = Engine(model, 2).tokens(paired, retain)
+    alone, kept = Engine(model, 2).tokens(refused, retain)
+    own, _ = Engine(model, 2).tokens([forget[3], *forget[:3]], retain)
     for found, expected in ((f.refusal, alone), (r, kept), (f, own)):
         torch.testing.assert_close(found.cross_entropy, expected.cross_entropy, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from unlearn_peft import attach, detach, load_base, unlearn
 from unlearn_peft.adapters import adapter_config
 from unlearn_peft.data import tokenize
-from unlearn_peft.engine import Engine, training_mode
+from unlearn_peft.engine import Engine
 from unlearn_peft.errors import Interrupted, RecipeError
+from unlearn_peft.forward import training_mode
 from unlearn_peft.layers import decoder_layers, watched_layer
 from unlearn_peft.objective_settings import RmuSettings
 from unlearn_peft.objectives import Tokens, hidden_distance, kl_divergence, rmu
@@ -154,7 +155,7 @@ def test_hidden_states_are_those_that_predict_the_targets(deep, layer, settings,
     bare, retain = tokenize(FORGET, deep.tokenizer, closing=False), tokenize(RETAIN, deep.tokenizer)
     refused = tokenize(refusing(FORGET, 0), deep.tokenizer)
     forget = [replace(example, refusal=refusal) for example, refusal in zip(bare, refused, strict=True)]
-    engine = Engine(model, model, 2, hidden_layer=layer)
+    engine = Engine(model, 2, hidden_layer=layer)
     assert (engine.trunk is None) == (settings == {"layers": "all"})
     engine._rows._packs = None if packs else False
     for _ in range(2):  # the second time from what was kept
@@ -172,9 +173,9 @@ def test_hidden_states_are_those_that_predict_the_targets(deep, layer, settings,
 def test_they_are_there_only_if_asked_for_and_no_hook_stays(deep):
     model = peft_model(deep)
     forget, retain = tokenize(FORGET, deep.tokenizer), tokenize(RETAIN, deep.tokenizer)
-    f, r = Engine(model, model, 2).tokens(forget, retain)
+    f, r = Engine(model, 2).tokens(forget, retain)
     assert f.hidden is f.reference_hidden is r.hidden is r.reference_hidden is None
-    asked = Engine(model, model, 2, hidden_layer=3).tokens(forget, retain)[0]
+    asked = Engine(model, 2, hidden_layer=3).tokens(forget, retain)[0]
     torch.testing.assert_close(asked.logits, f.logits, rtol=0, atol=0)
     assert not any(layer._forward_hooks for layer in decoder_layers(model))
     model.unload()
@@ -185,9 +186,8 @@ def test_the_reference_is_kept_also_where_the_head_is_not_last(deep):
     plain = deep.model.forward
     deep.model.forward = lambda *a, **k: type(o := plain(*a, **k))(logits=o.logits * 0.5)
     try:
-        engine, retain = Engine(model, model, 2, hidden_layer=2), tokenize(RETAIN, deep.tokenizer)
+        engine, retain = Engine(model, 2, hidden_layer=2), tokenize(RETAIN, deep.tokenizer)
         first, half = (engine.tokens([], rows)[1] for rows in (retain[:4], retain))
-        assert engine._head_is_last is False
         assert torch.equal(first.reference_hidden, half.reference_hidden[: len(first.labels)])
         assert kl_divergence(half).min() > 1e-4
     finally:
@@ -203,7 +203,7 @@ def test_the_gradient_reaches_the_adapter_up_to_the_layer_and_no_further(deep, c
     """The same, packed over the trunk or padded without it, with checkpointing or without."""
     model = peft_model(deep, layers_to_transform=[1, 2, 3])
     forget, retain = tokenize(FORGET, deep.tokenizer, closing=False), tokenize(RETAIN, deep.tokenizer)
-    plain, engine = Engine(model, model, 2, hidden_layer=2), Engine(model, model, 2, hidden_layer=2)
+    plain, engine = Engine(model, 2, hidden_layer=2), Engine(model, 2, hidden_layer=2)
     plain.trunk, plain._rows._packs = None, False
     gradients = []
     for each, saves_memory in ((plain, False), (engine, checkpointing)):
@@ -306,21 +306,21 @@ def test_parts_and_checkpointing_give_the_same_adapter_and_bfloat16_runs(deep, d
 
 
 def test_a_resumed_run_gives_the_same_bits(deep, rmu_fields, tmp_path, monkeypatch):
-    from unlearn_peft import train as train_
+    from unlearn_peft.train import Training
 
     fields = {**rmu_fields, "forget_batch": 2, "gradient_accumulation_steps": 2}
     fields["objective"] = {**fields["objective"], "forget_tokens": "specific"}
     whole = unlearn(deep, **fields)
     again = {**fields, "output": str(tmp_path / "again")}
-    original = train_._Run.one_step
+    original = Training.one_step
 
-    def interrupt_at_three(self, stop, checkpoints):
-        if self.step == 3:
+    def interrupt_at_three(self):
+        if self.learners[0].step == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return original(self, stop or self.step == 3, checkpoints)
+        return original(self)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="--resume"):
-        patch.setattr(train_._Run, "one_step", interrupt_at_three)
+        patch.setattr(Training, "one_step", interrupt_at_three)
         unlearn(deep, **again)
     resumed = unlearn(deep, **again, resume=True)
     a, b = (load_file(result.path / "adapter_model.safetensors") for result in (whole, resumed))

@@ -66,20 +66,20 @@ def test_no_second_copy_of_the_base(tiny, fields, monkeypatch):
     """While training, each base tensor is in memory once: no other tensor has the embeddings' shape."""
     import gc
 
-    from unlearn_peft import train as train_
+    from unlearn_peft.learner import Learner
 
     shape = tiny.model.get_input_embeddings().weight.shape
     seen = []
 
-    def count(self):
+    def count(self, engine):
         gc.collect()
         seen.append(len({t.data_ptr() for t in gc.get_objects() if torch.is_tensor(t) and t.shape == shape}))
-        return original(self)
+        return original(self, engine)
 
-    original = train_._Run.evaluate
+    original = Learner.evaluate
     gc.collect()
     start = len({t.data_ptr() for t in gc.get_objects() if torch.is_tensor(t) and t.shape == shape})
-    monkeypatch.setattr(train_._Run, "evaluate", count)
+    monkeypatch.setattr(Learner, "evaluate", count)
     unlearn(tiny, **fields)
     assert seen and max(seen) == start
 
@@ -114,11 +114,11 @@ def test_bfloat16(tiny_folder, fields):
 
 
 def test_of_the_steps_that_forget_nearly_as_much_as_the_best_the_last_is_kept(tiny, fields, monkeypatch):
-    from unlearn_peft import train as module
+    from unlearn_peft.learner import Learner
 
     scores = iter([1.0, 7.9, 5.0, 7.6, 7.4, 7.0])  # at step 0 and then each step
-    monkeypatch.setattr(module._Run, "_forget_figures", lambda self: (1.0, 1.0, next(scores), 0.5))
-    monkeypatch.setattr(module._Run, "_mean_kl", lambda self, examples: 0.01)
+    monkeypatch.setattr(Learner, "_forget_figures", lambda self, engine: (1.0, 1.0, next(scores), 0.5))
+    monkeypatch.setattr(Learner, "_mean_kl", lambda self, engine, examples: 0.01)
     objective = {"name": "undial", "retain_budget": 0.05}
     result = unlearn(tiny, **{**fields, "steps": 5, "eval_every": 1, "objective": objective})
     assert result.metrics["best_step"] == 3  # 7.6 is 95 % of 7.9 and more; what falls below is no longer near
@@ -150,7 +150,7 @@ def test_the_best_step_within_budget_is_kept_not_the_last(tiny, fields):
     attach(tiny, result.path)  # what was saved is that step, not the last
     from unlearn_peft.batch import collate
     from unlearn_peft.data import tokenize
-    from unlearn_peft.engine import picked_logits
+    from unlearn_peft.forward import picked_logits
 
     batch = collate(tokenize(FORGET, tiny.tokenizer, closing=False), 2)
     with torch.no_grad():
@@ -193,20 +193,20 @@ def test_not_a_number_stops_with_step_and_cause(tiny, fields):
 
 
 def test_ctrl_c_saves_and_resume_gives_the_same_result(tiny, fields, tmp_path, monkeypatch):
-    from unlearn_peft import train as train_
+    from unlearn_peft.train import Training
 
     whole = unlearn(tiny, **fields)
     again = {**fields, "output": str(tmp_path / "again")}
-    original = train_._Run.one_step
+    original = Training.one_step
 
-    def interrupt_at_three(self, stop, checkpoints):
-        if self.step == 2:
+    def interrupt_at_three(self):
+        if self.learners[0].step == 2:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.05)
-        return original(self, stop or self.step == 3, checkpoints)
+        return original(self)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="--resume"):
-        patch.setattr(train_._Run, "one_step", interrupt_at_three)
+        patch.setattr(Training, "one_step", interrupt_at_three)
         unlearn(tiny, **again)
     assert not Path(again["output"]).exists()
     with pytest.raises(TrainingError, match="another recipe"):

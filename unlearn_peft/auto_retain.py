@@ -38,9 +38,9 @@ from filelock import FileLock
 from .base import Base, cache_folder
 from .batch import collate
 from .data import Row, anchors, names_in, question_of, tokenize
-from .engine import picked_logits
 from .errors import OutputError
 from .files import whole_file
+from .forward import picked_logits
 from .generate import answers, sampled
 
 _PROMPTS = Path(__file__).parent / "broad_prompts.txt"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from os.path import commonprefix
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data import Example
 
@@ -86,3 +86,25 @@ def pack(examples: Sequence[Example], longest: int | None = None) -> Batch | Non
     line = torch.arange(total)
     visible = (line[:, None] >= line[None, :]) & ((rows[:, None] == rows[None, :]) | (rows[None, :] == -1))
     return Batch(ids[None], visible[None, None], targets[None], rows[None], positions[None], shared)
+
+
+def side_by_side(batches: Sequence[Batch]) -> Batch:
+    """Put packed batches, (1, N) each, below each other as the lines of one, (K, the longest N).
+
+    Args:
+        batches: on one device already, as `Batch.to` gives them; a single one, packed or not, is returned as it is.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    width = max(batch.ids.shape[1] for batch in batches)
+
+    def lines(name: str) -> Tensor:
+        return torch.cat([nn.functional.pad(getattr(b, name), (0, width - b.ids.shape[1])) for b in batches])
+
+    masks = []
+    for batch in batches:
+        more = width - batch.ids.shape[1]
+        masks.append(
+            nn.functional.pad(batch.attention, (0, more, 0, more), value=torch.finfo(batch.attention.dtype).min)
+        )
+    return Batch(lines("ids"), torch.cat(masks), lines("targets"), lines("rows"), lines("positions"))

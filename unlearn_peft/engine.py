@@ -1,233 +1,352 @@
-"""What a step computes: which rows, which positions, and what is computed only once.
+"""What a step computes: which rows, which positions, what is computed only once, and how little is held at a time.
 
-Tokenised rows come in; packed target tokens with their logits (`Tokens`) go out to an objective. Only target
-positions reach the output head, and the reference of each row is computed once and kept as the hidden states in
-front of the head (d numbers a token instead of V), with those of a decoder layer where the objective asks for them.
+Tokenised rows come in; target tokens with their logits (`Tokens`) go out to an objective, in pieces of whole rows, so
+that logits (n, V) are never held for a whole batch. What the frozen base gives for a row is computed once and kept in
+a `Cache`: what goes into the first adapted layer (see trunk.py), the final hidden states at the targets (the
+reference: d numbers a token instead of V), and for an adapter on the head alone, which changes neither, what the bare
+head makes of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, collate, pack
+from .batch import Batch, side_by_side
+from .cache import Cache
 from .data import Example
-from .layers import outputs_of, watched_layer
+from .forward import Halves, Rows, alike, picked_logits, predicting
+from .layers import changed_layers, decoder_layers, outputs_of, rows_use, watched_layer
 from .objectives import Tokens
-from .trunk import Trunk, alike
+from .pieces import Work, cut, labels_of, specific_of, target_count
+from .trunk import Trunk, laid_out, rows_apart
+
+_PIECE_BYTES = {"cpu": 32_000_000}  # of logits at a time
+_PIECE_BYTES_ELSEWHERE = 512_000_000
+_RUN_TOKENS = 4096  # of one forward pass: of rows that are new, or of several adapters' rows
+_IN_MEMORY = 1_000_000_000  # bytes, where no cache is given
 
 
-class _Reference(NamedTuple):
-    example: Example  # kept, because the ids of dead rows come again
-    final: Tensor  # (n, d), hidden states in front of the head
-    hidden: Tensor | None  # (n, d), those of the watched layer
+class Piece(NamedTuple):
+    """A few whole rows of one work; `work` is its number."""
+
+    work: int
+    forget: Tokens
+    retain: Tokens
+
+
+class _States(NamedTuple):
+    """What the adapted part gives for a work's rows, at their targets."""
+
+    final: Tensor  # (N, d), in front of the head; where the model only runs as a whole: its logits, (N, V)
+    hidden: Tensor | None  # (N, d), of the watched layer
 
 
 class Engine:
-    """Runs a PEFT model over rows and hands out target tokens, with the reference beside them where asked.
+    """Runs a PEFT model over rows and hands out target tokens, with the reference beside them.
 
     Args:
-        model: the PEFT model, perhaps wrapped for distributed training.
-        unwrapped: the PEFT model itself; with its adapter switched off it is the reference.
+        model: the PEFT model; with its adapters switched off it is the reference.
         pad_id: any token id; padding is never looked at.
-        hidden_layer: the decoder layer whose output tokens bring along; None: see `watched_layer`; False: they do not.
+        hidden_layer: the decoder layer whose output tokens bring along; None: see `watched_layer`; False: they do
+            not. A mapping: one for each adapter by name.
+        cache: where what is computed once is kept; None: in memory.
+        whole: the model wrapped so that it can only be run as a whole (FSDP, DeepSpeed); nothing is kept then.
 
     Raises:
         RecipeError: if that layer does not exist, or the adapter does not reach it.
     """
 
-    def __init__(self, model: nn.Module, unwrapped: Any, pad_id: int, hidden_layer: int | bool | None = False) -> None:
-        self.model, self.unwrapped, self.pad_id = model, unwrapped, pad_id
-        self.device = next(unwrapped.parameters()).device
-        self.head = unwrapped.get_base_model().get_output_embeddings()
-        self._reference: dict[int, _Reference] = {}  # by id
-        self._head_is_last: bool | None = None  # found out by comparing once
-        self._rows = Rows(unwrapped, self.head, pad_id)
-        self.trunk = Trunk.of(unwrapped, pad_id)
-        self._watched = None if hidden_layer is False else watched_layer(unwrapped, hidden_layer)
+    def __init__(
+        self,
+        model: Any,
+        pad_id: int,
+        hidden_layer: int | bool | None | Mapping[str, int | bool | None] = False,
+        *,
+        cache: Cache | None = None,
+        whole: nn.Module | None = None,
+    ) -> None:
+        self.model, self.whole = model, whole
+        self.cache = cache or Cache("", _IN_MEMORY)
+        self.device = next(model.parameters()).device
+        self.halves = Halves(model.get_base_model())
+        self._rows = Rows(model, self.halves.head, pad_id)
+        self.vocabulary = model.get_base_model().config.get_text_config().vocab_size
+        names, layers = list(model.peft_config), decoder_layers(model)
+        self._several = len(names) > 1
+        asked = hidden_layer if isinstance(hidden_layer, Mapping) else dict.fromkeys(names, hidden_layer)
+        self._watched = {n: watched_layer(model, number, n) for n, number in asked.items() if number is not False}
+        changed = {name: changed_layers(model, layers, name) for name in names}
+        below = min((min(numbers) for numbers in changed.values() if numbers), default=0)
+        self._head_only = {name for name, numbers in changed.items() if layers and not numbers}
+        # whether the model can be run in two halves; None: found out by comparing once
+        self._splits: bool | None = None if whole is None and self.halves.backbone is not self.halves.model else False
+        self.trunk = Trunk(layers[:below]) if below and self._splits is None else None
+        self._trunk_checked = False
+        self._below = f"below{below}"  # named by layer: another adapter's is no use
+        self._needs = {"final", *(self._hidden_name(w) for w in self._watched.values())}
+        self._needs |= {self._below} if self.trunk else set()
+        self.piece_tokens = max(_PIECE_BYTES.get(self.device.type, _PIECE_BYTES_ELSEWHERE) // (4 * self.vocabulary), 1)
 
-    def tokens(self, forget: Sequence[Example], retain: Sequence[Example]) -> tuple[Tokens, Tokens]:
-        """Return the target tokens of both sides from one forward pass, and the reference of both.
+    def prepare(self, examples: Sequence[Example], *, quiet: bool = True) -> None:
+        """Compute what is kept of the rows that are not there yet, with a progress bar.
 
-        Forget rows that come with a refusal bring it along, so that however a batch is split, pairs stay together.
+        Rows are grouped by what they are, not by what is there: a row's last bits depend on its neighbours in a pass.
         """
-        paired = [n for n, example in enumerate(forget) if example.refusal is not None]
-        refusals = [example.refusal for example in forget if example.refusal is not None]
-        examples = [*forget, *refusals, *retain]
-        batch = self._rows.batch(examples)
-        with outputs_of(self._watched) as seen:
-            logits = self._logits(self.model, examples, batch)
-        hidden = seen[-1][_predicting(batch)] if seen else None  # of the last run: the first batch is run several times
-        labels, rows = _labels(batch)
-        reference, reference_hidden = self._reference_of(examples)
-        specific = torch.tensor(
-            [s for e in forget for s, t in zip(e.specific or e.is_target, e.is_target, strict=True) if t],
-            dtype=torch.bool,
-        )
+        from tqdm import tqdm
 
-        def side(chosen: Tensor, rows: Tensor, **more: Any) -> Tokens:
-            states = {"hidden": hidden, "reference_hidden": reference_hidden}
-            more |= {name: state[chosen] for name, state in states.items() if state is not None}
-            return Tokens(logits[chosen], labels[chosen], rows, reference[chosen], **more)
+        rows = sorted({id(e): e for e in examples}.values(), key=lambda e: len(e.ids))
+        with tqdm(total=len(rows), unit="row", desc="once through the base", disable=quiet) as bar:
+            while rows and self._splits is not False:
+                some = rows[-max(1, _RUN_TOKENS // len(rows[-1].ids)) :]
+                del rows[-len(some) :]
+                if any(self._of(e) is None for e in some):
+                    self._keep(some)
+                bar.update(len(some))
+        self.cache.flush()
 
-        f, r = rows < len(forget), rows >= len(forget) + len(refusals)
-        refused = None
-        if refusals:
-            x = ~(f | r)
-            refused = side(x, torch.tensor(paired, device=self.device)[rows[x] - len(forget)])
-        return (
-            side(f, rows[f], specific=specific.to(self.device), refusal=refused),
-            side(r, rows[r] - len(forget) - len(refusals)),
-        )
+    @contextmanager
+    def step(self, works: Sequence[Work]) -> Iterator[Iterator[Piece]]:
+        """Yield the target tokens of all works in pieces; send a loss of each backward before taking the next.
+
+        When the block ends, the gradients that the pieces left at the hidden states flow on into the layers.
+        """
+        found = self._states(works)
+        if self._splits is False:
+            yield self._pieces(works, found, None)
+            return
+        roots = [root for states in found for root in states if root is not None and root.requires_grad]
+        leaves = {id(root): root.detach().requires_grad_() for root in roots}
+        ends = [_States(*(leaves.get(id(root), root) for root in states)) for states in found]  # type: ignore[arg-type]
+        yield self._pieces(works, ends, self.piece_tokens)
+        reached = [root for root in roots if leaves[id(root)].grad is not None]
+        if reached:
+            torch.autograd.backward(reached, [leaves[id(root)].grad for root in reached])
+
+    def tokens(
+        self, forget: Sequence[Example], retain: Sequence[Example], adapter: str = "default"
+    ) -> tuple[Tokens, Tokens]:
+        """Return the target tokens of both sides in one piece, with their graph, and the reference of both."""
+        works = [Work(adapter, forget, retain)]
+        (piece,) = self._pieces(works, self._states(works), None)
+        return piece.forget, piece.retain
+
+    def _states(self, works: Sequence[Work]) -> list[_States]:
+        found: dict[int, _States] = {}
+        waiting: list[int] = []
+        for n, work in enumerate(works):
+            examples = work.examples()
+            kept = self._kept(examples)  # finds out, too, whether the model splits
+            if kept is not None and work.adapter in self._head_only:
+                found[n] = _States(_joined([k["final"] for k in kept], self.device), None)
+                continue
+            if waiting and sum(len(e.ids) for m in (*waiting, n) for e in works[m].examples()) > _RUN_TOKENS:
+                found |= self._run(works, waiting)
+                waiting = []
+            waiting.append(n)
+        if waiting:
+            found |= self._run(works, waiting)
+        return [found[n] for n in range(len(works))]
+
+    def _run(self, works: Sequence[Work], chosen: Sequence[int]) -> dict[int, _States]:
+        """Run some works' rows through the adapted part in one forward pass."""
+        rows = [works[n].examples() for n in chosen]
+        batches = [self._rows.batch(examples) for examples in rows]
+        packed = all(batch.positions is not None for batch in batches)
+        if packed or len(rows) == 1:
+            batch = side_by_side(batches)
+        else:
+            batches = [self._rows.padded([example for examples in rows for example in examples])]
+            batch, rows = batches[0], [[example for examples in rows for example in examples]]
+        names = [works[n].adapter for n in chosen for _ in range(1 if packed else len(works[n].examples()))]
+        layers = list({self._watched[name] for name in names if name in self._watched})
+        with ExitStack() as stack:
+            seen = {layer: stack.enter_context(outputs_of(layer)) for layer in layers}
+            stack.enter_context(rows_use(self.model, names if self._several else None))
+            if self._splits is False:
+                final = picked_logits(self.whole or self.model, self.halves.head, batch)
+            else:
+                final = self._over_trunk(rows, batches, batch)[predicting(batch)]
+        hidden = {layer: outputs[-1][predicting(batch)] for layer, outputs in seen.items()}
+        counts = [sum(target_count(example) for example in works[n].examples()) for n in chosen]
+        parts = torch.split(final, counts)
+        watched = {layer: torch.split(states, counts) for layer, states in hidden.items()}
+        return {
+            n: _States(part, watched[layer][k] if (layer := self._watched.get(works[n].adapter)) is not None else None)
+            for k, (n, part) in enumerate(zip(chosen, parts, strict=True))
+        }
+
+    def _over_trunk(self, rows: Sequence[Sequence[Example]], batches: Sequence[Batch], batch: Batch) -> Tensor:
+        """Return the final states of a batch, (B, T, d), over the kept trunk where there is one."""
+        if self.trunk is None:
+            return self.halves.states(batch)
+        kept = [[k[self._below] for k in self._kept(examples) or ()] for examples in rows]
+        lines = [laid_out(states, part) for states, part in zip(kept, batches, strict=True)]
+        states = lines[0] if len(lines) == 1 else nn.utils.rnn.pad_sequence([s[0] for s in lines], batch_first=True)
+        if not self._trunk_checked:
+            with torch.no_grad():
+                expected = self.halves.states(batch)
+                with self.trunk.standing_in(states):
+                    found = self.halves.states(batch)
+            picked = predicting(batch)
+            if not alike(found[picked], expected[picked]):
+                self.trunk = None
+                return self.halves.states(batch)
+            self._trunk_checked = True
+        with self.trunk.standing_in(states):
+            return self.halves.states(batch)
+
+    def _pieces(self, works: Sequence[Work], found: Sequence[_States], most: int | None) -> Iterator[Piece]:
+        """Yield the works' rows in pieces of at most `most` target tokens (or one row); None: one piece a work."""
+        for n, (work, states) in enumerate(zip(works, found, strict=True)):
+            examples = work.examples()
+            for part in cut(work, most):
+                if most is not None and not sum(target_count(examples[i]) for i in (*part.forget, *part.retain)):
+                    continue  # rows without targets are there for models that all processes must run alike
+                refusal = self._side(work, states, part.refusals, numbers=part.paired) if part.refusals else None
+                forget = self._side(work, states, part.forget, specific=True, refusal=refusal)
+                yield Piece(n, forget, self._side(work, states, part.retain))
+
+    def _side(
+        self,
+        work: Work,
+        states: _States,
+        chosen: range,
+        *,
+        numbers: Sequence[int] | None = None,
+        specific: bool = False,
+        refusal: Tokens | None = None,
+    ) -> Tokens:
+        """Return the target tokens of some rows of a work, which are called by `numbers` (0, 1, ... by default)."""
+        examples = work.examples()
+        rows = [examples[i] for i in chosen]
+        before = sum(map(target_count, examples[: chosen.start]))
+        span = slice(before, before + sum(map(target_count, rows)))
+        kept = self._kept(rows)
+        named = [n for n, e in zip(numbers or range(len(rows)), rows, strict=True) for _ in range(target_count(e))]
+        logits, reference = self._logits(work.adapter, rows, kept, states.final[span])
+        hidden = {}
+        if states.hidden is not None:
+            layer = self._watched[work.adapter]
+            own = states.hidden[span]
+            reference_hidden = self._reference_hidden(layer, rows, kept) if len(own) else own.detach()
+            hidden = {"hidden": own, "reference_hidden": reference_hidden}
+
+        def here(values: list[Any], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=self.device)
+
+        marks = here(specific_of(rows), torch.bool) if specific else None
+        return Tokens(
+            logits, here(labels_of(rows), torch.long), here(named, torch.long), reference,
+            specific=marks, refusal=refusal, **hidden,
+        )  # fmt: skip
 
     def _logits(
-        self, model: nn.Module, examples: Sequence[Example], batch: Batch, watch: Callable[[Tensor], None] | None = None
+        self, adapter: str, rows: Sequence[Example], kept: Sequence[Mapping[str, Tensor]] | None, states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the logits (n, V) of some rows and their reference."""
+        if not len(states):
+            return (states.new_zeros(0, self.vocabulary),) * 2
+        if kept is None:
+            with torch.no_grad(), self.model.disable_adapter():
+                batch = self._rows.batch(rows)
+                return states, picked_logits(self.whole or self.model, self.halves.head, batch)
+        known = None
+        if adapter in self._head_only and all("head" in k for k in kept):
+            known = torch.cat([k["head"] for k in kept]).to(self.device)
+        with rows_use(self.model, [adapter] if self._several else None):
+            own = known.clone() if known is not None and self._several else known  # PEFT adds to it in place
+            logits = self.halves.logits(states, own)
+        with torch.no_grad(), self._bare_head():
+            return logits, self.halves.logits(_joined([k["final"] for k in kept], self.device), known)
+
+    def _reference_hidden(
+        self, layer: nn.Module, rows: Sequence[Example], kept: Sequence[Mapping[str, Tensor]] | None
     ) -> Tensor:
-        """Return the target logits of a batch, over the kept trunk where there is one."""
+        if kept is not None:
+            name = self._hidden_name(layer)
+            return _joined([k[name] for k in kept], self.device)
+        with torch.no_grad(), self.model.disable_adapter(), outputs_of(layer) as seen:
+            batch = self._rows.batch(rows)
+            picked_logits(self.whole or self.model, self.halves.head, batch)
+        return seen[-1][predicting(batch)]
 
-        def forward() -> Tensor:  # without gradients never through a wrapper: processes may differ in their batches
-            return picked_logits(model if torch.is_grad_enabled() else self.unwrapped, self.head, batch, watch)
+    def _of(self, example: Example) -> Mapping[str, Tensor] | None:
+        kept = self.cache.get(example)
+        return kept if kept is not None and self._needs <= kept.keys() else None
 
-        if self.trunk is not None:
-            found = self.trunk.run(
-                forward,
-                examples,
-                batch,
-                lambda other: picked_logits(self.unwrapped, self.head, other),
-            )
-            if found is not None:
-                return found
-            self.trunk = None
-        return forward()
-
-    def _reference_of(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor | None]:
-        """Return the base's logits at the examples' targets, (N, V), and what its watched layer gives, (N, d)."""
-        with torch.no_grad(), self.unwrapped.disable_adapter():
-            fresh = [example for example in examples if id(example) not in self._reference]
-            if fresh and (self._head_is_last is not False or self._watched is not None):
-                self._remember(fresh)
-            kept = [self._reference[id(example)] for example in examples if id(example) in self._reference]
-            states = [reference.hidden for reference in kept if reference.hidden is not None]
-            hidden = torch.cat(states) if states else None
-            if not self._head_is_last:
-                return picked_logits(self.unwrapped, self.head, self._rows.batch(examples)), hidden
-            return self.head(torch.cat([reference.final for reference in kept])), hidden
-
-    def _remember(self, examples: Sequence[Example]) -> None:
-        # padded: a packed row's last bits depend on its neighbours, and a resumed run meets the rows in another order
-        batch = collate(examples, self.pad_id).to(self.device)
-        seen: list[Tensor] = []
-        with outputs_of(self._watched) as outputs:
-            logits = self._logits(self.unwrapped, examples, batch, watch=seen.append)
-        final = seen[-1]
-        if self._head_is_last is None:  # some models scale or cap what their head gives: its input is of no use then
-            self._head_is_last = torch.allclose(self.head(final), logits, rtol=1e-4, atol=1e-4)
-        counts = [sum(example.is_target) for example in examples]
-        hidden = torch.split(outputs[-1][_predicting(batch)], counts) if outputs else [None] * len(examples)
-        for kept in zip(examples, torch.split(final, counts), hidden, strict=True):
-            self._reference[id(kept[0])] = _Reference(*kept)
-
-
-class Rows:
-    """Lays rows out for one model: packed, if that is worth it and the model is seen to give the same, else padded.
-
-    Args:
-        model: whatever is attached to it stays as it is.
-        head: its output head.
-        pad_id: any token id; padding is never looked at.
-    """
-
-    def __init__(self, model: Any, head: nn.Module, pad_id: int) -> None:
-        self.model, self.head, self.pad_id = model, head, pad_id
-        self.device = next(model.parameters()).device
-        self._packs: bool | None = None  # found out by comparing once
-
-    def batch(self, examples: Sequence[Example]) -> Batch:
-        """Return the rows in one batch, on the model's device."""
-        packed = None
-        if self._packs is not False:
-            packed = pack(examples, getattr(self.model.config, "sliding_window", None))
-        if packed is not None:
-            packed = packed.to(self.device, self.model.dtype)
-            if self._packs is None:
-                self._packs = self._takes(packed, collate(examples, self.pad_id).to(self.device))
-            if self._packs:
-                return packed
-        return collate(examples, self.pad_id).to(self.device)
+    def _kept(self, examples: Sequence[Example]) -> Sequence[Mapping[str, Tensor]] | None:
+        """Return what is kept of each row, computing what is new; None where the model only runs as a whole."""
+        if self._splits is False:
+            return None
+        kept = {id(e): self._of(e) for e in examples}
+        fresh = list({id(e): e for e in examples if kept[id(e)] is None}.values())
+        if fresh:
+            made = self._keep(fresh)
+            if made is None:
+                return None
+            kept |= {id(e): tensors for e, tensors in zip(fresh, made, strict=True)}
+        return [kept[id(e)] for e in examples]  # type: ignore[misc]
 
     @torch.no_grad()
-    def _takes(self, packed: Batch, padded: Batch) -> bool:
-        """Return whether the model gives the same for packed rows as for padded ones."""
-        expected = picked_logits(self.model, self.head, padded)
+    def _keep(self, examples: Sequence[Example]) -> list[dict[str, Tensor]] | None:
+        """Run new rows through the base once, and keep what steps need of it; None where that cannot be done."""
+        watched = list(set(self._watched.values()))
+        below = self.trunk.layers[-1] if self.trunk else None
+        with self.model.disable_adapter():
+            if self._splits is None:
+                some = self._rows.batch(examples[:2])
+                expected = picked_logits(self.model, self.halves.head, some)
+                self._splits = alike(self.halves.logits(self.halves.states(some)[predicting(some)]), expected)
+                if not self._splits:
+                    self.trunk = None
+                    return None
+            batch = self._rows.batch(examples)
+            with ExitStack() as stack:
+                seen = {layer: stack.enter_context(outputs_of(layer)) for layer in (*watched, below)}
+                states = self.halves.states(batch)
+        lengths, counts = [len(e.ids) for e in examples], [target_count(e) for e in examples]
+        picked = predicting(batch)
+        kept: dict[str, Sequence[Tensor]] = {"final": torch.split(states[picked], counts)}
+        kept |= {self._hidden_name(layer): torch.split(seen[layer][-1][picked], counts) for layer in watched}
+        if self.trunk:
+            (output,) = seen[below]
+            kept[self._below] = rows_apart(output, batch, lengths)
+        result = []
+        for n, example in enumerate(examples):
+            tensors = {name: values[n].clone() for name, values in kept.items()}
+            if self._head_only and counts[n]:
+                self._add_head_outputs(tensors)
+            self.cache.put(example, tensors)
+            result.append(tensors)
+        return result
+
+    def _add_head_outputs(self, tensors: dict[str, Tensor]) -> None:
+        """Keep the bare head's outputs too, (n, V), while they fit into memory: a step is then two thin products."""
+        final = tensors["final"]
+        if self.cache.has_room(len(final) * self.vocabulary * final.element_size()):
+            bare = getattr(self.halves.head, "base_layer", self.halves.head)
+            tensors["head"] = bare(final)
+
+    def _hidden_name(self, layer: nn.Module) -> str:
+        return f"hidden{decoder_layers(self.model).index(layer)}"
+
+    @contextmanager
+    def _bare_head(self) -> Iterator[None]:
+        switch = getattr(self.halves.head, "enable_adapters", None)
+        if switch is None:
+            yield
+            return
+        switch(False)
         try:
-            return alike(picked_logits(self.model, self.head, packed), expected)
-        except (RuntimeError, TypeError, ValueError, IndexError):  # a model that takes no such mask
-            return False
+            yield
+        finally:
+            switch(True)
 
 
-def picked_logits(
-    model: nn.Module, head: nn.Module, batch: Batch, watch: Callable[[Tensor], None] | None = None
-) -> Tensor:
-    """Return the logits that predict the batch's targets, (N, V), in row order.
-
-    The positions are picked in front of the output head, by a hook, so that the head's cost and memory grow with
-    the targets and not with prompt and padding, and so that whatever a model does behind its head still happens.
-    """
-    picked = _predicting(batch)
-
-    def pick(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = inputs[0][picked]
-        if watch is not None:
-            watch(hidden)
-        return (hidden[None], *inputs[1:])
-
-    where = {} if batch.positions is None else {"position_ids": batch.positions}
-    with _hooked(head, pick):
-        return model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False, **where).logits[0]  # type: ignore[no-any-return]
-
-
-def training_mode(model: Any, gradient_checkpointing: bool) -> None:
-    """Switch on the adapters' dropout and, if asked, checkpointing; the base's own dropout stays off."""
-    model.eval()
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
-            module.training = True
-    if gradient_checkpointing:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        base = model.get_base_model()
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in base.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # this module's own flag: what lies inside stays in evaluation mode
-
-
-def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Return the mean of `values` (N,) over the tokens of each of `count` rows, (count,)."""
-    sums = torch.zeros(count, device=values.device, dtype=values.dtype).index_add_(0, rows, values)
-    return sums / torch.bincount(rows, minlength=count).clamp(min=1)
-
-
-def _predicting(batch: Batch) -> Tensor:
-    """Return the positions that predict a target, as a mask like `batch.targets`."""
-    picked = torch.zeros_like(batch.targets)
-    picked[:, :-1] = batch.targets[:, 1:]
-    return picked
-
-
-def _labels(batch: Batch) -> tuple[Tensor, Tensor]:
-    is_label = batch.targets[:, 1:]
-    return batch.ids[:, 1:][is_label], batch.rows[:, 1:][is_label]
-
-
-@contextmanager
-def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.cat([part.to(device) for part in parts])

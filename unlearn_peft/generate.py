@@ -10,7 +10,7 @@ import torch
 from .base import Base
 from .batch import collate
 from .data import Row, chat_prompt, tokenize
-from .engine import picked_logits
+from .forward import picked_logits
 
 
 def answers(

@@ -22,19 +22,20 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return list(stacks[0]) if len(stacks) == 1 else []
 
 
-def changed_layers(model: Any, layers: Sequence[nn.Module]) -> list[int]:
+def changed_layers(model: Any, layers: Sequence[nn.Module], adapter: str = "default") -> list[int]:
     """Return the numbers of the layers that have a part of the adapter; all, where the embeddings have one."""
-    if _trains(model.get_base_model().get_input_embeddings()):
+    if _trains(model.get_base_model().get_input_embeddings(), adapter):
         return list(range(len(layers)))
-    return [n for n, layer in enumerate(layers) if _trains(layer)]
+    return [n for n, layer in enumerate(layers) if _trains(layer, adapter)]
 
 
-def watched_layer(model: Any, number: int | None) -> nn.Module:
+def watched_layer(model: Any, number: int | bool | None, adapter: str = "default") -> nn.Module:
     """Return the layer whose output an objective sees.
 
     Args:
         model: the PEFT model.
         number: counted from 0; None: the middle one of those that the adapter changes.
+        adapter: its name on the model.
 
     Raises:
         RecipeError: if there is no such layer, or the adapter does not reach it.
@@ -45,7 +46,7 @@ def watched_layer(model: Any, number: int | None) -> nn.Module:
             "this base's decoder layers were not found (expected one list of config.num_hidden_layers modules): "
             "use an objective that needs no hidden states"
         )
-    changed, last = changed_layers(model, layers), len(layers) - 1
+    changed, last = changed_layers(model, layers, adapter), len(layers) - 1
     if not changed:
         raise RecipeError(
             f"the objective works on the output of a decoder layer, and the adapter changes none of 0 to {last}: use a "
@@ -81,5 +82,25 @@ def outputs_of(layer: nn.Module | None) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+@contextmanager
+def rows_use(model: Any, names: list[str] | None) -> Iterator[None]:
+    """Let each row of the next batch run with the adapter of that name (PEFT's `adapter_names`); None: all as set."""
+    if names is None:
+        yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    def tell(_: nn.Module, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return inputs, {**named, "adapter_names": names}
+
+    tuned = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    handles = [module.register_forward_pre_hook(tell, with_kwargs=True) for module in tuned]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _trains(module: nn.Module, adapter: str) -> bool:
+    return any(p.requires_grad and adapter in name.split(".") for name, p in module.named_parameters())

@@ -21,6 +21,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,25 @@ class Tokens:
     hidden: Tensor | None = None  # (N, d), what a decoder layer gives where the token is predicted; if asked for
     reference_hidden: Tensor | None = None  # (N, d), the same with the adapter off
 
-    @property
+    @cached_property
     def cross_entropy(self) -> Tensor:
         """-log p_current(label), (N,), nats."""
         return torch.nn.functional.cross_entropy(self.logits.float(), self.labels, reduction="none")
 
-    @property
+    @cached_property
     def reference_cross_entropy(self) -> Tensor:
         """-log p_reference(label), (N,), nats."""
         return torch.nn.functional.cross_entropy(_needed(self).float(), self.labels, reduction="none")
+
+    @cached_property
+    def reverse_kl(self) -> Tensor:
+        """KL(current || reference), (N,), nats."""
+        return _kl(self.logits, _needed(self))
+
+    @cached_property
+    def forward_kl(self) -> Tensor:
+        """KL(reference || current), (N,), nats."""
+        return _kl(_needed(self), self.logits)
 
 
 @dataclass(frozen=True)
@@ -226,9 +237,11 @@ def kl_divergence(tokens: Tokens, direction: str = "reverse") -> Tensor:
 
     `reverse` is KL(current || reference), `forward` is KL(reference || current). Computed in float32.
     """
-    current = torch.log_softmax(tokens.logits.float(), dim=-1)
-    reference = torch.log_softmax(_needed(tokens).float(), dim=-1)
-    p, q = (current, reference) if direction == "reverse" else (reference, current)
+    return tokens.reverse_kl if direction == "reverse" else tokens.forward_kl
+
+
+def _kl(one: Tensor, other: Tensor) -> Tensor:
+    p, q = torch.log_softmax(one.float(), dim=-1), torch.log_softmax(other.float(), dim=-1)
     return (p.exp() * (p - q)).sum(dim=-1)
 
 

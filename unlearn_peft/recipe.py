@@ -115,6 +115,9 @@ class Recipe(_Strict):
     held_out: float = Field(0.25, gt=0, lt=1, description="share of the retain set that the budget is measured on")
     eval_every: int = Field(5, ge=1)
     checkpoint_every: int = Field(20, ge=1)
+    cache_gb: float = Field(
+        1.0, ge=0, description="memory for what the frozen base gives, computed once; what is over goes to disk"
+    )
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = Field(0, ge=0)
     output: str | None = None

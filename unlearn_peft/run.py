@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import secrets
-import warnings
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file, save_file
 
 from .auto_retain import Made, auto_retain
 from .bank import attached
-from .base import DTYPES, Base, load_base
-from .bundle import CONFIG, WEIGHTS, check_output, new_bundle
-from .card import CURVES, draw_curves, write_card
+from .base import Base, load_base
+from .bundle import CONFIG, check_output, read_bundle
 from .checkpoints import Checkpoints
 from .data import Example, Row, anchors, keyed_digest, read_rows, refuse_overlap, tokenize
-from .errors import AdapterError, DataError, OutputError
+from .errors import AdapterError, DataError, OutputError, RecipeError
 from .files import folder_bytes, whole_file
+from .learner import Progress
 from .own_answers import own_answers, questions
 from .recipe import DATA_FIELDS, Recipe, make_recipe
 from .refusals import refusing
+from .save import metrics_of, save_adapter
 from .schedule import Sets, split_retain
 from .specific import common_words, facts_of, mark_facts, mark_specific
-from .train import Progress, Trained, run_digest, train
+from .train import Job, Trained, run_digest, train
 
 logger = logging.getLogger(__name__)
 
@@ -77,47 +76,125 @@ def unlearn(
         recipe = make_recipe({**fields, **({"base": base} if isinstance(base, str) else {})}, origin="unlearn(...)")
     elif fields:
         recipe = make_recipe({**recipe.model_dump(exclude_unset=True), **fields}, origin="unlearn(...)")
-    output = Path(recipe.output or "out/adapter")
-    check_output(output)
-    rows = read_sets(recipe)
-    live = base if isinstance(base, Base) else load_base(base or recipe.base, recipe.dtype, recipe.device)
+    return unlearn_many(
+        [recipe], base if isinstance(base, Base) else None, resume=resume, tracker=tracker, quiet=quiet
+    )[0]
+
+
+def unlearn_many(
+    recipes: Sequence[Recipe],
+    base: Base | None = None,
+    *,
+    resume: bool = False,
+    tracker: str | None = None,
+    quiet: bool = False,
+) -> list[Adapter]:
+    """Train an adapter for each recipe, all in one pass over one base; each is as if it were trained alone.
+
+    Each is saved as soon as it is done. With `resume`, those that are there already are left as they are, and the
+    others go on from their newest checkpoints.
+
+    Args:
+        recipes: all with the same base, and adapters of one kind.
+        base: a loaded base; by default the recipes'.
+        resume: see above.
+        tracker: as for `unlearn`.
+        quiet: as for `unlearn`.
+
+    Raises:
+        UnlearnError: see errors.py; nothing is written over that was there before.
+    """
+    outputs = [Path(recipe.output or "out/adapter") for recipe in recipes]
+    _check_apart(recipes, outputs)
+    adapters: dict[int, Adapter] = {}
+    for n, output in enumerate(outputs):
+        if resume and len(recipes) > 1 and (output / CONFIG).is_file():
+            adapters[n] = _finished_before(output)
+            logger.info("%s is finished already", output)
+        else:
+            check_output(output)
+    left = [n for n in range(len(recipes)) if n not in adapters]
+    if not left:
+        return [adapters[n] for n in range(len(recipes))]
+    first, read = recipes[left[0]], {n: read_sets(recipes[n]) for n in left}
+    live = base or load_base(first.base, first.dtype, first.device)
     if held := attached(live):
         raise AdapterError(f"attached to the base: {', '.join(held)}. Detach first: the bare base is the reference")
-    if recipe.makes_retain:
-        made = make_retain(rows, live, recipe)
-        rows["retain"] = made.rows
-        logger.info("%s", made.line())
     main = int(os.environ.get("RANK", 0)) == 0
-    sets = tokenized(rows, live, recipe, quiet=quiet or not main)
-    data_key = _digest_key()
-    digests = {name: keyed_digest(part, data_key) for name, part in rows.items()}
-    checkpoints = Checkpoints(output, run_digest(recipe, str(sorted(digests.items())), live))
-    lock = FileLock(output.with_name(output.name + ".lock")) if main else None
-    try:
-        if lock:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-            if not resume and (aside := checkpoints.put_aside()):
+    data_key, jobs, digests = _digest_key(), [], []
+    with ExitStack() as locks:
+        for n in left if main else ():
+            locks.enter_context(_locked(outputs[n]))
+        for n in left:
+            rows = read[n]
+            if recipes[n].makes_retain:
+                made = make_retain(rows, live, recipes[n])
+                rows["retain"] = made.rows
+                logger.info("%s", made.line())
+            sets = tokenized(rows, live, recipes[n], quiet=quiet or not main)
+            digests.append({name: keyed_digest(part, data_key) for name, part in rows.items()})
+            checkpoints = Checkpoints(outputs[n], run_digest(recipes[n], str(sorted(digests[-1].items())), live))
+            if main and not resume and (aside := checkpoints.put_aside()):
                 logger.warning("An unfinished run was put aside in %s (--resume would have gone on with it)", aside)
-        trained = train(live, recipe, sets, checkpoints=checkpoints, resume=resume, tracker=tracker, quiet=quiet)
-        try:
+            jobs.append(Job(recipes[n], sets, checkpoints))
+
+        def finished(trained: Trained) -> None:
+            n = left[trained.number]
             if trained.is_main:
-                _save(output, trained, live, recipe, digests, data_key)
-                checkpoints.clear()
+                save_adapter(outputs[n], trained, live, recipes[n], digests[trained.number], data_key)
+                jobs[trained.number].checkpoints.clear()  # type: ignore[union-attr]
+            size = folder_bytes(outputs[n]) if outputs[n].is_dir() else 0
+            adapters[n] = Adapter(outputs[n], size, metrics_of(trained), trained.progress)
+
+        cache = outputs[left[0]].with_name(outputs[left[0]].name + ".cache")
+        try:
+            train(live, jobs, finished, cache_folder=cache, resume=resume, tracker=tracker, quiet=quiet)
+        except PermissionError as error:
+            raise OutputError(
+                f"cannot write {outputs[left[0]]} ({error.strerror}): choose a folder that this user may write to"
+            ) from None
         finally:
-            trained.model.unload()
             live.model.__dict__.pop("peft_config", None)
+        if main:
+            shutil.rmtree(cache, ignore_errors=True)
+    return [adapters[n] for n in range(len(recipes))]
+
+
+def _check_apart(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
+    if len({path.absolute() for path in outputs}) < len(outputs):
+        raise RecipeError(f"each recipe needs an output of its own, these are: {', '.join(map(str, outputs))}")
+    if len({(r.base, r.dtype, r.device) for r in recipes}) > 1:
+        raise RecipeError(
+            f"recipes trained at once must name one base, these are: {', '.join(r.base for r in recipes)}"
+        )
+
+
+def _finished_before(output: Path) -> Adapter:
+    bundle = read_bundle(output)
+    history = bundle.manifest.get("history", {})
+    metrics = bundle.manifest.get("metrics", {})
+    progress = Progress(history.get("steps", []), history.get("evaluations", []), metrics.get("best_step", 0))
+    return Adapter(output, bundle.bytes, metrics, progress)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep other runs from writing to the same output."""
+    lock = FileLock(output.with_name(output.name + ".lock"))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
     except Timeout:
         raise OutputError(f"another run is writing to {output}: wait for it, or choose another --output") from None
     except PermissionError as error:
         raise OutputError(
             f"cannot write {output} ({error.strerror}): choose a folder that this user may write to"
         ) from None
+    try:
+        yield
     finally:
-        if lock:
-            lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
-    return Adapter(output, folder_bytes(output) if output.is_dir() else 0, _metrics(trained), trained.progress)
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def read_sets(recipe: Recipe) -> dict[str, list[Row]]:
@@ -182,74 +259,6 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quie
         )
         own = mark_facts(with_refusals(tokens(said, "forget"), said), facts)
     return Sets(with_refusals(forget, rows["forget"]), retain, held_out, held, own)
-
-
-def _save(output: Path, trained: Trained, base: Base, recipe: Recipe, digests: Mapping[str, str], key: bytes) -> None:
-    progress = trained.progress
-    config = trained.model.peft_config["default"]
-    config.base_model_name_or_path, config.inference_mode = base.name, True
-    manifest = {
-        "base": {"name": base.name, "fingerprint": base.fingerprint},
-        "peft_type": str(config.peft_type.value),
-        "recipe": _settings(recipe),
-        "data_digests": {"key": hashlib.sha256(key).hexdigest()[:16], "hmac_sha256": dict(digests)},
-        "metrics": _metrics(trained),
-        "history": {"steps": progress.history, "evaluations": progress.evaluations},
-        "versions": {name: version(name) for name in ("unlearn-peft", "torch", "transformers", "peft")},
-    }
-    with new_bundle(output, manifest) as folder:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT warns of the tied head, which save_embedding_layers=False settles
-            trained.model.save_pretrained(folder, save_embedding_layers=False)
-        for file in folder.iterdir():
-            if file.name not in (WEIGHTS, CONFIG):
-                file.unlink()
-        kept = {name: tensor.to(DTYPES[recipe.save_dtype]) for name, tensor in load_file(folder / WEIGHTS).items()}
-        save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
-        draw_curves(folder / CURVES, progress.history, progress.evaluations, progress.best_step)
-        write_card(folder, manifest)
-    if progress.best_step == 0:
-        logger.warning(
-            "No step stayed within the retain budget of %g nats/token, so the adapter changes nothing: use a lower "
-            "learning_rate, a larger retain_weight, or more and nearer retain rows",
-            recipe.objective.retain_budget,
-        )
-
-
-def _metrics(trained: Trained) -> dict[str, Any]:
-    progress = trained.progress
-    first, best = (
-        progress.evaluations[0],
-        next(e for e in progress.evaluations if e["step"] == progress.best_step),
-    )
-    metrics = {
-        "best_step": progress.best_step,
-        "stopped_by": progress.stopped_by,
-        "within_budget": progress.best_step > 0,
-        "forget_loss_base": first["forget_set_loss"],
-        "forget_loss": best["forget_set_loss"],
-        "specific_loss_base": first["specific_loss"],
-        "specific_loss": best["specific_loss"],
-        "forget_loss_change_percent": 100 * (best["forget_set_loss"] / max(first["forget_set_loss"], 1e-9) - 1),
-        "answer_probability_base": first["answer_probability"],
-        "answer_probability": best["answer_probability"],
-        "training_seconds": round(trained.seconds, 1),
-    }
-    for name in ("held_out_kl", "retain_kl"):
-        if name in best:
-            metrics[name] = best[name]
-    return metrics
-
-
-def _settings(recipe: Recipe) -> dict[str, Any]:
-    """The recipe without its data: not even the names of its files, nor refusals that may name what is refused."""
-    settings = recipe.model_dump(exclude={*DATA_FIELDS, "output"}, mode="json")
-    settings["objective"].pop("refusals", None)
-    if recipe.makes_retain:
-        settings["retain"] = "auto"
-    if ".py:" in settings["objective"]["name"]:
-        settings["objective"]["name"] = Path(settings["objective"]["name"]).name
-    return settings
 
 
 def _digest_key() -> bytes:

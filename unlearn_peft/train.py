@@ -1,56 +1,55 @@
-"""The one training loop, on Accelerate: a frozen base, a recipe and rows in; a trained adapter out.
+"""The one training loop, on Accelerate: a frozen base, recipes and rows in; trained adapters out.
 
-Batches are global: the same rows make the same step on one process or many, in one part or several, because
-every term is divided by the token count of the whole step.
+One adapter or many: each is a `Learner`, and all of them learn over one base in one pass a step. Batches are global:
+the same rows make the same step on one process or many, in one part or several, beside other adapters or alone,
+because every term is divided by the token count of the adapter's whole step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .adapters import adapter_config
 from .base import Base
-from .checkpoints import Checkpoints, State, to_cpu
-from .data import Example
-from .engine import Engine, row_means, training_mode
-from .errors import Interrupted, RecipeError, TrainingError
-from .objectives import find_objective, kl_divergence
-from .recipe import Recipe
-from .schedule import Schedule, Sets, rate
+from .cache import Cache, states_key
+from .checkpoints import Checkpoints
+from .engine import Engine
+from .errors import Interrupted, RecipeError
+from .forward import training_mode
+from .learner import Learner, Progress
+from .recipe import DATA_FIELDS, Recipe
+from .schedule import Sets
 from .signals import stop_signals
 
-_NEARLY = 0.95  # of the best score
-_ENOUGH = 8.0  # nats; a token this unlikely (1 in 3000) is forgotten, and a still higher loss is no better
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # ways to run a base that no process has as a whole
+MACHINE_FIELDS = ("output", "checkpoint_every", "cache_gb")  # what changes nothing that is learnt
 
 
 @dataclass
-class Progress:
-    """What a run has seen so far; plain numbers, in nats/token, kept in checkpoints and in the manifest."""
+class Job:
+    """One adapter to train."""
 
-    history: list[dict[str, float]] = field(default_factory=list)  # one a step
-    evaluations: list[dict[str, float]] = field(default_factory=list)  # one each `eval_every` steps
-    best_step: int = 0
-    best_score: float = -math.inf
-    stopped_by: str = "steps"
+    recipe: Recipe
+    sets: Sets
+    checkpoints: Checkpoints | None = None
 
 
 @dataclass
 class Trained:
     """A trained adapter, still on its PEFT model, at its best step."""
 
+    number: int  # of its job
     model: Any  # peft.PeftModel
+    name: str  # the adapter's on the model
     progress: Progress
     seconds: float
     is_main: bool
@@ -58,284 +57,249 @@ class Trained:
 
 def train(
     base: Base,
-    recipe: Recipe,
-    sets: Sets,
+    jobs: Sequence[Job],
+    finished: Callable[[Trained], None],
     *,
-    checkpoints: Checkpoints | None = None,
+    cache_folder: Path | None = None,
     resume: bool = False,
     tracker: str | None = None,
     quiet: bool = False,
-) -> Trained:
-    """Train one adapter as the recipe says.
+) -> None:
+    """Train an adapter for each job, all in one pass over one base.
+
+    Args:
+        base: a frozen base; it is as it was when this returns or raises.
+        jobs: recipes that fit the base, with their rows.
+        finished: called with each adapter as soon as it is done.
+        cache_folder: where what is computed once goes when `cache_gb` is full; None: it is then not kept.
+        resume: go on from the newest checkpoints.
+        tracker: an Accelerate tracker.
+        quiet: no progress bar.
 
     Raises:
-        TrainingError: if the loss stops being a number; the message says when and why that is likely.
+        TrainingError: if a loss stops being a number; the message says when and why that is likely.
         Interrupted: after Ctrl-C or SIGTERM, with the place of the saved state.
     """
-    from accelerate import Accelerator
-    from peft import get_peft_model
-
-    if base.model.dtype == torch.float16:
-        raise RecipeError("training in float16 loses small gradients: choose dtype bfloat16 or float32")
-    accelerator = Accelerator(cpu=base.device.type == "cpu", device_placement=False, log_with=tracker,
-                              project_dir=str(checkpoints.folder) if checkpoints else ".")  # fmt: skip
-    torch.manual_seed(recipe.seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns that merging a tied head is unsafe: ours unties first
-        model = get_peft_model(base.model, adapter_config(base.model, recipe.adapter))
-    started = time.monotonic()
+    training = Training(base, jobs, cache_folder=cache_folder, tracker=tracker, quiet=quiet)
     try:
-        run = _Run(base, recipe, sets, accelerator, model)
-        if tracker:
-            accelerator.init_trackers("unlearn_peft", config=_scalars(recipe))
-        run.start(checkpoints, resume)
+        training.start(resume)
         with stop_signals() as asked_to_stop:
-            run.loop(checkpoints, asked_to_stop, quiet)
-        run.restore_best()
-    except BaseException:
-        model.unload()
-        raise
+            training.loop(finished, asked_to_stop)
     finally:
-        if tracker:
-            accelerator.end_training()
-    return Trained(model, run.progress, time.monotonic() - started, accelerator.is_main_process)
+        training.close()
 
 
-class _Run:
-    """One run's moving parts."""
+class Training:
+    """Some adapters in training on one base."""
 
-    def __init__(self, base: Base, recipe: Recipe, sets: Sets, accelerator: Any, model: Any) -> None:
-        self.recipe, self.sets, self.accelerator, self.peft = recipe, sets, accelerator, model
-        self.objective = find_objective(recipe.objective.name)
-        self.ceiling = getattr(recipe.objective, "forget_ceiling", None) or _ENOUGH
-        self.only_specific = getattr(recipe.objective, "forget_tokens", "all") == "specific"
-        training_mode(model, recipe.gradient_checkpointing)
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer](
-            self.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
-        wrapped, self.optimizer = accelerator.prepare(model, optimizer)
-        hidden_layer = getattr(recipe.objective, "hidden_layer", False)  # any objective's, a user's own too
-        self.engine = Engine(wrapped, model, base.tokenizer.pad_token_id, hidden_layer)
-        self.forgotten = [*sets.forget, *sets.own_answers]
-        self.forget_rows = Schedule(len(self.forgotten), recipe.forget_batch, recipe.seed)
-        self.retain_rows = Schedule(max(len(sets.retain), 1), recipe.retain_batch, recipe.seed + 1)
-        self.anchor_rows = Schedule(max(len(sets.anchors), 1), recipe.anchor_batch, recipe.seed + 2)
-        self.silent = _silent(sets.forget[0])
-        self.progress, self.step = Progress(), 0
-        self.best = to_cpu(self.parameters)
+    def __init__(
+        self,
+        base: Base,
+        jobs: Sequence[Job],
+        *,
+        cache_folder: Path | None = None,
+        tracker: str | None = None,
+        quiet: bool = True,
+    ) -> None:
+        from accelerate import Accelerator
 
-    def start(self, checkpoints: Checkpoints | None, resume: bool) -> None:
-        """Begin at step 0, or where the newest checkpoint stands."""
-        state = checkpoints.latest() if checkpoints and resume else None
-        if state is None:
-            self.evaluate()
-            return
-        self.step, self.best = state.step, state.best
-        self._put(state.adapter)
-        self.optimizer.load_state_dict(state.optimizer)
-        self.progress = Progress(**state.progress)
-
-    def loop(self, checkpoints: Checkpoints | None, asked_to_stop: list[int], quiet: bool) -> None:
-        """Step until the recipe's steps are done, its stop is reached, or someone asks to stop."""
-        recipe, bar = self.recipe, self._bar(quiet)
-        while self.step < recipe.steps and self.progress.stopped_by == "steps":
-            shown, stop = self.one_step(bool(asked_to_stop), checkpoints)
-            self.step += 1
-            last = self.step == recipe.steps
-            if self.step % recipe.eval_every == 0 or last:
-                shown |= self.evaluate()
-            bar.update(1)
-            bar.set_postfix_str(
-                f"forget loss {shown['forget_loss']:.2f}, retain KL {shown['retain_kl']:.4f} nats/token, "
-                f"{shown['tokens_per_s']:.0f} tok/s"
+        if base.model.dtype == torch.float16:
+            raise RecipeError("training in float16 loses small gradients: choose dtype bfloat16 or float32")
+        first, place = jobs[0].recipe, jobs[0].checkpoints
+        self.accelerator = Accelerator(cpu=base.device.type == "cpu", device_placement=False, log_with=tracker,
+                                       project_dir=str(place.folder) if place else ".")  # fmt: skip
+        self.quiet = quiet or not self.accelerator.is_main_process
+        self.tracker, self.began = tracker, time.monotonic()
+        sharded = self.accelerator.distributed_type in _SHARDED
+        if len(jobs) > 1:
+            _check_together([job.recipe for job in jobs], sharded)
+        self.names = ["default"] if len(jobs) == 1 else [f"adapter{n}" for n in range(len(jobs))]
+        self.model = _with_adapters(base, [job.recipe for job in jobs], self.names)
+        try:
+            training_mode(self.model, first.gradient_checkpointing)
+            self.learners = [
+                Learner(name, self.model, job.recipe, job.sets, self.accelerator, job.checkpoints)
+                for name, job in zip(self.names, jobs, strict=True)
+            ]
+            self.whole = None
+            for learner in self.learners:
+                if sharded:
+                    self.whole, learner.optimizer = self.accelerator.prepare(self.model, learner.optimizer)
+                else:  # adapters are small: their gradients are added up by the learner, the base needs no wrapper
+                    learner.optimizer = self.accelerator.prepare(learner.optimizer)
+            world = self.accelerator.num_processes
+            self.cache = Cache(
+                states_key(base.fingerprint, str(base.model.dtype), self.accelerator.mixed_precision),
+                0 if world > 1 and cache_folder else int(first.cache_gb * 1e9),
+                cache_folder,
+                self.accelerator.process_index,
             )
-            self.accelerator.log(shown, step=self.step)
-            if checkpoints and (stop or (self.step % recipe.checkpoint_every == 0 and not last)):
-                place = self.checkpoint(checkpoints)
-                if stop:
-                    bar.close()
-                    raise Interrupted(
-                        f"stopped at step {self.step} of {recipe.steps}; the state is in {place}. "
-                        "Run the same command with --resume to go on from there."
-                    )
-            elif stop:
-                raise Interrupted(f"stopped at step {self.step} of {recipe.steps}; nothing was saved (no output given)")
-        bar.close()
-
-    def one_step(self, stop: bool, checkpoints: Checkpoints | None) -> tuple[dict[str, float], bool]:
-        """Do one optimiser step over the global batch; returns its figures and whether to stop."""
-        recipe, rank, world = self.recipe, self.accelerator.process_index, self.accelerator.num_processes
-        began = time.monotonic()
-        torch.manual_seed(
-            ((recipe.seed * 100_003 + self.step) * 1009 + rank) % 2**63
-        )  # dropout, the same after a resume
-        forget = [self.forgotten[i] for i in self.forget_rows.at(self.step)]
-        retain = [self.sets.retain[i] for i in self.retain_rows.at(self.step)] if self.sets.retain else []
-        retain += [self.sets.anchors[i] for i in self.anchor_rows.at(self.step)] if self.sets.anchors else []
-        n_forget, n_retain = _count(forget), max(_count(retain), 1)
-        seen = torch.zeros(3, dtype=torch.float64)  # forget loss, retain KL, stop
-        seen[2] = stop
-        parts = recipe.gradient_accumulation_steps
-        for part in range(parts):
-            mine_f, mine_r = (_share(rows, rank, world, part, parts) for rows in (forget, retain))
-            with self.accelerator.no_sync(self.engine.model) if part < parts - 1 else nullcontext():
-                f, r = self.engine.tokens(mine_f or [self.silent], mine_r)
-                terms = self.objective(f, r, recipe.objective)
-                loss = terms.forget.sum() / n_forget + recipe.retain_weight * terms.retain.sum() / n_retain
-                if world > 1:  # each parameter must get a gradient, be it zero: rmu may leave those above its layer out
-                    loss = loss + f.logits[:0].sum()
-                self.accelerator.backward(loss * world)  # processes' gradients are averaged; we want their sum
-            seen[0] += f.cross_entropy.detach().sum().cpu() / n_forget
-            if mine_r:
-                seen[1] += kl_divergence(r).detach().sum().cpu() / n_retain
-        seen = self._sum(seen)
-        norm = self._clip()
-        if not (torch.isfinite(seen).all() and math.isfinite(norm)):
-            raise TrainingError(self._explain_nan(seen, norm, checkpoints))
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * rate(self.step, recipe)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        tokens = sum(len(example.ids) for example in (*forget, *retain))
-        figures = {"forget_loss": float(seen[0]), "retain_kl": float(seen[1]), "gradient_norm": norm}
-        self.progress.history.append({"step": self.step + 1, **figures})
-        return {**figures, "tokens_per_s": tokens / (time.monotonic() - began)}, bool(seen[2] > 0)
-
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Measure the whole forget set and the held-out retain rows; keep the step if it is the best so far."""
-        forget_loss, specific_loss, score, probability = self._forget_figures()
-        kl = self._mean_kl(self.sets.held_out or self.sets.retain)
-        figures = {"forget_set_loss": forget_loss, "specific_loss": specific_loss, "answer_probability": probability}
-        figures["held_out_kl" if self.sets.held_out else "retain_kl"] = kl
-        progress, budget = self.progress, self.recipe.objective.retain_budget
-        progress.evaluations.append({"step": self.step, **figures})
-        within = budget is None or kl <= budget  # too few rows to hold any out: measured on what is trained on
-        # Without a budget the last step is kept; with one, the last within it that forgets about as much as the best:
-        # as the learning rate falls, what was harmed on the way recovers.
-        if within and (budget is None or score >= _NEARLY * progress.best_score):
-            progress.best_step, progress.best_score = self.step, max(score, progress.best_score)
-            self.best = to_cpu(self.parameters)
-        stop = self.recipe.objective.stop_when
-        if stop and within and self.step:
-            if stop.forget_loss is not None and forget_loss >= stop.forget_loss:
-                progress.stopped_by = "forget_loss"
-            if stop.answer_probability is not None and probability <= stop.answer_probability:
-                progress.stopped_by = "answer_probability"
-        return figures
-
-    def checkpoint(self, checkpoints: Checkpoints) -> Path:
-        """Save the state (on the main process) and wait until it is there."""
-        if self.accelerator.is_main_process:
-            state = State(
-                self.step,
-                to_cpu(self.parameters),
-                self.best,
-                self.optimizer.state_dict(),
-                vars(self.progress),
-            )
-            checkpoints.save(state)
-        self.accelerator.wait_for_everyone()
-        return checkpoints.folder
-
-    def restore_best(self) -> None:
-        """Put the best step's values back into the adapter."""
-        self._put(self.best)
-
-    def _forget_figures(self) -> tuple[float, ...]:
-        """Return the forget set's mean loss, that of its specific tokens, the score, and mean answer probability.
-
-        The score is the mean loss, capped at the ceiling (or `_ENOUGH`), of the tokens that the objective pushes away.
-        """
-        sums = torch.zeros(4, dtype=torch.float64)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        for rows in _chunks(self.sets.forget[rank::world], self.recipe.forget_batch):
-            tokens, _ = self.engine.tokens(rows, [])
-            loss = tokens.cross_entropy
-            probability = torch.exp(-row_means(loss, tokens.rows, len(rows)))
-            pushed = loss[tokens.specific] if self.only_specific else loss
-            values = (
-                loss.sum(), loss[tokens.specific].sum(), pushed.clamp(max=self.ceiling).sum(), probability.sum(),
+            self.engine = Engine(
+                self.model, base.tokenizer.pad_token_id, {ln.name: ln.hidden_layer for ln in self.learners},
+                cache=self.cache, whole=self.whole,
             )  # fmt: skip
-            sums += torch.stack([value.double().cpu() for value in values])
-        every = _count(self.sets.forget)
-        specific = sum(sum(example.specific or example.is_target) for example in self.sets.forget)
-        counts = [every, specific, specific if self.only_specific else every, len(self.sets.forget)]
-        return tuple((self._sum(sums) / torch.tensor(counts)).tolist())
+            if tracker:
+                self.accelerator.init_trackers("unlearn_peft", config=_scalars(first))
+        except BaseException:
+            self.close()
+            raise
 
-    def _mean_kl(self, examples: list[Example]) -> float:
-        if not examples:
-            return 0.0
-        total = torch.zeros(1, dtype=torch.float64)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        for rows in _chunks(examples[rank::world], self.recipe.retain_batch):
-            _, tokens = self.engine.tokens([], rows)
-            total += kl_divergence(tokens).double().sum().cpu()
-        return float(self._sum(total)) / _count(examples)
+    def start(self, resume: bool = False) -> None:
+        """Begin at step 0 or where the newest checkpoints stand, with all there that is computed once."""
+        for learner in self.learners if resume else ():
+            learner.restore()
+        rows = [example for learner in self.learners for example in learner.all_rows()]
+        rows = list({id(example): example for example in rows}.values())
+        with self.accelerator.autocast():
+            self.engine.prepare(
+                rows[self.accelerator.process_index :: self.accelerator.num_processes], quiet=self.quiet
+            )
+            self.accelerator.wait_for_everyone()
+            self.cache.look()
+            for learner in self.learners:
+                if not learner.progress.evaluations:
+                    learner.evaluate(self.engine)
 
-    def _clip(self) -> float:
-        limit = self.recipe.max_grad_norm or math.inf
-        return float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
+    def one_step(self) -> dict[str, dict[str, float]]:
+        """Do one optimiser step of each adapter that is not done; returns their figures, by adapter name."""
+        live = [learner for learner in self.learners if not learner.done]
+        world, rank, first = self.accelerator.num_processes, self.accelerator.process_index, live[0]
+        seed = (first.recipe.seed * 100_003 + first.step) * 1009 + rank
+        torch.manual_seed(seed % 2**63)  # dropout, the same after a resume
+        for part in range(max(learner.recipe.gradient_accumulation_steps for learner in live)):
+            works = [learner.work(part) for learner in live]
+            with self.accelerator.autocast(), self.engine.step(works) as pieces:
+                for piece in pieces:
+                    loss = live[piece.work].loss(piece.forget, piece.retain)
+                    if self.whole is not None:  # a wrapped model averages its processes' gradients; we want their sum
+                        loss = loss * world
+                    if loss.requires_grad:
+                        self.accelerator.backward(loss)
+        return {learner.name: learner.update(gradients_are_summed=self.whole is not None) for learner in live}
 
-    def _sum(self, values: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return values
-        moved = values.to(self.accelerator.device)
-        return self.accelerator.reduce(moved, reduction="sum").cpu()  # type: ignore[no-any-return]
-
-    def _put(self, values: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(values[name])
-
-    def _bar(self, quiet: bool) -> Any:
+    def loop(self, finished: Callable[[Trained], None], asked_to_stop: list[int]) -> None:
+        """Step until all are done, or someone asks to stop."""
         from tqdm import tqdm
 
-        hidden = quiet or not self.accelerator.is_main_process
-        return tqdm(total=self.recipe.steps, initial=self.step, unit="step", desc="forgetting", disable=hidden)
+        done: set[str] = set()
+        bar = tqdm(total=sum(ln.recipe.steps for ln in self.learners), initial=sum(ln.step for ln in self.learners),
+                   unit="step", desc="forgetting", disable=self.quiet)  # fmt: skip
+        while True:
+            for number, learner in enumerate(self.learners):
+                if learner.done and learner.name not in done:
+                    done.add(learner.name)
+                    learner.put(learner.best)
+                    seconds = time.monotonic() - self.began
+                    main = self.accelerator.is_main_process
+                    finished(Trained(number, self.model, learner.name, learner.progress, seconds, main))
+            live = [learner for learner in self.learners if not learner.done]
+            if not live:
+                break
+            began = time.monotonic()
+            tokens = sum(len(e.ids) for ln in live for rows in ln.rows(ln.step) for e in rows)
+            shown = self.one_step()
+            speed = tokens / (time.monotonic() - began)
+            for learner in live:
+                recipe = learner.recipe
+                shown[learner.name]["tokens_per_s"] = speed
+                if learner.step % recipe.eval_every == 0 or learner.step == recipe.steps:
+                    with self.accelerator.autocast():
+                        shown[learner.name] |= learner.evaluate(self.engine)
+                prefix = "" if len(self.learners) == 1 else f"{learner.name}/"
+                self.accelerator.log({f"{prefix}{k}": v for k, v in shown[learner.name].items()}, step=learner.step)
+            bar.update(len(live))
+            bar.set_postfix_str(_told(list(shown.values())))
+            self._save(live, self._anyone(bool(asked_to_stop)))
+        bar.close()
 
-    def _explain_nan(self, seen: Tensor, norm: float, checkpoints: Checkpoints | None) -> str:
-        recipe = self.recipe
-        if getattr(recipe.objective, "forget_ceiling", 0) is None:
-            cause = "plain gradient ascent has no bound: set objective.forget_ceiling (8 is a good start)"
-        elif recipe.dtype == "float16":
-            cause = "float16 overflows: use bfloat16 or float32"
-        else:
-            cause = (
-                f"the learning rate {recipe.learning_rate:g} is too high for this base and adapter: try a tenth of it"
-            )
-        there = checkpoints is not None and checkpoints.folder.exists()
-        kept = f" The last checkpoint is kept: {checkpoints.folder}." if checkpoints and there else ""
-        return (
-            f"not a number at step {self.step + 1} of {recipe.steps}: forget loss {float(seen[0]):.3g}, retain KL "
-            f"{float(seen[1]):.3g} nats/token, gradient norm {norm:.3g}. Likely cause: {cause}.{kept}"
+    def close(self) -> None:
+        """Take the adapters off the base again."""
+        if self.tracker:
+            self.accelerator.end_training()
+        self.model.unload()
+
+    def _save(self, live: Sequence[Learner], stop: bool) -> None:
+        places = []
+        for learner in live:
+            if stop or (learner.step % learner.recipe.checkpoint_every == 0 and not learner.done):
+                places.append(learner.checkpoint())
+        if not stop:
+            return
+        where = f"step {live[0].step} of {live[0].recipe.steps}"
+        if len(live) > 1:
+            where = f"step {live[0].step} with {len(live)} of {len(self.learners)} adapters unfinished"
+        kept = [str(place) for place in places if place]
+        if not kept:
+            raise Interrupted(f"stopped at {where}; nothing was saved (no output given)")
+        raise Interrupted(
+            f"stopped at {where}; the state is in {', '.join(kept)}. "
+            "Run the same command with --resume to go on from there."
         )
 
+    def _anyone(self, stop: bool) -> bool:
+        """Return whether any process was asked to stop."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        told = torch.tensor([float(stop)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(told, reduction="sum") > 0)
 
-def run_digest(recipe: Recipe, rows_digest: str, base: Base, world: int = 1) -> str:
+
+def run_digest(recipe: Recipe, rows_digest: str, base: Base) -> str:
     """Return what a checkpoint must agree in with the run that resumes it."""
-    settings = recipe.model_dump(exclude={"output", "forget", "retain", "probes", "neighbours", "checkpoint_every"})
+    settings = recipe.model_dump(exclude={*DATA_FIELDS, *MACHINE_FIELDS})
     known = json.dumps([settings, rows_digest, base.fingerprint], sort_keys=True)
     return hashlib.sha256(known.encode()).hexdigest()
 
 
-def _share(rows: list[Example], rank: int, world: int, part: int, parts: int) -> list[Example]:
-    return rows[rank::world][part::parts]
+def _with_adapters(base: Base, recipes: Sequence[Recipe], names: Sequence[str]) -> Any:
+    """Return a PEFT model with an adapter for each recipe, each begun as it would be alone, all of them trainable."""
+    from peft import get_peft_model
+
+    model = None
+    configs = [adapter_config(base.model, recipe.adapter) for recipe in recipes]  # of the bare base
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that merging a tied head is unsafe: ours unties first
+        try:
+            for recipe, name, config in zip(recipes, names, configs, strict=True):
+                torch.manual_seed(recipe.seed)
+                if model is None:
+                    model = get_peft_model(base.model, config, adapter_name=name)
+                else:
+                    model.add_adapter(name, config)
+            if len(names) > 1 and model is not None:
+                model.base_model.set_adapter(list(names))
+        except BaseException:
+            if model is not None:
+                model.unload()
+            raise
+    return model
 
 
-def _silent(example: Example) -> Example:
-    """Return the row with nothing to learn from: for a process that has no row of its own in this part."""
-    return Example(example.ids, [False] * len(example.ids))
+def _check_together(recipes: Sequence[Recipe], sharded: bool) -> None:
+    """Refuse what cannot be trained in one pass.
+
+    Raises:
+        RecipeError: naming what to do instead.
+    """
+    if sharded:
+        raise RecipeError("several adapters at once need a base that fits one process: train them one by one")
+    kinds = {(r.adapter.kind, getattr(r.adapter, "form", None)) for r in recipes}
+    if len(kinds) > 1:
+        shown = ", ".join(sorted(f"{kind} {form}" if form else kind for kind, form in kinds))
+        raise RecipeError(f"adapters that are trained at once must be of one kind, these are: {shown}")
+    for recipe in recipes:
+        if getattr(recipe.adapter, "lora_dropout", 0):
+            raise RecipeError(
+                "adapter.lora_dropout draws other masks beside other adapters: train this recipe alone, or set it to 0"
+            )
+        if getattr(recipe.adapter, "use_dora", False):
+            raise RecipeError("adapter.use_dora cannot be trained beside other adapters: train this recipe alone")
 
 
-def _count(examples: Sequence[Example]) -> int:
-    return sum(sum(example.is_target) for example in examples)
-
-
-def _chunks(examples: list[Example], size: int) -> Iterator[list[Example]]:
-    for first in range(0, len(examples), size):
-        yield examples[first : first + size]
+def _told(shown: Sequence[dict[str, float]]) -> str:
+    forget, kl = (sum(s[key] for s in shown) / len(shown) for key in ("forget_loss", "retain_kl"))
+    many = f"{len(shown)} adapters, mean " if len(shown) > 1 else ""
+    return f"{many}forget loss {forget:.2f}, retain KL {kl:.4f} nats/token, {shown[0]['tokens_per_s']:.0f} tok/s"
 
 
 def _scalars(recipe: Recipe) -> dict[str, Any]:

@@ -77,12 +77,17 @@ class DenseHeadLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 weight.data = weight.data + self.dense_head_delta[name].data.to(weight.dtype)
                 self.merged_adapters.append(name)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`W x` plus the deltas of the active adapters."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """`W x` plus the deltas of the active adapters, or for each row of x (B, T, in) that of the adapter named."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
-        for name in self.active_adapters:
+        if adapter_names is not None:
+            return torch.stack([self._added(x[n], result[n], [name]) for n, name in enumerate(adapter_names)])
+        return self._added(x, result, self.active_adapters)
+
+    def _added(self, x: Tensor, result: Tensor, names: list[str]) -> Tensor:
+        for name in names:
             if name in self.dense_head_delta:
                 delta = self.dense_head_delta[name]
                 result = result + nn.functional.linear(x.to(delta.dtype), delta).to(result.dtype)

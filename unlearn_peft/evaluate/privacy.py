@@ -19,8 +19,8 @@ from torch import Tensor
 from ..base import Base
 from ..batch import collate
 from ..data import Row, tokenize
-from ..engine import picked_logits
 from ..errors import BaseModelError
+from ..forward import picked_logits
 from .rows import RowTokens, row_tokens
 from .score import Array, Score, score
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..bank import Bank
 from ..base import Base
 from ..data import Example, Row, tokenize
-from ..engine import Rows, picked_logits
 from ..errors import DataError
+from ..forward import Rows, picked_logits
 
 _MOST_LOGITS = 2**26  # of a batch: 256 MB in float32
 _CHUNK = 128  # tokens whose distributions are worked on at once

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...base import head_name
 from ...batch import collate
 from ...data import Row, tokenize
-from ...engine import picked_logits
+from ...forward import picked_logits
 from ...generate import leaked
 from ..score import Array
 from .target import Attacked, Target, attacked, leaks, under

@@ -1,0 +1,168 @@
+"""One forward pass: rows laid out for a model, its two parts, and which positions reach the output head.
+
+Rows come in; logits at their targets, or the hidden states in front of the head, go out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Batch, collate, pack
+from .data import Example
+
+
+class Rows:
+    """Lays rows out for one model: packed, if that is worth it and the model is seen to give the same, else padded.
+
+    Args:
+        model: whatever is attached to it stays as it is.
+        head: its output head.
+        pad_id: any token id; padding is never looked at.
+    """
+
+    def __init__(self, model: Any, head: nn.Module, pad_id: int) -> None:
+        self.model, self.head, self.pad_id = model, head, pad_id
+        self.device = next(model.parameters()).device
+        self._packs: bool | None = None  # found out by comparing once
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """Return the rows in one batch, on the model's device."""
+        packed = None
+        if self._packs is not False:
+            packed = pack(examples, getattr(self.model.config, "sliding_window", None))
+        if packed is not None:
+            packed = packed.to(self.device, self.model.dtype)
+            if self._packs is None:
+                self._packs = self._takes(packed, self.padded(examples))
+            if self._packs:
+                return packed
+        return self.padded(examples)
+
+    def padded(self, examples: Sequence[Example]) -> Batch:
+        """Return the rows side by side, on the model's device."""
+        return collate(examples, self.pad_id).to(self.device)
+
+    @torch.no_grad()
+    def _takes(self, packed: Batch, padded: Batch) -> bool:
+        """Return whether the model gives the same for packed rows as for padded ones."""
+        expected = picked_logits(self.model, self.head, padded)
+        try:
+            return alike(picked_logits(self.model, self.head, packed), expected)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # a model that takes no such mask
+            return False
+
+
+class Halves:
+    """A causal language model as two parts: the backbone up to the final hidden states, and what makes logits of them.
+
+    The second part is the model itself, with the hidden states standing in for its backbone: whatever it does to its
+    head's input or output (a scale, a soft cap) happens.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.backbone = model, model.base_model  # transformers' name for what lies under the head
+        self.head = model.get_output_embeddings()
+
+    def states(self, batch: Batch) -> Tensor:
+        """Return the final hidden states, (B, T, d)."""
+        found = self.backbone(**model_inputs(batch))
+        return found.last_hidden_state  # type: ignore[no-any-return]
+
+    def logits(self, states: Tensor, head_outputs: Tensor | None = None) -> Tensor:
+        """Return the logits of hidden states (n, d), (n, V).
+
+        Args:
+            states: final hidden states.
+            head_outputs: (n, V), what the bare head gives for them, if that is known already.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+        given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        bare = getattr(self.head, "base_layer", self.head)
+        known = [(bare, head_outputs[None])] if head_outputs is not None else []
+        with standing_in([(self.backbone, given), *known]):
+            return self.model(input_ids=ids, use_cache=False).logits[0]  # type: ignore[no-any-return]
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """Return a batch as arguments of a transformers model."""
+    where = {} if batch.positions is None else {"position_ids": batch.positions}
+    return {"input_ids": batch.ids, "attention_mask": batch.attention, "use_cache": False, **where}
+
+
+def picked_logits(
+    model: nn.Module, head: nn.Module, batch: Batch, watch: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """Return the logits that predict the batch's targets, (N, V), in row order.
+
+    The positions are picked in front of the output head, by a hook, so that the head's cost and memory grow with
+    the targets and not with prompt and padding, and so that whatever a model does behind its head still happens.
+    """
+    picked = predicting(batch)
+
+    def pick(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = inputs[0][picked]
+        if watch is not None:
+            watch(hidden)
+        return (hidden[None], *inputs[1:])
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        return model(**model_inputs(batch)).logits[0]  # type: ignore[no-any-return]
+    finally:
+        handle.remove()
+
+
+def predicting(batch: Batch) -> Tensor:
+    """Return the positions that predict a target, as a mask like `batch.targets`."""
+    picked = torch.zeros_like(batch.targets)
+    picked[:, :-1] = batch.targets[:, 1:]
+    return picked
+
+
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Return whether two ways of computing the same logits agree to rounding."""
+    if not expected.numel():
+        return True
+    scale = expected.abs().max().item() or 1.0
+    slack = 0.05 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    return bool((found - expected).abs().max() <= slack * scale)
+
+
+@contextmanager
+def standing_in(known: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Let each module give what is known instead of running."""
+
+    def give(*_: Any, output: Any, **__: Any) -> Any:
+        return output
+
+    try:
+        for module, output in known:
+            module.forward = partial(give, output=output)
+        yield
+    finally:
+        for module, _ in known:
+            module.__dict__.pop("forward", None)
+
+
+def training_mode(model: Any, gradient_checkpointing: bool) -> None:
+    """Switch on the adapters' dropout and, if asked, checkpointing; the base's own dropout stays off."""
+    model.eval()
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            module.training = True
+    if gradient_checkpointing:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        base = model.get_base_model()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in base.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # this module's own flag: what lies inside stays in evaluation mode

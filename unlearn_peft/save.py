@@ -1,0 +1,99 @@
+"""A trained adapter -> its directory: weights, config, manifest, curves and card."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from .base import DTYPES, Base
+from .bundle import CONFIG, WEIGHTS, new_bundle
+from .card import CURVES, draw_curves, write_card
+from .recipe import DATA_FIELDS, Recipe
+from .train import Trained
+
+logger = logging.getLogger(__name__)
+
+
+def save_adapter(
+    output: Path, trained: Trained, base: Base, recipe: Recipe, digests: Mapping[str, str], key: bytes
+) -> None:
+    """Write a trained adapter's directory, whole or not at all."""
+    progress = trained.progress
+    config = trained.model.peft_config[trained.name]
+    config.base_model_name_or_path, config.inference_mode = base.name, True
+    manifest = {
+        "base": {"name": base.name, "fingerprint": base.fingerprint},
+        "peft_type": str(config.peft_type.value),
+        "recipe": _settings(recipe),
+        "data_digests": {"key": hashlib.sha256(key).hexdigest()[:16], "hmac_sha256": dict(digests)},
+        "metrics": metrics_of(trained),
+        "history": {"steps": progress.history, "evaluations": progress.evaluations},
+        "versions": {name: version(name) for name in ("unlearn-peft", "torch", "transformers", "peft")},
+    }
+    with new_bundle(output, manifest) as folder:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of the tied head, which save_embedding_layers=False settles
+            trained.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[trained.name])
+        written = folder if trained.name == "default" else folder / trained.name  # PEFT's rule
+        for name in (WEIGHTS, CONFIG):
+            (written / name).replace(folder / name)
+        for other in folder.iterdir():
+            if other.is_dir():
+                shutil.rmtree(other)
+            elif other.name not in (WEIGHTS, CONFIG):
+                other.unlink()
+        kept = {name: tensor.to(DTYPES[recipe.save_dtype]) for name, tensor in load_file(folder / WEIGHTS).items()}
+        save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
+        draw_curves(folder / CURVES, progress.history, progress.evaluations, progress.best_step)
+        write_card(folder, manifest)
+    if progress.best_step == 0:
+        logger.warning(
+            "No step stayed within the retain budget of %g nats/token, so the adapter changes nothing: use a lower "
+            "learning_rate, a larger retain_weight, or more and nearer retain rows",
+            recipe.objective.retain_budget,
+        )
+
+
+def metrics_of(trained: Trained) -> dict[str, Any]:
+    """Return the figures that go into a manifest; losses and KL in nats/token."""
+    progress = trained.progress
+    first, best = (
+        progress.evaluations[0],
+        next(e for e in progress.evaluations if e["step"] == progress.best_step),
+    )
+    metrics = {
+        "best_step": progress.best_step,
+        "stopped_by": progress.stopped_by,
+        "within_budget": progress.best_step > 0,
+        "forget_loss_base": first["forget_set_loss"],
+        "forget_loss": best["forget_set_loss"],
+        "specific_loss_base": first["specific_loss"],
+        "specific_loss": best["specific_loss"],
+        "forget_loss_change_percent": 100 * (best["forget_set_loss"] / max(first["forget_set_loss"], 1e-9) - 1),
+        "answer_probability_base": first["answer_probability"],
+        "answer_probability": best["answer_probability"],
+        "training_seconds": round(trained.seconds, 1),
+    }
+    for name in ("held_out_kl", "retain_kl"):
+        if name in best:
+            metrics[name] = best[name]
+    return metrics
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without its data: not even the names of its files, nor refusals that may name what is refused."""
+    settings = recipe.model_dump(exclude={*DATA_FIELDS, "output", "cache_gb"}, mode="json")
+    settings["objective"].pop("refusals", None)
+    if recipe.makes_retain:
+        settings["retain"] = "auto"
+    if ".py:" in settings["objective"]["name"]:
+        settings["objective"]["name"] = Path(settings["objective"]["name"]).name
+    return settings
