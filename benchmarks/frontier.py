@@ -65,7 +65,7 @@ def main():
     failed = [] if given.kept else make_missing(__file__, places, given.jobs, make_here)
     found = {name: json.loads(place.read_text()) for name, place in places.items() if place.is_file()}
     if "base" in found:
-        show(found.pop("base"), {pairs[name]: line for name, line in found.items()}, given.picture)
+        show(found["base"], {pair: found.get(name, []) for name, pair in pairs.items()}, given.picture)
     elif given.kept:
         sys.exit(f"the base is not measured yet in {folder}: run the command without --kept")
     if failed:
@@ -92,15 +92,14 @@ def make(names, rows, folder):
 
 
 def show(bare, lines, picture):
-    """Print the points, the table and draw the picture; `lines`: points by variant and kind of adapter."""
+    """Print the points, the table and draw the picture; `lines`: points, if there are any, by variant and kind."""
     print(f"base: {told(bare)}")
     for (variant, kind), found in lines.items():
         for point in found:
             print(f"{variant} on {kind}, strength {point['strength']}: {told(point)}")
     limit = SALAD * bare["perplexity"]
-    if lines:
-        table(lines, limit)
-        draw(picture, lines, bare, limit)
+    table(lines, limit)
+    draw(picture, lines, bare, limit)
 
 
 def points(base, rows, reference, variant, kind, folder):
@@ -173,7 +172,7 @@ def draw(path, lines, bare, limit):
     colours = pyplot.get_cmap("tab20")
     for ax, kind in zip(axes[0], kinds, strict=True):
         for n, variant in enumerate(names):
-            found = lines.get((variant, kind))
+            found = lines[variant, kind]
             if not found:
                 continue
             x, y = ([max(p[key], floor) for p in found] for key, floor in (("neighbour_kl", 1e-4), ("leak_share", 0)))
