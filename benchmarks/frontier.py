@@ -1,6 +1,6 @@
 """What forgets best at equal harm? Every objective on every kind of adapter, on the demo's target.
 
-    python benchmarks/frontier.py [--variants ga_kl npo ...] [--adapters lora head] [--output out/frontier]
+    python benchmarks/frontier.py [--variants ga_kl npo ...] [--adapters lora head] [--jobs 2] [--kept]
 
 Each is trained once as the demo is (no budget: the last step is kept) and attached with several strengths. For each
 strength: forgetting, the share of answers to the probes (paraphrases never trained on) that name what was to be
@@ -9,20 +9,24 @@ nats/token; and the perplexity of the greedy answers under the base: more than t
 does not count as forgetting. Prints the best of each at some amounts of harm and draws --picture (extra report).
 
 Learning rate, retain weight and steps are those found for ga_kl: the others might do better with their own. Each
-line is kept in --output: run the same command again and it goes on. About 2 minutes a variant and adapter on 2 cores.
+line is kept in --output: run the same command again and it goes on. About 2 minutes a variant and adapter on 2 cores;
+--jobs N runs N of them side by side, each on its share of the cores.
 """
 
 import argparse
 import hashlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from jobs import add_arguments, keep, make_missing
 from variants import VARIANTS, file_name
 
 from unlearn_peft import forgetting, load_base, load_recipe, unlearn
 from unlearn_peft.data import read_rows
+from unlearn_peft.errors import RecipeError
 from unlearn_peft.evaluate.fluency import losses_under_base
 from unlearn_peft.files import whole_file
 from unlearn_peft.generate import answers, leaked, mean_kl, sampled, target_log_probabilities
@@ -42,45 +46,64 @@ def main():
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="NAME", default=list(VARIANTS),
                         help=f"of {'; '.join(VARIANTS)}; all by default")  # fmt: skip
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS))
+    add_arguments(parser)
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "frontier")
-    parser.add_argument("--kept", action="store_true", help="run nothing: table and picture of what is kept already")
+    parser.add_argument("--kept", action="store_true", help="load no model: table and picture of what is kept already")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "frontier.png")
     given = parser.parse_args()
-    base, lines = load_base("demo"), {}
     defaults = {name: Recipe.model_fields[name].get_default(call_default_factory=True) for name in DEFAULTS}
     recipe = load_recipe(ROOT / "recipes" / "harry_potter.yaml", **defaults)
     rows = {name: read_rows(getattr(recipe, name), name) for name in ("forget", "retain", "probes", "neighbours")}
     settings = recipe.model_dump(mode="json", exclude={"output", *rows})
     key = json.dumps([rows, settings, STRENGTHS, SAMPLES, TOKENS])
     folder = given.output / hashlib.sha256(key.encode()).hexdigest()[:12]
+    make_here = partial(make, rows=rows, folder=folder)
+    if given.line:
+        return make_here([given.line])
+    pairs = {f"{variant} on {kind}": (variant, kind) for variant in given.variants for kind in given.adapters}
+    places = {name: place_of(name, folder) for name in ("base", *pairs)}
+    failed = [] if given.kept else make_missing(__file__, places, given.jobs, make_here)
+    found = {name: json.loads(place.read_text()) for name, place in places.items() if place.is_file()}
+    if "base" in found:
+        show(found["base"], {pair: found.get(name, []) for name, pair in pairs.items()}, given.picture)
+    elif given.kept:
+        sys.exit(f"the base is not measured yet in {folder}: run the command without --kept")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; the rest is kept: run the command again to go on")
+
+
+def place_of(name, folder):
+    """Return the file of the line `base`, or `VARIANT on KIND`."""
+    variant, _, kind = name.rpartition(" on ")
+    return folder / (f"{kind}_{file_name(variant)}.json" if variant else f"{name}.json")
+
+
+def make(names, rows, folder):
+    """Measure and keep one line after the other."""
+    if not names:
+        return
+    base = load_base("demo")
     reference = target_log_probabilities(base, rows["neighbours"], "neighbours")
-    bare = kept(folder / "base.json", lambda: look(base, rows, reference))
-    print(f"base: {told(bare)}", flush=True)
-    for variant in given.variants:
-        for kind in given.adapters:
-            place = folder / f"{kind}_{file_name(variant)}.json"
-            if given.kept and not place.is_file():
-                lines[variant, kind] = []
-                continue
-            lines[variant, kind] = kept(place, lambda v=variant, k=kind: points(base, rows, reference, v, k, folder))
-            for point in lines[variant, kind]:
-                print(f"{variant} on {kind}, strength {point['strength']}: {told(point)}", flush=True)
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        variant, _, kind = name.rpartition(" on ")
+        found = points(base, rows, reference, variant, kind, folder) if variant else look(base, rows, reference)
+        keep(place_of(name, folder), found)
+
+
+def show(bare, lines, picture):
+    """Print the points, the table and draw the picture; `lines`: points, if there are any, by variant and kind."""
+    print(f"base: {told(bare)}")
+    for (variant, kind), found in lines.items():
+        for point in found:
+            print(f"{variant} on {kind}, strength {point['strength']}: {told(point)}")
     limit = SALAD * bare["perplexity"]
     table(lines, limit)
-    draw(given.picture, lines, bare, limit)
-
-
-def kept(place, make):
-    if not place.is_file():
-        found = make()
-        with whole_file(place) as temporary:
-            temporary.write_text(json.dumps(found))
-    return json.loads(place.read_text())
+    draw(picture, lines, bare, limit)
 
 
 def points(base, rows, reference, variant, kind, folder):
-    """Train once, look at it with each strength."""
-    print(f"{variant} on {kind} ...", file=sys.stderr, flush=True)
+    """Train once, look at it with each strength; no points where the adapter is none for the objective."""
     fields = dict(VARIANTS[variant])
     fields["objective"] = {**fields["objective"], "retain_budget": None}
     where = folder / "adapters" / f"{kind}_{file_name(variant)}"
@@ -89,7 +112,7 @@ def points(base, rows, reference, variant, kind, folder):
             base, forget=rows["forget"], retain=rows["retain"], adapter=ADAPTERS[kind], eval_every=1000,
             quiet=True, resume=True, output=str(where), **fields,
         )  # fmt: skip
-    except Exception as error:  # rmu cannot be had on a head; the message says why
+    except RecipeError as error:  # rmu cannot be had on a head; the message says why
         print(f"{variant} on {kind}: {error}", file=sys.stderr)
         return []
     found = []

@@ -1,14 +1,15 @@
 r"""TOFU (Maini et al. 2024, arXiv:2401.06121) on a small model: the table that its users know, for each objective.
 
-    python benchmarks/tofu_smollm2.py [--objectives ga_kl npo ...] [--output out/tofu]
+    python benchmarks/tofu_smollm2.py [--objectives ga_kl npo ...] [--jobs 2] [--kept] [--output out/tofu]
 
 SmolLM2-135M learns some of TOFU's fictitious authors; a twin learns the same but the authors to be forgotten. Then
 each objective makes the first forget them, as an adapter. Forget quality is the p-value of a KS test of truth ratios
 against the twin's (above 0.05: cannot be told from it); model utility is TOFU's harmonic mean of nine; truth ratio is
 min(R, 1/R) on the forget set; ROUGE is ROUGE-L recall of greedy answers on the forget set.
 
-Each line is kept in --output as soon as it is there: run the same command again and it goes on. Under an hour on 2
-cores; a part of the rows and of the parameters is used to get there:
+Each line is kept in --output as soon as it is there: run the same command again and it goes on. With --jobs N the two
+models are learnt side by side, then N objectives at a time forget, each on its share of the cores. To be done in hours
+on 2 cores, it uses a part of the rows and of the parameters:
 
 - 2 authors (40 rows) to forget, 5 (100 rows) to retain; 30 rows of each utility set; learnt through a LoRA that is
   merged, as full fine-tuning would take hours.
@@ -27,24 +28,25 @@ import hashlib
 import json
 import re
 import sys
-import time
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from variants import VARIANTS, file_name
+from jobs import add_arguments, keep, make_missing
+from variants import ONE_EACH, VARIANTS, file_name
 
 from unlearn_peft import Base, forgetting, load_base, merge, unlearn
 from unlearn_peft.data import read_rows
 from unlearn_peft.evaluate.tofu import measure_tofu
 from unlearn_peft.evaluate.truth import forget_quality
-from unlearn_peft.files import whole_file
 from unlearn_peft.objectives import Terms
 from unlearn_peft.recipe import DataSpec
 
 DATA = Path(__file__).parent / "data"
 AN_AUTHOR, WRONG = 20, 3  # rows an author has; wrong answers a question gets
+MODELS = ("retain-only", "fine-tuned")  # the lines without forgetting: the twin, and what each objective begins with
 COLUMNS = ("forget_quality", "model_utility", "forget_truth_ratio", "forget_rouge_l_recall")
 LEARNT = {  # the LoRA through which the models learn their authors
     "adapter": {"kind": "lora", "r": 32, "lora_alpha": 32, "layers": "all"},
@@ -61,29 +63,29 @@ def main():
     measured_as = folder / digest(
         rows, given.steps, given.learning_rate, given.retain_weight, given.finetuned, given.retain_only
     )
+    make_here = partial(make, rows=rows, given=given, folder=folder, measured_as=measured_as)
+    if given.line:
+        return make_here([given.line])
     print(f"results are kept in {measured_as}", file=sys.stderr)
-    if given.kept and not kept(measured_as, "fine-tuned").is_file():
-        sys.exit("nothing is kept there yet: run the same command without --kept")
-    began = time.monotonic()
-    base = model(given.retain_only, "retain_only", known["retain"], given, folder)
-    found = {"retain-only": line(measured_as, "retain-only", lambda: measured(base, rows))}
-    twin = np.array(found["retain-only"]["truth_ratios"])
-    base = model(given.finetuned, "finetuned", known["forget"] + known["retain"], given, folder)
-    found["fine-tuned"] = line(measured_as, "fine-tuned", lambda: measured(base, rows))
-    for name in given.objectives:
-        if given.kept and not kept(measured_as, name).is_file():
-            continue
-        found[name] = line(measured_as, name, lambda name=name: forgotten(base, rows, name, given, measured_as))
-    table(found, twin)
-    print(f"{time.monotonic() - began:.0f} s, with what was there already", file=sys.stderr)
-    if given.json:
-        print(json.dumps({name: {k: v for k, v in f.items() if k != "truth_ratios"} for name, f in found.items()}))
+    chosen = given.objectives if given.objectives is not None else VARIANTS if given.kept else ONE_EACH
+    places = {name: kept(measured_as, name) for name in (*MODELS, *chosen)}
+    failed = [] if given.kept else make_missing(__file__, places, given.jobs, make_here, first=MODELS)
+    found = {name: json.loads(place.read_text()) for name, place in places.items() if place.is_file()}
+    if found.keys() >= set(MODELS):
+        table(found)
+        if given.json:
+            print(json.dumps({name: {k: v for k, v in f.items() if k != "truth_ratios"} for name, f in found.items()}))
+    elif given.kept:
+        sys.exit(f"{' and '.join(MODELS)} are not kept yet, and no table goes without: run the command without --kept")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; the rest is kept: run the command again to go on")
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objectives", nargs="*", choices=VARIANTS, metavar="NAME", default=list(VARIANTS),
-                        help=f"of {'; '.join(VARIANTS)}; all by default")  # fmt: skip
+    parser.add_argument("--objectives", nargs="*", choices=VARIANTS, metavar="NAME",
+                        help=f"of {'; '.join(VARIANTS)}; by default {'; '.join(ONE_EACH)}")  # fmt: skip
+    add_arguments(parser)
     parser.add_argument("--output", type=Path, default=Path("out/tofu"))
     parser.add_argument("--base", default="demo", help="the model that learns the authors")
     parser.add_argument("--forget-authors", type=int, default=2)
@@ -97,7 +99,7 @@ def arguments():
     parser.add_argument("--hub", action="store_true", help="all rows of TOFU's forget10, from the Hub")
     parser.add_argument("--finetuned", help="a model that knows the authors already; none is trained then")
     parser.add_argument("--retain-only", help="a model that knows the retain set alone")
-    parser.add_argument("--kept", action="store_true", help="measure nothing: the table of what is kept already")
+    parser.add_argument("--kept", action="store_true", help="load no model: the table of all that is kept already")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser.parse_args()
 
@@ -198,6 +200,20 @@ def learn(forget, retain, settings):
     return Terms(0 * forget.cross_entropy, retain.cross_entropy)
 
 
+def make(names, rows, given, folder, measured_as):
+    """Measure and keep one line after the other."""
+    tuned = None
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        if name == "retain-only":
+            found = measured(model(given.retain_only, "retain_only", bare(rows["retain"]), given, folder), rows)
+        else:
+            both = bare(rows["forget"]) + bare(rows["retain"])
+            tuned = tuned or model(given.finetuned, "finetuned", both, given, folder)
+            found = measured(tuned, rows) if name == "fine-tuned" else forgotten(tuned, rows, name, given, measured_as)
+        keep(kept(measured_as, name), found)
+
+
 def model(given_name, name, rows, given, folder):
     """Return a base that knows the rows: the given one, the one that is there, or one that learns them now."""
     if given_name:
@@ -240,25 +256,16 @@ def kept(folder, name):
     return folder / f"{file_name(name)}.json"
 
 
-def line(folder, name, make):
-    """Return what was measured, or measure and keep it."""
-    place = kept(folder, name)
-    if not place.is_file():
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        found = make()
-        with whole_file(place) as temporary:
-            temporary.write_text(json.dumps(found))
-    return json.loads(place.read_text())
-
-
-def table(found, twin):
+def table(found):
+    twin = np.array(found["retain-only"]["truth_ratios"])
     print(f"| | forget quality (p, n = {len(twin)}) | model utility | of the fine-tuned | truth ratio | ROUGE |")
     print("|---|---|---|---|---|---|")
     whole = value(found["fine-tuned"], "model_utility")
     for name, one in found.items():
         p = "" if name == "retain-only" else f"{forget_quality(one['truth_ratios'], twin).value:.3g}"
         utility, ratio, rouge = (value(one, column) for column in COLUMNS[1:])
-        print(f"| {name} | {p} | {utility:.3f} | {100 * utility / whole:.0f} % | {ratio:.3f} | {rouge:.3f} |")
+        share = f"{100 * utility / whole:.0f} %" if whole else ""
+        print(f"| {name} | {p} | {utility:.3f} | {share} | {ratio:.3f} | {rouge:.3f} |")
 
 
 def value(one, name):

@@ -14,6 +14,9 @@ VARIANTS = {
     **{name: {"objective": {"name": name}} for name in ("npo", "simnpo", "idk_dpo")},
     "rmu": {"objective": {"name": "rmu"}},
 }
+ONE_EACH = (  # a line for each objective
+    "ga_kl, all tokens to 3 nats", "grad_diff", "wga", "ihl", "undial by 3 nats", "npo", "simnpo", "idk_dpo", "rmu",
+)  # fmt: skip
 
 
 def file_name(variant):

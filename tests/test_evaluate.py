@@ -17,7 +17,7 @@ from unlearn_peft import attach, attached, detach
 from unlearn_peft.errors import AdapterError, DataError, OutputError
 from unlearn_peft.evaluate import picture, wording
 from unlearn_peft.evaluate.evaluation import STATES, SideBySide, evaluate, read_measured
-from unlearn_peft.evaluate.report import check_folder, html, markdown_section, marked, show, write_report
+from unlearn_peft.evaluate.report import check_folder, html, markdown_section, marked, show, unbroken, write_report
 from unlearn_peft.evaluate.score import Score
 
 PROBES = [
@@ -347,6 +347,12 @@ def test_change_is_told_by_the_intervals():
     assert wording.change(at(1, 0.9, 1.1, better=True), at(5, 4, 6, better=True)) == "better"
     assert wording.change(at(0, 0, 0, "neighbours_kl"), at(0.1, 0.05, 0.2, "neighbours_kl")) == "cost"
     assert wording.change(at(0.5, 0.4, 0.6), None) == "missing"
+
+
+def test_lines_are_broken_in_front_of_an_interval_and_not_within():
+    text = unbroken("83.3% of probes (50 to 100; n = 6)")
+    assert text.split(" ") == ["83.3%", "of", "probes", "(50\u00a0to\u00a0100;\u00a0n\u00a0=\u00a06)"]
+    assert unbroken("base 0; 95 % interval 0 to 0; n = 12").endswith("to 0; n\u00a0=\u00a012")
 
 
 @pytest.mark.parametrize(

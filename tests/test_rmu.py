@@ -229,6 +229,7 @@ def test_the_layer_is_by_default_the_middle_one_of_those_adapted(deep):
     ):  # fmt: skip
         model = peft_model(deep, **settings)
         layers = decoder_layers(model)
+        assert layers == decoder_layers(deep.model)
         assert len(layers) == 4 and watched_layer(model, None) is layers[expected], settings
         model.unload()
 

@@ -70,10 +70,16 @@ TOFU = {
 }
 
 
-def test_tofu_has_its_table_and_the_forget_quality_against_another_model(tiny, make_adapter):
+def test_tofu_has_its_table_and_the_forget_quality_against_another_model(tiny, make_adapter, monkeypatch):
     twin = tofu.truth_ratios(tiny, TOFU["forget"])
     adapter = make_adapter(tiny, "a", scale=0.3)
-    result = evaluate(tiny, [adapter], TOFU, suite=Suite.TOFU, max_new_tokens=4, retrained=twin)
+    with monkeypatch.context() as patched:
+        asked = []
+        patched.setattr(tofu, "answers", lambda base, ps, **how: asked.extend(ps) or answers(base, ps, **how))
+        result = evaluate(tiny, [adapter], TOFU, suite=Suite.TOFU, max_new_tokens=4, retrained=twin)
+    assert asked and not {row["prompt"] for row in FORGET} & set(asked)  # the quick suite asked these
+    names = [score.name for score in result.scores["with"]]
+    assert len(set(names)) == len(names) and {"forget_answer_probability", "forget_rouge_l_recall"} < set(names)
     assert result.score("forget_quality", "before").value == 1  # the twin is the base itself
     table = {score.name: score for score in tofu.measure_tofu(tiny, TOFU).scores}
     assert result.score("model_utility", "before") == table["model_utility"]

@@ -114,9 +114,14 @@ def test_the_benchmark_runs_and_goes_on_where_it_was(benchmark, tiny, tmp_path, 
         "| ga_kl",
         "| npo",
     ]
-    monkeypatch.setattr(benchmark, "measured", None)  # nothing is measured twice
-    benchmark.main()
-    assert capsys.readouterr().out == first
+    monkeypatch.setattr(benchmark, "load_base", None)  # nothing is measured twice
+    for more in ([], ["--kept"]):
+        monkeypatch.setattr(sys, "argv", argv.split() + more)
+        benchmark.main()
+        assert capsys.readouterr().out == first
+    monkeypatch.setattr(sys, "argv", [*argv.split(), "--seed", "1", "--kept"])
+    with pytest.raises(SystemExit, match="run the command without --kept"):
+        benchmark.main()
     assert (logits(tiny) == before).all()
 
 

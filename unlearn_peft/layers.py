@@ -1,6 +1,6 @@
-"""The decoder layers of a PEFT model: which of them an adapter changes, and the one whose output an objective sees.
+"""The decoder layers of a model: which of them an adapter changes, and the one whose output an objective sees.
 
-A model comes in; its layers, or one of them, go out to the frozen trunk (`trunk.py`) and to the engine.
+A model comes in; its layers, or one of them, go out to the frozen trunk (`trunk.py`), the engine and the logit lens.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from .errors import RecipeError
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """Return the decoder layers of a PEFT model, from the bottom up; empty where it is not plain which they are."""
-    base = model.get_base_model()
-    count = getattr(base.config, "num_hidden_layers", 0)
-    stacks = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == count > 0]
+    """Return the decoder layers of a model, PEFT's or bare, from the bottom up; empty where it isn't plain which."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count > 0]
     return list(stacks[0]) if len(stacks) == 1 else []
 
 

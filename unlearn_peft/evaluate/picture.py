@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -63,14 +64,18 @@ def draw(path: Path, evaluation: Evaluation) -> None:
     for n, axes in enumerate(grid.flat):
         if n < len(names):
             _draw(axes, evaluation, names[n])
-            axes.set_title(label(names[n]), fontsize=10, fontweight="bold", color=INK, loc="left")
+            _title(axes, label(names[n]))
         elif n == len(names) and points:
             _draw_frontier(axes, points)
-            axes.set_title(FRONTIER, fontsize=10, fontweight="bold", color=INK, loc="left")
+            _title(axes, FRONTIER)
         else:
             axes.set_axis_off()
     figure.savefig(path, dpi=130, format="png")
     pyplot.close(figure)
+
+
+def _title(axes: Any, text: str) -> None:
+    axes.set_title(textwrap.fill(text, 36), fontsize=10, fontweight="bold", color=INK, loc="left")
 
 
 def _draw(axes: Any, evaluation: Evaluation, name: str) -> None:
@@ -96,9 +101,14 @@ def _draw(axes: Any, evaluation: Evaluation, name: str) -> None:
 
 def _draw_frontier(axes: Any, points: list[tuple[str, float, float]]) -> None:
     axes.plot([kl for _, kl, _ in points], [100 * share for _, _, share in points], "o-", color=COLOURS["with"], ms=5)
+    last, wide = -1.0, 0.1 * max(kl for _, kl, _ in points)  # of a label, about
     for strength, kl, share in points:
-        axes.annotate(strength, (kl, 100 * share), (3, 5), textcoords="offset points", fontsize=8, color=INK)
+        crowded = 0 <= kl - last < wide  # weak strengths lie close together
+        at = ((-10, -12) if share > 0.5 else (-3, 14)) if crowded else (3, 5)
+        axes.annotate(strength, (kl, 100 * share), at, textcoords="offset points", fontsize=8, color=INK)
+        last = kl
     axes.set_ylim(-4, 112)
+    axes.set_yticks(range(0, 101, 25))
     axes.set_xlim(left=0)
     axes.set_ylabel("% of probes leak", color=INK, fontsize=9)
     _frame(axes, "neighbours' KL to the base, nats/token", "both")

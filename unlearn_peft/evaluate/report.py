@@ -95,6 +95,7 @@ def html(evaluation: Evaluation, adapters: Sequence[str | Path] = ()) -> str:
         attacks=wording.attack_rows(evaluation.attacks),
         curves=[(Path(path).name, picture) for path in adapters if (picture := _curves(Path(path)))],
         marked=marked,
+        unbroken=unbroken,
     )
 
 
@@ -105,6 +106,11 @@ def marked(text: str, words: Sequence[str]) -> list[tuple[str, bool]]:
     pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
     parts = re.split(f"({pattern})", text, flags=re.IGNORECASE)
     return [(part, n % 2 == 1) for n, part in enumerate(parts) if part]
+
+
+def unbroken(text: str) -> str:
+    """Return a text whose lines are broken in front of, but not within, an interval in brackets or a number of rows."""
+    return re.sub(r"\([^()]*\)$|n = \d+", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
 
 
 def markdown_section(evaluation: Evaluation) -> str:

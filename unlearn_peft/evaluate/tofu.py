@@ -72,6 +72,7 @@ def measure_tofu(
     seed: int = 0,
     chat_template: bool = True,
     batch_size: int = 8,
+    forget_answers: bool = True,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Tofu:
     """Measure forget quality, model utility and what they are made of.
@@ -85,6 +86,7 @@ def measure_tofu(
         seed: of the bootstrap.
         chat_template: see `data.tokenize`.
         batch_size: rows at a time.
+        forget_answers: measure their probability and ROUGE too; the quick suite has the same two.
         progress: is told which set is being measured.
 
     Raises:
@@ -100,6 +102,11 @@ def measure_tofu(
         asked = _asked(rows[name])
         right, wrong = truth_losses(base, asked, **how)
         ratio = truth_ratio(right, wrong)
+        if name == "forget":
+            ratios = ratio
+            scores.append(score("forget_truth_ratio", "ratio", True, forget_truth_ratio(ratio), seed=seed))
+            if not forget_answers:
+                continue
         if name in ("forget", "retain"):
             probability = _probabilities(base, asked, right, how)
         else:
@@ -107,9 +114,7 @@ def measure_tofu(
         texts = answers(base, [row["prompt"] for row in asked], max_new_tokens=max_new_tokens, **how)
         rouge = rouge_l([row["completion"] for row in asked], texts)
         if name == "forget":
-            ratios = ratio
             scores += [
-                score("forget_truth_ratio", "ratio", True, forget_truth_ratio(ratio), seed=seed),
                 score("forget_answer_probability", "share", False, probability, seed=seed),
                 score("forget_rouge_l_recall", "share", False, rouge, seed=seed),
             ]

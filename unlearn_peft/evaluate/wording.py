@@ -126,7 +126,7 @@ def factor(score: Score) -> int:
 
 def unit(score: Score) -> str:
     """Return the unit for people, e.g. `% of answers`."""
-    return re.sub(r"^share", "%", score.unit)
+    return re.sub(r"^(share|percent)", "%", score.unit)
 
 
 def number(value: float) -> str:

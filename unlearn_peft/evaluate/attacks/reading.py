@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...base import Base
 from ...data import Row
 from ...errors import BaseModelError
+from ...layers import decoder_layers
 from ..rows import alone
 from ..score import Array
 from .prompts import GENERIC
@@ -126,10 +127,12 @@ def _watched(base: Base, states: list[Tensor], outputs: dict[str, Tensor]) -> It
 
     `output_hidden_states=True` is not asked for: on its first use transformers leaves hooks in the model.
     """
-    head, count = base.model.get_output_embeddings(), base.model.config.get_text_config().num_hidden_layers
-    lists = [part for part in base.model.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    if not lists:
-        raise BaseModelError(f"{type(base.model).__name__} has no list of {count} layers: the logit lens needs one")
+    head, layers = base.model.get_output_embeddings(), decoder_layers(base.model)
+    if not layers:
+        raise BaseModelError(
+            f"the decoder layers of {type(base.model).__name__} were not found (expected one list of "
+            "config.num_hidden_layers modules): leave logit_lens out of the attacks"
+        )
 
     def enter(_: Any, inputs: tuple[Tensor, ...], named: dict[str, Any]) -> None:
         states.append(inputs[0] if inputs else named["hidden_states"])
@@ -147,8 +150,8 @@ def _watched(base: Base, states: list[Tensor], outputs: dict[str, Tensor]) -> It
     def get(_: Any, inputs: tuple[Tensor, ...]) -> None:
         outputs[""] = inputs[0]
 
-    hooks = [lists[0][0].register_forward_pre_hook(enter, with_kwargs=True), head.register_forward_pre_hook(get)]
-    hooks += [layer.register_forward_hook(leave) for layer in lists[0]]
+    hooks = [layers[0].register_forward_pre_hook(enter, with_kwargs=True), head.register_forward_pre_hook(get)]
+    hooks += [layer.register_forward_hook(leave) for layer in layers]
     hooks += [
         part.register_forward_hook(note(name))
         for name, part in base.model.base_model.named_children()
