@@ -75,7 +75,7 @@ def measure(sides, rows, base, steps):
             all_of = [stack.enter_context(Side(side, rows, base)) for side in group if side in sides]
             present = [side for side in all_of if "missing" not in side.said]
             turns = [[side.step() for side in present] for _ in range(WARM_UP + steps)]
-            losses = [turn["forget_loss"] for turn in turns[0]]
+            losses = [turn["forget_loss"] for turn in turns[0] if turn["forget_loss"] is not None]
             if losses and max(losses) - min(losses) > 1e-3 * max(losses):
                 sys.exit(f"the sides do not begin alike: forget losses {losses} nats/token")
             for n, side in enumerate(present):
@@ -105,15 +105,18 @@ class Side:
         self.process.stdout.close()
 
     def step(self):
+        """Have it do one step; returns what that took and found."""
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
         return self.heard()
 
     def end(self):
+        """Have it end; returns its memory."""
         self.process.stdin.close()
         return self.heard()
 
     def heard(self):
+        """Return its next line."""
         line = self.process.stdout.readline()
         if not line:
             sys.exit(f"the side '{self.name}' ended with {self.process.wait()}: see above")

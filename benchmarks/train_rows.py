@@ -5,6 +5,7 @@
 """
 
 import json
+from itertools import islice
 from os.path import commonprefix
 from pathlib import Path
 
@@ -26,11 +27,12 @@ def data_sets(tokenizer, kind, count=1):
 
 
 def counts(sets, batch):
-    """Return what a step works on, on average over the data set: tokens, targets, and tokens that all rows share."""
+    """Return what a step works on, on average over the data set: tokens, of a row, targets, what all rows share."""
     share = batch / ROWS
     targets = {name: share * sum(sum(row.is_target) for row in getattr(sets, name)) for name in FILES}
     return {
         "tokens": 2 * batch * TOKENS,
+        "width": TOKENS,
         "forget_targets": targets["forget"],
         "retain_targets": targets["retain"],
         "shared": len(commonprefix([row.ids for row in (*sets.forget, *sets.retain)])),
@@ -42,9 +44,9 @@ def _rows(tokenizer, path, name, kind, count):
     if kind == "text":
         answers = [row["completion"] for row in rows]
         rows = [{"text": " ".join(answers[n : n + JOINED])} for n in range(0, len(answers), JOINED)]
-    examples = tokenize(rows, tokenizer, closing=name != "forget", what=name)
-    cut = [Example(e.ids[:TOKENS], e.is_target[:TOKENS]) for e in examples if len(e.ids) >= TOKENS]
-    long = [example for example in cut if any(example.is_target)]
-    if len(long) < count:
-        raise SystemExit(f"{path.name}: {len(long)} rows have {TOKENS} tokens and a target, {count} are needed")
-    return long[:count]
+    whole = (tokenize([row], tokenizer, max_length=100_000, closing=name != "forget", what=name)[0] for row in rows)
+    cut = (Example(e.ids[:TOKENS], e.is_target[:TOKENS]) for e in whole if len(e.ids) >= TOKENS)
+    found = list(islice((example for example in cut if any(example.is_target)), count))
+    if len(found) < count:
+        raise SystemExit(f"{path.name}: {len(found)} rows have {TOKENS} tokens and a target, {count} are needed")
+    return found

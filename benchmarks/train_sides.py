@@ -67,12 +67,12 @@ def plain_peft(targets, base, rows):
 
 
 def ours(kind, base, rows):
-    """This package: one adapter."""
+    """Our own way: one adapter."""
     return run_steps(base, recipe_of(kind, base.model.config), data_sets(base.tokenizer, rows)[0])
 
 
 def eight(kind, base, rows):
-    """This package: eight adapters in one run, each with forget and retain rows of its own."""
+    """Our own way: eight adapters in one run, each with forget and retain rows of its own."""
     recipe = recipe_of(kind, base.model.config)
     return group_steps(base, [(recipe, sets) for sets in data_sets(base.tokenizer, rows, count=8)])
 
@@ -100,8 +100,8 @@ def recipe_of(kind, config, r=RANK, batch=BATCH):
     }[kind]
     return make_recipe({
         "adapter": adapter, "objective": PLAIN, "forget": ["(given as tokens)"], "retain": ["(likewise)"],
-        "forget_batch": batch, "retain_batch": batch, "anchor_batch": 0, "own_answers": 0, "learning_rate": RATE,
-        "warmup_steps": 0, "schedule": "constant", "steps": 1000, "seed": SEED,
+        "forget_batch": batch, "retain_batch": batch, "anchor_batch": 0, "own_answers": 0, "retain_weight": 1.0,
+        "learning_rate": RATE, "warmup_steps": 0, "schedule": "constant", "steps": 1000, "seed": SEED,
     })  # fmt: skip
 
 
@@ -127,7 +127,10 @@ def run_steps(base, recipe, sets):
 
 
 def group_steps(base, pairs):
-    """Return the `step` of a run of several adapters at once; `pairs` are their recipes and data sets."""
+    """Return the `step` of a run of several adapters at once; `pairs` are their recipes and data sets.
+
+    It returns None for loss and KL: the rows are others than a single adapter's, so there is nothing to compare.
+    """
     raise Missing("several adapters in one run: not there yet")  # PLUG IN: Group(pairs) and its step
 
 
