@@ -35,6 +35,7 @@ def main():
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}, none; all by default")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--base", default="demo")
+    parser.add_argument("--small", action="store_true", help="sweep few values, to see that all runs")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "performance", help="what is measured")
     parser.add_argument("--doc", type=Path, default=ROOT / "docs" / "performance.md")
     given = parser.parse_args()
@@ -43,7 +44,7 @@ def main():
     given.output.mkdir(parents=True, exist_ok=True)
     for part in given.parts or PARTS:
         if part != "none":
-            found = {"machine": machine(), "found": measured(part, given.steps, given.base)}
+            found = {"machine": machine(), "found": measured(part, given)}
             (given.output / f"{part}.json").write_text(json.dumps(found))
     kept = {part: json.loads(path.read_text()) for part in PARTS if (path := given.output / f"{part}.json").is_file()}
     picture = given.doc.with_suffix(".png")
@@ -52,11 +53,12 @@ def main():
     write(given.doc, told(kept, picture.name))
 
 
-def measured(part, steps, base):
+def measured(part, given):
     if part in ("chat", "text"):
-        return measure([side for group in GROUPS for side in group], part, base, steps)
-    script = Path(__file__).with_name(f"{part}.py")
-    done = subprocess.run([sys.executable, script, "--base", base], stdout=subprocess.PIPE, text=True, check=True)
+        return measure([side for group in GROUPS for side in group], part, given.base, given.steps)
+    command = [sys.executable, Path(__file__).with_name(f"{part}.py"), "--base", given.base]
+    command += ["--small"] if part == "sweep" and given.small else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
