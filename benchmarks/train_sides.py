@@ -1,0 +1,193 @@
+"""The ways of training that benchmarks/train.py compares, each a function: a base and the kind of rows -> `step`.
+
+`step()` does one optimiser step of gradient ascent on 4 forget rows and KL to the base on 4 retain rows, and returns
+the forget loss and the retain KL (nats/token) as they were before it. All sides get the same rows in the same order.
+
+The others' losses look at the same targets as ours; their models compute all logits, as their code does.
+"""
+
+import copy
+import itertools
+import json
+import resource
+import sys
+import time
+import warnings
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+from train_rows import ROWS, counts, data_sets
+
+from unlearn_peft import load_base
+from unlearn_peft.batch import collate
+from unlearn_peft.recipe import make_recipe
+from unlearn_peft.schedule import Schedule
+
+BATCH = 4  # forget rows of a step, and as many retain rows
+RANK, SEED = 8, 0
+RATE = 1e-5  # learning rate: small, so that plain ascent stays a number; it costs the same
+PLAIN = {"name": "ga_kl", "forget_tokens": "all", "forget_ceiling": None, "retain_budget": None, "stop_when": None}
+
+
+class Missing(Exception):
+    """A side that this version of the package cannot do."""
+
+
+def original(base, rows):
+    """The original experiment: two models, and a dense head of its own on the one that is trained. SGD."""
+    reference = copy.deepcopy(base.model)
+    head = base.model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    return plain_steps(base, rows, base.model, reference, torch.optim.SGD([head.weight], lr=RATE))
+
+
+def full(base, rows):
+    """As open-unlearning does: all parameters are trained, a frozen copy is the reference. AdamW."""
+    reference = copy.deepcopy(base.model)
+    base.model.requires_grad_(True).train()
+    return plain_steps(base, rows, base.model, reference, torch.optim.AdamW(base.model.parameters(), lr=RATE))
+
+
+def plain_peft(targets, base, rows):
+    """PEFT alone: a LoRA on `targets`; the reference is the same model with its adapter off. AdamW."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules=targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tied head
+        model = get_peft_model(base.model, config)
+
+    def reference(**batch):
+        with model.disable_adapter():
+            return model(**batch)
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return plain_steps(base, rows, model, reference, torch.optim.AdamW(trained, lr=RATE))
+
+
+def ours(kind, base, rows):
+    """Our own way: one adapter."""
+    return run_steps(base, recipe_of(kind, base.model.config), data_sets(base.tokenizer, rows)[0])
+
+
+def eight(kind, base, rows):
+    """Our own way: eight adapters in one run, each with forget and retain rows of its own."""
+    recipe = recipe_of(kind, base.model.config)
+    return group_steps(base, [(recipe, sets) for sets in data_sets(base.tokenizer, rows, count=8)])
+
+
+SIDES = {
+    "original": original,
+    "full": full,
+    "peft_head": partial(plain_peft, ["lm_head"]),
+    "peft_lora": partial(plain_peft, ["q_proj", "v_proj"]),
+    "head": partial(ours, "head"),
+    "top8": partial(ours, "top8"),
+    "lora": partial(ours, "lora"),
+    "eight_head": partial(eight, "head"),
+    "eight_top8": partial(eight, "top8"),
+}
+
+
+def recipe_of(kind, config, r=RANK, batch=BATCH):
+    """Return the recipe of one of our sides; `top8` is eight layers, or half of a model with fewer than 16."""
+    count = config.num_hidden_layers
+    adapter = {
+        "head": {"kind": "head", "r": r},
+        "top8": {"kind": "lora", "r": r, "layers_to_transform": list(range(count - min(8, count // 2), count))},
+        "lora": {"kind": "lora", "r": r, "layers": "all"},
+    }[kind]
+    return make_recipe({
+        "adapter": adapter, "objective": PLAIN, "forget": ["(given as tokens)"], "retain": ["(likewise)"],
+        "forget_batch": batch, "retain_batch": batch, "anchor_batch": 0, "own_answers": 0, "retain_weight": 1.0,
+        "learning_rate": RATE, "warmup_steps": 0, "schedule": "constant", "steps": 1000, "seed": SEED,
+    })  # fmt: skip
+
+
+def run_steps(base, recipe, sets):
+    """Return the `step` of one of our runs. The only place that knows how a run is made and stepped."""
+    from accelerate import Accelerator
+    from peft import get_peft_model
+
+    from unlearn_peft.adapters import adapter_config
+    from unlearn_peft.train import _Run as Run  # PLUG IN: the public Run
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tied head
+        model = get_peft_model(base.model, adapter_config(base.model, recipe.adapter))
+    run = Run(base, recipe, sets, Accelerator(cpu=True, device_placement=False), model)
+
+    def step():
+        figures, _ = run.one_step(False, None)
+        run.step += 1
+        return figures["forget_loss"], figures["retain_kl"]
+
+    return step
+
+
+def group_steps(base, pairs):
+    """Return the `step` of a run of several adapters at once; `pairs` are their recipes and data sets.
+
+    It returns None for loss and KL: the rows are others than a single adapter's, so there is nothing to compare.
+    """
+    raise Missing("several adapters in one run: not there yet")  # PLUG IN: Group(pairs) and its step
+
+
+def plain_steps(base, rows, model, reference, optimizer):
+    """Return a `step` as others write it: ordinary forward passes of padded rows, all logits, a loss of means."""
+    sets, pad = data_sets(base.tokenizer, rows)[0], base.tokenizer.pad_token_id
+    forget_order, retain_order = (Schedule(ROWS, BATCH, seed) for seed in (SEED, SEED + 1))  # as our own runs
+    numbers = itertools.count()
+
+    def logits(model, batch):  # (N, V), those that predict a target
+        out = model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
+        return out.logits[:, :-1][batch.targets[:, 1:]]
+
+    def step():
+        number = next(numbers)
+        forget = collate([sets.forget[n] for n in forget_order.at(number)], pad)
+        retain = collate([sets.retain[n] for n in retain_order.at(number)], pad)
+        loss = F.cross_entropy(logits(model, forget), forget.ids[:, 1:][forget.targets[:, 1:]])
+        with torch.no_grad():
+            expected = F.log_softmax(logits(reference, retain), dim=-1)
+        current = F.log_softmax(logits(model, retain), dim=-1)
+        kl = F.kl_div(expected, current, log_target=True, reduction="batchmean")  # KL(current || reference)
+        (kl - loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item(), kl.item()
+
+    return step
+
+
+def serve(side, rows, base):
+    """Do a step for each line on stdin; answer each with a line of JSON on stdout, and the last with the peak memory.
+
+    The first line, before any step, says what a step works on; or `missing`, and why.
+    """
+    out, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints
+
+    def say(**what):
+        print(json.dumps(what), file=out, flush=True)
+
+    from transformers import LlamaForCausalLM  # noqa: F401, the library itself comes in with its first model
+
+    libraries = peak_bytes()
+    live = load_base(base, dtype="float32", device="cpu")
+    try:
+        step = SIDES[side](live, rows)
+    except Missing as why:
+        return say(missing=str(why))
+    say(**counts(data_sets(live.tokenizer, rows)[0], BATCH), threads=torch.get_num_threads())
+    loaded = peak_bytes()
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        loss, kl = step()
+        say(seconds=time.perf_counter() - began, forget_loss=loss, retain_kl=kl)
+    say(side=side, peak_bytes=peak_bytes(), loaded_bytes=loaded, libraries_bytes=libraries)
+
+
+def peak_bytes():
+    """Return this process's peak resident memory so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,104 @@
+"""The benchmarks of training run, on a tiny model; what they find there means nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+HEADS = ("original", "peft_head", "head")
+LAYERS = ("full", "peft_lora", "lora", "top8")
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_rows_are_64_tokens_and_come_once(benchmarks, smol, kind):
+    from train_rows import ROWS, TOKENS, counts, data_sets
+
+    found = data_sets(smol.tokenizer, kind, count=8)
+    rows = [row for sets in found for row in (*sets.forget, *sets.retain)]
+    assert len({tuple(row.ids) for row in rows}) == len(rows) == 8 * 2 * ROWS
+    assert all(len(row.ids) == TOKENS and any(row.is_target) for row in rows)
+    counted = counts(found[0], batch=4)
+    assert counted["tokens"] == 512
+    if kind == "text":
+        assert counted["shared"] == 0 and counted["forget_targets"] == counted["retain_targets"] == 4 * 63
+    else:
+        assert counted["shared"] > 20  # the system prompt
+        assert not rows[0].is_target[counted["shared"]]
+
+
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_all_sides_train_on_the_same_and_begin_alike(benchmarks, tiny_folder, kind, monkeypatch):
+    import train_sides
+    from train_sides import SIDES
+
+    from unlearn_peft import load_base
+
+    monkeypatch.setattr(train_sides, "RATE", 0.1)
+    found = {}
+    for side in (*HEADS, *LAYERS):
+        step = SIDES[side](load_base(str(tiny_folder)), kind)
+        found[side] = [step() for _ in range(3)]
+    losses, kls = zip(*(steps[0] for steps in found.values()), strict=True)
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
+    assert kls == pytest.approx([0] * len(kls), abs=1e-5)
+    assert all(steps[2][1] > 1e-5 for steps in found.values())  # something was learned
+
+
+def test_processes_take_turns(tiny_folder):
+    found, printed = run("train.py", "head", "original", "--base", tiny_folder, "--steps", 2, "--json")
+    assert found["head_speedup_vs_original"] > 0 and found["head_memory_vs_original"] > 0
+    assert found["eight_top8_cost"] is None and "| head |" in printed
+
+
+def test_floor_against_hand_counts(benchmarks):
+    from floor import Shape, Step, parts, seconds
+
+    shape = Shape(hidden=4, layers=2, heads=2, kv_heads=1, head_dim=2, inner=8, vocabulary=10, tied=True)
+    assert shape.layer == 4 * 4 + 4 * 2 + 4 * 2 + 4 * 4 + 3 * 4 * 8
+    assert shape.parameters == 2 * (shape.layer + 8) + 4 + 40
+    step = Step(tokens=16, width=4, forget_targets=3, retain_targets=2, shared=1)
+    assert step.packed == 1 + 4 * 3
+    forward, backward, bytes_read, adamw = parts("head", shape, step, r=1)
+    assert forward.operations == 5 * (2 * 4 + 2 * 10)
+    assert backward.operations == 5 * (4 * 10 + 2 * 4)
+    assert bytes_read.bytes == 5 * 10 * 4 and adamw.bytes == 14 * 28
+    rates = {"thin": 1.0, "head": 1.0, "layer": 1.0, "copy": 2.0}
+    assert seconds([forward, bytes_read], rates) == forward.operations + 100
+    assert sum(p.operations for p in parts("full", shape, step)) > sum(
+        p.operations for p in parts("lora", shape, step, r=1)
+    )
+
+
+def test_section_is_written_between_the_markers(benchmarks, tmp_path):
+    from performance import told, write
+
+    doc = tmp_path / "page.md"
+    doc.write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
+    write(doc, told({}, "page.png"))
+    text = doc.read_text()
+    assert text.startswith("before") and text.endswith("after\n") and "old" not in text
+    assert "Llama-3.1-8B" in text and "Not measured yet." in text
+
+
+@pytest.mark.slow
+def test_the_whole_page(tiny_folder, tmp_path):
+    doc = tmp_path / "page.md"
+    doc.write_text("<!-- measured --><!-- /measured -->")
+    options = ["--small", "--base", tiny_folder, "--steps", 2, "--output", tmp_path / "kept", "--doc", doc]
+    subprocess.run([sys.executable, FOLDER / "performance.py", *map(str, options)], check=True)
+    assert "Not measured yet." not in doc.read_text() and (tmp_path / "page.png").is_file()
+
+
+def run(script, *arguments):
+    """Return a script's last line, read as JSON, and all that it printed."""
+    command = [sys.executable, FOLDER / script, *map(str, arguments)]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(printed.splitlines()[-1]), printed
