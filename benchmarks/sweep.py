@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import torch
 from train_rows import TOKENS
-from train_sides import Missing, group_steps, recipe_of, run_steps
+from train_sides import recipe_of, run_steps
 
 from unlearn_peft import load_base
 from unlearn_peft.base import Base, freeze
@@ -46,11 +46,7 @@ def main():
     for axis, values in (SMALL if given.small else AXES).items():
         for kind in KINDS:
             for value in values:
-                try:
-                    seconds = point(config, kind, given.steps, **{axis: value})
-                except Missing as why:
-                    print(f"{kind}, {axis} {value}: {why}", file=sys.stderr)
-                    continue
+                seconds = point(config, kind, given.steps, **{axis: value})
                 print(f"{kind}, {axis} {value}: {seconds:.3g} s", file=sys.stderr, flush=True)
                 found.setdefault(axis, {}).setdefault(kind, []).append([value, seconds])
     print(json.dumps(found))
@@ -61,7 +57,7 @@ def point(config, kind, steps, tokens=512, vocabulary=None, rank=8, adapters=1):
     base, batch = random_base(config, vocabulary or config.vocab_size), tokens // TOKENS // 2
     recipe = recipe_of(kind, config, r=rank, batch=batch)
     pairs = [(recipe, random_sets(base, 2 * batch)) for _ in range(adapters)]
-    step = run_steps(base, *pairs[0]) if adapters == 1 else group_steps(base, pairs)
+    step = run_steps(base, pairs)
     seconds = []
     for _ in range(2 + steps):  # two steps are an epoch, in which caches are filled
         began = time.perf_counter()

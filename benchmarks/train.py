@@ -65,15 +65,11 @@ def main():
 
 
 def measure(sides, rows, base, steps):
-    """Return what each side took: side -> its first line, `seconds` of each step, `warm_up` and the memory, bytes.
-
-    A side that is not there has `missing`, and why.
-    """
+    """Return what each side took: side -> its first line, `seconds` of each step, `warm_up` and the memory, bytes."""
     found = {}
     for group in GROUPS:
         with ExitStack() as stack:
-            all_of = [stack.enter_context(Side(side, rows, base)) for side in group if side in sides]
-            present = [side for side in all_of if "missing" not in side.said]
+            present = [stack.enter_context(Side(side, rows, base)) for side in group if side in sides]
             turns = [[side.step() for side in present] for _ in range(WARM_UP + steps)]
             losses = [turn["forget_loss"] for turn in turns[0] if turn["forget_loss"] is not None]
             if losses and max(losses) - min(losses) > 1e-3 * max(losses):
@@ -81,7 +77,7 @@ def measure(sides, rows, base, steps):
             for n, side in enumerate(present):
                 seconds = [turn[n]["seconds"] for turn in turns]
                 side.said |= {"warm_up": sum(seconds[:WARM_UP]), "seconds": seconds[WARM_UP:], **side.end()}
-            found |= {side.name: side.said for side in all_of}
+            found |= {side.name: side.said for side in present}
     return found
 
 
@@ -139,10 +135,7 @@ def ratios(found, quantity, over, under):
 
 def table(found):
     """Return the lines of two tables: each side, then the ratios."""
-    measured = {side: f for side, f in found.items() if "seconds" in f}
-    one = next(iter(measured.values()), None)
-    if one is None:
-        return [f"{side}: {f['missing']}" for side, f in found.items()]
+    one = next(iter(found.values()))
     lines = [
         f"A step: {one['tokens']} tokens, of them targets {one['forget_targets']:.0f} (forget) and "
         f"{one['retain_targets']:.0f} (retain); all rows begin with the same {one['shared']} tokens. "
@@ -152,9 +145,6 @@ def table(found):
         "|---|---|---|---|---|---|",
     ]
     for side, f in found.items():
-        if "missing" in f:
-            lines.append(f"| {side} | {f['missing']} | | | | |")
-            continue
         s = f["seconds"]
         memory = " | ".join(f"{f[key] / 1e6:.0f}" for key in ("peak_bytes", "loaded_bytes", "libraries_bytes"))
         lines.append(f"| {side} | {median(s):.3g} ({min(s):.3g} to {max(s):.3g}) | {f['warm_up']:.3g} | {memory} |")

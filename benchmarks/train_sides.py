@@ -23,15 +23,13 @@ from unlearn_peft import load_base
 from unlearn_peft.batch import collate
 from unlearn_peft.recipe import make_recipe
 from unlearn_peft.schedule import Schedule
+from unlearn_peft.train import Job, Training
 
 BATCH = 4  # forget rows of a step, and as many retain rows
 RANK, SEED = 8, 0
+QV = ["q_proj", "v_proj"]  # what plain PEFT adapts by default
 RATE = 1e-5  # learning rate: small, so that plain ascent stays a number; it costs the same
 PLAIN = {"name": "ga_kl", "forget_tokens": "all", "forget_ceiling": None, "retain_budget": None, "stop_when": None}
-
-
-class Missing(Exception):
-    """A side that this version of the package cannot do."""
 
 
 def original(base, rows):
@@ -66,37 +64,33 @@ def plain_peft(targets, base, rows):
     return plain_steps(base, rows, model, reference, torch.optim.AdamW(trained, lr=RATE))
 
 
-def ours(kind, base, rows):
-    """Our own way: one adapter."""
-    return run_steps(base, recipe_of(kind, base.model.config), data_sets(base.tokenizer, rows)[0])
-
-
-def eight(kind, base, rows):
-    """Our own way: eight adapters in one run, each with forget and retain rows of its own."""
+def ours(kind, adapters, base, rows):
+    """Our own way: one adapter or several in one run, each with forget and retain rows of its own."""
     recipe = recipe_of(kind, base.model.config)
-    return group_steps(base, [(recipe, sets) for sets in data_sets(base.tokenizer, rows, count=8)])
+    return run_steps(base, [(recipe, sets) for sets in data_sets(base.tokenizer, rows, count=adapters)])
 
 
 SIDES = {
     "original": original,
     "full": full,
     "peft_head": partial(plain_peft, ["lm_head"]),
-    "peft_lora": partial(plain_peft, ["q_proj", "v_proj"]),
-    "head": partial(ours, "head"),
-    "top8": partial(ours, "top8"),
-    "lora": partial(ours, "lora"),
-    "eight_head": partial(eight, "head"),
-    "eight_top8": partial(eight, "top8"),
+    "peft_lora": partial(plain_peft, QV),
+    "head": partial(ours, "head", 1),
+    "top8": partial(ours, "top8", 1),
+    "lora": partial(ours, "lora", 1),
+    "eight_head": partial(ours, "head", 8),
+    "eight_top8": partial(ours, "top8", 8),
 }
 
 
 def recipe_of(kind, config, r=RANK, batch=BATCH):
     """Return the recipe of one of our sides; `top8` is eight layers, or half of a model with fewer than 16."""
     count = config.num_hidden_layers
+    top = list(range(count - min(8, count // 2), count))
     adapter = {
         "head": {"kind": "head", "r": r},
-        "top8": {"kind": "lora", "r": r, "layers_to_transform": list(range(count - min(8, count // 2), count))},
-        "lora": {"kind": "lora", "r": r, "layers": "all"},
+        "top8": {"kind": "lora", "r": r, "target_modules": QV, "layers_to_transform": top},
+        "lora": {"kind": "lora", "r": r, "target_modules": QV},
     }[kind]
     return make_recipe({
         "adapter": adapter, "objective": PLAIN, "forget": ["(given as tokens)"], "retain": ["(likewise)"],
@@ -105,33 +99,21 @@ def recipe_of(kind, config, r=RANK, batch=BATCH):
     })  # fmt: skip
 
 
-def run_steps(base, recipe, sets):
-    """Return the `step` of one of our runs. The only place that knows how a run is made and stepped."""
-    from accelerate import Accelerator
-    from peft import get_peft_model
+def run_steps(base, pairs):
+    """Return the `step` of our own run of one adapter or of several at once; `pairs` are their recipes and data sets.
 
-    from unlearn_peft.adapters import adapter_config
-    from unlearn_peft.train import _Run as Run  # PLUG IN: the public Run
-
+    It returns None for loss and KL of several: their rows are others than a single adapter's.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tied head
-        model = get_peft_model(base.model, adapter_config(base.model, recipe.adapter))
-    run = Run(base, recipe, sets, Accelerator(cpu=True, device_placement=False), model)
+        training = Training(base, [Job(recipe, sets) for recipe, sets in pairs])
+    training.start()
 
     def step():
-        figures, _ = run.one_step(False, None)
-        run.step += 1
-        return figures["forget_loss"], figures["retain_kl"]
+        figures = list(training.one_step().values())
+        return (figures[0]["forget_loss"], figures[0]["retain_kl"]) if len(pairs) == 1 else (None, None)
 
     return step
-
-
-def group_steps(base, pairs):
-    """Return the `step` of a run of several adapters at once; `pairs` are their recipes and data sets.
-
-    It returns None for loss and KL: the rows are others than a single adapter's, so there is nothing to compare.
-    """
-    raise Missing("several adapters in one run: not there yet")  # PLUG IN: Group(pairs) and its step
 
 
 def plain_steps(base, rows, model, reference, optimizer):
@@ -164,7 +146,7 @@ def plain_steps(base, rows, model, reference, optimizer):
 def serve(side, rows, base):
     """Do a step for each line on stdin; answer each with a line of JSON on stdout, and the last with the peak memory.
 
-    The first line, before any step, says what a step works on; or `missing`, and why.
+    The first line, before any step, says what a step works on.
     """
     out, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints
 
@@ -175,10 +157,7 @@ def serve(side, rows, base):
 
     libraries = peak_bytes()
     live = load_base(base, dtype="float32", device="cpu")
-    try:
-        step = SIDES[side](live, rows)
-    except Missing as why:
-        return say(missing=str(why))
+    step = SIDES[side](live, rows)
     say(**counts(data_sets(live.tokenizer, rows)[0], BATCH), threads=torch.get_num_threads())
     loaded = peak_bytes()
     for _ in sys.stdin:

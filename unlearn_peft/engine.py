@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .adapters import knows_delta, with_delta
 from .batch import Batch, side_by_side
 from .cache import Cache
 from .data import Example
@@ -25,7 +26,7 @@ from .objectives import Tokens
 from .pieces import Work, cut, labels_of, specific_of, target_count
 from .trunk import Trunk, laid_out, rows_apart
 
-_PIECE_BYTES = {"cpu": 32_000_000}  # of logits at a time
+_PIECE_BYTES = {"head": 4_000_000, "layers": 32_000_000}  # of logits at a time, on a CPU: what caches like
 _PIECE_BYTES_ELSEWHERE = 512_000_000
 _RUN_TOKENS = 4096  # of one forward pass: of rows that are new, or of several adapters' rows
 _IN_MEMORY = 1_000_000_000  # bytes, where no cache is given
@@ -90,7 +91,9 @@ class Engine:
         self._below = f"below{below}"  # named by layer: another adapter's is no use
         self._needs = {"final", *(self._hidden_name(w) for w in self._watched.values())}
         self._needs |= {self._below} if self.trunk else set()
-        self.piece_tokens = max(_PIECE_BYTES.get(self.device.type, _PIECE_BYTES_ELSEWHERE) // (4 * self.vocabulary), 1)
+        reach = "head" if self._head_only == set(names) else "layers"  # with layers, each piece reads the whole head
+        size = _PIECE_BYTES[reach] if self.device.type == "cpu" else _PIECE_BYTES_ELSEWHERE
+        self.piece_tokens = max(size // (4 * self.vocabulary), 1)
 
     def prepare(self, examples: Sequence[Example], *, quiet: bool = True) -> None:
         """Compute what is kept of the rows that are not there yet, with a progress bar.
@@ -255,14 +258,16 @@ class Engine:
             with torch.no_grad(), self.model.disable_adapter():
                 batch = self._rows.batch(rows)
                 return states, picked_logits(self.whole or self.model, self.halves.head, batch)
-        known = None
+        final = _joined([k["final"] for k in kept], self.device)
         if adapter in self._head_only and all("head" in k for k in kept):
-            known = torch.cat([k["head"] for k in kept]).to(self.device)
+            known = _joined([k["head"] for k in kept], self.device)
+            with torch.no_grad():
+                reference = self.halves.logits(final, known)
+            return self.halves.logits(final, with_delta(self.halves.head, adapter, final, known)), reference
         with rows_use(self.model, [adapter] if self._several else None):
-            own = known.clone() if known is not None and self._several else known  # PEFT adds to it in place
-            logits = self.halves.logits(states, own)
+            logits = self.halves.logits(states)
         with torch.no_grad(), self._bare_head():
-            return logits, self.halves.logits(_joined([k["final"] for k in kept], self.device), known)
+            return logits, self.halves.logits(final)
 
     def _reference_hidden(
         self, layer: nn.Module, rows: Sequence[Example], kept: Sequence[Mapping[str, Tensor]] | None
@@ -319,7 +324,7 @@ class Engine:
         result = []
         for n, example in enumerate(examples):
             tensors = {name: values[n].clone() for name, values in kept.items()}
-            if self._head_only and counts[n]:
+            if self._head_only and counts[n] and knows_delta(self.halves.head):
                 self._add_head_outputs(tensors)
             self.cache.put(example, tensors)
             result.append(tensors)

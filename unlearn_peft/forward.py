@@ -79,14 +79,13 @@ class Halves:
 
         Args:
             states: final hidden states.
-            head_outputs: (n, V), what the bare head gives for them, if that is known already.
+            head_outputs: (n, V), what the head gives for them, if that is known already.
         """
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
         given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        bare = getattr(self.head, "base_layer", self.head)
-        known = [(bare, head_outputs[None])] if head_outputs is not None else []
+        known = [(self.head, head_outputs[None])] if head_outputs is not None else []
         with standing_in([(self.backbone, given), *known]):
             return self.model(input_ids=ids, use_cache=False).logits[0]  # type: ignore[no-any-return]
 

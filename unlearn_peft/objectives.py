@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .errors import RecipeError
+from .functions import reverse_kl
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ class Tokens:
     @cached_property
     def reverse_kl(self) -> Tensor:
         """KL(current || reference), (N,), nats."""
-        return _kl(self.logits, _needed(self))
+        return reverse_kl(self.logits.float(), _needed(self).float())
 
     @cached_property
     def forward_kl(self) -> Tensor:
         """KL(reference || current), (N,), nats."""
-        return _kl(_needed(self), self.logits)
+        p, q = (torch.log_softmax(logits.float(), dim=-1) for logits in (_needed(self), self.logits))
+        return (p.exp() * (p - q)).sum(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -238,11 +240,6 @@ def kl_divergence(tokens: Tokens, direction: str = "reverse") -> Tensor:
     `reverse` is KL(current || reference), `forward` is KL(reference || current). Computed in float32.
     """
     return tokens.reverse_kl if direction == "reverse" else tokens.forward_kl
-
-
-def _kl(one: Tensor, other: Tensor) -> Tensor:
-    p, q = torch.log_softmax(one.float(), dim=-1), torch.log_softmax(other.float(), dim=-1)
-    return (p.exp() * (p - q)).sum(dim=-1)
 
 
 def _chosen(forget: Tokens, terms: Tensor, settings: Any) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..recipe import HeadSettings, LoraSettings
-from .head import head_config
+from .head import head_config, knows_delta, with_delta
 from .lora import lora_config
 
 KINDS: dict[str, Callable[[Any, Any], Any]] = {"lora": lora_config, "head": head_config}
@@ -24,4 +24,4 @@ def adapter_config(model: Any, settings: LoraSettings | HeadSettings) -> Any:
     return KINDS[settings.kind](model, settings)
 
 
-__all__ = ["KINDS", "adapter_config"]
+__all__ = ["KINDS", "adapter_config", "knows_delta", "with_delta"]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..base import head_name
+from ..functions import add_low_rank
 from ..recipe import HeadSettings
 
 
@@ -25,3 +26,30 @@ def head_config(model: nn.Module, settings: HeadSettings) -> Any:
     return LoraConfig(
         task_type="CAUSAL_LM", r=settings.r, lora_alpha=settings.lora_alpha, target_modules=[head_name(model)]
     )
+
+
+def knows_delta(head: Any) -> bool:
+    """Return whether `with_delta` can stand in for a PEFT layer's own forward pass."""
+    if hasattr(head, "dense_head_delta"):
+        return True
+    plain = all(isinstance(dropout, nn.Identity) for dropout in getattr(head, "lora_dropout", {}).values())
+    return hasattr(head, "lora_A") and plain and not head.lora_variant
+
+
+def with_delta(head: Any, adapter: str, x: Tensor, known: Tensor) -> Tensor:
+    """Return what a head with an adapter gives, (n, V), from what the bare head gives.
+
+    Args:
+        head: the PEFT layer.
+        adapter: its name.
+        x: the head's input, (n, d).
+        known: the bare head's output for it, (n, V).
+    """
+    if hasattr(head, "dense_head_delta"):
+        delta = head.dense_head_delta[adapter]
+        return known + nn.functional.linear(x.to(delta.dtype), delta).to(known.dtype)
+    down, up = head.lora_A[adapter].weight, head.lora_B[adapter].weight
+    if known.dtype != up.dtype:
+        thin = nn.functional.linear(x.to(down.dtype), down) * head.scaling[adapter]
+        return known + nn.functional.linear(thin, up).to(known.dtype)
+    return add_low_rank(known, nn.functional.linear(x, down) * head.scaling[adapter], up)
