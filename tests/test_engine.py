@@ -122,9 +122,9 @@ def test_losses_and_gradients_are_those_of_the_plain_way(tiny, family, reach):
         assert_same(found, expected)
     assert count > 5, "cut into pieces"
     assert (engine.trunk is None) == (reach != "top"), "the kept way was refused"
-    assert engine._splits and all("forward" not in vars(m) for m in model.modules())
+    assert engine.frozen.splits and all("forward" not in vars(m) for m in model.modules())
     if reach == "head":
-        assert all("head" in engine.cache.get(e) for e in (*forget, *retain))
+        assert all("head" in engine.frozen.cache.get(e) for e in (*forget, *retain))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -147,7 +147,7 @@ def test_a_model_that_only_runs_as_a_whole_gives_the_same(tiny):
     forget, retain = rows(tiny.tokenizer)
     engine = Engine(model, 2, whole=model)
     *found, count = the_engines_step(engine, forget, retain, forget_ceiling=15)
-    assert engine.trunk is None and count == 1 and engine.cache.get(forget[0]) is None
+    assert engine.trunk is None and count == 1 and engine.frozen.cache.get(forget[0]) is None
     assert_same(found, the_plain_step(model, forget, retain, forget_ceiling=15))
     model.unload()
 
@@ -160,12 +160,12 @@ def test_what_does_not_fit_into_memory_is_mapped_from_disk(tiny, tmp_path, reach
     Engine(model, 2, cache=Cache("key", 0, tmp_path)).prepare([*forget, *retain])
     (file,) = tmp_path.glob("*.safetensors")
     again = Engine(model, 2, cache=Cache("key", 0, tmp_path))  # another process, say, after a crash
-    again._keep = None  # nothing is computed again
-    again._splits = True
+    again.frozen._compute = None  # nothing is computed again
+    again.frozen.splits = True
     assert_same(the_engines_step(again, forget, retain, forget_ceiling=15)[:2], expected)
     partly = Engine(model, 2, cache=Cache("key", 10_000, tmp_path / "new"))
     partly.prepare([*forget, *retain])
-    kept = partly.cache
+    kept = partly.frozen.cache
     assert kept._memory and kept._mapped and not kept._memory.keys() & kept._mapped.keys()
     assert_same(the_engines_step(partly, forget, retain, forget_ceiling=15)[:2], expected)
     model.unload()
@@ -189,7 +189,7 @@ def test_the_cache_is_invalid_for_another_base_layer_or_text(tiny, tmp_path):
     Engine(model, 2, cache=cache).prepare(retain)
     model.unload()
     model = with_adapter(tiny.model, REACHES["top"])
-    assert Engine(model, 2, cache=cache)._of(retain[0]) is None, "another layer's input is needed now"
+    assert Engine(model, 2, cache=cache).frozen._found(retain[0]) is None, "another layer's input is needed now"
     model.unload()
 
 
@@ -269,7 +269,7 @@ def test_a_backbone_that_is_the_model_itself_is_run_as_a_whole(tiny):
     finally:
         module.Halves = original
     forget, retain = rows(tiny.tokenizer)
-    assert engine._splits is False
+    assert engine.frozen.splits is False
     found = the_engines_step(engine, forget, retain, forget_ceiling=15)[:2]
     assert_same(found, the_plain_step(model, forget, retain, forget_ceiling=15))
     model.unload()

@@ -95,7 +95,7 @@ def test_engine_equals_the_plain_way(tiny):
         kls += [(p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum() for t, yes in enumerate(example.is_target) if yes]
     torch.testing.assert_close(f.cross_entropy, torch.stack(losses), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(kl_divergence(r), torch.stack(kls), rtol=1e-3, atol=1e-4)
-    assert engine.cache.get(retain[0]) and max(kls) > 1e-3
+    assert engine.frozen.cache.get(retain[0]) and max(kls) > 1e-3
     model.unload()
 
 

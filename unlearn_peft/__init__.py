@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from .recipe import load_recipe as load_recipe
     from .run import Adapter as Adapter
     from .run import unlearn as unlearn
+    from .run import unlearn_many as unlearn_many
 
 # name -> file, in reading order; imported when first used, so that `unlearn-peft --help` answers at once
 _PUBLIC = {
     "unlearn": "run",
+    "unlearn_many": "run",
     "Adapter": "run",
     "Recipe": "recipe",
     "load_recipe": "recipe",

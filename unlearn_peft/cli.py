@@ -40,33 +40,50 @@ app = typer.Typer(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, e.g. recipes/harry_potter.yaml.")],
+    recipes: Annotated[list[Path], typer.Argument(help="YAML recipes, e.g. recipes/harry_potter.yaml.")],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="Override a field: retain_weight=10, adapter.r=16; repeatable."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Where the adapter directory goes.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the adapter directory goes; of several, the folder of all.")
+    ] = None,
     base: BaseOption = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps, ...")] = None,
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(help="Memory for what the frozen base gives, computed once; what is over goes to disk. [1]"),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint beside the output.")] = False,
     tracker: Annotated[str | None, typer.Option(help="tensorboard, trackio or wandb.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar, no curves.")] = False,
 ) -> None:
-    """Train a forget adapter from a recipe."""
+    """Train a forget adapter from a recipe, or one from each of several.
+
+    Several are trained at once, in one pass over one base, and each comes out
+    as if it had been trained alone; each is saved as soon as it is done:
+
+      unlearn-peft train mine.yaml --output out/mine
+
+      unlearn-peft train requests/*.yaml --output out/requests
+    """
     from .recipe import load_recipe
 
-    given = load_recipe(
-        recipe, set_ or (), output=str(output) if output else None, base=base, dtype=dtype, device=device
-    )
-    if given.output is None:
-        given.output = f"out/{recipe.stem}"
+    given = []
+    for path in recipes:
+        recipe = load_recipe(path, set_ or (), base=base, dtype=dtype, device=device, cache_gb=cache_gb)
+        if output is not None:
+            recipe.output = str(output if len(recipes) == 1 else output / path.stem)
+        given.append(recipe.model_copy(update={"output": recipe.output or f"out/{path.stem}"}))
     from .card import curve_lines
-    from .run import unlearn
+    from .run import unlearn_many
 
-    adapter = unlearn(recipe=given, resume=resume, tracker=tracker, quiet=quiet)
-    if int(os.environ.get("RANK", 0)) == 0:
-        if not quiet:
+    adapters = unlearn_many(given, resume=resume, tracker=tracker, quiet=quiet)
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    for adapter in adapters:
+        if not quiet and len(adapters) == 1:
             print(curve_lines(adapter.progress.evaluations, adapter.progress.best_step))
         m = adapter.metrics
         print(

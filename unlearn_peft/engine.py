@@ -16,19 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapters import knows_delta, with_delta
+from .adapters import with_delta
 from .batch import Batch, side_by_side
 from .cache import Cache
 from .data import Example
 from .forward import Halves, Rows, alike, picked_logits, predicting
+from .frozen import INPUT, Frozen
 from .layers import changed_layers, decoder_layers, outputs_of, rows_use, watched_layer
 from .objectives import Tokens
 from .pieces import Work, cut, labels_of, specific_of, target_count
-from .trunk import Trunk, laid_out, rows_apart
+from .trunk import Trunk, laid_out
 
 _PIECE_BYTES = {"head": 4_000_000, "layers": 32_000_000}  # of logits at a time, on a CPU: what caches like
 _PIECE_BYTES_ELSEWHERE = 512_000_000
-_RUN_TOKENS = 4096  # of one forward pass: of rows that are new, or of several adapters' rows
+_RUN_TOKENS = 4096  # of one forward pass over several adapters' rows
 _IN_MEMORY = 1_000_000_000  # bytes, where no cache is given
 
 
@@ -72,7 +73,6 @@ class Engine:
         whole: nn.Module | None = None,
     ) -> None:
         self.model, self.whole = model, whole
-        self.cache = cache or Cache("", _IN_MEMORY)
         self.device = next(model.parameters()).device
         self.halves = Halves(model.get_base_model())
         self._rows = Rows(model, self.halves.head, pad_id)
@@ -84,33 +84,20 @@ class Engine:
         changed = {name: changed_layers(model, layers, name) for name in names}
         below = min((min(numbers) for numbers in changed.values() if numbers), default=0)
         self._head_only = {name for name, numbers in changed.items() if layers and not numbers}
-        # whether the model can be run in two halves; None: found out by comparing once
-        self._splits: bool | None = None if whole is None and self.halves.backbone is not self.halves.model else False
-        self.trunk = Trunk(layers[:below]) if below and self._splits is None else None
+        self.trunk = Trunk(layers[:below]) if below and whole is None else None
         self._trunk_checked = False
-        self._below = f"below{below}"  # named by layer: another adapter's is no use
-        self._needs = {"final", *(self._hidden_name(w) for w in self._watched.values())}
-        self._needs |= {self._below} if self.trunk else set()
+        below_all = self.trunk.layers[-1] if self.trunk else None
+        self.frozen = Frozen(
+            model, self.halves, self._rows, cache or Cache("", _IN_MEMORY), below_all, list(self._watched.values()),
+            keep_head=bool(self._head_only), off=whole is not None,
+        )  # fmt: skip
         reach = "head" if self._head_only == set(names) else "layers"  # with layers, each piece reads the whole head
         size = _PIECE_BYTES[reach] if self.device.type == "cpu" else _PIECE_BYTES_ELSEWHERE
         self.piece_tokens = max(size // (4 * self.vocabulary), 1)
 
     def prepare(self, examples: Sequence[Example], *, quiet: bool = True) -> None:
-        """Compute what is kept of the rows that are not there yet, with a progress bar.
-
-        Rows are grouped by what they are, not by what is there: a row's last bits depend on its neighbours in a pass.
-        """
-        from tqdm import tqdm
-
-        rows = sorted({id(e): e for e in examples}.values(), key=lambda e: len(e.ids))
-        with tqdm(total=len(rows), unit="row", desc="once through the base", disable=quiet) as bar:
-            while rows and self._splits is not False:
-                some = rows[-max(1, _RUN_TOKENS // len(rows[-1].ids)) :]
-                del rows[-len(some) :]
-                if any(self._of(e) is None for e in some):
-                    self._keep(some)
-                bar.update(len(some))
-        self.cache.flush()
+        """Compute what is computed once for the rows that are not there yet, with a progress bar."""
+        self.frozen.prepare(examples, quiet=quiet)
 
     @contextmanager
     def step(self, works: Sequence[Work]) -> Iterator[Iterator[Piece]]:
@@ -119,7 +106,7 @@ class Engine:
         When the block ends, the gradients that the pieces left at the hidden states flow on into the layers.
         """
         found = self._states(works)
-        if self._splits is False:
+        if self.frozen.splits is False:
             yield self._pieces(works, found, None)
             return
         roots = [root for states in found for root in states if root is not None and root.requires_grad]
@@ -143,7 +130,7 @@ class Engine:
         waiting: list[int] = []
         for n, work in enumerate(works):
             examples = work.examples()
-            kept = self._kept(examples)  # finds out, too, whether the model splits
+            kept = self.frozen.of(examples)  # finds out, too, whether the model splits
             if kept is not None and work.adapter in self._head_only:
                 found[n] = _States(_joined([k["final"] for k in kept], self.device), None)
                 continue
@@ -170,7 +157,7 @@ class Engine:
         with ExitStack() as stack:
             seen = {layer: stack.enter_context(outputs_of(layer)) for layer in layers}
             stack.enter_context(rows_use(self.model, names if self._several else None))
-            if self._splits is False:
+            if self.frozen.splits is False:
                 final = picked_logits(self.whole or self.model, self.halves.head, batch)
             else:
                 final = self._over_trunk(rows, batches, batch)[predicting(batch)]
@@ -187,7 +174,7 @@ class Engine:
         """Return the final states of a batch, (B, T, d), over the kept trunk where there is one."""
         if self.trunk is None:
             return self.halves.states(batch)
-        kept = [[k[self._below] for k in self._kept(examples) or ()] for examples in rows]
+        kept = [[k[INPUT] for k in self.frozen.of(examples) or ()] for examples in rows]
         lines = [laid_out(states, part) for states, part in zip(kept, batches, strict=True)]
         states = lines[0] if len(lines) == 1 else nn.utils.rnn.pad_sequence([s[0] for s in lines], batch_first=True)
         if not self._trunk_checked:
@@ -229,7 +216,7 @@ class Engine:
         rows = [examples[i] for i in chosen]
         before = sum(map(target_count, examples[: chosen.start]))
         span = slice(before, before + sum(map(target_count, rows)))
-        kept = self._kept(rows)
+        kept = self.frozen.of(rows)
         named = [n for n, e in zip(numbers or range(len(rows)), rows, strict=True) for _ in range(target_count(e))]
         logits, reference = self._logits(work.adapter, rows, kept, states.final[span])
         hidden = {}
@@ -273,72 +260,12 @@ class Engine:
         self, layer: nn.Module, rows: Sequence[Example], kept: Sequence[Mapping[str, Tensor]] | None
     ) -> Tensor:
         if kept is not None:
-            name = self._hidden_name(layer)
+            name = self.frozen.name(layer)
             return _joined([k[name] for k in kept], self.device)
         with torch.no_grad(), self.model.disable_adapter(), outputs_of(layer) as seen:
             batch = self._rows.batch(rows)
             picked_logits(self.whole or self.model, self.halves.head, batch)
         return seen[-1][predicting(batch)]
-
-    def _of(self, example: Example) -> Mapping[str, Tensor] | None:
-        kept = self.cache.get(example)
-        return kept if kept is not None and self._needs <= kept.keys() else None
-
-    def _kept(self, examples: Sequence[Example]) -> Sequence[Mapping[str, Tensor]] | None:
-        """Return what is kept of each row, computing what is new; None where the model only runs as a whole."""
-        if self._splits is False:
-            return None
-        kept = {id(e): self._of(e) for e in examples}
-        fresh = list({id(e): e for e in examples if kept[id(e)] is None}.values())
-        if fresh:
-            made = self._keep(fresh)
-            if made is None:
-                return None
-            kept |= {id(e): tensors for e, tensors in zip(fresh, made, strict=True)}
-        return [kept[id(e)] for e in examples]  # type: ignore[misc]
-
-    @torch.no_grad()
-    def _keep(self, examples: Sequence[Example]) -> list[dict[str, Tensor]] | None:
-        """Run new rows through the base once, and keep what steps need of it; None where that cannot be done."""
-        watched = list(set(self._watched.values()))
-        below = self.trunk.layers[-1] if self.trunk else None
-        with self.model.disable_adapter():
-            if self._splits is None:
-                some = self._rows.batch(examples[:2])
-                expected = picked_logits(self.model, self.halves.head, some)
-                self._splits = alike(self.halves.logits(self.halves.states(some)[predicting(some)]), expected)
-                if not self._splits:
-                    self.trunk = None
-                    return None
-            batch = self._rows.batch(examples)
-            with ExitStack() as stack:
-                seen = {layer: stack.enter_context(outputs_of(layer)) for layer in (*watched, below)}
-                states = self.halves.states(batch)
-        lengths, counts = [len(e.ids) for e in examples], [target_count(e) for e in examples]
-        picked = predicting(batch)
-        kept: dict[str, Sequence[Tensor]] = {"final": torch.split(states[picked], counts)}
-        kept |= {self._hidden_name(layer): torch.split(seen[layer][-1][picked], counts) for layer in watched}
-        if self.trunk:
-            (output,) = seen[below]
-            kept[self._below] = rows_apart(output, batch, lengths)
-        result = []
-        for n, example in enumerate(examples):
-            tensors = {name: values[n].clone() for name, values in kept.items()}
-            if self._head_only and counts[n] and knows_delta(self.halves.head):
-                self._add_head_outputs(tensors)
-            self.cache.put(example, tensors)
-            result.append(tensors)
-        return result
-
-    def _add_head_outputs(self, tensors: dict[str, Tensor]) -> None:
-        """Keep the bare head's outputs too, (n, V), while they fit into memory: a step is then two thin products."""
-        final = tensors["final"]
-        if self.cache.has_room(len(final) * self.vocabulary * final.element_size()):
-            bare = getattr(self.halves.head, "base_layer", self.halves.head)
-            tensors["head"] = bare(final)
-
-    def _hidden_name(self, layer: nn.Module) -> str:
-        return f"hidden{decoder_layers(self.model).index(layer)}"
 
     @contextmanager
     def _bare_head(self) -> Iterator[None]:

@@ -72,12 +72,13 @@ class Learner:
         self._anchor_rows = Schedule(max(len(sets.anchors), 1), recipe.anchor_batch, recipe.seed + 2)
         self.progress, self.step = Progress(), 0
         self.best = to_cpu(self.parameters)
+        self.failed: TrainingError | None = None
         self._seen = torch.zeros(2, dtype=torch.float64)  # of this step: forget loss, retain KL
 
     @property
     def done(self) -> bool:
-        """Whether the recipe's steps are done, or its stop is reached."""
-        return self.step >= self.recipe.steps or self.progress.stopped_by != "steps"
+        """Whether the recipe's steps are done, its stop is reached, or it failed."""
+        return self.step >= self.recipe.steps or self.progress.stopped_by != "steps" or self.failed is not None
 
     def restore(self) -> None:
         """Go to where the newest checkpoint stands, if there is one."""

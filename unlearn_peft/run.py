@@ -26,7 +26,7 @@ from .learner import Progress
 from .own_answers import own_answers, questions
 from .recipe import DATA_FIELDS, Recipe, make_recipe
 from .refusals import refusing
-from .save import metrics_of, save_adapter
+from .save import metrics_of, save_adapter, settings_of
 from .schedule import Sets, split_retain
 from .specific import common_words, facts_of, mark_facts, mark_specific
 from .train import Job, Trained, run_digest, train
@@ -106,22 +106,25 @@ def unlearn_many(
     """
     outputs = [Path(recipe.output or "out/adapter") for recipe in recipes]
     _check_apart(recipes, outputs)
+    for output in outputs:
+        check_output(output)
+    data_key, read = _digest_key(), [read_sets(recipe) for recipe in recipes]
     adapters: dict[int, Adapter] = {}
-    for n, output in enumerate(outputs):
-        if resume and len(recipes) > 1 and (output / CONFIG).is_file():
-            adapters[n] = _finished_before(output)
-            logger.info("%s is finished already", output)
-        else:
-            check_output(output)
+    if resume and len(recipes) > 1:
+        for n, output in enumerate(outputs):
+            if before := _finished_before(output, recipes[n], keyed_digest(read[n]["forget"], data_key)):
+                adapters[n] = before
+                logger.info("%s is finished already", output)
     left = [n for n in range(len(recipes)) if n not in adapters]
     if not left:
         return [adapters[n] for n in range(len(recipes))]
-    first, read = recipes[left[0]], {n: read_sets(recipes[n]) for n in left}
+    first = recipes[left[0]]
     live = base or load_base(first.base, first.dtype, first.device)
     if held := attached(live):
         raise AdapterError(f"attached to the base: {', '.join(held)}. Detach first: the bare base is the reference")
     main = int(os.environ.get("RANK", 0)) == 0
-    data_key, jobs, digests = _digest_key(), [], []
+    jobs: list[Job] = []
+    digests: list[dict[str, str]] = []
     with ExitStack() as locks:
         for n in left if main else ():
             locks.enter_context(_locked(outputs[n]))
@@ -169,10 +172,15 @@ def _check_apart(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
         )
 
 
-def _finished_before(output: Path) -> Adapter:
+def _finished_before(output: Path, recipe: Recipe, forget_digest: str) -> Adapter | None:
+    """Return the adapter that an earlier run of the same recipe on the same forget set left, if there is one."""
+    if not (output / CONFIG).is_file():
+        return None
     bundle = read_bundle(output)
-    history = bundle.manifest.get("history", {})
-    metrics = bundle.manifest.get("metrics", {})
+    known, metrics, history = (bundle.manifest.get(key, {}) for key in ("recipe", "metrics", "history"))
+    digests = bundle.manifest.get("data_digests", {}).get("hmac_sha256", {})
+    if known != settings_of(recipe) or digests.get("forget") != forget_digest:
+        return None
     progress = Progress(history.get("steps", []), history.get("evaluations", []), metrics.get("best_step", 0))
     return Adapter(output, bundle.bytes, metrics, progress)
 

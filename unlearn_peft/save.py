@@ -32,7 +32,7 @@ def save_adapter(
     manifest = {
         "base": {"name": base.name, "fingerprint": base.fingerprint},
         "peft_type": str(config.peft_type.value),
-        "recipe": _settings(recipe),
+        "recipe": settings_of(recipe),
         "data_digests": {"key": hashlib.sha256(key).hexdigest()[:16], "hmac_sha256": dict(digests)},
         "metrics": metrics_of(trained),
         "history": {"steps": progress.history, "evaluations": progress.evaluations},
@@ -88,7 +88,7 @@ def metrics_of(trained: Trained) -> dict[str, Any]:
     return metrics
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
+def settings_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe without its data: not even the names of its files, nor refusals that may name what is refused."""
     settings = recipe.model_dump(exclude={*DATA_FIELDS, "output", "cache_gb"}, mode="json")
     settings["objective"].pop("refusals", None)

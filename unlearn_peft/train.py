@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,13 +24,14 @@ from .base import Base
 from .cache import Cache, states_key
 from .checkpoints import Checkpoints
 from .engine import Engine
-from .errors import Interrupted, RecipeError
+from .errors import Interrupted, RecipeError, TrainingError
 from .forward import training_mode
 from .learner import Learner, Progress
 from .recipe import DATA_FIELDS, Recipe
 from .schedule import Sets
 from .signals import stop_signals
 
+logger = logging.getLogger(__name__)
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # ways to run a base that no process has as a whole
 MACHINE_FIELDS = ("output", "checkpoint_every", "cache_gb")  # what changes nothing that is learnt
 
@@ -175,7 +177,16 @@ class Training:
                         loss = loss * world
                     if loss.requires_grad:
                         self.accelerator.backward(loss)
-        return {learner.name: learner.update(gradients_are_summed=self.whole is not None) for learner in live}
+        figures = {}
+        for learner in live:
+            try:
+                figures[learner.name] = learner.update(gradients_are_summed=self.whole is not None)
+            except TrainingError as error:
+                if len(self.learners) == 1:
+                    raise
+                learner.failed = error  # the others go on
+                learner.optimizer.zero_grad()
+        return figures
 
     def loop(self, finished: Callable[[Trained], None], asked_to_stop: list[int]) -> None:
         """Step until all are done, or someone asks to stop."""
@@ -188,6 +199,9 @@ class Training:
             for number, learner in enumerate(self.learners):
                 if learner.done and learner.name not in done:
                     done.add(learner.name)
+                    if learner.failed:
+                        logger.error("%s: %s", learner.recipe.output, learner.failed)
+                        continue
                     learner.put(learner.best)
                     seconds = time.monotonic() - self.began
                     main = self.accelerator.is_main_process
@@ -199,6 +213,7 @@ class Training:
             tokens = sum(len(e.ids) for ln in live for rows in ln.rows(ln.step) for e in rows)
             shown = self.one_step()
             speed = tokens / (time.monotonic() - began)
+            live = [learner for learner in live if not learner.failed]
             for learner in live:
                 recipe = learner.recipe
                 shown[learner.name]["tokens_per_s"] = speed
@@ -208,9 +223,16 @@ class Training:
                 prefix = "" if len(self.learners) == 1 else f"{learner.name}/"
                 self.accelerator.log({f"{prefix}{k}": v for k, v in shown[learner.name].items()}, step=learner.step)
             bar.update(len(live))
-            bar.set_postfix_str(_told(list(shown.values())))
+            if live:
+                bar.set_postfix_str(_told(list(shown.values())))
             self._save(live, self._anyone(bool(asked_to_stop)))
         bar.close()
+        if failed := [learner for learner in self.learners if learner.failed]:
+            named = ", ".join(str(learner.recipe.output) for learner in failed)
+            raise TrainingError(
+                f"{len(failed)} of {len(self.learners)} adapters failed ({named}); the others are saved. "
+                f"The first: {failed[0].failed}"
+            )
 
     def close(self) -> None:
         """Take the adapters off the base again."""
@@ -223,7 +245,7 @@ class Training:
         for learner in live:
             if stop or (learner.step % learner.recipe.checkpoint_every == 0 and not learner.done):
                 places.append(learner.checkpoint())
-        if not stop:
+        if not stop or not live:
             return
         where = f"step {live[0].step} of {live[0].recipe.steps}"
         if len(live) > 1:
