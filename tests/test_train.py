@@ -314,7 +314,7 @@ def test_full_disk_keeps_what_was_there(tiny, fields, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("unlearn_peft.run.write_card", full)
+    monkeypatch.setattr("unlearn_peft.save.write_card", full)
     with pytest.raises(OutputError, match="no disk space"):
         unlearn(tiny, **{**fields, "seed": 3})
     assert (path / "adapter_model.safetensors").read_bytes() == kept

@@ -27,7 +27,7 @@ from .objectives import Tokens
 from .pieces import Work, cut, labels_of, specific_of, target_count
 from .trunk import Trunk, laid_out
 
-_PIECE_BYTES = {"head": 4_000_000, "layers": 32_000_000}  # of logits at a time, on a CPU: what caches like
+_PIECE_BYTES = {"head": 4_000_000, "layers": 16_000_000}  # of logits at a time, on a CPU: what caches like
 _PIECE_BYTES_ELSEWHERE = 512_000_000
 _RUN_TOKENS = 4096  # of one forward pass over several adapters' rows
 _IN_MEMORY = 1_000_000_000  # bytes, where no cache is given
