@@ -193,6 +193,20 @@ def test_the_cache_is_invalid_for_another_base_layer_or_text(tiny, tmp_path):
     model.unload()
 
 
+def test_a_new_file_of_the_cache_takes_no_other_ones_place(tiny, tmp_path):
+    some = rows(tiny.tokenizer)[1][:3]
+    for example in some[:2]:
+        cache = Cache("key", 0, tmp_path)
+        cache.put(example, {"final": torch.ones(2, 4)})
+        cache.flush()
+    (tmp_path / "0000-00000.safetensors").write_bytes(b"torn")
+    cache = Cache("key", 0, tmp_path)
+    cache.put(some[2], {"final": torch.ones(2, 4)})
+    cache.flush()
+    assert [Cache("key", 0, tmp_path).get(example) is not None for example in some] == [False, True, True]
+    assert cache.get(some[2]) is not None
+
+
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(tiny, tmp_path, monkeypatch):
     import unlearn_peft.cache as module
     from unlearn_peft.errors import OutputError

@@ -76,7 +76,8 @@ class Cache:
         """Write what waits for a file, whole or not at all, and map it."""
         if not self._waiting or self.folder is None:
             return
-        path = self.folder / f"{self.part:04d}-{len(list(self.folder.glob(f'{self.part:04d}-*'))):05d}.safetensors"
+        numbers = [int(path.stem[-5:]) for path in self.folder.glob(f"{self.part:04d}-*.safetensors")]
+        path = self.folder / f"{self.part:04d}-{max(numbers, default=-1) + 1:05d}.safetensors"
         tensors = {f"{row}{_SEPARATOR}{name}": t for row, kept in self._waiting.items() for name, t in kept.items()}
         with whole_file(path) as temporary:
             save_file(tensors, temporary, metadata={"key": self.key})
