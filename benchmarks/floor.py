@@ -58,10 +58,11 @@ class Shape:
         return self.layers * self.layer + norms + self.head * (1 if self.tied else 2)
 
     def adapter(self, kind, r):
-        """Numbers in an adapter: B (out, r) and A (r, in) of the head, or of all matrices of `layers_of(kind)`."""
+        """Numbers in an adapter: B (out, r) and A (r, in) of the head, or of q and v in `layers_of(kind)`."""
         if kind == "head":
             return r * (self.hidden + self.vocabulary)
-        return self.layers_of(kind) * r * sum(i + o for i, o in self.linears)
+        q, _, v, *_ = self.linears
+        return self.layers_of(kind) * r * (sum(q) + sum(v))
 
     def layers_of(self, kind):
         """Return how many layers an adapter is on."""

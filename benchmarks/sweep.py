@@ -4,7 +4,7 @@
 
 Random weights in the base's shape, rows of 64 random tokens, all targets, nothing shared. One quantity varies, the
 others stay: 512 tokens a step, the base's vocabulary, rank 8, one adapter. Median of --steps steps after an epoch.
-Prints one JSON object: quantity -> kind of adapter -> [[its value, s a step], ...]; what cannot be done is left out.
+Prints one JSON object: quantity -> kind of adapter -> [[its value, s a step], ...].
 """
 
 import argparse
