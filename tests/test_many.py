@@ -58,6 +58,15 @@ def test_each_is_as_if_trained_alone(tiny, tmp_path, several, parts):
     assert not list(tmp_path.rglob("*.cache")) and not list(tmp_path.rglob("*.training"))
 
 
+def test_steps_may_be_in_different_numbers_of_parts(tiny, tmp_path):
+    several = [LORAS[0], {**LORAS[1], "gradient_accumulation_steps": 2}]
+    together = unlearn_many(recipes(tmp_path / "together", several), tiny, quiet=True)
+    for one, recipe in zip(together, recipes(tmp_path / "alone", several), strict=True):
+        alone = weights(unlearn(tiny, recipe=recipe, quiet=True))
+        for name, tensor in weights(one).items():
+            torch.testing.assert_close(tensor, alone[name], rtol=1e-3, atol=2e-4)
+
+
 def test_one_that_fails_does_not_take_the_others_along(tiny, tmp_path, monkeypatch):
     bad = {"learning_rate": 1e30, "optimizer": "sgd", "max_grad_norm": None}
     with pytest.raises(TrainingError, match=r"1 of 3 adapters failed .*the others are saved.*not a number at step"):

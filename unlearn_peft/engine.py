@@ -21,7 +21,7 @@ from .batch import Batch, side_by_side
 from .cache import Cache
 from .data import Example
 from .forward import Halves, Rows, alike, picked_logits, predicting
-from .frozen import INPUT, Frozen
+from .frozen import FINAL, HEAD, Frozen
 from .layers import changed_layers, decoder_layers, outputs_of, rows_use, watched_layer
 from .objectives import Tokens
 from .pieces import Work, cut, labels_of, specific_of, target_count
@@ -42,10 +42,11 @@ class Piece(NamedTuple):
 
 
 class _States(NamedTuple):
-    """What the adapted part gives for a work's rows, at their targets."""
+    """What the adapted part gives for a work's rows, at their targets, and what the frozen base gave for them."""
 
     final: Tensor  # (N, d), in front of the head; where the model only runs as a whole: its logits, (N, V)
     hidden: Tensor | None  # (N, d), of the watched layer
+    kept: Sequence[Mapping[str, Tensor]] | None  # one a row; None where the model only runs as a whole
 
 
 class Engine:
@@ -109,9 +110,15 @@ class Engine:
         if self.frozen.splits is False:
             yield self._pieces(works, found, None)
             return
-        roots = [root for states in found for root in states if root is not None and root.requires_grad]
+        tensors = [tensor for states in found for tensor in (states.final, states.hidden) if tensor is not None]
+        roots = [tensor for tensor in tensors if tensor.requires_grad]
         leaves = {id(root): root.detach().requires_grad_() for root in roots}
-        ends = [_States(*(leaves.get(id(root), root) for root in states)) for states in found]  # type: ignore[arg-type]
+        ends = [
+            states._replace(
+                final=leaves.get(id(states.final), states.final), hidden=leaves.get(id(states.hidden), states.hidden)
+            )
+            for states in found
+        ]
         yield self._pieces(works, ends, self.piece_tokens)
         reached = [root for root in roots if leaves[id(root)].grad is not None]
         if reached:
@@ -127,31 +134,31 @@ class Engine:
 
     def _states(self, works: Sequence[Work]) -> list[_States]:
         found: dict[int, _States] = {}
-        waiting: list[int] = []
+        waiting: dict[int, Sequence[Mapping[str, Tensor]] | None] = {}
         for n, work in enumerate(works):
-            examples = work.examples()
-            kept = self.frozen.of(examples)  # finds out, too, whether the model splits
+            kept = self.frozen.of(work.examples())  # finds out, too, whether the model splits
             if kept is not None and work.adapter in self._head_only:
-                found[n] = _States(_joined([k["final"] for k in kept], self.device), None)
+                found[n] = _States(_joined(kept, FINAL, self.device), None, kept)
                 continue
             if waiting and sum(len(e.ids) for m in (*waiting, n) for e in works[m].examples()) > _RUN_TOKENS:
                 found |= self._run(works, waiting)
-                waiting = []
-            waiting.append(n)
+                waiting = {}
+            waiting[n] = kept
         if waiting:
             found |= self._run(works, waiting)
         return [found[n] for n in range(len(works))]
 
-    def _run(self, works: Sequence[Work], chosen: Sequence[int]) -> dict[int, _States]:
-        """Run some works' rows through the adapted part in one forward pass."""
-        rows = [works[n].examples() for n in chosen]
-        batches = [self._rows.batch(examples) for examples in rows]
+    def _run(
+        self, works: Sequence[Work], chosen: Mapping[int, Sequence[Mapping[str, Tensor]] | None]
+    ) -> dict[int, _States]:
+        """Run some works' rows through the adapted part in one forward pass; `chosen`: what is kept of their rows."""
+        batches = [self._rows.batch(works[n].examples()) for n in chosen]
         packed = all(batch.positions is not None for batch in batches)
-        if packed or len(rows) == 1:
-            batch = side_by_side(batches)
-        else:
-            batches = [self._rows.padded([example for examples in rows for example in examples])]
-            batch, rows = batches[0], [[example for examples in rows for example in examples]]
+        lines = [kept or () for kept in chosen.values()]  # of each batch
+        if not packed and len(batches) > 1:
+            batches = [self._rows.padded([example for n in chosen for example in works[n].examples()])]
+            lines = [[row for kept in lines for row in kept]]
+        batch = side_by_side(batches)
         names = [works[n].adapter for n in chosen for _ in range(1 if packed else len(works[n].examples()))]
         layers = list({self._watched[name] for name in names if name in self._watched})
         with ExitStack() as stack:
@@ -160,23 +167,32 @@ class Engine:
             if self.frozen.splits is False:
                 final = picked_logits(self.whole or self.model, self.halves.head, batch)
             else:
-                final = self._over_trunk(rows, batches, batch)[predicting(batch)]
+                final = self._over_trunk(lines, batches, batch)[predicting(batch)]
         hidden = {layer: outputs[-1][predicting(batch)] for layer, outputs in seen.items()}
         counts = [sum(target_count(example) for example in works[n].examples()) for n in chosen]
         parts = torch.split(final, counts)
         watched = {layer: torch.split(states, counts) for layer, states in hidden.items()}
-        return {
-            n: _States(part, watched[layer][k] if (layer := self._watched.get(works[n].adapter)) is not None else None)
-            for k, (n, part) in enumerate(zip(chosen, parts, strict=True))
-        }
+        found = {}
+        for k, (n, kept) in enumerate(chosen.items()):
+            layer = self._watched.get(works[n].adapter)
+            found[n] = _States(parts[k], None if layer is None else watched[layer][k], kept)
+        return found
 
-    def _over_trunk(self, rows: Sequence[Sequence[Example]], batches: Sequence[Batch], batch: Batch) -> Tensor:
-        """Return the final states of a batch, (B, T, d), over the kept trunk where there is one."""
-        if self.trunk is None:
+    def _over_trunk(
+        self, lines: Sequence[Sequence[Mapping[str, Tensor]]], batches: Sequence[Batch], batch: Batch
+    ) -> Tensor:
+        """Return the final states of a batch, (B, T, d), over the kept trunk where there is one.
+
+        Args:
+            lines: what is kept of the rows of each of the batches.
+            batches: parts of the batch that stand below each other, or the batch alone.
+            batch: what is run.
+        """
+        name = self.frozen.input
+        if self.trunk is None or name is None:
             return self.halves.states(batch)
-        kept = [[k[INPUT] for k in self.frozen.of(examples) or ()] for examples in rows]
-        lines = [laid_out(states, part) for states, part in zip(kept, batches, strict=True)]
-        states = lines[0] if len(lines) == 1 else nn.utils.rnn.pad_sequence([s[0] for s in lines], batch_first=True)
+        inputs = [laid_out([row[name] for row in rows], part) for rows, part in zip(lines, batches, strict=True)]
+        states = inputs[0] if len(inputs) == 1 else nn.utils.rnn.pad_sequence([s[0] for s in inputs], batch_first=True)
         if not self._trunk_checked:
             with torch.no_grad():
                 expected = self.halves.states(batch)
@@ -216,7 +232,7 @@ class Engine:
         rows = [examples[i] for i in chosen]
         before = sum(map(target_count, examples[: chosen.start]))
         span = slice(before, before + sum(map(target_count, rows)))
-        kept = self.frozen.of(rows)
+        kept = None if states.kept is None else states.kept[chosen.start : chosen.stop]
         named = [n for n, e in zip(numbers or range(len(rows)), rows, strict=True) for _ in range(target_count(e))]
         logits, reference = self._logits(work.adapter, rows, kept, states.final[span])
         hidden = {}
@@ -245,9 +261,9 @@ class Engine:
             with torch.no_grad(), self.model.disable_adapter():
                 batch = self._rows.batch(rows)
                 return states, picked_logits(self.whole or self.model, self.halves.head, batch)
-        final = _joined([k["final"] for k in kept], self.device)
-        if adapter in self._head_only and all("head" in k for k in kept):
-            known = _joined([k["head"] for k in kept], self.device)
+        final = _joined(kept, FINAL, self.device)
+        if adapter in self._head_only and all(HEAD in row for row in kept):
+            known = _joined(kept, HEAD, self.device)
             with torch.no_grad():
                 reference = self.halves.logits(final, known)
             return self.halves.logits(final, with_delta(self.halves.head, adapter, final, known)), reference
@@ -260,8 +276,7 @@ class Engine:
         self, layer: nn.Module, rows: Sequence[Example], kept: Sequence[Mapping[str, Tensor]] | None
     ) -> Tensor:
         if kept is not None:
-            name = self.frozen.name(layer)
-            return _joined([k[name] for k in kept], self.device)
+            return _joined(kept, self.frozen.name(layer), self.device)
         with torch.no_grad(), self.model.disable_adapter(), outputs_of(layer) as seen:
             batch = self._rows.batch(rows)
             picked_logits(self.whole or self.model, self.halves.head, batch)
@@ -280,5 +295,5 @@ class Engine:
             switch(True)
 
 
-def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.cat([part.to(device) for part in parts])
+def _joined(kept: Sequence[Mapping[str, Tensor]], name: str, device: torch.device) -> Tensor:
+    return torch.cat([row[name].to(device) for row in kept])

@@ -5,9 +5,7 @@ Rows come in; logits at their targets, or the hidden states in front of the head
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from .batch import Batch, collate, pack
 from .data import Example
+from .layers import giving, standing_in
 
 
 class Rows:
@@ -85,8 +84,8 @@ class Halves:
 
         given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        known = [(self.head, head_outputs[None])] if head_outputs is not None else []
-        with standing_in([(self.backbone, given), *known]):
+        known = {} if head_outputs is None else {self.head: giving(head_outputs[None])}
+        with standing_in({self.backbone: giving(given), **known}):
             return self.model(input_ids=ids, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
 
@@ -133,22 +132,6 @@ def alike(found: Tensor, expected: Tensor) -> bool:
     scale = expected.abs().max().item() or 1.0
     slack = 0.05 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-3
     return bool((found - expected).abs().max() <= slack * scale)
-
-
-@contextmanager
-def standing_in(known: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
-    """Let each module give what is known instead of running."""
-
-    def give(*_: Any, output: Any, **__: Any) -> Any:
-        return output
-
-    try:
-        for module, output in known:
-            module.forward = partial(give, output=output)
-        yield
-    finally:
-        for module, _ in known:
-            module.__dict__.pop("forward", None)
 
 
 def training_mode(model: Any, gradient_checkpointing: bool) -> None:

@@ -21,7 +21,7 @@ from .layers import decoder_layers, outputs_of
 from .pieces import target_count
 from .trunk import rows_apart
 
-FINAL, INPUT, HEAD = "final", "input", "head"  # (n, d) at the targets; (T, d) whole rows; (n, V) at the targets
+FINAL, HEAD = "final", "head"  # (n, d) and (n, V), both at the targets
 _RUN_TOKENS = 4096  # of one forward pass
 
 
@@ -57,7 +57,9 @@ class Frozen:
         self.keep_head = keep_head and knows_delta(halves.head)
         # whether the model gives the same in two halves; None: found out by comparing once
         self.splits: bool | None = False if off or halves.backbone is halves.model else None
-        self._needs = {FINAL, *map(self.name, self.watched), *([self._stored(INPUT)] if below else [])}
+        # (T, d), whole rows; by the layer's number, for another layer's input is no use
+        self.input = None if below is None else f"input of {self.layers.index(below) + 1}"
+        self._needs = {FINAL, *map(self.name, self.watched)} | ({self.input} if self.input else set())
 
     def name(self, layer: nn.Module) -> str:
         """Return under which name a watched layer's output is kept."""
@@ -91,7 +93,7 @@ class Frozen:
             if made is None:
                 return None
             kept |= {id(e): tensors for e, tensors in zip(fresh, made, strict=True)}
-        return [self._renamed(kept[id(e)] or {}) for e in examples]
+        return [kept[id(e)] or {} for e in examples]
 
     @torch.no_grad()
     def _compute(self, examples: Sequence[Example]) -> list[dict[str, Tensor]] | None:
@@ -109,8 +111,8 @@ class Frozen:
         counts, picked = [target_count(e) for e in examples], predicting(batch)
         kept: dict[str, Sequence[Tensor]] = {FINAL: torch.split(states[picked], counts)}
         kept |= {self.name(layer): torch.split(seen[layer][-1][picked], counts) for layer in self.watched}
-        if self.below is not None:
-            kept[self._stored(INPUT)] = rows_apart(seen[self.below][-1], batch, [len(e.ids) for e in examples])
+        if self.input is not None:
+            kept[self.input] = rows_apart(seen[self.below][-1], batch, [len(e.ids) for e in examples])
         result = []
         for n, example in enumerate(examples):
             tensors = {name: values[n].clone() for name, values in kept.items()}
@@ -130,10 +132,3 @@ class Frozen:
     def _found(self, example: Example) -> Mapping[str, Tensor] | None:
         kept = self.cache.get(example)
         return kept if kept is not None and self._needs <= kept.keys() else None
-
-    def _stored(self, name: str) -> str:
-        """Return the name in the cache: the input of another layer is no use."""
-        return f"{name} of {self.layers.index(self.below) + 1}" if name == INPUT and self.below is not None else name
-
-    def _renamed(self, kept: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {**kept, INPUT: kept[self._stored(INPUT)]} if self.below is not None else kept

@@ -5,7 +5,7 @@ A model comes in; its layers, or one of them, go out to the frozen trunk (`trunk
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,6 +79,23 @@ def outputs_of(layer: nn.Module | None) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+
+
+@contextmanager
+def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let each module run the function given for it instead of its own forward pass."""
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)
+
+
+def giving(output: Any) -> Callable[..., Any]:
+    """Return a forward pass that gives `output`, whatever it gets."""
+    return lambda *_, **__: output
 
 
 @contextmanager

@@ -74,6 +74,7 @@ class Learner:
         self.best = to_cpu(self.parameters)
         self.failed: TrainingError | None = None
         self._seen = torch.zeros(2, dtype=torch.float64)  # of this step: forget loss, retain KL
+        self._counts = 1, 1  # of this step, in all processes: target tokens of forget and of retain rows
 
     @property
     def done(self) -> bool:
@@ -107,20 +108,15 @@ class Learner:
 
     def work(self, part: int) -> Work:
         """Return this process's rows of a part of the step, at least a row without targets."""
-        rank, world, parts = (
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.recipe.gradient_accumulation_steps,
-        )
-        if part >= parts:
-            return Work(self.name, [], [])
-        forget, retain = (rows[rank::world][part::parts] for rows in self.rows(self.step))
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        every = self.rows(self.step)
+        self._counts = _count(every[0]), max(_count(every[1]), 1)
+        forget, retain = (rows[rank::world][part :: self.recipe.gradient_accumulation_steps] for rows in every)
         return Work(self.name, forget or [_silent(self.sets.forget[0])], retain)
 
     def loss(self, forget: Tokens, retain: Tokens) -> Tensor:
-        """Return what a piece adds to the step's loss, a scalar, and take note of its figures."""
-        all_forget, all_retain = self.rows(self.step)
-        n_forget, n_retain = _count(all_forget), max(_count(all_retain), 1)
+        """Return what a piece of a work adds to the step's loss, a scalar, and take note of its figures."""
+        n_forget, n_retain = self._counts
         terms = self.objective(forget, retain, self.recipe.objective)
         with torch.no_grad():
             self._seen[0] += forget.cross_entropy.sum().cpu() / n_forget

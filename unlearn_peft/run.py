@@ -105,7 +105,7 @@ def unlearn_many(
         UnlearnError: see errors.py; nothing is written over that was there before.
     """
     outputs = [Path(recipe.output or "out/adapter") for recipe in recipes]
-    _check_apart(recipes, outputs)
+    _check_together(recipes, outputs)
     for output in outputs:
         check_output(output)
     data_key, read = _digest_key(), [read_sets(recipe) for recipe in recipes]
@@ -153,9 +153,7 @@ def unlearn_many(
         try:
             train(live, jobs, finished, cache_folder=cache, resume=resume, tracker=tracker, quiet=quiet)
         except PermissionError as error:
-            raise OutputError(
-                f"cannot write {outputs[left[0]]} ({error.strerror}): choose a folder that this user may write to"
-            ) from None
+            raise _refused(outputs[left[0]], error) from None
         finally:
             live.model.__dict__.pop("peft_config", None)
         if main:
@@ -163,13 +161,31 @@ def unlearn_many(
     return [adapters[n] for n in range(len(recipes))]
 
 
-def _check_apart(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
+def _check_together(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
+    """Refuse what cannot be trained in one run, before anything is loaded.
+
+    Raises:
+        RecipeError: naming what to do instead.
+    """
+    if len(recipes) == 1:
+        return
     if len({path.absolute() for path in outputs}) < len(outputs):
         raise RecipeError(f"each recipe needs an output of its own, these are: {', '.join(map(str, outputs))}")
     if len({(r.base, r.dtype, r.device) for r in recipes}) > 1:
         raise RecipeError(
             f"recipes trained at once must name one base, these are: {', '.join(r.base for r in recipes)}"
         )
+    kinds = {(r.adapter.kind, getattr(r.adapter, "form", None)) for r in recipes}
+    if len(kinds) > 1:
+        shown = ", ".join(sorted(f"{kind} {form}" if form else kind for kind, form in kinds))
+        raise RecipeError(f"adapters that are trained at once must be of one kind, these are: {shown}")
+    for recipe in recipes:
+        if getattr(recipe.adapter, "lora_dropout", 0):
+            raise RecipeError(
+                "adapter.lora_dropout draws other masks beside other adapters: train this recipe alone, or set it to 0"
+            )
+        if getattr(recipe.adapter, "use_dora", False):
+            raise RecipeError("adapter.use_dora cannot be trained beside other adapters: train this recipe alone")
 
 
 def _finished_before(output: Path, recipe: Recipe, forget_digest: str) -> Adapter | None:
@@ -195,14 +211,16 @@ def _locked(output: Path) -> Iterator[None]:
     except Timeout:
         raise OutputError(f"another run is writing to {output}: wait for it, or choose another --output") from None
     except PermissionError as error:
-        raise OutputError(
-            f"cannot write {output} ({error.strerror}): choose a folder that this user may write to"
-        ) from None
+        raise _refused(output, error) from None
     try:
         yield
     finally:
         lock.release()
         Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _refused(output: Path, error: OSError) -> OutputError:
+    return OutputError(f"cannot write {output} ({error.strerror}): choose a folder that this user may write to")
 
 
 def read_sets(recipe: Recipe) -> dict[str, list[Row]]:

@@ -31,7 +31,9 @@ class Schedule:
     def at(self, step: int) -> list[int]:
         """Return the row numbers of `step` (from 0); each row comes once before any comes again."""
         first = step * self.batch
-        return [self._order(i // self.rows)[i % self.rows] for i in range(first, first + self.batch)]
+        places = [divmod(i, self.rows) for i in range(first, first + self.batch)]
+        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
+        return [orders[epoch][place] for epoch, place in places]
 
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

@@ -113,15 +113,15 @@ class Training:
         self.quiet = quiet or not self.accelerator.is_main_process
         self.tracker, self.began = tracker, time.monotonic()
         sharded = self.accelerator.distributed_type in _SHARDED
-        if len(jobs) > 1:
-            _check_together([job.recipe for job in jobs], sharded)
-        self.names = ["default"] if len(jobs) == 1 else [f"adapter{n}" for n in range(len(jobs))]
-        self.model = _with_adapters(base, [job.recipe for job in jobs], self.names)
+        if sharded and len(jobs) > 1:
+            raise RecipeError("several adapters at once need a base that fits one process: train them one by one")
+        names = ["default"] if len(jobs) == 1 else [f"adapter{n}" for n in range(len(jobs))]
+        self.model = _with_adapters(base, [job.recipe for job in jobs], names)
         try:
             training_mode(self.model, first.gradient_checkpointing)
             self.learners = [
                 Learner(name, self.model, job.recipe, job.sets, self.accelerator, job.checkpoints)
-                for name, job in zip(self.names, jobs, strict=True)
+                for name, job in zip(names, jobs, strict=True)
             ]
             self.whole = None
             for learner in self.learners:
@@ -169,10 +169,11 @@ class Training:
         seed = (first.recipe.seed * 100_003 + first.step) * 1009 + rank
         torch.manual_seed(seed % 2**63)  # dropout, the same after a resume
         for part in range(max(learner.recipe.gradient_accumulation_steps for learner in live)):
-            works = [learner.work(part) for learner in live]
+            taking = [learner for learner in live if part < learner.recipe.gradient_accumulation_steps]
+            works = [learner.work(part) for learner in taking]
             with self.accelerator.autocast(), self.engine.step(works) as pieces:
                 for piece in pieces:
-                    loss = live[piece.work].loss(piece.forget, piece.retain)
+                    loss = taking[piece.work].loss(piece.forget, piece.retain)
                     if self.whole is not None:  # a wrapped model averages its processes' gradients; we want their sum
                         loss = loss * world
                     if loss.requires_grad:
@@ -295,27 +296,6 @@ def _with_adapters(base: Base, recipes: Sequence[Recipe], names: Sequence[str]) 
                 model.unload()
             raise
     return model
-
-
-def _check_together(recipes: Sequence[Recipe], sharded: bool) -> None:
-    """Refuse what cannot be trained in one pass.
-
-    Raises:
-        RecipeError: naming what to do instead.
-    """
-    if sharded:
-        raise RecipeError("several adapters at once need a base that fits one process: train them one by one")
-    kinds = {(r.adapter.kind, getattr(r.adapter, "form", None)) for r in recipes}
-    if len(kinds) > 1:
-        shown = ", ".join(sorted(f"{kind} {form}" if form else kind for kind, form in kinds))
-        raise RecipeError(f"adapters that are trained at once must be of one kind, these are: {shown}")
-    for recipe in recipes:
-        if getattr(recipe.adapter, "lora_dropout", 0):
-            raise RecipeError(
-                "adapter.lora_dropout draws other masks beside other adapters: train this recipe alone, or set it to 0"
-            )
-        if getattr(recipe.adapter, "use_dora", False):
-            raise RecipeError("adapter.use_dora cannot be trained beside other adapters: train this recipe alone")
 
 
 def _told(shown: Sequence[dict[str, float]]) -> str:

@@ -7,14 +7,15 @@ last gives the kept states. Masks, positions and rotary embeddings are the model
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .batch import Batch
+from .layers import giving, standing_in
 
 
 class Trunk:
@@ -23,24 +24,13 @@ class Trunk:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = list(layers)
 
-    @contextmanager
-    def standing_in(self, states: Tensor) -> Iterator[None]:
-        """Let `states` (B, T, d) be what the last of the layers gives."""
+    def standing_in(self, states: Tensor) -> AbstractContextManager[None]:
+        """Let `states` (B, T, d) be what the last of the layers gives, inside a `with` block."""
 
         def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
             return hidden_states
 
-        def give(*_: Any, **__: Any) -> Tensor:
-            return states
-
-        try:
-            for layer in self.layers[:-1]:
-                layer.forward = pass_on
-            self.layers[-1].forward = give
-            yield
-        finally:
-            for layer in self.layers:
-                layer.__dict__.pop("forward", None)
+        return standing_in({**dict.fromkeys(self.layers, pass_on), self.layers[-1]: giving(states)})
 
 
 def rows_apart(states: Tensor, batch: Batch, lengths: Sequence[int]) -> list[Tensor]:

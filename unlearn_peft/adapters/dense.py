@@ -83,10 +83,11 @@ class DenseHeadLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if self.disable_adapters or self.merged:
             return result
         if adapter_names is not None:
-            return torch.stack([self._added(x[n], result[n], [name]) for n, name in enumerate(adapter_names)])
-        return self._added(x, result, self.active_adapters)
+            return torch.stack([self.added(x[n], result[n], [name]) for n, name in enumerate(adapter_names)])
+        return self.added(x, result, self.active_adapters)
 
-    def _added(self, x: Tensor, result: Tensor, names: list[str]) -> Tensor:
+    def added(self, x: Tensor, result: Tensor, names: list[str]) -> Tensor:
+        """Return `result` plus the named adapters' deltas of `x`."""
         for name in names:
             if name in self.dense_head_delta:
                 delta = self.dense_head_delta[name]

@@ -46,10 +46,9 @@ def with_delta(head: Any, adapter: str, x: Tensor, known: Tensor) -> Tensor:
         known: the bare head's output for it, (n, V).
     """
     if hasattr(head, "dense_head_delta"):
-        delta = head.dense_head_delta[adapter]
-        return known + nn.functional.linear(x.to(delta.dtype), delta).to(known.dtype)
+        return head.added(x, known, [adapter])  # type: ignore[no-any-return]
     down, up = head.lora_A[adapter].weight, head.lora_B[adapter].weight
+    thin = nn.functional.linear(x.to(down.dtype), down) * head.scaling[adapter]
     if known.dtype != up.dtype:
-        thin = nn.functional.linear(x.to(down.dtype), down) * head.scaling[adapter]
         return known + nn.functional.linear(thin, up).to(known.dtype)
-    return add_low_rank(known, nn.functional.linear(x, down) * head.scaling[adapter], up)
+    return add_low_rank(known, thin, up)
