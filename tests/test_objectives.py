@@ -136,3 +136,16 @@ def test_schedule_visits_every_row_and_is_a_function_of_seed_and_step():
 def test_row_means():
     means = row_means(torch.tensor([1.0, 3.0, 5.0]), torch.tensor([0, 0, 1]), 2)
     assert means.tolist() == [2.0, 5.0]
+
+
+def test_equal_distributions_have_no_divergence_to_the_last_bit_and_its_gradient_is_right():
+    torch.manual_seed(0)
+    logits, other = torch.randn(2, 8, 5000)
+    labels = rows = torch.zeros(8, dtype=torch.long)
+    for same in (logits, logits + 15, 10 * logits + 15):
+        assert kl_divergence(Tokens(same, labels, rows, same.clone())).tolist() == [0.0] * 8
+    found = [logits.clone().requires_grad_() for _ in range(2)]
+    kl_divergence(Tokens(found[0], labels, rows, other)).sum().backward()
+    p, q = torch.log_softmax(found[1], -1), torch.log_softmax(other, -1)
+    (p.exp() * (p - q)).sum().backward()
+    torch.testing.assert_close(found[0].grad, found[1].grad, rtol=1e-4, atol=1e-8)

@@ -25,8 +25,8 @@ class _ReverseKl(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, reference: Tensor) -> Tensor:
         p = torch.softmax(logits, dim=-1)
-        most, place = logits.max(dim=-1, keepdim=True)
-        shift = most - p.gather(-1, place).log() - reference.logsumexp(dim=-1, keepdim=True)
+        # in one way for both, so that rounding cancels where they are alike
+        shift = _log_sum_exp(logits, p) - _log_sum_exp(reference, torch.softmax(reference, dim=-1))
         weighted = (logits - reference).mul_(p)
         kl = weighted.sum(dim=-1, keepdim=True) - shift
         ctx.save_for_backward(p, weighted, kl + shift)
@@ -36,6 +36,12 @@ class _ReverseKl(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         p, weighted, mean = ctx.saved_tensors
         return torch.addcmul(weighted, p, mean, value=-1).mul_(grad[:, None]), None
+
+
+def _log_sum_exp(logits: Tensor, p: Tensor) -> Tensor:
+    """Return it from the softmax, (n, 1): cheaper than to sum the exponentials once more."""
+    most, place = logits.max(dim=-1, keepdim=True)
+    return most - p.gather(-1, place).log()
 
 
 def add_low_rank(known: Tensor, down: Tensor, up: Tensor) -> Tensor:
