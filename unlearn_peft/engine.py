@@ -42,10 +42,12 @@ class Piece(NamedTuple):
 
 
 class _States(NamedTuple):
-    """What the adapted part gives for a work's rows, at their targets."""
+    """What the adapted part gives for a work's rows, at their targets; its reference, if the base is not kept."""
 
     final: Tensor  # (N, d), in front of the head; where the model only runs as a whole: its logits, (N, V)
     hidden: Tensor | None  # (N, d), of the watched layer
+    reference: Tensor | None = None  # (N, V)
+    reference_hidden: Tensor | None = None  # (N, d)
 
 
 class Engine:
@@ -57,7 +59,8 @@ class Engine:
         hidden_layer: the decoder layer whose output tokens bring along; None: see `watched_layer`; False: they do
             not. A mapping: one for each adapter by name.
         cache: where what is computed once is kept; None: in memory.
-        whole: the model wrapped so that it can only be run as a whole (FSDP, DeepSpeed); nothing is kept then.
+        whole: the model as it runs where processes share it out and must run it alike (see sharded.py): nothing is
+            kept then, and a step of one work is one pass with the adapter and one without, whatever its rows.
 
     Raises:
         RecipeError: if that layer does not exist, or the adapter does not reach it.
@@ -75,7 +78,7 @@ class Engine:
         self.model, self.whole = model, whole
         self.device = next(model.parameters()).device
         self.halves = Halves(model.get_base_model())
-        self._rows = Rows(model, self.halves.head, pad_id)
+        self._rows = Rows(model, self.halves.head, pad_id, packs=None if whole is None else False)
         self.vocabulary = model.get_base_model().config.get_text_config().vocab_size
         names, layers = list(model.peft_config), decoder_layers(model)
         self._several = len(names) > 1
@@ -154,21 +157,23 @@ class Engine:
             batch, rows = batches[0], [[example for examples in rows for example in examples]]
         names = [works[n].adapter for n in chosen for _ in range(1 if packed else len(works[n].examples()))]
         layers = list({self._watched[name] for name in names if name in self._watched})
-        with ExitStack() as stack:
-            seen = {layer: stack.enter_context(outputs_of(layer)) for layer in layers}
-            stack.enter_context(rows_use(self.model, names if self._several else None))
+        reference, reference_hidden = None, {}
+        if self.frozen.splits is False:
+            with torch.no_grad(), self.model.disable_adapter(), _targets_of(layers, batch) as reference_hidden:
+                reference = picked_logits(self.whole or self.model, self.halves.head, batch)
+        with _targets_of(layers, batch) as hidden, rows_use(self.model, names if self._several else None):
             if self.frozen.splits is False:
                 final = picked_logits(self.whole or self.model, self.halves.head, batch)
             else:
                 final = self._over_trunk(rows, batches, batch)[predicting(batch)]
-        hidden = {layer: outputs[-1][predicting(batch)] for layer, outputs in seen.items()}
-        counts = [sum(target_count(example) for example in works[n].examples()) for n in chosen]
-        parts = torch.split(final, counts)
-        watched = {layer: torch.split(states, counts) for layer, states in hidden.items()}
-        return {
-            n: _States(part, watched[layer][k] if (layer := self._watched.get(works[n].adapter)) is not None else None)
-            for k, (n, part) in enumerate(zip(chosen, parts, strict=True))
-        }
+        found, first = {}, 0
+        for n in chosen:
+            last = first + sum(map(target_count, works[n].examples()))
+            layer = self._watched.get(works[n].adapter)
+            of_all = (final, hidden.get(layer), reference, reference_hidden.get(layer))
+            found[n] = _States(*(None if states is None else states[first:last] for states in of_all))  # type: ignore[arg-type]
+            first = last
+        return found
 
     def _over_trunk(self, rows: Sequence[Sequence[Example]], batches: Sequence[Batch], batch: Batch) -> Tensor:
         """Return the final states of a batch, (B, T, d), over the kept trunk where there is one."""
@@ -218,12 +223,20 @@ class Engine:
         span = slice(before, before + sum(map(target_count, rows)))
         kept = self.frozen.of(rows)
         named = [n for n, e in zip(numbers or range(len(rows)), rows, strict=True) for _ in range(target_count(e))]
-        logits, reference = self._logits(work.adapter, rows, kept, states.final[span])
+        if kept is None:
+            logits, reference = states.final[span], states.reference[span]  # type: ignore[index]
+        else:
+            logits, reference = self._logits(work.adapter, kept, states.final[span])
         hidden = {}
         if states.hidden is not None:
-            layer = self._watched[work.adapter]
             own = states.hidden[span]
-            reference_hidden = self._reference_hidden(layer, rows, kept) if len(own) else own.detach()
+            if states.reference_hidden is not None:
+                reference_hidden = states.reference_hidden[span]
+            elif len(own):
+                name = self.frozen.name(self._watched[work.adapter])
+                reference_hidden = _joined([k[name] for k in kept or ()], self.device)
+            else:
+                reference_hidden = own.detach()
             hidden = {"hidden": own, "reference_hidden": reference_hidden}
 
         def here(values: list[Any], dtype: torch.dtype) -> Tensor:
@@ -235,16 +248,10 @@ class Engine:
             specific=marks, refusal=refusal, **hidden,
         )  # fmt: skip
 
-    def _logits(
-        self, adapter: str, rows: Sequence[Example], kept: Sequence[Mapping[str, Tensor]] | None, states: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _logits(self, adapter: str, kept: Sequence[Mapping[str, Tensor]], states: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits (n, V) of some rows and their reference."""
         if not len(states):
             return (states.new_zeros(0, self.vocabulary),) * 2
-        if kept is None:
-            with torch.no_grad(), self.model.disable_adapter():
-                batch = self._rows.batch(rows)
-                return states, picked_logits(self.whole or self.model, self.halves.head, batch)
         final = _joined([k["final"] for k in kept], self.device)
         if adapter in self._head_only and all("head" in k for k in kept):
             known = _joined([k["head"] for k in kept], self.device)
@@ -255,17 +262,6 @@ class Engine:
             logits = self.halves.logits(states)
         with torch.no_grad(), self._bare_head():
             return logits, self.halves.logits(final)
-
-    def _reference_hidden(
-        self, layer: nn.Module, rows: Sequence[Example], kept: Sequence[Mapping[str, Tensor]] | None
-    ) -> Tensor:
-        if kept is not None:
-            name = self.frozen.name(layer)
-            return _joined([k[name] for k in kept], self.device)
-        with torch.no_grad(), self.model.disable_adapter(), outputs_of(layer) as seen:
-            batch = self._rows.batch(rows)
-            picked_logits(self.whole or self.model, self.halves.head, batch)
-        return seen[-1][predicting(batch)]
 
     @contextmanager
     def _bare_head(self) -> Iterator[None]:
@@ -278,6 +274,16 @@ class Engine:
             yield
         finally:
             switch(True)
+
+
+@contextmanager
+def _targets_of(layers: Sequence[nn.Module], batch: Batch) -> Iterator[dict[nn.Module, Tensor]]:
+    """Collect what layers give at a batch's targets, (N, d) each; there when the block ends."""
+    found: dict[nn.Module, Tensor] = {}
+    with ExitStack() as stack:
+        seen = {layer: stack.enter_context(outputs_of(layer)) for layer in layers}
+        yield found
+    found |= {layer: outputs[-1][predicting(batch)] for layer, outputs in seen.items()}
 
 
 def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -29,10 +29,10 @@ from .forward import training_mode
 from .learner import Learner, Progress
 from .recipe import DATA_FIELDS, Recipe
 from .schedule import Sets
+from .sharded import is_shared, runs_on_cpu, share_out
 from .signals import stop_signals
 
 logger = logging.getLogger(__name__)
-_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # ways to run a base that no process has as a whole
 MACHINE_FIELDS = ("output", "checkpoint_every", "cache_gb")  # what changes nothing that is learnt
 
 
@@ -108,27 +108,26 @@ class Training:
         if base.model.dtype == torch.float16:
             raise RecipeError("training in float16 loses small gradients: choose dtype bfloat16 or float32")
         first, place = jobs[0].recipe, jobs[0].checkpoints
-        self.accelerator = Accelerator(cpu=base.device.type == "cpu", device_placement=False, log_with=tracker,
+        self.accelerator = Accelerator(cpu=runs_on_cpu(base), device_placement=False, log_with=tracker,
                                        project_dir=str(place.folder) if place else ".")  # fmt: skip
         self.quiet = quiet or not self.accelerator.is_main_process
         self.tracker, self.began = tracker, time.monotonic()
-        sharded = self.accelerator.distributed_type in _SHARDED
+        shared = is_shared(self.accelerator, base)
         if len(jobs) > 1:
-            _check_together([job.recipe for job in jobs], sharded)
+            _check_together([job.recipe for job in jobs], shared)
         self.names = ["default"] if len(jobs) == 1 else [f"adapter{n}" for n in range(len(jobs))]
-        self.model = _with_adapters(base, [job.recipe for job in jobs], self.names)
+        self.base, self.home, self.model = base, base.device, None
         try:
+            bare = share_out(self.accelerator, base) if shared else base.model
+            self.whole = bare if shared else None
+            self.model = _with_adapters(bare, [job.recipe for job in jobs], self.names)
             training_mode(self.model, first.gradient_checkpointing)
             self.learners = [
                 Learner(name, self.model, job.recipe, job.sets, self.accelerator, job.checkpoints)
                 for name, job in zip(self.names, jobs, strict=True)
             ]
-            self.whole = None
-            for learner in self.learners:
-                if sharded:
-                    self.whole, learner.optimizer = self.accelerator.prepare(self.model, learner.optimizer)
-                else:  # adapters are small: their gradients are added up by the learner, the base needs no wrapper
-                    learner.optimizer = self.accelerator.prepare(learner.optimizer)
+            for learner in () if shared else self.learners:
+                learner.optimizer = self.accelerator.prepare(learner.optimizer)
             world = self.accelerator.num_processes
             self.cache = Cache(
                 states_key(base.fingerprint, str(base.model.dtype), self.accelerator.mixed_precision),
@@ -165,7 +164,7 @@ class Training:
     def one_step(self) -> dict[str, dict[str, float]]:
         """Do one optimiser step of each adapter that is not done; returns their figures, by adapter name."""
         live = [learner for learner in self.learners if not learner.done]
-        world, rank, first = self.accelerator.num_processes, self.accelerator.process_index, live[0]
+        rank, first = self.accelerator.process_index, live[0]
         seed = (first.recipe.seed * 100_003 + first.step) * 1009 + rank
         torch.manual_seed(seed % 2**63)  # dropout, the same after a resume
         for part in range(max(learner.recipe.gradient_accumulation_steps for learner in live)):
@@ -173,14 +172,14 @@ class Training:
             with self.accelerator.autocast(), self.engine.step(works) as pieces:
                 for piece in pieces:
                     loss = live[piece.work].loss(piece.forget, piece.retain)
-                    if self.whole is not None:  # a wrapped model averages its processes' gradients; we want their sum
-                        loss = loss * world
-                    if loss.requires_grad:
+                    if self.whole is not None:  # backwards too, whatever this process's rows are
+                        (loss + piece.forget.logits[:0].sum()).backward()
+                    elif loss.requires_grad:
                         self.accelerator.backward(loss)
         figures = {}
         for learner in live:
             try:
-                figures[learner.name] = learner.update(gradients_are_summed=self.whole is not None)
+                figures[learner.name] = learner.update()
             except TrainingError as error:
                 if len(self.learners) == 1:
                     raise
@@ -238,7 +237,10 @@ class Training:
         """Take the adapters off the base again."""
         if self.tracker:
             self.accelerator.end_training()
-        self.model.unload()
+        if self.whole is not None:
+            self.base.model.to(self.home)
+        elif self.model is not None:
+            self.model.unload()
 
     def _save(self, live: Sequence[Learner], stop: bool) -> None:
         places = []
@@ -273,19 +275,19 @@ def run_digest(recipe: Recipe, rows_digest: str, base: Base) -> str:
     return hashlib.sha256(known.encode()).hexdigest()
 
 
-def _with_adapters(base: Base, recipes: Sequence[Recipe], names: Sequence[str]) -> Any:
+def _with_adapters(bare: Any, recipes: Sequence[Recipe], names: Sequence[str]) -> Any:
     """Return a PEFT model with an adapter for each recipe, each begun as it would be alone, all of them trainable."""
     from peft import get_peft_model
 
     model = None
-    configs = [adapter_config(base.model, recipe.adapter) for recipe in recipes]  # of the bare base
+    configs = [adapter_config(bare, recipe.adapter) for recipe in recipes]  # of the bare base
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns that merging a tied head is unsafe: ours unties first
         try:
             for recipe, name, config in zip(recipes, names, configs, strict=True):
                 torch.manual_seed(recipe.seed)
                 if model is None:
-                    model = get_peft_model(base.model, config, adapter_name=name)
+                    model = get_peft_model(bare, config, adapter_name=name)
                 else:
                     model.add_adapter(name, config)
             if len(names) > 1 and model is not None:
@@ -297,13 +299,13 @@ def _with_adapters(base: Base, recipes: Sequence[Recipe], names: Sequence[str]) 
     return model
 
 
-def _check_together(recipes: Sequence[Recipe], sharded: bool) -> None:
+def _check_together(recipes: Sequence[Recipe], shared: bool) -> None:
     """Refuse what cannot be trained in one pass.
 
     Raises:
         RecipeError: naming what to do instead.
     """
-    if sharded:
+    if shared:
         raise RecipeError("several adapters at once need a base that fits one process: train them one by one")
     kinds = {(r.adapter.kind, getattr(r.adapter, "form", None)) for r in recipes}
     if len(kinds) > 1:
