@@ -184,7 +184,8 @@ def draw(path, lines, bare, limit):
         ax.set(xscale="log", title=f"{kind} adapter", xlabel="harm: neighbours' KL to the base, nats/token")
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("sampled answers that leak, % (dotted: the base)")
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="upper right")
+    named = {line.get_label(): line for ax in axes[0] for line in ax.get_lines() if line.get_label() in names}
+    axes[0][-1].legend(named.values(), named, frameon=False, fontsize=8, loc="upper right")
     figure.suptitle("Down and left is better. A line is one adapter at strengths 0.5 to 1; hollow: word salad")
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
