@@ -86,6 +86,7 @@ class Engine:
         self._watched = {n: watched_layer(model, number, n) for n, number in asked.items() if number is not False}
         changed = {name: changed_layers(model, layers, name) for name in names}
         below = min((min(numbers) for numbers in changed.values() if numbers), default=0)
+        self.adapted_layers = [layers[n] for n in sorted({n for numbers in changed.values() for n in numbers})]
         self._head_only = {name for name, numbers in changed.items() if layers and not numbers}
         self.trunk = Trunk(layers[:below]) if below and whole is None else None
         self._trunk_checked = False
@@ -170,8 +171,8 @@ class Engine:
         for n in chosen:
             last = first + sum(map(target_count, works[n].examples()))
             layer = self._watched.get(works[n].adapter)
-            of_all = (final, hidden.get(layer), reference, reference_hidden.get(layer))
-            found[n] = _States(*(None if states is None else states[first:last] for states in of_all))  # type: ignore[arg-type]
+            of_all = (hidden.get(layer), reference, reference_hidden.get(layer)) if layer else (None, reference, None)
+            found[n] = _States(final[first:last], *(None if s is None else s[first:last] for s in of_all))
             first = last
         return found
 

@@ -119,7 +119,7 @@ def unlearn_many(
     if not left:
         return [adapters[n] for n in range(len(recipes))]
     first = recipes[left[0]]
-    live = base or load_base(first.base, first.dtype, first.device)
+    live = base or load_base(first.base, first.dtype, first.device, first.quantize)
     if held := attached(live):
         raise AdapterError(f"attached to the base: {', '.join(held)}. Detach first: the bare base is the reference")
     main = int(os.environ.get("RANK", 0)) == 0
@@ -166,7 +166,7 @@ def unlearn_many(
 def _check_apart(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
     if len({path.absolute() for path in outputs}) < len(outputs):
         raise RecipeError(f"each recipe needs an output of its own, these are: {', '.join(map(str, outputs))}")
-    if len({(r.base, r.dtype, r.device) for r in recipes}) > 1:
+    if len({(r.base, r.dtype, r.device, r.quantize) for r in recipes}) > 1:
         raise RecipeError(
             f"recipes trained at once must name one base, these are: {', '.join(r.base for r in recipes)}"
         )

@@ -61,9 +61,15 @@ def share_out(accelerator: Any, base: Base) -> Any:
         unused = torch.optim.SGD(twin.parameters())  # Accelerate takes no model without an optimiser
         twin, _ = accelerator.prepare(twin, unused)
     else:
-        settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        settings["train_micro_batch_size_per_gpu"] = 1  # unused, but must be there
-        settings["bf16"] = {"enabled": base.model.dtype == torch.bfloat16}
+        import deepspeed
+
+        needed = {
+            "train_micro_batch_size_per_gpu": 1,  # unused, but must be there
+            "bf16": {"enabled": base.model.dtype == torch.bfloat16},
+        }
+        # at once, weight by weight: what follows moves all that is not shared out yet to each device
+        deepspeed.zero.Init(module=twin, config_dict_or_path={**needed, "zero_optimization": {"stage": 3}})
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(needed)
         twin = accelerator.prepare(twin).module
     if base.device.type != "cpu":
         base.model.to("cpu")
@@ -83,6 +89,11 @@ def _problem(way: str, state: Any) -> str | None:
             return f"FSDP version {state.fsdp_plugin.fsdp_version} is not supported: set fsdp_version: 2"
         if isinstance(state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
             return "parameters cannot wait in main memory between steps: set fsdp_offload_params: false"
+        if state.fsdp_plugin.activation_checkpointing:
+            return (
+                "fsdp_activation_checkpointing would rename the adapter's weights: set it to false, and "
+                "gradient_checkpointing: true in the recipe"
+            )
         return None
     if state.deepspeed_plugin.zero_stage != 3:
         return f"ZeRO stage {state.deepspeed_plugin.zero_stage} shares no frozen base out: set zero_stage: 3"

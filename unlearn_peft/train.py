@@ -23,6 +23,7 @@ from .adapters import adapter_config
 from .base import Base
 from .cache import Cache, states_key
 from .checkpoints import Checkpoints
+from .compiled import compile_layers, restore
 from .engine import Engine
 from .errors import Interrupted, RecipeError, TrainingError
 from .forward import training_mode
@@ -33,7 +34,7 @@ from .sharded import is_shared, runs_on_cpu, share_out
 from .signals import stop_signals
 
 logger = logging.getLogger(__name__)
-MACHINE_FIELDS = ("output", "checkpoint_every", "cache_gb")  # what changes nothing that is learnt
+MACHINE_FIELDS = ("output", "checkpoint_every", "cache_gb", "compile")  # what changes nothing that is learnt
 
 
 @dataclass
@@ -116,10 +117,11 @@ class Training:
         if len(jobs) > 1:
             _check_together([job.recipe for job in jobs], shared)
         self.names = ["default"] if len(jobs) == 1 else [f"adapter{n}" for n in range(len(jobs))]
-        self.base, self.home, self.model = base, base.device, None
+        self.base, self.home, self.model, self.whole = base, base.device, None, None
+        self.compiled: list[Any] = []
         try:
-            bare = share_out(self.accelerator, base) if shared else base.model
-            self.whole = bare if shared else None
+            self.whole = share_out(self.accelerator, base) if shared else None
+            bare = self.whole if shared else base.model
             self.model = _with_adapters(bare, [job.recipe for job in jobs], self.names)
             training_mode(self.model, first.gradient_checkpointing)
             self.learners = [
@@ -130,7 +132,7 @@ class Training:
                 learner.optimizer = self.accelerator.prepare(learner.optimizer)
             world = self.accelerator.num_processes
             self.cache = Cache(
-                states_key(base.fingerprint, str(base.model.dtype), self.accelerator.mixed_precision),
+                states_key(base.fingerprint, base.quantized, str(base.model.dtype), self.accelerator.mixed_precision),
                 0 if world > 1 and cache_folder else int(first.cache_gb * 1e9),
                 cache_folder,
                 self.accelerator.process_index,
@@ -139,6 +141,8 @@ class Training:
                 self.model, base.tokenizer.pad_token_id, {ln.name: ln.hidden_layer for ln in self.learners},
                 cache=self.cache, whole=self.whole,
             )  # fmt: skip
+            if first.compile:
+                self.compiled = compile_layers(self.engine.adapted_layers, self.accelerator.device)
             if tracker:
                 self.accelerator.init_trackers("unlearn_peft", config=_scalars(first))
         except BaseException:
@@ -173,7 +177,7 @@ class Training:
                 for piece in pieces:
                     loss = live[piece.work].loss(piece.forget, piece.retain)
                     if self.whole is not None:  # backwards too, whatever this process's rows are
-                        (loss + piece.forget.logits[:0].sum()).backward()
+                        torch.autograd.backward(loss + piece.forget.logits[:0].sum())
                     elif loss.requires_grad:
                         self.accelerator.backward(loss)
         figures = {}
@@ -237,9 +241,10 @@ class Training:
         """Take the adapters off the base again."""
         if self.tracker:
             self.accelerator.end_training()
-        if self.whole is not None:
+        restore(self.compiled)
+        if self.base.device != self.home:  # it waited elsewhere while it was shared out
             self.base.model.to(self.home)
-        elif self.model is not None:
+        if self.model is not None and self.whole is None:
             self.model.unload()
 
     def _save(self, live: Sequence[Learner], stop: bool) -> None:
@@ -316,6 +321,8 @@ def _check_together(recipes: Sequence[Recipe], shared: bool) -> None:
             raise RecipeError(
                 "adapter.lora_dropout draws other masks beside other adapters: train this recipe alone, or set it to 0"
             )
+        if recipe.compile:
+            raise RecipeError("compile: true cannot be combined with several adapters at once: set it to false")
         if getattr(recipe.adapter, "use_dora", False):
             raise RecipeError("adapter.use_dora cannot be trained beside other adapters: train this recipe alone")
 
