@@ -1,7 +1,7 @@
 """Adapted decoder layers, compiled one by one (torch.compile), and as they were afterwards.
 
-Layers come in; they run compiled until `restore`. Only their `forward` is compiled: hooks on a layer, and checkpointing
-around it, run as before. One compiled layer serves all others of its kind.
+Layers come in; they run compiled until `restore`. Only their `forward` is compiled, so that hooks on a layer run as
+before. What is compiled for one layer serves all others of its kind.
 """
 
 from __future__ import annotations
