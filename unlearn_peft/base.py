@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .errors import BaseModelError
 from .files import whole_folder
-from .quantized import quantization
+from .quantized import let_gradients_pass, quantization
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,8 +77,11 @@ def load_base(name: str = "demo", dtype: str = "auto", device: str = "auto", qua
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **settings)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a bad source
-        raise BaseModelError(_why_not(name, source, error)) from error
-    if not quantize:
+        hint = f" It was to be quantised ({quantize}): does it load without?" if quantize else ""
+        raise BaseModelError(_why_not(name, source, error) + hint) from error
+    if quantize:
+        let_gradients_pass(model)
+    else:
         model.to(where)
     freeze(model)
     if tokenizer.pad_token_id is None:

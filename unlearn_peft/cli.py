@@ -278,6 +278,8 @@ def main() -> None:
     """Run the command line: exit code 2 and one clear message for what a user can mend, 130 when interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("unlearn_peft").setLevel(logging.INFO)
+    for name in ("bitsandbytes", "torchao"):  # they warn in each pass, or of kernels for other machines
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,7 +1,8 @@
 """Bases of 8 or 4 bits a weight, made while they are loaded: the name of a way -> what transformers loads with.
 
 Only linear layers are quantised; embeddings, norms and the output head stay as they are, and adapters are trained and
-kept in their own precision. The libraries come with `pip install 'unlearn-peft[quantized]'`.
+kept in their own precision. torchao's 4 bits are not among the ways: PEFT puts no LoRA on them. The libraries come with
+`pip install 'unlearn-peft[quantized]'`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import nn
 
 from .errors import BaseModelError
 
@@ -45,3 +47,13 @@ def quantization(way: str, dtype: torch.dtype) -> Any:
     if way == "llm_int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def let_gradients_pass(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for CPUs.
+
+    It would do that when a layer first runs, in place and not to the same values, and no gradient would pass any more.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

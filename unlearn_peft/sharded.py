@@ -46,7 +46,7 @@ def is_shared(accelerator: Any, base: Base) -> bool:
         raise RecipeError("training in float16 loses small gradients: set mixed_precision: no, and dtype: bfloat16")
     if problem := _problem(way, accelerator.state):
         raise RecipeError(f"{problem} (see {_HOW[way]})")
-    if getattr(base.model, "is_quantized", False):
+    if base.quantized:
         raise RecipeError(f"a quantised base cannot be shared out by {way}: leave quantize out, or launch without it")
     return True
 
