@@ -88,6 +88,7 @@ def train(
     from .run import unlearn_many
 
     adapters = unlearn_many(given, resume=resume, tracker=tracker, quiet=quiet)
+    _part()
     if int(os.environ.get("RANK", 0)) != 0:
         return
     for adapter in adapters:
@@ -272,6 +273,14 @@ def merge(
 
     path = merge_(load(base, adapters, dtype, device), adapters, output, strength)
     print(f"merged model: {path}")
+
+
+def _part() -> None:
+    """Take leave of the other processes, if there are any: one that just ends may abort in its group's threads."""
+    import torch.distributed as group
+
+    if group.is_available() and group.is_initialized():
+        group.destroy_process_group()
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import importlib.util
 from typing import Any
 
 import torch
-from torch import nn
 
 from .errors import BaseModelError
 
@@ -49,7 +48,7 @@ def quantization(way: str, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def let_gradients_pass(model: nn.Module) -> None:
+def let_gradients_pass(model: Any) -> None:
     """Keep bitsandbytes from packing 4-bit weights for CPUs.
 
     It would do that when a layer first runs, in place and not to the same values, and no gradient would pass any more.
