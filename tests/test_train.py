@@ -228,8 +228,8 @@ def _recipe(folder, base, steps, objective=None, **more):
     return folder / "recipe.yaml"
 
 
-def _cli(*arguments, launch=()):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def _cli(*arguments, launch=(), **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, *map(str, launch or ("-m", "unlearn_peft.cli")), *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

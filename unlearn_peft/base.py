@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .errors import BaseModelError
 from .files import whole_folder
+from .quantized import let_gradients_pass, quantization
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,29 +47,42 @@ class Base:
         """What an adapter notes down about its base, see `fingerprint`."""
         return fingerprint(self.model, self.tokenizer)
 
+    @property
+    def quantized(self) -> str | None:
+        """How its weights are quantised, as transformers describes it; None: they are not."""
+        config = getattr(self.model.config, "quantization_config", None)
+        return None if config is None else str(config)
 
-def load_base(name: str = "demo", dtype: str = "auto", device: str = "auto") -> Base:
+
+def load_base(name: str = "demo", dtype: str = "auto", device: str = "auto", quantize: str | None = None) -> Base:
     """Load a base model, freeze it, and put it into evaluation mode.
 
     Args:
         name: a Hub id, a local folder, a `.gguf` file, or `demo` (SmolLM2-135M-Instruct).
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on CUDA, else float32.
         device: any torch device, or `auto`: CUDA, then MPS, then CPU.
+        quantize: `int8`, `llm_int8` or `nf4`, see quantized.py; None: as it is stored.
 
     Raises:
-        BaseModelError: if there is no such model, it cannot be read, or the network is needed and not there.
+        BaseModelError: if there is no such model, it cannot be read, the network is needed and not there, or the
+            library that quantises is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = _device(device)
     kind = _dtype(dtype, where)
+    settings = {"quantization_config": quantization(quantize, kind), "device_map": {"": where}} if quantize else {}
     source, public_name = _resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **settings)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a bad source
-        raise BaseModelError(_why_not(name, source, error)) from error
-    model.to(where)
+        hint = f" It was to be quantised ({quantize}): does it load without?" if quantize else ""
+        raise BaseModelError(_why_not(name, source, error) + hint) from error
+    if quantize:
+        let_gradients_pass(model)
+    else:
+        model.to(where)
     freeze(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -258,7 +272,8 @@ def _tokenizer_digest(tokenizer: Any) -> str:
 def _weights_digest(model: nn.Module) -> str | None:
     digest = hashlib.sha256()
     for name, parameter in sorted(_base_parameters(model)):
-        if parameter.dtype not in (torch.float32, torch.bfloat16):
+        plain = type(parameter) in (nn.Parameter, Tensor)  # not a tensor subclass that holds fewer bits
+        if not plain or parameter.dtype not in (torch.float32, torch.bfloat16):
             return None
         flat = parameter.detach().reshape(-1)
         count = min(flat.numel(), _SAMPLES_PER_TENSOR)

@@ -19,6 +19,7 @@ from .cli_options import (
     DifferentOption,
     DtypeOption,
     JsonOption,
+    QuantizeOption,
     StrengthOption,
     load,
 )
@@ -51,6 +52,10 @@ def train(
     base: BaseOption = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps, ...")] = None,
+    quantize: QuantizeOption = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the adapted layers with torch.compile.")
+    ] = None,
     cache_gb: Annotated[
         float | None,
         typer.Option(help="Memory for what the frozen base gives, computed once; what is over goes to disk. [1]"),
@@ -72,7 +77,10 @@ def train(
 
     given = []
     for path in recipes:
-        recipe = load_recipe(path, set_ or (), base=base, dtype=dtype, device=device, cache_gb=cache_gb)
+        recipe = load_recipe(
+            path, set_ or (), base=base, dtype=dtype, device=device, quantize=quantize, compile=compile_,
+            cache_gb=cache_gb,
+        )  # fmt: skip
         if output is not None:
             recipe.output = str(output if len(recipes) == 1 else output / path.stem)
         given.append(recipe.model_copy(update={"output": recipe.output or f"out/{path.stem}"}))
@@ -80,6 +88,7 @@ def train(
     from .run import unlearn_many
 
     adapters = unlearn_many(given, resume=resume, tracker=tracker, quiet=quiet)
+    _part()
     if int(os.environ.get("RANK", 0)) != 0:
         return
     for adapter in adapters:
@@ -102,6 +111,7 @@ def retain(
     base: BaseOption = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps, ...")] = None,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Show the retain set that `retain: auto` makes for a recipe.
 
@@ -120,8 +130,10 @@ def retain(
     from .recipe import load_recipe
     from .run import make_retain, read_sets
 
-    given = load_recipe(recipe, [*(set_ or ()), "retain=auto"], base=base, dtype=dtype, device=device)
-    made = make_retain(read_sets(given), load_base(given.base, given.dtype, given.device), given)
+    given = load_recipe(
+        recipe, [*(set_ or ()), "retain=auto"], base=base, dtype=dtype, device=device, quantize=quantize
+    )
+    made = make_retain(read_sets(given), load_base(given.base, given.dtype, given.device, given.quantize), given)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made.rows)
     if output is None:
         print(lines, end="")
@@ -143,6 +155,7 @@ def generate(
     raw: Annotated[bool, typer.Option(help="Do not use the chat template.")] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    quantize: QuantizeOption = None,
     as_json: JsonOption = False,
     allow_different_base: DifferentOption = False,
 ) -> None:
@@ -150,7 +163,7 @@ def generate(
     from .bank import attach
     from .generate import answers
 
-    live = load(base, adapter, dtype, device)
+    live = load(base, adapter, dtype, device, quantize)
     names = attach(live, *(adapter or []), strength=strength or 1.0, allow_different_base=allow_different_base)
     for asked in prompt:
         (text,) = answers(
@@ -180,6 +193,7 @@ def compare(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 40,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    quantize: QuantizeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show answers before, with the adapters, and after their removal, side by side."""
@@ -193,7 +207,8 @@ def compare(
     near = read_rows(DataSpec(path=str(neighbours)), "neighbours") if neighbours else []
     if not rows and not near:
         raise UnlearnError("nothing to compare: give --probes FILE, --neighbours FILE or --prompt TEXT")
-    result = compare_(load(base, adapter, dtype, device), adapter, rows, near, strength or 1.0, max_new_tokens)
+    live = load(base, adapter, dtype, device, quantize)
+    result = compare_(live, adapter, rows, near, strength or 1.0, max_new_tokens)
     print(json.dumps(result, ensure_ascii=False)) if as_json else show(result)
 
 
@@ -260,10 +275,20 @@ def merge(
     print(f"merged model: {path}")
 
 
+def _part() -> None:
+    """Take leave of the other processes, if there are any: one that just ends may abort in its group's threads."""
+    import torch.distributed as group
+
+    if group.is_available() and group.is_initialized():
+        group.destroy_process_group()
+
+
 def main() -> None:
     """Run the command line: exit code 2 and one clear message for what a user can mend, 130 when interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("unlearn_peft").setLevel(logging.INFO)
+    for name in ("bitsandbytes", "torchao"):  # they warn in each pass, or of kernels for other machines
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

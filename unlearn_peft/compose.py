@@ -83,6 +83,8 @@ def merge(
     output = Path(output)
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise OutputError(f"the output {output} is not empty: expected a new folder for the merged model")
+    if base.quantized:
+        raise AdapterError("nothing can be merged into a quantised base: load it without quantize")
     bundles = [read_bundle(path) for path in adapters]
     for bundle in bundles:
         bundle.check_fits(base.model, base.tokenizer)

@@ -42,11 +42,13 @@ class Piece(NamedTuple):
 
 
 class _States(NamedTuple):
-    """What the adapted part gives for a work's rows, at their targets, and what the frozen base gave for them."""
+    """What the adapted part gives for a work's rows, at their targets, and what the frozen base gives for them."""
 
     final: Tensor  # (N, d), in front of the head; where the model only runs as a whole: its logits, (N, V)
     hidden: Tensor | None  # (N, d), of the watched layer
-    kept: Sequence[Mapping[str, Tensor]] | None  # one a row; None where the model only runs as a whole
+    kept: Sequence[Mapping[str, Tensor]] | None  # one a row; None where the model only runs as a whole: then these
+    reference: Tensor | None = None  # (N, V)
+    reference_hidden: Tensor | None = None  # (N, d)
 
 
 class Engine:
@@ -58,7 +60,8 @@ class Engine:
         hidden_layer: the decoder layer whose output tokens bring along; None: see `watched_layer`; False: they do
             not. A mapping: one for each adapter by name.
         cache: where what is computed once is kept; None: in memory.
-        whole: the model wrapped so that it can only be run as a whole (FSDP, DeepSpeed); nothing is kept then.
+        whole: the model as it runs where processes share it out and must run it alike (see sharded.py): nothing is
+            kept then, and a step of one work is one pass with the adapter and one without, whatever its rows.
 
     Raises:
         RecipeError: if that layer does not exist, or the adapter does not reach it.
@@ -76,7 +79,7 @@ class Engine:
         self.model, self.whole = model, whole
         self.device = next(model.parameters()).device
         self.halves = Halves(model.get_base_model())
-        self._rows = Rows(model, self.halves.head, pad_id)
+        self._rows = Rows(model, self.halves.head, pad_id, packs=None if whole is None else False)
         self.vocabulary = model.get_base_model().config.get_text_config().vocab_size
         names, layers = list(model.peft_config), decoder_layers(model)
         self._several = len(names) > 1
@@ -84,6 +87,7 @@ class Engine:
         self._watched = {n: watched_layer(model, number, n) for n, number in asked.items() if number is not False}
         changed = {name: changed_layers(model, layers, name) for name in names}
         below = min((min(numbers) for numbers in changed.values() if numbers), default=0)
+        self.adapted_layers = [layers[n] for n in sorted({n for numbers in changed.values() for n in numbers})]
         self._head_only = {name for name, numbers in changed.items() if layers and not numbers}
         self.trunk = Trunk(layers[:below]) if below and whole is None else None
         self._trunk_checked = False
@@ -161,21 +165,27 @@ class Engine:
         batch = side_by_side(batches)
         names = [works[n].adapter for n in chosen for _ in range(1 if packed else len(works[n].examples()))]
         layers = list({self._watched[name] for name in names if name in self._watched})
-        with ExitStack() as stack:
-            seen = {layer: stack.enter_context(outputs_of(layer)) for layer in layers}
-            stack.enter_context(rows_use(self.model, names if self._several else None))
+        reference, reference_hidden = None, {}
+        if self.frozen.splits is False:
+            with torch.no_grad(), self.model.disable_adapter(), _targets_of(layers, batch) as reference_hidden:
+                reference = picked_logits(self.whole or self.model, self.halves.head, batch)
+        with _targets_of(layers, batch) as hidden, rows_use(self.model, names if self._several else None):
             if self.frozen.splits is False:
                 final = picked_logits(self.whole or self.model, self.halves.head, batch)
             else:
                 final = self._over_trunk(lines, batches, batch)[predicting(batch)]
-        hidden = {layer: outputs[-1][predicting(batch)] for layer, outputs in seen.items()}
-        counts = [sum(target_count(example) for example in works[n].examples()) for n in chosen]
-        parts = torch.split(final, counts)
-        watched = {layer: torch.split(states, counts) for layer, states in hidden.items()}
-        found = {}
-        for k, (n, kept) in enumerate(chosen.items()):
+        found, first = {}, 0
+        for n, kept in chosen.items():
+            span = slice(first, first + sum(map(target_count, works[n].examples())))
             layer = self._watched.get(works[n].adapter)
-            found[n] = _States(parts[k], None if layer is None else watched[layer][k], kept)
+            found[n] = _States(
+                final[span],
+                None if layer is None else hidden[layer][span],
+                kept,
+                None if reference is None else reference[span],
+                None if layer is None or reference is None else reference_hidden[layer][span],
+            )
+            first = span.stop
         return found
 
     def _over_trunk(
@@ -234,12 +244,20 @@ class Engine:
         span = slice(before, before + sum(map(target_count, rows)))
         kept = None if states.kept is None else states.kept[chosen.start : chosen.stop]
         named = [n for n, e in zip(numbers or range(len(rows)), rows, strict=True) for _ in range(target_count(e))]
-        logits, reference = self._logits(work.adapter, rows, kept, states.final[span])
+        if kept is None:
+            logits, reference = states.final[span], states.reference[span]  # type: ignore[index]
+        else:
+            logits, reference = self._logits(work.adapter, kept, states.final[span])
         hidden = {}
         if states.hidden is not None:
-            layer = self._watched[work.adapter]
             own = states.hidden[span]
-            reference_hidden = self._reference_hidden(layer, rows, kept) if len(own) else own.detach()
+            if states.reference_hidden is not None:
+                reference_hidden = states.reference_hidden[span]
+            elif len(own):
+                name = self.frozen.name(self._watched[work.adapter])
+                reference_hidden = _joined(kept or (), name, self.device)
+            else:
+                reference_hidden = own.detach()
             hidden = {"hidden": own, "reference_hidden": reference_hidden}
 
         def here(values: list[Any], dtype: torch.dtype) -> Tensor:
@@ -251,16 +269,10 @@ class Engine:
             specific=marks, refusal=refusal, **hidden,
         )  # fmt: skip
 
-    def _logits(
-        self, adapter: str, rows: Sequence[Example], kept: Sequence[Mapping[str, Tensor]] | None, states: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _logits(self, adapter: str, kept: Sequence[Mapping[str, Tensor]], states: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits (n, V) of some rows and their reference."""
         if not len(states):
             return (states.new_zeros(0, self.vocabulary),) * 2
-        if kept is None:
-            with torch.no_grad(), self.model.disable_adapter():
-                batch = self._rows.batch(rows)
-                return states, picked_logits(self.whole or self.model, self.halves.head, batch)
         final = _joined(kept, FINAL, self.device)
         if adapter in self._head_only and all(HEAD in row for row in kept):
             known = _joined(kept, HEAD, self.device)
@@ -271,16 +283,6 @@ class Engine:
             logits = self.halves.logits(states)
         with torch.no_grad(), self._bare_head():
             return logits, self.halves.logits(final)
-
-    def _reference_hidden(
-        self, layer: nn.Module, rows: Sequence[Example], kept: Sequence[Mapping[str, Tensor]] | None
-    ) -> Tensor:
-        if kept is not None:
-            return _joined(kept, self.frozen.name(layer), self.device)
-        with torch.no_grad(), self.model.disable_adapter(), outputs_of(layer) as seen:
-            batch = self._rows.batch(rows)
-            picked_logits(self.whole or self.model, self.halves.head, batch)
-        return seen[-1][predicting(batch)]
 
     @contextmanager
     def _bare_head(self) -> Iterator[None]:
@@ -293,6 +295,16 @@ class Engine:
             yield
         finally:
             switch(True)
+
+
+@contextmanager
+def _targets_of(layers: Sequence[nn.Module], batch: Batch) -> Iterator[dict[nn.Module, Tensor]]:
+    """Collect what layers give at a batch's targets, (N, d) each; there when the block ends."""
+    found: dict[nn.Module, Tensor] = {}
+    with ExitStack() as stack:
+        seen = {layer: stack.enter_context(outputs_of(layer)) for layer in layers}
+        yield found
+    found |= {layer: outputs[-1][predicting(batch)] for layer, outputs in seen.items()}
 
 
 def _joined(kept: Sequence[Mapping[str, Tensor]], name: str, device: torch.device) -> Tensor:

@@ -23,12 +23,12 @@ class Rows:
         model: whatever is attached to it stays as it is.
         head: its output head.
         pad_id: any token id; padding is never looked at.
+        packs: whether the model is known to take packed rows; None: found out by comparing once.
     """
 
-    def __init__(self, model: Any, head: nn.Module, pad_id: int) -> None:
-        self.model, self.head, self.pad_id = model, head, pad_id
+    def __init__(self, model: Any, head: nn.Module, pad_id: int, packs: bool | None = None) -> None:
+        self.model, self.head, self.pad_id, self._packs = model, head, pad_id, packs
         self.device = next(model.parameters()).device
-        self._packs: bool | None = None  # found out by comparing once
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """Return the rows in one batch, on the model's device."""

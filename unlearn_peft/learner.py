@@ -124,13 +124,13 @@ class Learner:
                 self._seen[1] += kl_divergence(retain).sum().cpu() / n_retain
         return terms.forget.sum() / n_forget + self.recipe.retain_weight * terms.retain.sum() / n_retain
 
-    def update(self, *, gradients_are_summed: bool) -> dict[str, float]:
+    def update(self) -> dict[str, float]:
         """Take the optimiser's step on the gradients of all processes; returns the step's figures."""
         recipe, parameters = self.recipe, list(self.parameters.values())
-        if not gradients_are_summed:
-            self._sum_gradients()
+        self._sum_gradients()
         seen, self._seen = self._sum(self._seen), torch.zeros(2, dtype=torch.float64)
-        norm = float(self.accelerator.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf))
+        self.accelerator.unscale_gradients(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf))
         if not (torch.isfinite(seen).all() and math.isfinite(norm)):
             raise TrainingError(self._explain_nan(seen, norm))
         for group in self.optimizer.param_groups:
@@ -217,9 +217,11 @@ class Learner:
         return float(self._sum(total)) / _count(examples)
 
     def _mine(self, examples: list[Example], size: int) -> Iterator[list[Example]]:
-        mine = examples[self.accelerator.process_index :: self.accelerator.num_processes]
-        for first in range(0, len(mine), size):
-            yield mine[first : first + size]
+        """Yield this process's rows in batches, as many as any process has: the last may be a row without targets."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine, most = examples[rank::world], len(examples[::world])
+        for first in range(0, most, size):
+            yield mine[first : first + size] or [_silent(examples[0])]
 
     def _sum_gradients(self) -> None:
         """Add up the processes' gradients: one exchange of numbers as small as the adapter."""

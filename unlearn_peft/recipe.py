@@ -85,6 +85,9 @@ class Recipe(_Strict):
     base: str = Field("demo", description="Hub id, local folder, .gguf file, or 'demo'")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
+    quantize: Literal["int8", "llm_int8", "nf4"] | None = Field(
+        None, description="bits a weight of the frozen base; needs unlearn-peft[quantized]"
+    )
     adapter: AdapterSettings = Field(default_factory=LoraSettings)
     forget: DataSource
     retain: RetainSource = Field("auto", description="rows that must stay; auto: the base's own answers")
@@ -109,6 +112,7 @@ class Recipe(_Strict):
     )
     gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a step's rows are processed")
     gradient_checkpointing: bool = False
+    compile: bool = Field(False, description="compile the adapted layers with torch.compile, and undo it afterwards")
     max_length: int = Field(512, ge=2, description="tokens; longer rows are cut, and counted")
     train_on: Literal["completion", "all"] = "completion"
     chat_template: bool = Field(True, description="use the model's chat template for prompt/completion rows")

@@ -119,7 +119,7 @@ def unlearn_many(
     if not left:
         return [adapters[n] for n in range(len(recipes))]
     first = recipes[left[0]]
-    live = base or load_base(first.base, first.dtype, first.device)
+    live = base or load_base(first.base, first.dtype, first.device, first.quantize)
     if held := attached(live):
         raise AdapterError(f"attached to the base: {', '.join(held)}. Detach first: the bare base is the reference")
     main = int(os.environ.get("RANK", 0)) == 0
@@ -171,7 +171,7 @@ def _check_together(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
         return
     if len({path.absolute() for path in outputs}) < len(outputs):
         raise RecipeError(f"each recipe needs an output of its own, these are: {', '.join(map(str, outputs))}")
-    if len({(r.base, r.dtype, r.device) for r in recipes}) > 1:
+    if len({(r.base, r.dtype, r.device, r.quantize) for r in recipes}) > 1:
         raise RecipeError(
             f"recipes trained at once must name one base, these are: {', '.join(r.base for r in recipes)}"
         )
@@ -184,6 +184,8 @@ def _check_together(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
             raise RecipeError(
                 "adapter.lora_dropout draws other masks beside other adapters: train this recipe alone, or set it to 0"
             )
+        if recipe.compile:
+            raise RecipeError("compile: true cannot be combined with several adapters at once: set it to false")
         if getattr(recipe.adapter, "use_dora", False):
             raise RecipeError("adapter.use_dora cannot be trained beside other adapters: train this recipe alone")
 

@@ -23,17 +23,18 @@ from .adapters import adapter_config
 from .base import Base
 from .cache import Cache, states_key
 from .checkpoints import Checkpoints
+from .compiled import compile_layers, restore
 from .engine import Engine
 from .errors import Interrupted, RecipeError, TrainingError
 from .forward import training_mode
 from .learner import Learner, Progress
 from .recipe import DATA_FIELDS, Recipe
 from .schedule import Sets
+from .sharded import is_shared, runs_on_cpu, share_out
 from .signals import stop_signals
 
 logger = logging.getLogger(__name__)
-_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")  # ways to run a base that no process has as a whole
-MACHINE_FIELDS = ("output", "checkpoint_every", "cache_gb")  # what changes nothing that is learnt
+MACHINE_FIELDS = ("output", "checkpoint_every", "cache_gb", "compile")  # what changes nothing that is learnt
 
 
 @dataclass
@@ -108,30 +109,30 @@ class Training:
         if base.model.dtype == torch.float16:
             raise RecipeError("training in float16 loses small gradients: choose dtype bfloat16 or float32")
         first, place = jobs[0].recipe, jobs[0].checkpoints
-        self.accelerator = Accelerator(cpu=base.device.type == "cpu", device_placement=False, log_with=tracker,
+        self.accelerator = Accelerator(cpu=runs_on_cpu(base), device_placement=False, log_with=tracker,
                                        project_dir=str(place.folder) if place else ".")  # fmt: skip
         self.quiet = quiet or not self.accelerator.is_main_process
         self.tracker, self.began = tracker, time.monotonic()
-        sharded = self.accelerator.distributed_type in _SHARDED
-        if sharded and len(jobs) > 1:
+        shared = is_shared(self.accelerator, base)
+        if shared and len(jobs) > 1:
             raise RecipeError("several adapters at once need a base that fits one process: train them one by one")
         names = ["default"] if len(jobs) == 1 else [f"adapter{n}" for n in range(len(jobs))]
-        self.model = _with_adapters(base, [job.recipe for job in jobs], names)
+        self.base, self.home, self.model, self.whole = base, base.device, None, None
+        self.compiled: list[Any] = []
         try:
+            self.whole = share_out(self.accelerator, base) if shared else None
+            bare = self.whole if shared else base.model
+            self.model = _with_adapters(bare, [job.recipe for job in jobs], names)
             training_mode(self.model, first.gradient_checkpointing)
             self.learners = [
                 Learner(name, self.model, job.recipe, job.sets, self.accelerator, job.checkpoints)
                 for name, job in zip(names, jobs, strict=True)
             ]
-            self.whole = None
-            for learner in self.learners:
-                if sharded:
-                    self.whole, learner.optimizer = self.accelerator.prepare(self.model, learner.optimizer)
-                else:  # adapters are small: their gradients are added up by the learner, the base needs no wrapper
-                    learner.optimizer = self.accelerator.prepare(learner.optimizer)
+            for learner in () if shared else self.learners:
+                learner.optimizer = self.accelerator.prepare(learner.optimizer)
             world = self.accelerator.num_processes
             self.cache = Cache(
-                states_key(base.fingerprint, str(base.model.dtype), self.accelerator.mixed_precision),
+                states_key(base.fingerprint, base.quantized, str(base.model.dtype), self.accelerator.mixed_precision),
                 0 if world > 1 and cache_folder else int(first.cache_gb * 1e9),
                 cache_folder,
                 self.accelerator.process_index,
@@ -140,6 +141,8 @@ class Training:
                 self.model, base.tokenizer.pad_token_id, {ln.name: ln.hidden_layer for ln in self.learners},
                 cache=self.cache, whole=self.whole,
             )  # fmt: skip
+            if first.compile:
+                self.compiled = compile_layers(self.engine.adapted_layers, self.accelerator.device)
             if tracker:
                 self.accelerator.init_trackers("unlearn_peft", config=_scalars(first))
         except BaseException:
@@ -165,7 +168,7 @@ class Training:
     def one_step(self) -> dict[str, dict[str, float]]:
         """Do one optimiser step of each adapter that is not done; returns their figures, by adapter name."""
         live = [learner for learner in self.learners if not learner.done]
-        world, rank, first = self.accelerator.num_processes, self.accelerator.process_index, live[0]
+        rank, first = self.accelerator.process_index, live[0]
         seed = (first.recipe.seed * 100_003 + first.step) * 1009 + rank
         torch.manual_seed(seed % 2**63)  # dropout, the same after a resume
         for part in range(max(learner.recipe.gradient_accumulation_steps for learner in live)):
@@ -174,14 +177,14 @@ class Training:
             with self.accelerator.autocast(), self.engine.step(works) as pieces:
                 for piece in pieces:
                     loss = taking[piece.work].loss(piece.forget, piece.retain)
-                    if self.whole is not None:  # a wrapped model averages its processes' gradients; we want their sum
-                        loss = loss * world
-                    if loss.requires_grad:
+                    if self.whole is not None:  # backwards too, whatever this process's rows are
+                        torch.autograd.backward(loss + piece.forget.logits[:0].sum())
+                    elif loss.requires_grad:
                         self.accelerator.backward(loss)
         figures = {}
         for learner in live:
             try:
-                figures[learner.name] = learner.update(gradients_are_summed=self.whole is not None)
+                figures[learner.name] = learner.update()
             except TrainingError as error:
                 if len(self.learners) == 1:
                     raise
@@ -239,7 +242,11 @@ class Training:
         """Take the adapters off the base again."""
         if self.tracker:
             self.accelerator.end_training()
-        self.model.unload()
+        restore(self.compiled)
+        if self.base.device != self.home:  # it waited elsewhere while it was shared out
+            self.base.model.to(self.home)
+        if self.model is not None and self.whole is None:
+            self.model.unload()
 
     def _save(self, live: Sequence[Learner], stop: bool) -> None:
         places = []
@@ -274,19 +281,19 @@ def run_digest(recipe: Recipe, rows_digest: str, base: Base) -> str:
     return hashlib.sha256(known.encode()).hexdigest()
 
 
-def _with_adapters(base: Base, recipes: Sequence[Recipe], names: Sequence[str]) -> Any:
+def _with_adapters(bare: Any, recipes: Sequence[Recipe], names: Sequence[str]) -> Any:
     """Return a PEFT model with an adapter for each recipe, each begun as it would be alone, all of them trainable."""
     from peft import get_peft_model
 
     model = None
-    configs = [adapter_config(base.model, recipe.adapter) for recipe in recipes]  # of the bare base
+    configs = [adapter_config(bare, recipe.adapter) for recipe in recipes]  # of the bare base
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT warns that merging a tied head is unsafe: ours unties first
         try:
             for recipe, name, config in zip(recipes, names, configs, strict=True):
                 torch.manual_seed(recipe.seed)
                 if model is None:
-                    model = get_peft_model(base.model, config, adapter_name=name)
+                    model = get_peft_model(bare, config, adapter_name=name)
                 else:
                     model.add_adapter(name, config)
             if len(names) > 1 and model is not None:

@@ -62,7 +62,9 @@ class DenseHeadLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str) -> None:
         """Add a delta of zeros, (out, in), for `adapter_name`."""
-        self.dense_head_delta[adapter_name] = nn.Parameter(torch.zeros_like(self.base_layer.weight))
+        base, weight = self.base_layer, self.base_layer.weight  # which may be shared out: its own shape is no guide
+        delta = torch.zeros(base.out_features, base.in_features, dtype=weight.dtype, device=weight.device)
+        self.dense_head_delta[adapter_name] = nn.Parameter(delta)
         self.set_adapter(self.active_adapters)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
