@@ -267,10 +267,10 @@ def test_experts_tokens_are_not_guessed_to_be_rows():
 def test_a_set_is_told_by_its_content(bank, paths):
     """The digest of a held set: names do not count, strengths and contents do."""
     bank.load("also a", paths["a"])
-    digests = [
-        bank.hold(s).digest
-        for s in (["a", "b"], ["b", "also a"], {"a": 0.5, "b": 1}, ["a"], [], {"a": 0, "b": 1}, ["b"])
-    ]
+    digests = []
+    for one in (["a", "b"], ["b", "also a"], {"a": 0.5, "b": 1}, ["a"], [], {"a": 0, "b": 1}, ["b"]):
+        with bank.hold(one) as held:
+            digests.append(held.digest)
     assert digests[0] == digests[1] and digests[4] == "" and digests[5] == digests[6]
     assert len(set(digests)) == 5
     with bank.hold({"a": 0.5}) as held:
