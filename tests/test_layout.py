@@ -15,7 +15,7 @@ RANKS = {
     "signals": 5, "frozen": 6, "gates": 6, "residents": 7, "bank": 8, "attaching": 9,
     "engine": 7, "compose": 6, "generate": 7, "learner": 8, "train": 9, "own_answers": 8, "compare": 10,
     "auto_retain": 8, "card": 8, "evaluate": 10, "save": 10, "run": 11, "cli_options": 12, "cli_evaluate": 13,
-    "cli": 14,
+    "cli": 14, "untrusted": 1, "adapter_config": 2, "trust": 2, "signing": 6, "cli_trust": 13,
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ UnlearnError
  ├─ BaseModelError     a base model that cannot be found, read or used
  ├─ DataError          forget, retain or probe rows that cannot be used
  ├─ AdapterError       an adapter that cannot be read, trusted or attached
+ ├─ TrustError         a key that cannot be used, or what signs and verifies is missing
  ├─ OutputError        a place that cannot be written to
  └─ TrainingError      a run that cannot go on
      └─ Interrupted    a run that was asked to stop, and saved where it was
@@ -36,6 +37,10 @@ class AdapterError(UnlearnError):
     """An adapter that cannot be read, trusted or attached; `adapter` is its name, where it was asked for by one."""
 
     adapter: str | None = None
+
+
+class TrustError(UnlearnError):
+    """A key that cannot be used, or the library that signs and verifies is missing."""
 
 
 class OutputError(UnlearnError):
