@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from .base import fingerprint, mismatches
 from .errors import AdapterError, OutputError
 from .files import folder_bytes, whole_file, whole_folder
 from .trust import SIGNATURE, UNSIGNED, Trust
-from .untrusted import LARGEST, list_files, read_file, read_weights, refuse, sha256_of, shown, strict_json
+from .untrusted import LARGEST, Weights, list_files, read_file, read_weights, refuse, sha256_of, shown, strict_json
 
 WEIGHTS, CONFIG, MANIFEST, CARD, CURVES = (
     "adapter_model.safetensors",
@@ -34,6 +34,7 @@ WEIGHTS, CONFIG, MANIFEST, CARD, CURVES = (
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _COPY_AGAIN = "Copy it again from where it came from, or ask who made it"
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,33 @@ class Bundle:
             AdapterError: naming every module that is missing or has another shape, and every part of the
                 base's fingerprint that differs (allowed with `allow_different_base`).
         """
+        problems, different = self.misfits(model, tokenizer, allow_different_base=allow_different_base, known=known)
+        trained_on = self.manifest.get("base", {}).get("name") or self.config.get("base_model_name_or_path")
+        if problems:
+            refuse(
+                f"the adapter {self.path} does not match this base (it was trained on {shown(trained_on)})",
+                problems,
+                "Load the base that it was trained on, or train an adapter for this one",
+            )
+        if different:
+            logger.warning(
+                "UNSAFE: the adapter %s was trained on %s, and this base differs in its %s. It is attached, as "
+                "different bases were allowed; nobody has measured what it forgets here, or what else it harms",
+                self.path,
+                shown(trained_on),
+                " and ".join(different),
+            )
+        return different
+
+    def misfits(
+        self,
+        model: Any,
+        tokenizer: Any | None = None,
+        *,
+        allow_different_base: bool = False,
+        known: Mapping[str, Any] | None = None,
+    ) -> tuple[list[str], tuple[str, ...]]:
+        """Return what does not fit a base, and the parts in which its fingerprint differs; see `check_fits`."""
         problems = []
         for name, delta in self.deltas.items():
             module = _submodule(model, name)
@@ -112,25 +140,12 @@ class Bundle:
         different = tuple(mismatches(noted, known or fingerprint(model, tokenizer))) if noted else ()
         if not allow_different_base:
             problems += [f"the base's {part} is not the one that the adapter was trained on" for part in different]
-        trained_on = self.manifest.get("base", {}).get("name") or self.config.get("base_model_name_or_path")
-        if problems:
-            refuse(
-                f"the adapter {self.path} does not match this base (it was trained on {shown(trained_on)})",
-                problems,
-                "Load the base that it was trained on, or train an adapter for this one",
-            )
-        if different:
-            logger.warning(
-                "UNSAFE: the adapter %s was trained on %s, and this base differs in its %s. It is attached, as "
-                "different bases were allowed; nobody has measured what it forgets here, or what else it harms",
-                self.path,
-                shown(trained_on),
-                " and ".join(different),
-            )
-        return different
+        return problems, different
 
 
-def read_bundle(path: str | Path, *, trust: Trust | None = None) -> Bundle:
+def read_bundle(
+    path: str | Path, *, trust: Trust | None = None, also: Callable[[Bundle], Sequence[str]] | None = None
+) -> Bundle:
     """Read and check an adapter directory: safetensors only, sizes before allocation, all mismatches at once.
 
     Any LoRA that PEFT wrote will do; a `forget.json` is not needed, but where there is one its digests must hold.
@@ -139,6 +154,7 @@ def read_bundle(path: str | Path, *, trust: Trust | None = None) -> Bundle:
     Args:
         path: the directory.
         trust: whose signatures are taken, and whether one is needed. None: signatures are not looked at.
+        also: called where something is wrong, with as much of the adapter as could be read; returns what else is.
 
     Raises:
         AdapterError: naming everything that is wrong with it.
@@ -158,34 +174,41 @@ def read_bundle(path: str | Path, *, trust: Trust | None = None) -> Bundle:
         for name in pickles
         if name.startswith("adapter_model")
     ]
-    weights = read_weights(path / WEIGHTS, problems)
-    files, deltas = {WEIGHTS: weights.sha256}, {}
+    files: dict[str, str] = {}
+    deltas: dict[str, Delta] = {}
+    try:
+        weights = read_weights(path / WEIGHTS, problems)
+    except AdapterError as error:
+        problems.append(str(error))
+        weights = Weights({}, "unread")
+    files[WEIGHTS] = weights.sha256
     config = _json(path / CONFIG, files, problems)
-    manifest = _json(path / MANIFEST, files, problems) if MANIFEST in names else None
+    manifest = (_json(path / MANIFEST, files, problems) if MANIFEST in names else None) or {}
     if config is not None:
         problems += (wrong := check_config(config))
         if weights.tensors and not wrong:
             deltas = _deltas(config, weights.tensors, problems)
-    if manifest is not None and not (wrong := check_manifest(manifest)):
-        problems += [
-            f"{name} is not the file that was saved (its sha256 differs from the one in {MANIFEST}): it was changed or "
-            "damaged"
-            for name, noted in manifest.get("files", {}).items()
-            if name in (WEIGHTS, CONFIG) and files.get(name, noted) != noted
-        ]
-    elif manifest is not None:
-        problems += wrong
+    if manifest and (wrong := check_manifest(manifest)):
+        problems, manifest = problems + wrong, {}
+    problems += [
+        f"{name} is not the file that was saved (its sha256 differs from the one in {MANIFEST}): changed or damaged"
+        for name, noted in manifest.get("files", {}).items()
+        if name in (WEIGHTS, CONFIG) and files.get(name, noted) != noted
+    ]
     signature = signed_by = None
     if SIGNATURE in names:
-        signature = read_file(path / SIGNATURE)
-        files |= {name: sha256_of(path / name) for name in names if name not in (*files, *UNSIGNED)}
+        signature = _beside(path / SIGNATURE, read_file, problems)
+        for name in names:
+            if name not in files and name not in UNSIGNED:
+                files[name] = _beside(path / name, sha256_of, problems if trust else []) or "unread"
     if trust is not None:
         untrusted, signed_by = trust.problems(files, signature)
         problems += untrusted
-    if problems or config is None:
-        refuse(f"the adapter {path} is refused", problems, _COPY_AGAIN)
-    identity = hashlib.sha256(f"{files[WEIGHTS]} {files[CONFIG]}".encode()).hexdigest()
-    return Bundle(path, config, deltas, manifest or {}, files[WEIGHTS], identity, files, signature, signed_by)
+    identity = hashlib.sha256(f"{files[WEIGHTS]} {files.get(CONFIG)}".encode()).hexdigest()
+    bundle = Bundle(path, config or {}, deltas, manifest, files[WEIGHTS], identity, files, signature, signed_by)
+    if problems:
+        refuse(f"the adapter {path} is refused", [*problems, *(also(bundle) if also else ())], _COPY_AGAIN)
+    return bundle
 
 
 @contextmanager
@@ -258,6 +281,14 @@ def _json(path: Path, files: dict[str, str], problems: list[str]) -> dict[str, A
         problems.append(str(error))
     except ValueError as error:
         problems.append(f"{path.name} is not readable JSON ({error})")
+    return None
+
+
+def _beside(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | None:
+    try:
+        return read(path)
+    except AdapterError as error:
+        problems.append(str(error))
     return None
 
 

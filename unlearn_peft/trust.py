@@ -117,7 +117,7 @@ class Trust:
         if key in self._known:
             return [], self._known[key]
         try:
-            signed = _claimed(signature)
+            signed = claimed(signature)
         except ValueError as error:
             return [f"its signature cannot be read ({error})"], None
         problems = differences(files, signed)
@@ -234,7 +234,7 @@ def _read(path: Path) -> str:
         raise TrustError(f"{path} is no text: expected public keys in PEM, or YAML") from None
 
 
-def _claimed(signature: bytes) -> dict[str, str]:
+def claimed(signature: bytes) -> dict[str, str]:
     """Return which files a signature says that it covers, name -> sha256. Who signed it is another question.
 
     Raises:

@@ -4,8 +4,8 @@
 
 Seeds are small adapters of every kind. An input is a seed in which bytes, the header's table, JSON values (by the
 format's own grammar) or numbers of tensors were changed. Proper answers are a `Bundle`, whose deltas are then put
-beside a layer and must give finite numbers, or an `AdapterError` with a text that can be printed. Anything else is a finding:
-another exception, an input over 2 s, or memory that grows.
+beside a layer and must give finite numbers, or an `AdapterError` with a text that can be printed. Anything else is a
+finding: another exception, an input over 2 s, or memory that grows.
 """
 
 import argparse
