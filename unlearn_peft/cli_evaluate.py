@@ -137,8 +137,8 @@ def evaluate(
     ratios = truth_ratios(load_base(retrained, dtype, device), rows["forget"]) if retrained else None
     result = evaluate_(
         load(base, adapter, dtype, device, None, trust), adapter, rows, suite=suite, k=k, strength=strength or 1.0,
-        seed=seed, max_new_tokens=max_new_tokens, chat_template=chat_template, ability=tasks, retrained=ratios, trust=trust,
-        attacks=attack if names else None,
+        seed=seed, max_new_tokens=max_new_tokens, chat_template=chat_template, ability=tasks, retrained=ratios,
+        trust=trust, attacks=attack if names else None,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     written = write_report(result, folder, adapter)

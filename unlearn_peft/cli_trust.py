@@ -21,14 +21,14 @@ def new(
         bool, typer.Option("--password", help="Ask for a password, and encrypt the private key with it.")
     ] = False,
 ) -> None:
-    """Make a key pair: NAME.pem signs and stays secret; NAME.pub goes to those who are to trust you.
+    """Make a key pair: NAME.pem signs, NAME.pub is for those who trust you.
 
       unlearn-peft keys new ~/keys/me --password
 
       unlearn-peft sign out/hp --key ~/keys/me.pem
 
-    Give others NAME.pub by a way on which nobody can exchange it, not beside the adapter: whoever can change the one
-    could change both.
+    Give others NAME.pub by a way on which nobody can exchange it, not beside
+    the adapter: whoever can change the one could change both.
     """
     from .signing import new_key
 
@@ -51,13 +51,14 @@ def sign(
         str | None, typer.Option(envvar="SIGSTORE_ID_TOKEN", help="For --sigstore; else a browser is opened.")
     ] = None,
 ) -> None:
-    """Sign an adapter: every file in its directory, the card and plots too, as it is now.
+    """Sign an adapter: every file in its directory, as it is now.
 
       unlearn-peft sign out/hp --key ~/keys/me.pem
 
-    The signature is the file model.sig (OpenSSF model-signing's format; its own tools verify it, too). Whatever changes
-    a file, as `eval --card` does, is to be followed by signing again. An encrypted key's password is asked for, or
-    taken from UNLEARN_PEFT_KEY_PASSWORD.
+    The signature is the file model.sig, in the format of OpenSSF's
+    model-signing, whose own tools verify it, too. Whatever changes a file, as
+    `eval --card` does, is to be followed by signing again. An encrypted key's
+    password is asked for, or taken from UNLEARN_PEFT_KEY_PASSWORD.
     """
     from .signing import sign as sign_
     from .signing import sign_with_sigstore
@@ -83,7 +84,9 @@ def verify(
     issuer: Annotated[str | None, typer.Option(help="Who vouches for --identity: an OpenID Connect issuer.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell whether an adapter is what someone you trust has signed. Exit code 2 and all reasons if not.
+    """Tell whether an adapter is what someone you trust has signed.
+
+    If it is not, all reasons are told, with exit code 2.
 
       unlearn-peft verify out/hp --trusted-keys me.pub
 
@@ -97,8 +100,9 @@ def verify(
 
       release: {identity: release@example.org, issuer: https://accounts.google.com}
 
-    The other commands do the same with --require-signature --trusted-keys KEYS (or $UNLEARN_PEFT_TRUSTED_KEYS and
-    $UNLEARN_PEFT_REQUIRE_SIGNATURE=1), on the very bytes that they then use.
+    The other commands do the same with --require-signature --trusted-keys KEYS
+    (or $UNLEARN_PEFT_TRUSTED_KEYS and $UNLEARN_PEFT_REQUIRE_SIGNATURE=1), on
+    the very bytes that they then use.
     """
     from .signing import verify as verify_
     from .trust import Identity, Trust

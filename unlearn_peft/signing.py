@@ -68,7 +68,7 @@ def sign(path: str | Path, key: str | Path, *, password: str | None = None) -> P
     need_model_signing()
     public = _public_of(Path(key), password)
 
-    def use_key(config: Any) -> None:
+    def use_key(config: Any) -> None:  # the password in bytes: whatever its types say, the library needs it so
         config.use_elliptic_key_signer(private_key=Path(key), password=password.encode() if password else None)
 
     return _sign(Path(path), use_key, lambda bundle: Trust({"the key": public}).check(bundle))

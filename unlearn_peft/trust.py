@@ -153,7 +153,7 @@ def need_model_signing() -> None:
         TrustError: if it is.
     """
     try:
-        import model_signing.signing  # noqa: F401
+        import model_signing  # noqa: F401
     except ImportError as error:
         raise TrustError(
             f"signatures need OpenSSF's model-signing ({error}): pip install 'unlearn-peft[trust]'"
@@ -268,29 +268,25 @@ def claimed(signature: bytes) -> dict[str, str]:
 def _signed_by(signature: bytes, signer: bytes | Identity) -> dict[str, str] | None:
     """Return what a signature covers (name -> sha256) as model-signing reads it, None if it is not this signer's."""
     need_model_signing()
-    from model_signing import verifying
+    # the key's own verifiers, and not model_signing.verifying, which hashes the directory again: what was read counts
+    from model_signing._signing import sign_ec_key, sign_sigstore, sign_sigstore_pb
 
-    with tempfile.TemporaryDirectory(prefix="unlearn_peft_") as folder:
+    verifier: Any
+    with tempfile.TemporaryDirectory(prefix="unlearn_peft_") as folder:  # the library reads files only
         file, key = Path(folder) / SIGNATURE, Path(folder) / "key.pub"
         file.write_bytes(signature)
-        config: Any = verifying.Config()  # type: ignore[no-untyped-call]
         if isinstance(signer, Identity):
-            from model_signing._signing.sign_sigstore import Signature as Read
-
             try:
-                config.use_sigstore_verifier(identity=signer.identity, oidc_issuer=signer.issuer)
+                verifier = sign_sigstore.Verifier(identity=signer.identity, oidc_issuer=signer.issuer)
             except Exception as error:  # whatever the network, the TUF client or a cache raises
-                raise TrustError(
-                    f"Sigstore's own keys cannot be had ({type(error).__name__}): it needs the network"
-                ) from None
+                why = f"Sigstore's own keys cannot be had ({type(error).__name__}): it needs the network"
+                raise TrustError(why) from None
         else:
-            from model_signing._signing.sign_sigstore_pb import Signature as Read  # type: ignore[assignment]
-
             key.write_bytes(signer)
-            config.use_elliptic_key_verifier(public_key=key)
+            verifier = sign_ec_key.Verifier(key)
+        read: Any = sign_sigstore.Signature if isinstance(signer, Identity) else sign_sigstore_pb.Signature
         try:
-            # Config.verify would hash the directory again; what was read before is what counts here
-            manifest = config._verifier.verify(Read.read(file))
+            manifest = verifier.verify(read.read(file))
         except Exception:  # ValueError, InvalidSignature, pydantic's, Sigstore's own: it is not this signer's
             return None
     return {one.identifier: one.digest.digest_hex for one in manifest.resource_descriptors()}

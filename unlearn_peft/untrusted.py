@@ -33,7 +33,8 @@ LARGEST = 1e4  # of a number in a tensor, and of a scale: no product of two over
 _MOST_HEADER_BYTES = 16_000_000
 _MOST_VALUES = 1_000_000  # in one JSON file
 _DEEPEST = 32
-_SHOWN_PROBLEMS = 12
+_SHOWN_ALIKE = 5
+_VARIES = re.compile(r"'[^']*'|\d+")  # names and numbers, in what is said of many tensors
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
 _LONGEST_NAME = 500
@@ -67,9 +68,14 @@ def refuse(what: str, problems: Sequence[str], advice: str = "") -> NoReturn:
     """
     if len(problems) == 1:
         raise AdapterError(f"{what}: {problems[0]}" + (f". {advice}" if advice else ""))
-    lines = [f"  - {problem}" for problem in problems[:_SHOWN_PROBLEMS]]
-    if len(problems) > _SHOWN_PROBLEMS:
-        lines.append(f"  ... and {len(problems) - _SHOWN_PROBLEMS} more")
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(_VARIES.sub("", problem), []).append(problem)
+    lines = []
+    for alike in kinds.values():
+        lines += [f"  - {problem}" for problem in alike[:_SHOWN_ALIKE]]
+        if len(alike) > _SHOWN_ALIKE:
+            lines.append(f"  - ... and {len(alike) - _SHOWN_ALIKE} more like this")
     raise AdapterError("\n".join([f"{what}:", *lines, *([advice] if advice else [])]))
 
 
