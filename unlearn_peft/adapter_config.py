@@ -12,7 +12,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .untrusted import LARGEST, shown
+from .errors import shown
+from .untrusted import LARGEST
 
 LORA, DENSE = "LORA", "DENSE_HEAD"
 SCHEMA_VERSION = 1

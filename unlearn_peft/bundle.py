@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from .adapter_config import DENSE, SCHEMA_VERSION, check_config, check_manifest, of_module
 from .base import fingerprint, mismatches
-from .errors import AdapterError, OutputError
+from .errors import AdapterError, OutputError, refuse, shown
 from .files import folder_bytes, whole_file, whole_folder
 from .trust import SIGNATURE, UNSIGNED, Trust
-from .untrusted import LARGEST, Weights, list_files, read_file, read_weights, refuse, sha256_of, shown, strict_json
+from .untrusted import LARGEST, Weights, list_files, read_file, read_weights, sha256_of, strict_json
 
 WEIGHTS, CONFIG, MANIFEST, CARD, CURVES = (
     "adapter_model.safetensors",

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .bundle import Bundle, read_bundle
-from .errors import AdapterError, OutputError, TrustError
+from .errors import AdapterError, OutputError, TrustError, refuse
 from .files import whole_file
 from .trust import SIGNATURE, UNSIGNED, Trust, claimed, differences, need_model_signing
-from .untrusted import list_files, refuse, sha256_of
+from .untrusted import list_files, sha256_of
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from .errors import AdapterError
+from .errors import AdapterError, shown
 
 MOST_JSON_BYTES = 4_000_000
 MOST_WEIGHT_BYTES = 4 << 30
@@ -33,8 +33,6 @@ LARGEST = 1e4  # of a number in a tensor, and of a scale: no product of two over
 _MOST_HEADER_BYTES = 16_000_000
 _MOST_VALUES = 1_000_000  # in one JSON file
 _DEEPEST = 32
-_SHOWN_ALIKE = 5
-_VARIES = re.compile(r"'[^']*'|\d+")  # names and numbers, in what is said of many tensors
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
 _LONGEST_NAME = 500
@@ -50,33 +48,6 @@ class Weights(NamedTuple):
 
     tensors: dict[str, Tensor]
     sha256: str
-
-
-def shown(value: object, most: int = 80) -> str:
-    """Return a foreign value in ASCII, a text in quotes; cut short and without what a terminal would obey."""
-    if isinstance(value, str):
-        return ascii(value if len(value) <= most else value[:most] + "...")
-    text = ascii(value)
-    return text if len(text) <= most else text[:most] + "..."
-
-
-def refuse(what: str, problems: Sequence[str], advice: str = "") -> NoReturn:
-    """Raise one AdapterError that tells all problems.
-
-    Raises:
-        AdapterError: always; in one line where there is one problem.
-    """
-    if len(problems) == 1:
-        raise AdapterError(f"{what}: {problems[0]}" + (f". {advice}" if advice else ""))
-    kinds: dict[str, list[str]] = {}
-    for problem in problems:
-        kinds.setdefault(_VARIES.sub("", problem), []).append(problem)
-    lines = []
-    for alike in kinds.values():
-        lines += [f"  - {problem}" for problem in alike[:_SHOWN_ALIKE]]
-        if len(alike) > _SHOWN_ALIKE:
-            lines.append(f"  - ... and {len(alike) - _SHOWN_ALIKE} more like this")
-    raise AdapterError("\n".join([f"{what}:", *lines, *([advice] if advice else [])]))
 
 
 def list_files(folder: Path) -> list[str]:
