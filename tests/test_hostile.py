@@ -20,6 +20,7 @@ from spoil import ARCHIVES, CANARY, make_good  # noqa: E402
 from unlearn_peft import attach, read_bundle  # noqa: E402
 from unlearn_peft.errors import AdapterError  # noqa: E402
 
+PICKLE = "a pickle instead of the weights"
 WAYS = ("read", "bank", "cli")
 MOST_MB = 400  # that reading one may add to the process, the 3.9 MB of JSON included
 
@@ -38,6 +39,7 @@ def answers(tiny_folder, tmp_path_factory):
     )
     before = _tree(home)
     asked = [(name, str(path), WAYS) for name, (path, _) in made.items()]
+    asked.append((PICKLE, str(made[PICKLE][0]), ["control", "memory"]))
     package = str(Path(read_bundle.__code__.co_filename).parents[1])
     paths = os.pathsep.join([str(trap), package, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -47,7 +49,8 @@ def answers(tiny_folder, tmp_path_factory):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = {(told["name"], told["way"]): told for told in map(json.loads, done.stdout.splitlines())}
-    assert not canary.exists()
+    assert not canary.exists() and (home / "canary.control").is_file()
+    (home / "canary.control").unlink()
     assert _tree(home) - _tree(home / "good") == before - _tree(home / "good")
     return found
 
@@ -67,6 +70,12 @@ def test_hostile(name, way, answers):
     assert (told or "") in answer["text"], answer["text"]
     assert all(char.isprintable() or char == "\n" for char in answer["text"])
     assert len(answer["text"]) < 5_000 and answer["mb"] < MOST_MB and not answer["heard"], answer
+
+
+def test_the_watch_works(answers):
+    """A pickle that is let run is heard, and too much memory is not given."""
+    assert {"os.system", "pickle.find_class"} <= set(answers[PICKLE, "control"]["heard"])
+    assert answers[PICKLE, "memory"]["outcome"].startswith("MemoryError")
 
 
 @pytest.mark.parametrize("name", ARCHIVES)

@@ -57,7 +57,7 @@ def check_config(config: Mapping[str, Any]) -> list[str]:
         if not _is_text(config.get(field)):
             problems.append(f"'{field}' is {shown(config[field])}, expected a name")
     if config.get("task_type") not in _TASKS:
-        problems.append(f"task_type is {shown(config['task_type'])}, expected CAUSAL_LM")
+        problems.append(f"'task_type' is {shown(config['task_type'])}, expected CAUSAL_LM")
     problems += _check_code(config)
     for field in ("target_modules", "exclude_modules", "layers_pattern"):
         problems += _check_names(field, config.get(field))

@@ -183,13 +183,14 @@ def read_bundle(
         weights = Weights({}, "unread")
     files[WEIGHTS] = weights.sha256
     config = _json(path / CONFIG, files, problems)
-    manifest = (_json(path / MANIFEST, files, problems) if MANIFEST in names else None) or {}
+    manifest = _json(path / MANIFEST, files, problems) if MANIFEST in names else None
     if config is not None:
         problems += (wrong := check_config(config))
         if weights.tensors and not wrong:
             deltas = _deltas(config, weights.tensors, problems)
-    if manifest and (wrong := check_manifest(manifest)):
-        problems, manifest = problems + wrong, {}
+    if manifest is not None and (wrong := check_manifest(manifest)):
+        problems, manifest = problems + wrong, None
+    manifest = manifest or {}
     problems += [
         f"{name} is not the file that was saved (its sha256 differs from the one in {MANIFEST}): changed or damaged"
         for name, noted in manifest.get("files", {}).items()
@@ -238,8 +239,8 @@ def note_digest(path: Path, name: str) -> None:
     if not (path / MANIFEST).is_file():
         return
     problems: list[str] = []
-    manifest = _json(path / MANIFEST, {}, problems)
-    if manifest is None:
+    manifest = _json(path / MANIFEST, {}, problems) or {}
+    if problems := problems or check_manifest(manifest):
         refuse(f"the adapter {path} is refused", problems)
     manifest["files"] = {**manifest.get("files", {}), name: sha256(path / name)}
     with whole_file(path / MANIFEST) as temporary:

@@ -3,7 +3,8 @@
     child.py BASE < asked.json      asked: a list of [name, path, ways]; answers go to stdout, a line of JSON each
 
 Ways: `read` (read_bundle), `bank` (bank.load on the base), `cli` (unlearn-peft inspect). An answer: name, way, outcome
-(`taken`, `refused`, or whatever else happened), text, memory in MB that the process grew by, and what it was heard to do.
+(`taken`, `refused`, or whatever else happened), text, memory in MB that the process grew by, what it was heard to do.
+Two more ways check the watch itself: `control` lets a pickle run, `memory` asks for too much.
 """
 
 import contextlib
@@ -11,19 +12,22 @@ import io
 import json
 import logging
 import os
+import pickle
 import resource
 import signal
 import sys
 import time
 from pathlib import Path
 
+from spoil import CANARY
+
 MEMORY = 600_000_000  # bytes that an input may add to the process
 SECONDS = 20  # of the processor
 HEARD = (  # audit events that no adapter may cause
-    "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen", "pickle.find_class",
-    "marshal.loads", "code.__new__", "socket.connect", "socket.bind", "socket.getaddrinfo", "os.remove", "os.rename",
-    "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate", "shutil.rmtree", "shutil.copyfile",
-    "shutil.move", "ctypes.dlopen", "cpython.run_string", "urllib.Request",
+    "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen",
+    "pickle.find_class", "marshal.loads", "code.__new__", "socket.connect", "socket.bind", "socket.getaddrinfo",
+    "os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate",
+    "shutil.rmtree", "shutil.copyfile", "shutil.move", "ctypes.dlopen", "cpython.run_string", "urllib.Request",
 )  # fmt: skip
 
 
@@ -35,7 +39,12 @@ def answer(way, path, model):
     from unlearn_peft.errors import AdapterError
 
     try:
-        if way == "read":
+        if way == "control":
+            os.environ[CANARY] += ".control"
+            pickle.loads((path / "adapter_model.bin").read_bytes())
+        elif way == "memory":
+            bytearray(MEMORY + 100_000_000)
+        elif way == "read":
             read_bundle(path)
         elif way == "bank":
             bank = Bank(model.model, model.tokenizer)

@@ -3,9 +3,9 @@
     nice -n 19 python tests/attacks/fuzz.py --inputs 1000000 --output out/fuzz.json
 
 Seeds are small adapters of every kind. An input is a seed in which bytes, the header's table, JSON values (by the
-format's own grammar) or numbers of tensors were changed. Proper answers are a `Bundle`, whose deltas are then put
-beside a layer and must give finite numbers, or an `AdapterError` with a text that can be printed. Anything else is a
-finding: another exception, an input over 2 s, or memory that grows.
+format's own grammar), numbers of tensors or a signature were changed. Proper answers are a `Bundle`, whose deltas are
+then put beside a layer and must give finite numbers, or an `AdapterError` with a text that can be printed. Anything
+else is a finding: another exception, an input over 2 s, or an adapter taken for signed that is not what was signed.
 """
 
 import argparse
@@ -31,6 +31,8 @@ from torch import nn
 from unlearn_peft.bundle import read_bundle
 from unlearn_peft.errors import AdapterError
 from unlearn_peft.gates import Mix, Part, Resident
+from unlearn_peft.signing import new_key, sign
+from unlearn_peft.trust import Trust
 
 WEIGHTS, CONFIG, MANIFEST, SIGNATURE = "adapter_model.safetensors", "adapter_config.json", "forget.json", "model.sig"
 SLOW = 2.0  # seconds for one input; the machine is shared
@@ -242,10 +244,21 @@ class Net(nn.Module):
         self.head = nn.Linear(4, 6, bias=False)
 
 
-def look(folder, net, x):
-    """Read an adapter and use it; returns whether it was taken."""
+def sign_one(files, folder):
+    """Sign a seed with a new key; returns the seed with its signature, and whom to trust."""
+    new_key(folder / "key")
+    (folder / "signed").mkdir()
+    write(folder / "signed", {}, files)
+    sign(folder / "signed", folder / "key.pem")
+    return {**files, SIGNATURE: (folder / "signed" / SIGNATURE).read_bytes()}, Trust.read(
+        folder / "key.pub", required=False
+    )
+
+
+def look(folder, net, x, trust, signed):
+    """Read an adapter and use it; returns whether it was taken. `signed`: the digests that were signed."""
     try:
-        bundle = read_bundle(folder)
+        bundle = read_bundle(folder, trust=trust)
         bundle.check_fits(
             net, known={"config": "ab", "weights": "cd"}, allow_different_base=len(bundle.digest) % 2 == 1
         )
@@ -256,6 +269,8 @@ def look(folder, net, x):
         assert all(char.isprintable() or char == "\n" for char in text), "an error with control characters"
         return False
     assert bundle.deltas and bundle.bytes > 0 and bundle.name
+    assert (bundle.signed_by is not None) == (bundle.signature is not None), "a signature that nobody made"
+    assert bundle.signature is None or bundle.files == signed, "something else than what was signed"
     adapter = Resident.on(net, bundle)
     for sets in ([[Part(adapter, 1.0)]], [[Part(adapter, 1.0)], [], [], [Part(adapter, -2.0)], []]):
         mix = Mix(sets)
@@ -271,10 +286,14 @@ def look(folder, net, x):
 def fuzz(folder, inputs, seconds, seed, report=lambda counts: None):
     """Run; returns the counts. `folder` is written to all the time: best in memory."""
     draw, given, net, x = random.Random(seed), seeds(), Net(), torch.randn(5, 3, 4)
+    with tempfile.TemporaryDirectory() as aside:
+        files, trust = sign_one(given[2], Path(aside))
+    signed = {name: hashlib.sha256(data).hexdigest() for name, data in files.items() if name != SIGNATURE}
+    given += [files] * 2
     counts = {"inputs": 0, "taken": 0, "refused": 0, "findings": [], "slowest_s": 0.0, "seconds": 0.0, "seed": seed}
     for files in given:
         write(folder, {}, files)
-        assert look(folder, net, x), "a seed is refused"
+        assert look(folder, net, x, trust, signed), "a seed is refused"
         write(folder, files, {})
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began, lies = time.monotonic(), {}
@@ -284,7 +303,7 @@ def fuzz(folder, inputs, seconds, seed, report=lambda counts: None):
         lies = files
         start, finding = time.process_time(), None
         try:
-            counts["taken" if look(folder, net, x) else "refused"] += 1
+            counts["taken" if look(folder, net, x, trust, signed) else "refused"] += 1
         except Exception as error:
             finding = "".join(traceback.format_exception(error)[-3:])
         spent = time.process_time() - start

@@ -107,7 +107,7 @@ ATTACKS = {
     "tensors: 90 000 tiny ones": (many_tensors(90_000), "'t0' is no LoRA weight"),
     "tensors: none": (raw(WEIGHTS, pack({}, b"")), "holds no tensors"),
     "tensors: only metadata": (raw(WEIGHTS, pack({"__metadata__": {"a": "b"}}, b"")), "holds no tensors"),
-    "JSON: 3.9 MB of empty lists": (raw(CONFIG, b'{"a":[' + b"[]," * 1_300_000 + b"[]]}"), "more than 1,000,000 values"),
+    "JSON: 3.9 MB of empty lists": (raw(CONFIG, b'{"a":[' + b"[]," * 1_300_000 + b"[]]}"), "1,000,000 values"),
     "JSON: 3.9 MB of one text": (raw(CONFIG, b'{"peft_type":"' + b"a" * 3_900_000 + b'"}'), "peft_type is 'aaa"),
     "JSON: 5 MB of blanks": (raw(CONFIG, b" " * 5_000_000), "bytes, more than the"),
     "JSON: a number of 5000 digits": (config_text('"r": 4', '"r": ' + "9" * 5000), "more than 70 digits"),
@@ -244,6 +244,7 @@ ATTACKS = {
     "JSON: half a surrogate pair": (config_text('"tiny"', '"\\ud800"'), "surrogates not allowed"),
     "JSON: an overlong encoding": (raw(CONFIG, b'{"\xc0\xaf": 1}'), "no UTF-8"),
     # the manifest
+    "manifest: nothing in it": (raw(MANIFEST, b"{}"), "has schema version None"),
     "manifest: version '1'": (manifest(schema_version="1"), "has schema version '1'"),
     "manifest: version true": (manifest(schema_version=True), "has schema version True"),
     "manifest: version 99": (manifest(schema_version=99), "has schema version 99"),
