@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "attacks"))
 from fuzz import fuzz  # noqa: E402
-from make import ATTACKS, FITTED, make  # noqa: E402
+from make import ATTACKS, FITTED, make, table  # noqa: E402
 from spoil import ARCHIVES, CANARY, make_good  # noqa: E402
 
 from unlearn_peft import attach, read_bundle  # noqa: E402
@@ -117,3 +117,9 @@ def test_a_short_fuzz(tmp_path):
     counts = fuzz(tmp_path, 1_000, 0, seed=7)
     assert not counts["findings"], counts["findings"][0]["error"]
     assert counts["taken"] > 30 and counts["refused"] > 500
+
+
+def test_the_documents_tell_of_all():
+    text = (Path(__file__).parents[1] / "docs" / "security.md").read_text()
+    assert table() in text, "run: python tests/attacks/make.py --table"
+    assert f"\n{len(ATTACKS) + len(FITTED)} hostile adapters" in text

@@ -330,6 +330,20 @@ def write(folder, before, files):
             (folder / name).write_bytes(data)
 
 
+def tell(runs):
+    """Write a table of runs into docs/security.md."""
+    names = ("seed", "inputs", "taken", "refused", "findings", "slowest input", "memory", "time")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for run in runs:
+        lines.append(
+            f"| {run['seed']} | {run['inputs']:,} | {run['taken']:,} | {run['refused']:,} | {len(run['findings'])} | "
+            f"{1000 * run['slowest_s']:.0f} ms | +{run['memory_growth_mb']} MB | {run['seconds'] / 60:.0f} min |"
+        )
+    page = Path(__file__).parents[2] / "docs" / "security.md"
+    block = "<!-- fuzz -->\n" + "\n".join(lines) + "\n<!-- /fuzz -->"
+    page.write_text(re.sub("<!-- fuzz -->.*<!-- /fuzz -->", lambda _: block, page.read_text(), flags=re.DOTALL))
+
+
 def main():
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -337,7 +351,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=0, help="stop after so many, too; 0: do not")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("out/fuzz.json"))
+    parser.add_argument("--page", type=Path, nargs="+", help="write what these runs found into docs/security.md")
     given = parser.parse_args()
+    if given.page:
+        return tell([json.loads(path.read_text()) for path in given.page])
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

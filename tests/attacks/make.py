@@ -265,7 +265,7 @@ ATTACKS = {
             ("a link to ../", lambda folder: Path("..") / folder.name / ".." / "elsewhere", "outside of its folder"),
             ("a link to /dev/zero", "/dev/zero", "outside of its folder"),
             ("a link to /proc/self/environ", "/proc/self/environ", "outside of its folder"),
-            ("a link to itself", lambda folder: folder / "loop", ""),
+            ("a link to itself", lambda folder: folder / "loop", "link"),
         )
     },
     **{
@@ -310,13 +310,16 @@ def make(folder):
 
 def table():
     """Return the table of docs/security.md, in Markdown."""
-    lines = ["| hostile file | what `read_bundle` says |", "|---|---|"]
+    lines = ["| hostile adapter | what `read_bundle` says |", "|---|---|"]
     for name, (_, told) in ATTACKS.items():
-        shown = ascii(name)[1:-1].replace("|", "\\|")
-        lines.append(f"| {shown} | {'taken: it does no harm' if told is None else f'refused: … {told} …'} |")
+        lines.append(f"| {_cell(name)} | {'taken: it does no harm' if told is None else 'refused: ' + _cell(told)} |")
     for name, (_, told) in FITTED.items():
-        lines.append(f"| {name} | taken; `attach` refuses: … {told} … |")
-    return "\n".join(line.replace("… …", "…").replace("…  …", "…") for line in lines)
+        lines.append(f"| {_cell(name)} | taken; `attach` refuses: {_cell(told)} |")
+    return "\n".join(lines)
+
+
+def _cell(text):
+    return "`" + ascii(text)[1:-1].replace("\\\\", "\\").replace("|", "\\|") + "`"
 
 
 def main():
