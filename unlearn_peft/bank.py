@@ -108,6 +108,10 @@ class Bank:
         bank.tokenizer = bank.tokenizer or tokenizer
         return bank  # type: ignore[no-any-return]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a model, or a pickled one, has no bank: it gets one of its own when it first needs it."""
+        return type(None), ()
+
     # ---- a set for each row ----
 
     def register(
