@@ -128,9 +128,7 @@ class PolicyStore:
     def _look(self) -> None:
         content: Content | None = None
         try:
-            if self._file and self._file.stat().st_ino != self._inode:  # put back from a backup, say
-                self._inode, self._revision = self._file.stat().st_ino, None
-                self._engine.dispose()
+            self._follow_file()
             with self._reads.connect() as connection:
                 revision = revision_of(connection)
                 if revision != self._revision:
@@ -152,6 +150,12 @@ class PolicyStore:
         except PolicyError as error:
             self._refused = str(error)
             logger.warning("The policy stays as it was (%.12s): %s", self._policy.version, error)
+
+    def _follow_file(self) -> None:
+        """Open SQLite's file anew where another was put into its place: open connections would go on with the old."""
+        if self._file and (inode := self._file.stat().st_ino) != self._inode:
+            self._engine.dispose()
+            self._inode, self._revision = inode, None
 
     def add(self, tenant: str, *, who: str, why: str = "") -> int:
         """Add a tenant that has nothing forgotten and no key yet; return the revision.
@@ -214,7 +218,7 @@ class PolicyStore:
 
         def edit(content: Content) -> Content:
             before = content["adapters"].get(_checked(name))
-            content["adapters"][name] = {"path": str(Path(path).absolute()), "sha256": sha256}
+            content["adapters"][name] = {"path": str(Path(path).absolute()), "sha256": sha256 and sha256.lower()}
             return {"adapter": name, **content["adapters"][name], "before": before}
 
         return self._change("adapter", edit, who, why)
@@ -297,6 +301,7 @@ class PolicyStore:
         if not who:
             raise PolicyError("expected who makes the change")
         try:
+            self._follow_file()
             with self._writes.begin() as connection:
                 revision = begin_change(connection)
                 before = read(connection)
@@ -306,7 +311,7 @@ class PolicyStore:
                 at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
                 row = {"revision": revision, "at": at, "who": who, "action": action, "what": what, "why": why}
                 note_change(connection, row)
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, OSError) as error:
             raise PolicyError(
                 f"the store {self._name} did not confirm the change: {reason(error)}. It is made wholly or not at all: "
                 "the history tells"
