@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlearn_peft.errors import PolicyError
+from unlearn_peft.serve import policy_file
 from unlearn_peft.serve.policy import key_digest, make_policy, new_key
 from unlearn_peft.serve.policy_file import PolicyFile, dump_policy, parse_policy, read_policy
 from unlearn_peft.serve.store import open_policy
@@ -245,11 +246,26 @@ def test_changes_that_a_clock_might_hide(file):
         put(file, changed) if n % 2 else file.write_text(changed)
         assert source.current().forget_of("globex")["hp"] == float(f"0.{n}5")
     stamp = file.stat().st_mtime_ns
-    file.write_text(GOOD.replace("hp: 0.5", "hp: 0.77"))
-    source.current()
     file.write_text(GOOD.replace("hp: 0.5", "hp: 0.88"))
     os.utime(file, ns=(stamp, stamp))
     assert source.current().forget_of("globex")["hp"] == 0.88
+
+
+def test_a_file_that_is_being_written_is_waited_for(tmp_path, monkeypatch):
+    """Its beginning is a valid policy too, of fewer tenants: it must not be taken for the whole."""
+    file = tmp_path / "policy.yaml"
+    file.write_text(with_tenants(1))
+    source = PolicyFile(file)
+    beginning, *rest = with_tenants(4).splitlines(keepends=True)[-4:]
+    file.write_text("adapters: {a: {path: a}}\ntenants:\n" + beginning)
+
+    def write_on(_):
+        with file.open("a") as stream:
+            stream.write(rest.pop(0) if rest else "")
+
+    monkeypatch.setattr(policy_file, "_SETTLE", 60)
+    monkeypatch.setattr(policy_file.time, "sleep", write_on)
+    assert len(source.current().tenants) == 4
 
 
 def test_a_link_that_is_turned(tmp_path):

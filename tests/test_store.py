@@ -5,6 +5,7 @@ import glob
 import json
 import multiprocessing
 import os
+import pwd
 import random
 import re
 import shutil
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event
 
 from unlearn_peft.errors import PolicyError
 from unlearn_peft.serve import store as store_module
@@ -39,8 +41,9 @@ class Postgres:
         self.folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: a socket's path is
         self.as_user = {}
         if os.getuid() == 0:  # PostgreSQL refuses to run as root
-            self.as_user = {"user": "nobody", "group": "nogroup", "extra_groups": []}
-            shutil.chown(self.folder, "nobody", "nogroup")
+            nobody = pwd.getpwnam("nobody")
+            self.as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
         self.log = (self.folder / "log").open("wb")
         self._run("initdb", "-D", self.folder / "data", "-U", "tester", "-A", "trust", "--no-sync")
         self.databases = 0
@@ -278,6 +281,23 @@ def test_a_content_that_is_no_policy_is_not_taken(filled, where, caplog):
     assert caplog.text.count("'a b' is no name") == 1, "logged once"
     PolicyStore(where).remove("a b", **ME)
     assert filled.current() == before and filled.problem is None
+
+
+def test_a_change_in_the_midst_of_a_read(store, where):
+    """What was begun to be read is read to its end as it was; the change is seen by the next call."""
+    texts = [f"adapters: {{{a}: {{path: /x}}}}\ntenants: {{t: {{forget: [{a}]}}}}" for a in "ab"]
+    sides = [parse_policy(text.encode(), "x", Path("/")) for text in texts]
+    store.replace(sides[0], **ME)
+    reader, left = PolicyStore(where), [1]
+
+    def change(connection, cursor, statement, *_):
+        if "unlearn_adapters" in statement and left:
+            left.clear()
+            store.replace(sides[1], **ME)
+
+    event.listen(reader._engine, "after_cursor_execute", change)
+    assert [reader.current(), reader.current()] == sides and not left
+    reader.close()
 
 
 def test_readers_of_many_threads_never_see_half_a_change(store, where):
