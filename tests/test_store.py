@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import event
 
+from unlearn_peft.bundle import read_bundle
 from unlearn_peft.errors import PolicyError
 from unlearn_peft.serve import store as store_module
 from unlearn_peft.serve.policy import key_digest, make_policy
@@ -603,9 +604,9 @@ def test_the_command_line(tenant, tiny, make_adapter, tmp_path):
 
     refused("no store at", "list")
     adapter = make_adapter(tiny, "hp")
-    digest = key_digest_of_file(adapter / "adapter_model.safetensors")
+    digest = read_bundle(adapter).identity
     refused("no adapter at", "adapter", "hp", tmp_path / "none")
-    refused(f"have the sha256 {digest}", "adapter", "hp", adapter, "--sha256", "0" * 64)
+    refused(f"has the sha256 {digest}", "adapter", "hp", adapter, "--sha256", "0" * 64)
     assert digest in done("adapter", "hp", adapter, "--sha256", digest.upper(), "--why", "trained today")
     assert json.loads(done("add", "acme", "--who", "ann", "--json")) == {"done": "tenant 'acme' added", "revision": 2}
     done("forget", "acme", "hp=0.5")
@@ -642,12 +643,6 @@ def test_the_command_line(tenant, tiny, make_adapter, tmp_path):
     assert len(done("history", "--limit", 1).splitlines()) == 1
     text = done("history")
     assert "acme" in text and key not in text and made["key"] not in text
-
-
-def key_digest_of_file(path):
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_help_teaches_and_stays_light(tenant):

@@ -77,7 +77,7 @@ class _Frozen(BaseModel):
 
 
 class AdapterEntry(_Frozen):
-    """Where an adapter lies, and the sha256 of its weights file that it must have (None: any)."""
+    """Where an adapter lies, and what it must be: `sha256` is its `Bundle.identity`, or None for any."""
 
     path: str
     sha256: Digest | None = None
