@@ -23,6 +23,7 @@ from .cli_options import (
     StrengthOption,
     load,
 )
+from .cli_serve import serve
 from .errors import Interrupted, UnlearnError
 
 app = typer.Typer(
@@ -213,6 +214,7 @@ def compare(
 
 
 app.command("eval")(evaluate)
+app.command()(serve)
 
 
 @app.command()
