@@ -55,11 +55,10 @@ def serve(
     """Serve one base to many tenants, each as if its forget set had never been learned.
 
     The server speaks OpenAI's API (chat, completions, streaming). Each tenant
-    is known by its API key; `policy.yaml` says what must be forgotten for it:
+    is known by its API key; the policy says what must be forgotten for it
+    (docs/serving.md shows one):
 
-      adapters: {hp: {path: out/hp}, acme: {path: out/acme}}
-
-      tenants: {alice: {forget: {hp: 1}, keys: SHA256-OF-HER-KEYS}}
+      unlearn-peft serve --base demo --policy policy.yaml --audit audit.jsonl
 
     A request may have more forgotten ("forget": {"acme": 1} in its body), never
     less. If an adapter that it needs cannot be loaded and verified, it is
