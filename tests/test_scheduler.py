@@ -220,17 +220,15 @@ def test_closing_ends_what_runs_and_waits(runner):
 
 
 def _other_models():
-    from transformers import (
-        GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM,
-    )  # fmt: skip
+    import transformers as hf
 
     small = dict(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1,
     )  # fmt: skip
-    yield MistralForCausalLM(MistralConfig(**small, sliding_window=6))
-    yield Qwen2ForCausalLM(Qwen2Config(**small, use_sliding_window=True, sliding_window=6, max_window_layers=1))
-    yield GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=256, n_embd=32, n_layer=2, n_head=4))
+    yield hf.MistralForCausalLM(hf.MistralConfig(**small, sliding_window=6))
+    yield hf.Qwen2ForCausalLM(hf.Qwen2Config(**small, use_sliding_window=True, sliding_window=6, max_window_layers=1))
+    yield hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=300, n_positions=256, n_embd=32, n_layer=2, n_head=4))
 
 
 def test_other_models_sliding_windows_too(tiny_folder):
