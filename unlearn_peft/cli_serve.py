@@ -21,7 +21,8 @@ _TENANT = "local"  # whoever asks, where there is no policy
 def serve(
     base: BaseOption = None,
     policy: Annotated[
-        str | None, typer.Option(help="Who must have what forgotten: a YAML file, read again when it changes.")
+        str | None,
+        typer.Option(help="Who must have what forgotten: a .yaml file, a .db file (see `tenant`) or a database's URL."),
     ] = None,
     adapter: Annotated[
         list[Path] | None,
@@ -124,10 +125,10 @@ class FixedPolicy:
 def _source(policy: str | None, adapters: list[Path]) -> PolicySource:
     from .bundle import read_bundle
     from .serve.policy import make_policy
-    from .serve.policy_file import PolicyFile
+    from .serve.store import open_policy
 
     if policy is not None:
-        return PolicyFile(policy)
+        return open_policy(policy)
     entries = {}
     for path in adapters:
         bundle = read_bundle(path)
