@@ -67,7 +67,9 @@ def serve(
 
       unlearn-peft serve --base demo --adapter out/hp
     """
-    if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)]:
+    if missing := [
+        name for name in ("fastapi", "uvicorn", "prometheus_client", "sqlalchemy") if not importlib.util.find_spec(name)
+    ]:
         raise UnlearnError(f"the server needs {', '.join(missing)}: pip install 'unlearn-peft[serve]'")
     if (policy is None) == (not adapter):
         raise UnlearnError(
