@@ -304,14 +304,14 @@ def as_api_error(error: Exception) -> ApiError:
         logger.error("an answer could not be finished: %s", error)
         return ApiError(500, str(error), code="generation_failed")
     if isinstance(error, Unavailable):
-        logger.error("refused, fail closed: %s", error)
+        logger.error("refused, adapter '%s': %s", error.adapter, error)
         told = f"the adapter '{error.adapter}'" if error.adapter else "something that must be forgotten"
         return ApiError(
             503, f"{told} cannot be applied now, so this request is refused", code="adapter_unavailable",
             adapter=error.adapter,
         )  # fmt: skip
     if isinstance(error, PolicyError):
-        logger.error("refused, fail closed: %s", error)
+        logger.error("refused: %s", error)
         return ApiError(503, "the policy cannot be applied now, so this request is refused", code="policy_unavailable")
     if isinstance(error, OutputError):
         return ApiError(503, "the audit log cannot be written, so this request is refused", code="audit_unavailable")
