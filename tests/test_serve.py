@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from serving import Fixed, by_peft, changed, client, greedy_text, make_adapters, make_policy_values, running
+from serving import Fixed, by_peft, changed, client, greedy_text, make_adapters, make_policy_values, running, same, slow
 
 from unlearn_peft import load_base
 from unlearn_peft.errors import OutputError, PolicyError
@@ -63,11 +63,6 @@ def complete(ask, prompt, count=12, **settings):
 def expected(tiny_folder, adapters, prompt, forget, count=12):
     text = greedy_text(tiny_folder, {adapters[name]: strength for name, strength in forget.items()}, prompt, count)
     return text
-
-
-def same(text, want):
-    """The answer is what is wanted, but for half a character at its end, which is never sent."""
-    return want.startswith(text) and set(want[len(text) :]) <= {"\ufffd"} and len(want) - len(text) < 4
 
 
 # ---- answers ----
@@ -344,17 +339,6 @@ def test_a_client_that_goes_away_stops_its_answer(serve):
     text = httpx.get(f"{url}/metrics").text
     assert 'unlearn_peft_requests_total{status="499",tenant="alice"} 2.0' in text
     assert engine.scheduler.alive and complete(client(url), "green", 2).choices
-
-
-def slow(front, seconds=0.01):
-    """Make each step take longer, so that there is time to look."""
-    step = front.engine.scheduler._passes.step
-
-    def slower(*arguments):
-        time.sleep(seconds)
-        return step(*arguments)
-
-    front.engine.scheduler._passes.step = slower
 
 
 def wait_for(condition, seconds=20):

@@ -15,12 +15,23 @@ import httpx
 import openai
 import pytest
 import yaml
-from serving import KEYS, client, greedy_text, make_adapters, make_policy_values, make_secret, running  # fmt: skip
+from serving import (  # fmt: skip
+    KEYS,
+    client,
+    greedy_text,
+    make_adapters,
+    make_policy_values,
+    make_secret,
+    running,
+    same,
+    slow,
+)
 
 from unlearn_peft import load_base
 from unlearn_peft.bank import Bank
 from unlearn_peft.bundle import read_bundle
 from unlearn_peft.serve.local import LocalEngine
+from unlearn_peft.serve.policy import make_policy
 from unlearn_peft.serve.policy_file import PolicyFile
 from unlearn_peft.serve.settings import Limits
 
@@ -41,10 +52,6 @@ def ask(url, tenant, prompt=PROMPT, count=10, forget=(), **settings):
     return client(url, tenant).completions.create(
         model=MODEL, prompt=prompt, max_tokens=count, temperature=0, extra_body=extra, **settings
     )
-
-
-def same(text, want):
-    return want.startswith(text) and set(want[len(text) :]) <= {"\ufffd"} and len(want) - len(text) < 4
 
 
 # ---- fails closed ----
@@ -167,6 +174,26 @@ def make_wide(tmp_path):
     return tmp_path / "other"
 
 
+@pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "unpinned"])
+def test_an_adapter_that_is_put_back_serves_again(tmp_path, tiny_folder, adapters, pinned):
+    values = make_policy_values(adapters, {"alice": ["a"]})
+    shutil.copytree(adapters["a"], tmp_path / "whole")
+    if pinned:
+        values["adapters"]["a"]["sha256"] = read_bundle(adapters["a"]).digest
+    engine = make_engine(tiny_folder)  # no budget: nothing is evicted
+    with running(engine, values) as (_, url):
+        if not pinned:  # what is read first counts
+            ask(url, "alice")
+            engine._read_anew("a", make_policy(values, "test"))
+        tampered(adapters["a"])
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError):
+                ask(url, "alice")
+        shutil.rmtree(adapters["a"])
+        shutil.copytree(tmp_path / "whole", adapters["a"])
+        assert same(ask(url, "alice").choices[0].text, greedy_text(tiny_folder, {adapters["a"]: 1.0}, PROMPT, 10))
+
+
 # ---- no cross-talk ----
 
 
@@ -219,16 +246,6 @@ def test_a_changed_policy_counts_for_the_next_request_and_not_for_running_ones(t
             write({f"x{n}": adapters["a"]}, {"alice": [f"x{n}"]})
             assert ask(url, "alice").choices
         assert front.engine.bank.stats.registered <= 5
-
-
-def slow(front, seconds=0.005):
-    step = front.engine.scheduler._passes.step
-
-    def slower(*arguments):
-        time.sleep(seconds)
-        return step(*arguments)
-
-    front.engine.scheduler._passes.step = slower
 
 
 # ---- the command, and its end ----

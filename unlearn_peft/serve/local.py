@@ -179,12 +179,21 @@ class LocalEngine:
             named = policy.adapters[name].sha256 in (None, bundle.digest, bundle.identity)
             if not named or self._first.setdefault(one.name, bundle.identity) != bundle.identity:
                 held.release()
+                self._read_anew(name, policy)
                 raise Unavailable(
                     f"the adapter '{name}' in {policy.adapters[name].path} is not the one that the policy names or "
                     "that was read at first. Put that back, or let the policy name the new one's sha256",
                     name,
                 )
         return LocalHolding(held, tuple(Applied(keys[one.name], one.sha256, one.strength) for one in held.applied))
+
+    def _read_anew(self, name: str, policy: Policy) -> None:
+        """Keep no adapter that was refused: when it is asked for next, the right one may lie there again."""
+        with self._registering:
+            key = _key(name, policy)
+            if key in self.bank.known:
+                self.bank.remove(key)
+                self.bank.register(key, policy.adapters[name].path, allow_different_base=self._different)
 
     def _register(self, policy: Policy) -> None:
         """Make a policy's adapters known, and forget those that no recent policy names."""
@@ -205,7 +214,7 @@ class LocalEngine:
 
 
 def _let_go(done: asyncio.Future[LocalHolding]) -> None:
-    if done.exception() is None:
+    if not done.cancelled() and done.exception() is None:
         done.result().release()
 
 
