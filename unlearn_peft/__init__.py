@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bank import attach as attach
-    from .bank import attached as attached
-    from .bank import detach as detach
-    from .bank import forgetting as forgetting
-    from .bank import swap as swap
+    from .attaching import attach as attach
+    from .attaching import attached as attached
+    from .attaching import detach as detach
+    from .attaching import forgetting as forgetting
+    from .attaching import swap as swap
     from .base import Base as Base
     from .base import load_base as load_base
     from .bundle import read_bundle as read_bundle
@@ -36,11 +36,11 @@ _PUBLIC = {
     "load_recipe": "recipe",
     "Base": "base",
     "load_base": "base",
-    "attach": "bank",
-    "detach": "bank",
-    "swap": "bank",
-    "attached": "bank",
-    "forgetting": "bank",
+    "attach": "attaching",
+    "detach": "attaching",
+    "swap": "attaching",
+    "attached": "attaching",
+    "forgetting": "attaching",
     "answers": "generate",
     "stack": "compose",
     "merge": "compose",

@@ -1,44 +1,100 @@
-"""Adapters on a live base: attach, swap, detach, stack, each with its strength, and leave no trace afterwards.
+"""Many adapters on one live base: a set for all rows (`attach`), or a set for each row of a batch (`Bank.rows`).
 
-Deltas are added to the outputs of the base's linear layers by forward hooks. The base's modules and weights are
-never replaced or written to, so that removal gives back bit-equal logits, and a tied `lm_head` gets its delta
-without the input embeddings seeing it.
+Deltas are added to the outputs of the base's linear layers by forward hooks (see gates.py). The base's modules and
+weights are never replaced or written to, so that a row without adapters, and the model after removal, give bit-equal
+logits, and a tied `lm_head` gets its delta without the input embeddings seeing it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .base import Base
-from .bundle import Bundle, Delta, read_bundle
+from .base import Base, fingerprint
+from .bundle import Bundle
 from .errors import AdapterError, did_you_mean
+from .gates import Mix, Part, Resident, tell_batch
+from .residents import BankStats, Entry, Residents
 
 _ATTRIBUTE = "_unlearn_peft_bank"
+_MIXES_KEPT = 4  # batches whose factors stay laid side by side, for the next step
+_ROWS: ContextVar[Mapping[int, Mix]] = ContextVar("unlearn_peft_rows", default=MappingProxyType({}))  # by bank
+Forget = Iterable[str] | Mapping[str, float]  # adapters' names, or names and strengths
 
 
 @dataclass(frozen=True)
 class Attached:
-    """One adapter on a live model."""
+    """One adapter that is attached to all rows."""
 
     name: str
-    bundle: Bundle
+    adapter: Resident
     strength: float
 
 
-class Bank:
-    """The adapters of one live model. `Bank.of(model)` is the model's one bank."""
+class Applied(NamedTuple):
+    """One adapter of a held set: what it is called, the digest of its files, and how strong it is."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any | None = None) -> None:
+    name: str
+    sha256: str
+    strength: float
+
+
+class Held:
+    """A set of adapters, the same versions of them until it is released (it is a context manager, too)."""
+
+    def __init__(self, bank: Bank, parts: Mapping[str, Part]) -> None:
+        self.bank, self.parts = bank, tuple(parts.values())
+        self.applied = tuple(Applied(name, p.adapter.bundle.identity, p.strength) for name, p in parts.items())
+        lines = sorted(f"{a.sha256} {a.strength!r}" for a in self.applied if a.strength)
+        self.digest = hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
+        self.released = False
+
+    def release(self) -> None:
+        """Let go of the adapters; a second time does nothing."""
+        with self.bank.residents.lock:
+            parts, self.released = () if self.released else self.parts, True
+            for part in parts:
+                self.bank.residents.unpin(part.adapter)
+
+    def __enter__(self) -> Held:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Bank:
+    """The adapters of one live model. `Bank.of(model)` is the model's one bank.
+
+    All methods may be called from many threads. Which rows forget what is a context variable: it holds for the thread
+    or task that entered `rows`, and mixes with no other.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer, for the base's fingerprint.
+        budget_bytes: memory for adapters that were loaded by name; of those that no request holds, the one that was
+            used longest ago goes first. None: no limit. What running batches lay side by side comes on top.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any | None = None, *, budget_bytes: int | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.adapters: dict[str, Attached] = {}
-        self._hooks: list[Any] = []
+        self.residents = Residents(self._fitted, self._first, self._last, budget_bytes)
+        self.adapters: dict[str, Attached] = {}  # on all rows
+        self._default: Mix | None = None  # of these
+        self._mixes: OrderedDict[tuple[tuple[Part, ...], ...], Mix] = OrderedDict()
+        self._hooks: dict[str, tuple[Any, int]] = {}  # by module name: a handle, and how many adapters need it
+        self._batch_hook: Any = None
+        self._fingerprint: tuple[Any, dict[str, str | None]] | None = None
 
     @classmethod
     def of(cls, model: Any) -> Bank:
@@ -52,139 +108,224 @@ class Bank:
         bank.tokenizer = bank.tokenizer or tokenizer
         return bank  # type: ignore[no-any-return]
 
+    # ---- a set for each row ----
+
+    def register(
+        self, name: str, path: str | Path, *, sha256: str | None = None, allow_different_base: bool = False
+    ) -> None:
+        """Make an adapter known by name; it is read when it is first needed.
+
+        Args:
+            name: what rows ask for.
+            path: its directory.
+            sha256: what its `Bundle.identity` must be; None: whatever it is.
+            allow_different_base: take it even if the base's fingerprint differs (shapes must still fit).
+
+        Raises:
+            AdapterError: if the name is taken.
+        """
+        self.residents.register(name, Entry(Path(path), sha256, allow_different_base))
+
+    def load(
+        self, name: str, path: str | Path, *, sha256: str | None = None, allow_different_base: bool = False
+    ) -> None:
+        """Make an adapter known by name, and read and check it now. Arguments: see `register`.
+
+        Raises:
+            AdapterError: if the name is taken, or the adapter is refused; then the name stays unknown.
+        """
+        self.register(name, path, sha256=sha256, allow_different_base=allow_different_base)
+        try:
+            self.hold([name]).release()
+        except BaseException:
+            self.residents.remove(name)
+            raise
+
+    def swap(
+        self, name: str, path: str | Path, *, sha256: str | None = None, allow_different_base: bool = False
+    ) -> None:
+        """Replace a known adapter; what holds the old one keeps it to its end. Arguments: see `register`.
+
+        Raises:
+            AdapterError: if the name is unknown, or the new adapter is refused; then the old one stays.
+        """
+        self.residents.swap(name, Entry(Path(path), sha256, allow_different_base))
+
+    def remove(self, name: str) -> None:
+        """Forget a known adapter's name; its memory is free when the last request that holds it ends.
+
+        Raises:
+            AdapterError: if the name is unknown.
+        """
+        self.residents.remove(name)
+
+    def hold(self, forget: Forget) -> Held:
+        """Load what is not resident, and keep a set of adapters for one request, these versions until it is released.
+
+        Args:
+            forget: names of known (or attached) adapters, or names and strengths; 1 is as trained.
+
+        Raises:
+            AdapterError: naming (in `.adapter`, too) the one that is unknown or refused, or finds no room in the
+                budget; then none is held.
+        """
+        if isinstance(forget, str):
+            raise AdapterError(f"expected a list of adapters' names, found the text '{forget}': write ['{forget}']")
+        wanted = forget if isinstance(forget, Mapping) else dict.fromkeys(forget, 1.0)
+        parts: dict[str, Part] = {}
+        try:
+            for name, strength in wanted.items():
+                try:
+                    parts[name] = Part(self._pinned(name), float(strength))
+                except AdapterError as error:
+                    error.adapter = name
+                    raise
+        except BaseException:
+            Held(self, parts).release()
+            raise
+        return Held(self, parts)
+
+    @contextmanager
+    def rows(self, sets: Sequence[Held | Forget]) -> Iterator[nn.Module]:
+        """Let row i of the batches inside the block forget exactly `sets[i]`, whatever is attached.
+
+        A batch may hold k rows for each set, one after the other, as beams and `num_return_sequences` do. A single set
+        is for all rows.
+
+        Raises:
+            AdapterError: see `hold`; and when a batch is run whose rows the sets cannot be shared out to.
+        """
+        with ExitStack() as stack:
+            held = [s if isinstance(s, Held) else stack.enter_context(self.hold(s)) for s in sets]
+            mix = stack.enter_context(self._mixed(held))
+            token = _ROWS.set({**_ROWS.get(), id(self): mix})
+            try:
+                yield self.model
+            finally:
+                _ROWS.reset(token)
+
+    def generate(self, *args: Any, forget: Sequence[Held | Forget], **kwargs: Any) -> Any:
+        """Call the model's `generate`, where row i of the inputs forgets exactly `forget[i]`; see `rows`."""
+        with self.rows(forget):
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names that rows can ask for."""
+        return tuple(dict.fromkeys((*self.residents.names, *self.adapters)))
+
+    @property
+    def stats(self) -> BankStats:
+        """What is resident, and what was loaded and evicted so far."""
+        return self.residents.stats
+
+    # ---- one set for all rows ----
+
     def attach(self, bundle: Bundle, name: str, strength: float = 1.0, *, allow_different_base: bool = False) -> None:
-        """Check the adapter against the model, then add it; a name that is taken is refused."""
-        if name in self.adapters:
-            raise AdapterError(
-                f"an adapter named '{name}' is attached already: detach or swap it, or give another name"
-            )
-        bundle.check_fits(self.model, self.tokenizer, allow_different_base=allow_different_base)
-        self._set({**self.adapters, name: Attached(name, bundle, float(strength))})
+        """Check the adapter against the model, then add it for all rows; a name that is taken is refused."""
+        with self.residents.lock:
+            if name in self.adapters:
+                raise AdapterError(
+                    f"an adapter named '{name}' is attached already: detach or swap it, or give another name"
+                )
+            adapter = self._fitted(bundle, allow_different_base)
+            self.restore({**self.adapters, name: Attached(name, adapter, float(strength))})
 
     def detach(self, name: str) -> None:
-        """Remove one adapter."""
-        if name not in self.adapters:
-            near = did_you_mean(name, self.adapters)
-            raise AdapterError(
-                f"no adapter named '{name}' is attached{near}; attached: {', '.join(self.adapters) or 'none'}"
-            )
-        self._set({key: value for key, value in self.adapters.items() if key != name})
+        """Remove one adapter from all rows."""
+        with self.residents.lock:
+            if name not in self.adapters:
+                near = did_you_mean(name, self.adapters)
+                raise AdapterError(
+                    f"no adapter named '{name}' is attached{near}; attached: {', '.join(self.adapters) or 'none'}"
+                )
+            self.restore({key: value for key, value in self.adapters.items() if key != name})
 
     def restore(self, adapters: dict[str, Attached]) -> None:
-        """Go back to an earlier set of adapters (a former value of `.adapters`)."""
-        self._set(adapters)
+        """Go back to an earlier set of adapters for all rows (a former value of `.adapters`)."""
+        with self.residents.lock:
+            for attached_ in adapters.values():
+                self.residents.pin(attached_.adapter)
+            before, self.adapters = self.adapters, adapters
+            parts = [Part(a.adapter, a.strength) for a in adapters.values()]
+            self._default = Mix([parts]) if parts else None
+            for attached_ in before.values():
+                self.residents.unpin(attached_.adapter)
 
-    def _set(self, adapters: dict[str, Attached]) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self.adapters, self._hooks = adapters, []
-        # by content, not by order of attaching: the sum is then the same to the last bit
-        ordered = sorted(adapters.values(), key=lambda a: (a.bundle.digest, a.strength, a.name))
+    # ---- inside ----
+
+    def _pinned(self, name: str) -> Resident:
+        with self.residents.lock:
+            if name not in self.residents.names and name in self.adapters:
+                return self.residents.pin(self.adapters[name].adapter)
+        return self.residents.pinned(name)
+
+    def _fitted(self, bundle: Bundle, allow_different_base: bool) -> Resident:
+        with torch.inference_mode(False), torch.no_grad():
+            known = self._base_fingerprint() if bundle.manifest.get("base") else None
+            bundle.check_fits(self.model, self.tokenizer, allow_different_base=allow_different_base, known=known)
+            return Resident.on(dict(self.model.named_modules()), bundle)
+
+    def _base_fingerprint(self) -> dict[str, str | None]:
+        """Return the base's fingerprint; taken anew when a weight was replaced or written to."""
+        state = (
+            [(p.data_ptr(), p._version) for p in self.model.parameters() if not p.is_inference()],
+            id(self.tokenizer),
+        )
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            self._fingerprint = state, fingerprint(self.model, self.tokenizer)
+        return self._fingerprint[1]
+
+    def _first(self, adapter: Resident) -> None:
+        """Hook the layers that an adapter changes."""
         modules = dict(self.model.named_modules())
-        for name in dict.fromkeys(name for adapter in ordered for name in adapter.bundle.deltas):
-            parts = [
-                (a.bundle.deltas[name], a.strength) for a in ordered if name in a.bundle.deltas and a.strength != 0
-            ]
-            if parts:
-                self._hooks.append(modules[name].register_forward_hook(_adder(parts, modules[name])))
+        for name in adapter.deltas:
+            handle, users = self._hooks.get(name) or (self._hook(name, modules[name]), 0)
+            self._hooks[name] = handle, users + 1
+        if self._batch_hook is None:
+            self._batch_hook = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
 
+    def _last(self, adapter: Resident) -> None:
+        """Take away the hooks that only this adapter needed, and what was laid side by side of it."""
+        for key in [key for key in self._mixes if any(p.adapter is adapter for row in key for p in row)]:
+            del self._mixes[key]
+        for name in adapter.deltas:
+            handle, users = self._hooks.pop(name)
+            if users > 1:
+                self._hooks[name] = handle, users - 1
+            else:
+                handle.remove()
+        if not self._hooks:
+            self._batch_hook.remove()
+            self._batch_hook = None
 
-def attach(
-    model: Any,
-    *adapters: str | Path,
-    strength: float | Sequence[float] = 1.0,
-    name: str | None = None,
-    allow_different_base: bool = False,
-) -> list[str]:
-    """Attach one adapter or more to a live model; returns the names under which they can be detached.
+    @contextmanager
+    def _mixed(self, held: Sequence[Held]) -> Iterator[Mix]:
+        """Lay sets side by side, and see to it that none of their adapters goes before the block ends."""
+        if not held:
+            raise AdapterError("no sets of adapters given: expected one for each row; [] is the empty set")
+        key = tuple(one.parts for one in held)
+        with self.residents.lock:
+            if any(one.bank is not self or one.released for one in held):
+                raise AdapterError("a set of adapters was released, or is another model's: hold it anew")
+            adapters = [self.residents.pin(part.adapter) for row in key for part in row]
+            mix = self._mixes.pop(key, None) or Mix(key)
+            self._mixes[key] = mix
+            while len(self._mixes) > _MIXES_KEPT:
+                self._mixes.popitem(last=False)
+        try:
+            yield mix
+        finally:
+            with self.residents.lock:
+                for adapter in adapters:
+                    self.residents.unpin(adapter)
 
-    Args:
-        model: a transformers model or a `Base`.
-        adapters: adapter directories; a stack of them is the exact sum of their effects, in any order.
-        strength: factor on the effect, one for all or one each; 1 is as trained, 0 is off.
-        name: for a single adapter, another name than its folder's.
-        allow_different_base: attach even if the base's fingerprint differs (shapes must still fit).
+    def _before(self, _: nn.Module, args: Any, named: dict[str, Any]) -> None:
+        tell_batch(_ROWS.get().get(id(self)), args, named)
 
-    Raises:
-        AdapterError: if any of them is refused; then none is attached.
-    """
-    strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(adapters)
-    if len(strengths) != len(adapters):
-        raise AdapterError(f"{len(strengths)} strengths for {len(adapters)} adapters: expected one, or one each")
-    bank = Bank.of(model)
-    before, names = bank.adapters, []
-    try:
-        for path, factor in zip(adapters, strengths, strict=True):
-            bundle = read_bundle(path)
-            names.append(name if name and len(adapters) == 1 else bundle.name)
-            bank.attach(bundle, names[-1], factor, allow_different_base=allow_different_base)
-    except BaseException:
-        bank.restore(before)
-        raise
-    return names
+    def _hook(self, name: str, module: nn.Module) -> Any:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            mix = _ROWS.get().get(id(self)) or self._default
+            return None if mix is None else mix.add(name, inputs[0], output)
 
-
-def detach(model: Any, *names: str) -> None:
-    """Remove adapters by name; without a name, all of them. The model is then bit-equal to the base again."""
-    bank = Bank.of(model)
-    for name in names or tuple(bank.adapters):
-        bank.detach(name)
-
-
-def swap(model: Any, old: str, new: str | Path, *, strength: float = 1.0, name: str | None = None) -> str:
-    """Replace the adapter named `old` by the one in the folder `new`; if that is refused, `old` stays."""
-    bank = Bank.of(model)
-    before = bank.adapters
-    bundle = read_bundle(new)
-    try:
-        bank.detach(old)
-        bank.attach(bundle, name or bundle.name, strength)
-    except BaseException:
-        bank.restore(before)
-        raise
-    return name or bundle.name
-
-
-def attached(model: Any) -> dict[str, float]:
-    """Return the names and strengths of what is attached."""
-    return {name: adapter.strength for name, adapter in Bank.of(model).adapters.items()}
-
-
-@contextmanager
-def forgetting(model: Any, *adapters: str | Path, strength: float | Sequence[float] = 1.0) -> Iterator[Any]:
-    """Attach inside a `with` block, and be as before after it.
-
-    `adapters` are directories, as for `attach`; `with forgetting(model, "a", "b"): ...` stacks two.
-    """
-    bank = Bank.of(model)
-    before = bank.adapters
-    try:
-        attach(model, *adapters, strength=strength)
-        yield model
-    finally:
-        bank.restore(before)
-
-
-def _adder(parts: Sequence[tuple[Delta, float]], module: Any) -> Any:
-    """Return a forward hook that adds the deltas' effects to a linear layer's output.
-
-    Low-rank deltas are concatenated along the rank, so that any number of them costs one pair of thin products.
-    """
-    weight = module.weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    low = [(delta, strength) for delta, strength in parts if delta.down is not None]
-    down = up = None
-    if low:
-        down = torch.cat([d.down.float() for d, _ in low if d.down is not None]).to(weight.device, dtype)  # (R, in)
-        up = torch.cat([d.up.float() * (d.scale * s) for d, s in low], dim=1).to(weight.device, dtype)  # (out, R)
-    dense = [(d.up.to(weight.device, dtype), s) for d, s in parts if d.down is None]
-
-    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0].to(dtype)
-        if down is not None and up is not None:
-            output = output + nn.functional.linear(nn.functional.linear(x, down), up).to(output.dtype)
-        for delta, strength in dense:
-            output = output + (strength * nn.functional.linear(x, delta)).to(output.dtype)
-        return output
-
-    return add
+        return module.register_forward_hook(add)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from .base import fingerprint, mismatches
@@ -66,6 +66,7 @@ class Bundle:
     deltas: dict[str, Delta]
     manifest: dict[str, Any]
     digest: str  # sha256 of the weights file
+    identity: str  # sha256 over weights file and config: equal if and only if the effect is the same
 
     @property
     def name(self) -> str:
@@ -77,8 +78,15 @@ class Bundle:
         """Size of the whole directory."""
         return folder_bytes(self.path)
 
-    def check_fits(self, model: Any, tokenizer: Any | None = None, *, allow_different_base: bool = False) -> None:
-        """Check that the adapter was made for this base.
+    def check_fits(
+        self,
+        model: Any,
+        tokenizer: Any | None = None,
+        *,
+        allow_different_base: bool = False,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Check that the adapter was made for this base; `known` is the base's fingerprint, if it is known.
 
         Raises:
             AdapterError: naming every module that is missing or has another shape, and every part of the
@@ -102,7 +110,7 @@ class Bundle:
                 problems.append(f"'{name}' has shape {expected} in the base, the adapter was made for {found}")
         noted = self.manifest.get("base", {}).get("fingerprint", {})
         if noted and not allow_different_base:
-            for part in mismatches(noted, fingerprint(model, tokenizer)):
+            for part in mismatches(noted, known or fingerprint(model, tokenizer)):
                 problems.append(f"the base's {part} is not the one that the adapter was trained on")
         if problems:
             trained_on = self.manifest.get("base", {}).get("name") or self.config.get("base_model_name_or_path")
@@ -134,16 +142,19 @@ def read_bundle(path: str | Path) -> Bundle:
                 f"Expected {WEIGHTS}: save it again with PEFT's save_pretrained."
             )
         raise AdapterError(f"{path} holds no {WEIGHTS}: expected an adapter as `unlearn-peft train` or PEFT writes it")
-    config, manifest = _read_json(path / CONFIG), {}
+    config_bytes, manifest = _read(path / CONFIG), {}
+    config = _json(path / CONFIG, config_bytes)
     if (path / MANIFEST).exists():
-        manifest = _read_json(path / MANIFEST)
+        manifest = _json(path / MANIFEST, _read(path / MANIFEST))
         if manifest.get("schema_version") != SCHEMA_VERSION:
             raise AdapterError(
                 f"{path / MANIFEST} has schema version {manifest.get('schema_version')}, expected {SCHEMA_VERSION}: "
                 "update unlearn_peft"
             )
-    _check_header(weights)
-    digests = {name: sha256(path / name) for name in (WEIGHTS, CONFIG)}
+    # read once, not mapped: what was checked is what is used, whatever happens to the file meanwhile
+    data = _read(weights, None)
+    _check_header(weights, data)
+    digests = {name: hashlib.sha256(b).hexdigest() for name, b in ((WEIGHTS, data), (CONFIG, config_bytes))}
     for name, noted in manifest.get("files", {}).items():
         if name in digests and digests[name] != noted:
             raise AdapterError(
@@ -151,10 +162,11 @@ def read_bundle(path: str | Path) -> Bundle:
                 "it was changed or damaged. Copy it again from where it came from."
             )
     try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
         raise AdapterError(f"{weights} cannot be read ({error}): it is truncated or damaged; copy it again") from None
-    return Bundle(path, config, _deltas(path, config, tensors), manifest, digests[WEIGHTS])
+    identity = hashlib.sha256(f"{digests[WEIGHTS]} {digests[CONFIG]}".encode()).hexdigest()
+    return Bundle(path, config, _deltas(path, config, tensors), manifest, digests[WEIGHTS], identity)
 
 
 @contextmanager
@@ -180,7 +192,7 @@ def note_digest(path: Path, name: str) -> None:
     """
     if not (path / MANIFEST).is_file():
         return
-    manifest = _read_json(path / MANIFEST)
+    manifest = _json(path / MANIFEST, _read(path / MANIFEST))
     manifest["files"] = {**manifest.get("files", {}), name: sha256(path / name)}
     with whole_file(path / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
@@ -211,33 +223,41 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path, most: int | None = _MAX_JSON_BYTES) -> bytes:
+    """Return a file's bytes, if they are not more than `most`."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise AdapterError(f"{path} is larger than {_MAX_JSON_BYTES / 1e6:.0f} MB: this is no adapter's file")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as stream:
+            data = stream.read(-1 if most is None else most + 1)
     except FileNotFoundError:
         raise AdapterError(f"no {path.name} in {path.parent}: expected an adapter as PEFT writes it") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read ({error.strerror})") from None
+    if most is not None and len(data) > most:
+        raise AdapterError(f"{path} is larger than {most / 1e6:.0f} MB: this is no adapter's file")
+    return data
+
+
+def _json(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path} is not readable JSON ({type(error).__name__})") from None
     if not isinstance(values, dict):
         raise AdapterError(f"{path} holds {type(values).__name__}, expected a JSON object")
     return values
 
 
-def _check_header(path: Path) -> None:
+def _check_header(path: Path, data: bytes) -> None:
     """Check the sizes that a safetensors file claims, before anything is allocated for them."""
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        first = stream.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else -1
-        if not 0 < length <= size - 8:
-            raise AdapterError(f"{path} is truncated or no safetensors file ({size} bytes): copy it again")
-        try:
-            header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-            raise AdapterError(f"{path} has a damaged safetensors header: copy it again") from None
+    size = len(data)
+    length = struct.unpack("<Q", data[:8])[0] if size >= 8 else -1
+    if not 0 < length <= size - 8:
+        raise AdapterError(f"{path} is truncated or no safetensors file ({size} bytes): copy it again")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        raise AdapterError(f"{path} has a damaged safetensors header: copy it again") from None
     if max(ends, default=0) != size - 8 - length:
         raise AdapterError(
             f"{path} is truncated: its header promises {max(ends, default=0)} bytes of tensors, the file holds "

@@ -161,7 +161,7 @@ def generate(
     allow_different_base: DifferentOption = False,
 ) -> None:
     """Answer prompts, with adapters attached or (without --adapter) by the base alone."""
-    from .bank import attach
+    from .attaching import attach
     from .generate import answers
 
     live = load(base, adapter, dtype, device, quantize)
@@ -291,7 +291,7 @@ def main() -> None:
     """Run the command line: exit code 2 and one clear message for what a user can mend, 130 when interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("unlearn_peft").setLevel(logging.INFO)
-    for name in ("bitsandbytes", "torchao"):  # they warn in each pass, or of kernels for other machines
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they warn in each pass, or of other machines
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")

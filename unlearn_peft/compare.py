@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .bank import attach, attached, detach
+from .attaching import attach, attached, detach
 from .base import Base
 from .data import Row
 from .errors import AdapterError

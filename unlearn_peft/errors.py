@@ -33,7 +33,9 @@ class DataError(UnlearnError):
 
 
 class AdapterError(UnlearnError):
-    """An adapter that cannot be read, trusted or attached."""
+    """An adapter that cannot be read, trusted or attached; `adapter` is its name, where it was asked for by one."""
+
+    adapter: str | None = None
 
 
 class OutputError(UnlearnError):

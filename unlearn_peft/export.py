@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .base import DTYPES, skeleton
-from .bundle import CONFIG, WEIGHTS, Bundle, Delta, new_bundle, read_bundle, sha256
+from .bundle import CONFIG, WEIGHTS, Bundle, Delta, new_bundle, read_bundle
 from .compose import check_set, concatenated, in_order, parts_of
 from .errors import AdapterError, BaseModelError
 from .files import folder_bytes
@@ -214,7 +214,7 @@ def _manifest(
     bundles: Sequence[Bundle], factors: Sequence[float], made: Export, max_rank: int, dtype: str
 ) -> dict[str, Any]:
     parts = [
-        {"weights_sha256": bundle.digest, "config_sha256": sha256(bundle.path / CONFIG), "strength": factor}
+        {"weights_sha256": bundle.digest, "identity": bundle.identity, "strength": factor}
         for bundle, factor in zip(bundles, factors, strict=True)
     ]
     worst = made.worst

@@ -14,8 +14,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .attaching import attached
 from .auto_retain import Made, auto_retain
-from .bank import attached
 from .base import Base, load_base
 from .bundle import CONFIG, check_output, read_bundle
 from .checkpoints import Checkpoints

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..bank import attached, forgetting
+from ..attaching import attached, forgetting
 from ..base import Base
 from ..bundle import read_bundle
 from ..data import Row, read_rows

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
-from ...bank import attached
+from ...attaching import attached
 from ...errors import AdapterError, UnlearnError, did_you_mean
 from .asking import few_shot, jailbreak, multilingual, paraphrase, prefix, sampling
 from .reading import adapter_diff, logit_lens

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ...bank import Bank, attached
+from ...attaching import attached
+from ...bank import Bank
 from ...base import Base
 from ...bundle import Bundle, read_bundle
 from ...data import Row, read_rows

@@ -1,0 +1,88 @@
+"""One set of adapters for all rows: attach, detach, swap, and leave no trace afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .bank import Bank
+from .bundle import read_bundle
+from .errors import AdapterError
+
+
+def attach(
+    model: Any,
+    *adapters: str | Path,
+    strength: float | Sequence[float] = 1.0,
+    name: str | None = None,
+    allow_different_base: bool = False,
+) -> list[str]:
+    """Attach one adapter or more to a live model; returns the names under which they can be detached.
+
+    Args:
+        model: a transformers model or a `Base`.
+        adapters: adapter directories; a stack of them is the exact sum of their effects, in any order.
+        strength: factor on the effect, one for all or one each; 1 is as trained, 0 is off.
+        name: for a single adapter, another name than its folder's.
+        allow_different_base: attach even if the base's fingerprint differs (shapes must still fit).
+
+    Raises:
+        AdapterError: if any of them is refused; then none is attached.
+    """
+    strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(adapters)
+    if len(strengths) != len(adapters):
+        raise AdapterError(f"{len(strengths)} strengths for {len(adapters)} adapters: expected one, or one each")
+    bank = Bank.of(model)
+    before, names = bank.adapters, []
+    try:
+        for path, factor in zip(adapters, strengths, strict=True):
+            bundle = read_bundle(path)
+            names.append(name if name and len(adapters) == 1 else bundle.name)
+            bank.attach(bundle, names[-1], factor, allow_different_base=allow_different_base)
+    except BaseException:
+        bank.restore(before)
+        raise
+    return names
+
+
+def detach(model: Any, *names: str) -> None:
+    """Remove adapters by name; without a name, all of them. The model is then bit-equal to the base again."""
+    bank = Bank.of(model)
+    for name in names or tuple(bank.adapters):
+        bank.detach(name)
+
+
+def swap(model: Any, old: str, new: str | Path, *, strength: float = 1.0, name: str | None = None) -> str:
+    """Replace the adapter named `old` by the one in the folder `new`; if that is refused, `old` stays."""
+    bank = Bank.of(model)
+    before = bank.adapters
+    bundle = read_bundle(new)
+    try:
+        bank.detach(old)
+        bank.attach(bundle, name or bundle.name, strength)
+    except BaseException:
+        bank.restore(before)
+        raise
+    return name or bundle.name
+
+
+def attached(model: Any) -> dict[str, float]:
+    """Return the names and strengths of what is attached."""
+    return {name: adapter.strength for name, adapter in Bank.of(model).adapters.items()}
+
+
+@contextmanager
+def forgetting(model: Any, *adapters: str | Path, strength: float | Sequence[float] = 1.0) -> Iterator[Any]:
+    """Attach inside a `with` block, and be as before after it.
+
+    `adapters` are directories, as for `attach`; `with forgetting(model, "a", "b"): ...` stacks two.
+    """
+    bank = Bank.of(model)
+    before = bank.adapters
+    try:
+        attach(model, *adapters, strength=strength)
+        yield model
+    finally:
+        bank.restore(before)
