@@ -6,6 +6,7 @@ UnlearnError
  ├─ DataError          forget, retain or probe rows that cannot be used
  ├─ AdapterError       an adapter that cannot be read, trusted or attached
  ├─ OutputError        a place that cannot be written to
+ ├─ PolicyError        who must have what forgotten: it cannot be told, or not be changed so
  └─ TrainingError      a run that cannot go on
      └─ Interrupted    a run that was asked to stop, and saved where it was
 """
@@ -40,6 +41,10 @@ class AdapterError(UnlearnError):
 
 class OutputError(UnlearnError):
     """A file or folder that cannot be written."""
+
+
+class PolicyError(UnlearnError):
+    """A policy that cannot be read or changed, or that does not know a tenant or an adapter."""
 
 
 class TrainingError(UnlearnError):
