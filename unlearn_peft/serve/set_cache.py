@@ -16,9 +16,10 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
-from ..bundle import Bundle, read_bundle
+from ..bundle import CONFIG, WEIGHTS, read_bundle
 from ..errors import AdapterError
 from ..export import export_vllm
 from ..files import folder_bytes
@@ -54,22 +55,21 @@ class SetCache:
         """Return the folder of a set, made now if it is not there or not whole. It is kept for `grace` seconds.
 
         Raises:
-            AdapterError: if an adapter cannot be used, or is not the one that the policy pins, or the set is another
-                than `digest` says. `adapter` names it where one is to blame.
+            AdapterError: if an adapter cannot be used or is not the one that the policy pins, if the set is another than
+                `digest` says, or cannot be cut down to the rank limit without losing too much.
         """
+        if digest_of(forget, policy) != digest:
+            raise AdapterError("the policy or an adapter has changed: this is no longer the set that was asked for")
         path = self.folder / f"{digest}-r{self.max_rank}"
         with self._making(path):
             if not self._whole(path, digest):
-                bundles = [(_pinned(name, policy), strength) for name, strength in forget.items()]
-                if set_digest((bundle.digest, strength) for bundle, strength in bundles) != digest:
-                    raise AdapterError("the policy or an adapter has changed: this is another set than the one asked for")
-                made = export_vllm(
-                    [bundle.path for bundle, _ in bundles], path, list(forget.values()), max_rank=self.max_rank,
-                    base=base, max_error=self.max_error,
+                export_vllm(
+                    [policy.adapters[name].path for name in forget], path, list(forget.values()),
+                    max_rank=self.max_rank, base=base, max_error=self.max_error,
                 )  # fmt: skip
-                if not self._whole(path, digest):  # what was read twice was not the same twice
-                    shutil.rmtree(made.path, ignore_errors=True)
-                    raise AdapterError("an adapter changed while its set was made: ask again")
+                if not self._whole(path, digest):  # its manifest says what was really read
+                    shutil.rmtree(path, ignore_errors=True)
+                    raise AdapterError("an adapter is not the one that the policy pins")
             self._take(path)
         self._leave(path)
         self._tidy()
@@ -87,7 +87,7 @@ class SetCache:
         try:
             bundle = read_bundle(path)
             parts = [(part["weights_sha256"], part["strength"]) for part in bundle.manifest["stack_of"]]
-            fits = set_digest(parts) == digest and "adapter_model.safetensors" in bundle.manifest["files"]
+            fits = set_digest(parts) == digest and WEIGHTS in bundle.manifest["files"]
         except (AdapterError, KeyError, TypeError) as error:
             logger.warning("the cached set %s cannot be used and is made again: %s", path, error)
             return False
@@ -160,14 +160,35 @@ class SetCache:
         return True
 
 
-def _pinned(name: str, policy: Policy) -> Bundle:
-    """Read an adapter of the policy, which must be the one that it pins."""
+def digest_of(forget: Mapping[str, float], policy: Policy) -> str:
+    """Return a set's digest as the policy has it now: of the pinned contents, or else of what lies on the disk.
+
+    Raises:
+        AdapterError: if an adapter that is not pinned cannot be read; `adapter` names it.
+    """
+    return set_digest((weights_of(name, policy), strength) for name, strength in forget.items())
+
+
+def weights_of(name: str, policy: Policy) -> str:
+    """Return the sha256 of an adapter's weights, as pinned, or else of what lies on the disk (kept while it is still).
+
+    Raises:
+        AdapterError: if it is not pinned and cannot be read; `adapter` names it.
+    """
     entry = policy.adapters[name]
+    if entry.sha256 is not None:
+        return entry.sha256
     try:
-        bundle = read_bundle(entry.path)
-        if entry.sha256 is not None and bundle.digest != entry.sha256:
-            raise AdapterError(f"{entry.path} is not the adapter that the policy pins: its sha256 differs")
+        marks = [(Path(entry.path) / file).stat() for file in (WEIGHTS, CONFIG)]
+        return _digest_of(entry.path, tuple((m.st_ino, m.st_size, m.st_mtime_ns, m.st_ctime_ns) for m in marks))
+    except OSError as error:
+        problem = AdapterError(f"no adapter at {entry.path} ({error.strerror})")
     except AdapterError as error:
-        error.adapter = name  # type: ignore[attr-defined]
-        raise
-    return bundle
+        problem = error
+    problem.adapter = name
+    raise problem
+
+
+@lru_cache(maxsize=10_000)
+def _digest_of(path: str, _marks: tuple[tuple[int, ...], ...]) -> str:
+    return read_bundle(path).digest
