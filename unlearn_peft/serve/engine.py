@@ -6,13 +6,14 @@ answer, `release` what was held. An engine fails closed: it answers with exactly
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import UnlearnError
 
 if TYPE_CHECKING:
+    from ..bank import Applied
     from .policy import Policy
 
 
@@ -38,15 +39,6 @@ class PromptError(UnlearnError):
 
 class GenerationError(UnlearnError):
     """An answer that could not be finished: the server's fault (500)."""
-
-
-@dataclass(frozen=True)
-class Applied:
-    """One adapter that a request has forgotten."""
-
-    name: str
-    sha256: str  # of its adapter_model.safetensors
-    strength: float
 
 
 @dataclass(frozen=True)
@@ -151,8 +143,8 @@ class Engine(Protocol):
             Unavailable: naming the adapter that cannot be.
         """
 
-    def stream(self, request: Generation, holding: Holding) -> AsyncIterator[Piece]:
-        """Generate one answer. Closing the iterator early (`aclose`) cancels the rest of it.
+    def stream(self, request: Generation, holding: Holding) -> AsyncGenerator[Piece, None]:
+        """Generate one answer. Closing the generator early (`aclose`) cancels the rest of it.
 
         Raises (while iterating):
             Unavailable: if what is held cannot be applied after all.
