@@ -107,6 +107,21 @@ def skeleton(name: str = "demo") -> Any:
         raise BaseModelError(_why_not(name, source, error)) from error
 
 
+def load_tokenizer(name: str = "demo") -> tuple[Any, Any, str]:
+    """Return a base's tokenizer, config and public name, without its weights.
+
+    Raises:
+        BaseModelError: if there is no such model or it cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    source, public_name = _resolve(name)
+    try:
+        return AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source), public_name
+    except Exception as error:  # as in load_base
+        raise BaseModelError(_why_not(name, source, error)) from error
+
+
 def freeze(model: nn.Module) -> None:
     """Switch off gradients and dropout: the base is only ever read."""
     model.requires_grad_(False)

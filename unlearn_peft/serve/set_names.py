@@ -37,7 +37,9 @@ class SetName:
     def __str__(self) -> str:
         if self.tenant is not None:
             return f"tenant:{self.tenant}@{self.digest}"
-        return "set:" + "+".join(f"{name}={factor!r}" for name, factor in sorted(self.forget.items())) + f"@{self.digest}"
+        return (
+            "set:" + "+".join(f"{name}={factor!r}" for name, factor in sorted(self.forget.items())) + f"@{self.digest}"
+        )
 
 
 def parse_set_name(text: str) -> SetName:
