@@ -24,6 +24,7 @@ from .cli_options import (
     StrengthOption,
     load,
 )
+from .cli_tenant import app as tenant
 from .errors import Interrupted, UnlearnError
 
 app = typer.Typer(
@@ -214,6 +215,7 @@ def compare(
 
 
 app.command("eval")(evaluate)
+app.add_typer(tenant, name="tenant")
 
 
 @app.command()
