@@ -40,16 +40,16 @@ def export(
     made = export_vllm(
         adapters, output, strength, max_rank=max_rank, base=base_of(base, adapters), dtype=dtype, max_error=max_error
     )
-    worst = made.worst and {"module": made.worst[0], "relative_error": made.worst[1]}
     if as_json:
+        worst = made.worst and {"module": made.worst[0], "relative_error": made.worst[1]}
         facts = {"path": str(made.path), "rank": made.rank, "bytes": made.bytes, "worst": worst}
         print(json.dumps({**facts, "relative_errors": made.errors}))
         return
     print(f"adapter: {made.path} (rank {made.rank}, {made.bytes / 1e6:.2f} MB)")
-    if worst is None:
+    if made.worst is None:
         print("the sum is exact")
     else:
         print(
             f"{len(made.errors)} modules were cut to rank {max_rank}; what is missing is up to "
-            f"{100 * worst['relative_error']:.3g} % of a module's change, in {worst['module']}"
+            f"{100 * made.worst[1]:.3g} % of a module's change, in {made.worst[0]}"
         )

@@ -26,7 +26,7 @@ class Prompts:
     def __call__(self, prompt: Prompt) -> tuple[int, ...]:
         """See `Engine.encode`."""
         if not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
-            ids = [int(token) for token in prompt]  # type: ignore[call-overload]
+            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
             if wrong := [token for token in ids if not 0 <= token < self._size]:
                 raise PromptError(f"there is no token {wrong[0]}: expected 0 to {self._size - 1}")
         else:

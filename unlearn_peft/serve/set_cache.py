@@ -55,8 +55,8 @@ class SetCache:
         """Return the folder of a set, made now if it is not there or not whole. It is kept for `grace` seconds.
 
         Raises:
-            AdapterError: if an adapter cannot be used or is not the one that the policy pins, if the set is another than
-                `digest` says, or cannot be cut down to the rank limit without losing too much.
+            AdapterError: if an adapter cannot be used or is not the one that the policy pins, if the set is another
+                than `digest` says, or cannot be cut down to the rank limit without losing too much.
         """
         if digest_of(forget, policy) != digest:
             raise AdapterError("the policy or an adapter has changed: this is no longer the set that was asked for")
