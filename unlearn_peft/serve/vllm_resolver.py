@@ -108,11 +108,10 @@ class Sets:
 
     def _open(self) -> tuple[PolicySource, SetCache]:
         from .set_cache import SetCache
-        from .store import open_policy
 
         with self._lock:
             if self._opened is None:
-                source = open_policy(self._where) if isinstance(self._where, str) else self._where
+                source = _source(self._where) if isinstance(self._where, str) else self._where
                 self._opened = source, SetCache(self._folder, **self._limits)  # type: ignore[arg-type]
             return self._opened
 
@@ -123,6 +122,17 @@ class Sets:
             while self._ids.setdefault(number, digest) != digest:
                 number = number % _LARGEST_ID + 1
             return number
+
+
+def _source(where: str) -> PolicySource:
+    """Open a policy; for a file without what a store needs, which vLLM's environment does not have."""
+    if "://" not in where and where.endswith((".yaml", ".yml")):
+        from .policy_file import PolicyFile
+
+        return PolicyFile(where)
+    from .store import open_policy
+
+    return open_policy(where)
 
 
 def make_resolver(sets: Sets) -> Any:
