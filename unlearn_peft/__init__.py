@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .attaching import detach as detach
     from .attaching import forgetting as forgetting
     from .attaching import swap as swap
+    from .bank import Bank as Bank
     from .base import Base as Base
     from .base import load_base as load_base
     from .bundle import read_bundle as read_bundle
@@ -41,6 +42,7 @@ _PUBLIC = {
     "swap": "attaching",
     "attached": "attaching",
     "forgetting": "attaching",
+    "Bank": "bank",
     "answers": "generate",
     "stack": "compose",
     "merge": "compose",

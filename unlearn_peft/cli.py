@@ -24,6 +24,7 @@ from .cli_options import (
     StrengthOption,
     load,
 )
+from .cli_serve import serve
 from .cli_tenant import app as tenant
 from .errors import Interrupted, UnlearnError
 
@@ -215,6 +216,7 @@ def compare(
 
 
 app.command("eval")(evaluate)
+app.command()(serve)
 app.add_typer(tenant, name="tenant")
 
 

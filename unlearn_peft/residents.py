@@ -1,7 +1,7 @@
 """Adapters by name: where they lie, which of them are in memory, and who still needs them.
 
-Names and directories come in; checked adapters on the base's device go out, each pinned by those that use it. To put one
-on the base is left to a function of the bank's; so is what has to be done when it is first and last needed.
+Names and directories come in; checked adapters on the base's device go out, each pinned by those that use it. What puts
+one on the base, and what is to be done when it is first and last needed, are functions of the bank's.
 """
 
 from __future__ import annotations

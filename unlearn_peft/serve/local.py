@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bank import Applied, Bank
 from ..base import Base
-from .engine import EngineStats, Generation, Piece, PromptError, Unavailable
+from .engine import EngineStats, Generation, Holding, Piece, PromptError, Unavailable
 from .scheduler import Row, Scheduler
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class LocalEngine:
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="unlearn-peft engine")
         self._registering = threading.Lock()
         self._known: OrderedDict[str, set[str]] = OrderedDict()  # recent policies' versions -> their keys in the bank
-        self._first: dict[str, str] = {}  # key -> the digest that it was first read with
+        self._first: dict[str, str] = {}  # key -> the identity that it was first read with
 
     async def encode(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """See `Engine.encode`."""
@@ -102,8 +102,9 @@ class LocalEngine:
             holding.add_done_callback(_let_go)
             raise
 
-    async def stream(self, request: Generation, holding: LocalHolding) -> AsyncGenerator[Piece, None]:
+    async def stream(self, request: Generation, holding: Holding) -> AsyncGenerator[Piece, None]:
         """See `Engine.stream`."""
+        assert isinstance(holding, LocalHolding)
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | Exception]()
 
         def deliver(piece: Piece | Exception) -> None:
@@ -173,17 +174,17 @@ class LocalEngine:
             key = getattr(error, "adapter", None) or ""
             name = keys.get(key, ", ".join(forget))
             raise Unavailable(str(error).replace(key, name) if key else str(error), name) from error
-        applied = tuple(Applied(keys[one.name], one.sha256, one.strength) for one in held.applied)
-        for key, name in keys.items():
-            digest = next((one.sha256 for one in applied if one.name == name), None)
-            if digest is None or digest != self._first.setdefault(key, digest):
+        for one, part in zip(held.applied, held.parts, strict=True):
+            name, bundle = keys[one.name], part.adapter.bundle
+            named = policy.adapters[name].sha256 in (None, bundle.digest, bundle.identity)
+            if not named or self._first.setdefault(one.name, bundle.identity) != bundle.identity:
                 held.release()
                 raise Unavailable(
-                    f"the adapter '{name}' in {policy.adapters[name].path} is not the one that was read at first. Put "
-                    "that back, or let the policy name its new digest",
+                    f"the adapter '{name}' in {policy.adapters[name].path} is not the one that the policy names or "
+                    "that was read at first. Put that back, or let the policy name the new one's sha256",
                     name,
                 )
-        return LocalHolding(held, applied)
+        return LocalHolding(held, tuple(Applied(keys[one.name], one.sha256, one.strength) for one in held.applied))
 
     def _register(self, policy: Policy) -> None:
         """Make a policy's adapters known, and forget those that no recent policy names."""
@@ -198,7 +199,7 @@ class LocalEngine:
             now = set[str]().union(*self._known.values())
             for name, entry in policy.adapters.items():
                 if (key := _key(name, policy)) not in old:
-                    self.bank.register(key, entry.path, sha256=entry.sha256, allow_different_base=self._different)
+                    self.bank.register(key, entry.path, allow_different_base=self._different)
             for key in old - now:
                 self.bank.remove(key)
 

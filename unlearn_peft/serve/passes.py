@@ -119,17 +119,18 @@ class Passes:
             batch, _ = self.prefill(prompts[:1], [plain])
             self.step(batch, [plain])
             other, _ = self.prefill(prompts[1:], [plain])
-            if not all(type(layer) is DynamicLayer and layer.keys.dim() == 4 for layer in batch.cache.layers):
-                kinds = ", ".join(sorted({type(layer).__name__ for layer in batch.cache.layers}))
+            layers = batch.cache.layers
+            if not layers or not all(type(layer) is DynamicLayer and layer.keys.dim() == 4 for layer in layers):
+                kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none of transformers' own"
                 raise BaseModelError(f"{what}its cache ({kinds}) is not keys and values alone")
             batch.join(other)
             together = self.step(batch, [plain, plain])
             batch.keep([1])
             together = torch.cat([together, self.step(batch, [plain])])
-            alone = []
-            for prompt, steps in ((prompts[0] + prompts[0][-1:], 1), (prompts[1], 2)):
-                batch, _ = self.prefill([prompt], [plain])
-                alone += [self.step(batch, [plain]) for _ in range(steps)]
+            whole = [
+                prompt + prompt[-1:] * more for prompt, more in ((prompts[0], 2), (prompts[1], 1), (prompts[1], 2))
+            ]
+            alone = torch.cat([self.prefill([prompt], [plain])[1] for prompt in whole])
         except BaseModelError:
             raise
         except Exception as error:  # whatever a model that is made otherwise does with such a cache
@@ -139,7 +140,7 @@ class Passes:
             ) from error
         finally:
             self._bank = bank
-        apart = float((together - torch.cat(alone)).abs().max() / torch.cat(alone).abs().max())
+        apart = float((together - alone).abs().max() / alone.abs().max())
         if not apart < (1e-3 if self.model.dtype == torch.float32 else 0.1):
             raise BaseModelError(
                 f"{what}rows in one batch differ from the same rows alone by {apart:.1e} of the largest logit. "

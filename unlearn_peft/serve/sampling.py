@@ -31,11 +31,11 @@ class Sampler:
         else:
             self._random.manual_seed(request.seed)
         if request.temperature != 1:
-            self._warpers.append(TemperatureLogitsWarper(request.temperature))
+            self._warpers.append(TemperatureLogitsWarper(float(request.temperature)))
         if request.top_k:
             self._warpers.append(TopKLogitsWarper(request.top_k))
         if request.top_p < 1:
-            self._warpers.append(TopPLogitsWarper(request.top_p))
+            self._warpers.append(TopPLogitsWarper(float(request.top_p)))
 
     def choose(self, logits: Tensor, data: Callable[[int], bytes]) -> tuple[int, TokenLogprobs | None]:
         """Return the next token and, if asked for, its log-probability and those of the likeliest (nats).

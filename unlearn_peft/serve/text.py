@@ -31,15 +31,9 @@ class TextStream:
         if logprobs is not None:
             self._logprobs.append((len(self._text), logprobs))
         self._ids.append(token)
-        before, now = self._decode(self._ids[self._from : self._read]), self._decode(self._ids[self._from :])
-        half = now.endswith("\ufffd") and len(self._ids) - self._read < _BYTES_OF_A_CHARACTER
-        if len(now) > len(before) and not half:
-            self._text += now[len(before) :]
-            self._from, self._read = self._read, len(self._ids)
-            # everything before _sent was held against the stop strings already
-            found = [at for stop in self._stop if (at := self._text.find(stop, self._sent)) >= 0]
-            if found:
-                self._text, self.stopped = self._text[: min(found)], True
+        self._settle(len(self._ids))
+        if len(self._ids) - self._read >= _BYTES_OF_A_CHARACTER:  # the first of them begins no character
+            self._settle(self._read + 1, whole=False)
         return self.stopped
 
     def take(self, *, last: bool = False) -> tuple[str, tuple[TokenLogprobs, ...]]:
@@ -54,6 +48,18 @@ class TextStream:
         taken = tuple(entry for _, entry in self._logprobs[:ready])
         del self._logprobs[:ready]
         return text, taken
+
+    def _settle(self, end: int, *, whole: bool = True) -> None:
+        """Let tokens up to `end` become text, if they are whole characters or need not be."""
+        before, now = self._decode(self._ids[self._from : self._read]), self._decode(self._ids[self._from : end])
+        if len(now) <= len(before) or (whole and now.endswith("\ufffd")):
+            return
+        self._text += now[len(before) :]
+        self._from, self._read = self._read, end
+        # everything before _sent was held against the stop strings already
+        found = [at for stop in self._stop if (at := self._text.find(stop, self._sent)) >= 0]
+        if found:
+            self._text, self.stopped = self._text[: min(found)], True
 
     def _kept_back(self) -> int:
         longest = 0
