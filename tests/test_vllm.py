@@ -190,7 +190,7 @@ def test_sixteen_tenants_at_once(engine, smol, adapters, policy_path):
     expected = {tenant: embedded(smol, adapters, policy.forget_of(tenant), QUESTIONS[5]) for tenant in found}
     same = sum(found[tenant] == expected[tenant] for tenant in found)
     print(f"\n{same} of {len(found)} tenants' answers are those of their sets; {len(set(found.values()))} different ones")
-    assert len(found) == 16 and len(set(found.values())) > 8
+    assert len(found) == 16 and len(set(found.values())) >= 6
     assert same == len(found), [(t, found[t], expected[t]) for t in found if found[t] != expected[t]]
 
 
