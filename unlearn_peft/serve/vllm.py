@@ -11,7 +11,6 @@ Tokens are made and read here, with the base's own tokenizer, as in the embedded
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
@@ -103,15 +102,14 @@ class VllmEngine:
         except AdapterError as error:
             raise Unavailable(f"the adapter '{error.adapter}' cannot be used: {error}", error.adapter) from error
         if not forget:
-            server = await self._servers.first(sorted(self._servers.all, key=lambda server: server.streams), None)
+            server = await self._servers.first("", None)
             return SetHolding((), "", server, server.base)
         digest = set_digest((one.sha256, one.strength) for one in applied)
         name = str(SetName(digest, None, forget))
         if len(name) > LONGEST:
             raise Unavailable(f"{len(forget)} adapters are too many for one request to vLLM")
-        near = sorted(self._servers.all, key=lambda s: hashlib.sha256(f"{s.url} {digest}".encode()).digest())
         try:
-            server = await self._servers.first(near, name)
+            server = await self._servers.first(digest, name)
         except Unavailable as refused:
             to_blame, why = await asyncio.to_thread(_culprit, forget, policy)
             raise Unavailable(f"{refused}{why}", to_blame) from refused
@@ -159,8 +157,10 @@ class VllmEngine:
         """See `Engine.close`."""
         await self._servers.close()
 
-    async def _chunks(self, request: Generation, holding: SetHolding) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the choices that vLLM streams, each checked to be the set's."""
+    async def _chunks(
+        self, request: Generation, holding: SetHolding, moved: bool = False
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Yield the choices that vLLM streams, each checked to be the set's; another server is tried once."""
         body = {
             "model": holding.model, "prompt": list(request.ids), "stream": True, "return_token_ids": True,
             "return_tokens_as_token_ids": True, "max_tokens": request.max_tokens, "temperature": request.temperature,
@@ -170,10 +170,9 @@ class VllmEngine:
             # or vLLM takes what the model's generation_config.json says
             "min_p": 0.0, "repetition_penalty": 1.0,
         }  # fmt: skip
+        server = holding.server
         try:
-            async with self._servers.http().stream(
-                "POST", f"{holding.server.url}/v1/completions", json=body
-            ) as response:
+            async with self._servers.http().stream("POST", f"{server.url}/v1/completions", json=body) as response:
                 if response.status_code != 200:
                     raise self._refusal(response.status_code, await response.aread(), holding)
                 async for line in response.aiter_lines():
@@ -187,6 +186,15 @@ class VllmEngine:
                         raise Unavailable("vLLM answered with another model than the set that was asked for")
                     for choice in chunk["choices"]:
                         yield choice
+        except httpx.ConnectError:  # nothing has been said yet
+            self._servers.away(server)
+            if moved:
+                raise Unavailable("no vLLM server answers") from None
+            if holding.server is server:
+                holding.server = await self._servers.first(holding.digest, holding.model if holding.digest else None)
+                holding.model = holding.model if holding.digest else holding.server.base
+            async for choice in self._chunks(request, holding, moved=True):
+                yield choice
         except (httpx.HTTPError, ValueError) as error:
             raise GenerationError(f"vLLM's answer broke off ({type(error).__name__})") from error
 

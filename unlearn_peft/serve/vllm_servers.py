@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import httpx
@@ -88,8 +89,16 @@ class Servers:
             self._client = httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits)
         return self._client
 
-    async def first(self, servers: Sequence[Server], name: str | None) -> Server:
-        """Return the first server that answers, and make it know the set `name`, held from now on."""
+    async def first(self, digest: str, name: str | None) -> Server:
+        """Return the server for a set, and make it know the set's name, held from now on.
+
+        Rendezvous hashing of the digest: it is always the same server while that one is up, and if it is away its sets
+        are spread over all others. Without a set, it is the server with least to do.
+        """
+        if name is None:
+            servers = sorted(self.all, key=lambda server: server.streams)
+        else:
+            servers = sorted(self.all, key=lambda server: sha256(f"{server.url} {digest}".encode()).digest())
         problem = Unavailable("no vLLM server answers")
         for server in servers:
             try:
@@ -98,12 +107,16 @@ class Servers:
                     await self._know(server, name)
                 return server
             except httpx.HTTPError as error:
-                server.away_until, server.base = time.monotonic() + _AWAY, ""
-                server.names.clear()
+                self.away(server)
                 logger.warning("%s does not answer (%s)", server.url, type(error).__name__)
             except BaseModelError as error:
                 problem = Unavailable(str(error))
         raise problem
+
+    def away(self, server: Server) -> None:
+        """Note that a server does not answer: it is greeted anew before it gets another request."""
+        server.away_until, server.base = time.monotonic() + _AWAY, ""
+        server.names.clear()
 
     async def ready(self, server: Server, patient: bool = True) -> None:
         """Speak to a server for the first time, or again after it was away."""
@@ -158,7 +171,7 @@ class Servers:
                 answer = http.post("/v1/completions", json={"model": unknown, "prompt": ids[:1], "max_tokens": 1})
                 if answer.status_code == 200:
                     raise Unavailable(
-                        f"{server.url} answers for models that it does not know, so a set could be answered by the base: "
+                        f"{server.url} answers for models that it does not know, so that the base could answer for a set: "
                         "start vLLM without VLLM_SKIP_MODEL_NAME_VALIDATION"
                     )
         except (KeyError, TypeError, ValueError, StopIteration) as error:
