@@ -316,3 +316,18 @@ def test_the_whole_server_over_the_gateway(world):
         with pytest.raises(openai.InternalServerError) as refused:
             client(url, "carol").completions.create(**settings)
         assert refused.value.status_code == 503 and refused.value.body["adapter"] == "b"
+
+
+def test_a_set_in_great_demand_spreads_over_the_servers(world):
+    fakes = [world.fake(), world.fake()]
+    engine, policy = world.engine(*fakes), world.source.current()
+
+    async def held():
+        holdings = []
+        for _ in range(30):
+            holdings.append(await engine.hold(policy.forget_of("bob"), policy))
+            holdings[-1].server.streams += 1  # as while it answers
+        return sorted(sum(one.server.url == fake.url for one in holdings) for fake in fakes)
+
+    fewest, most = run(engine, held())
+    assert fewest >= 10 and most <= 20

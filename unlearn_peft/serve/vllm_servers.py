@@ -20,6 +20,7 @@ from .engine import Unavailable
 from .set_names import SetName
 
 _PROBE = "What was it that 12 of them said? Ünlearn — 3.14!"
+_SLACK, _FEW = 1.25, 8  # times the mean load that a server may have, and a load that never counts as too much
 _AWAY = 2.0  # seconds until a server that did not answer is asked again
 logger = logging.getLogger(__name__)
 
@@ -92,13 +93,15 @@ class Servers:
     async def first(self, digest: str, name: str | None) -> Server:
         """Return the server for a set, and make it know the set's name, held from now on.
 
-        Rendezvous hashing of the digest: it is always the same server while that one is up, and if it is away its sets
-        are spread over all others. Without a set, it is the server with least to do.
+        Rendezvous hashing of the digest with bounded loads: it is always the same server, unless that one is away or has
+        more than its share to do; then it is the next in an order of the set's own (benchmarks/zipf.py shows what that
+        saves). Without a set, it is the server with least to do.
         """
         if name is None:
             servers = sorted(self.all, key=lambda server: server.streams)
         else:
-            servers = sorted(self.all, key=lambda server: sha256(f"{server.url} {digest}".encode()).digest())
+            most = max(_FEW, _SLACK * (sum(server.streams for server in self.all) + 1) / len(self.all))
+            servers = sorted(self.all, key=lambda s: (s.streams >= most, sha256(f"{s.url} {digest}".encode()).digest()))
         problem = Unavailable("no vLLM server answers")
         for server in servers:
             try:
@@ -171,8 +174,8 @@ class Servers:
                 answer = http.post("/v1/completions", json={"model": unknown, "prompt": ids[:1], "max_tokens": 1})
                 if answer.status_code == 200:
                     raise Unavailable(
-                        f"{server.url} answers for models that it does not know, so that the base could answer for a set: "
-                        "start vLLM without VLLM_SKIP_MODEL_NAME_VALIDATION"
+                        f"{server.url} answers for models that it does not know, so that the base could stand in for "
+                        "a set: start vLLM without VLLM_SKIP_MODEL_NAME_VALIDATION"
                     )
         except (KeyError, TypeError, ValueError, StopIteration) as error:
             raise BaseModelError(f"{server.url} does not speak as vLLM does ({type(error).__name__})") from None
