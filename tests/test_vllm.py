@@ -131,13 +131,13 @@ def chat(question):
     return [{"role": "user", "content": question}]
 
 
-async def ask(engine, policy, tenant, question, **settings):
-    """Return the ids of the answer's text, and the text."""
+async def ask(engine, policy, tenant, question, length=LENGTH, **settings):
+    """Return the answer's text and its last piece."""
     ids = await engine.encode(chat(question))
     holding = await engine.hold(policy.forget_of(tenant), policy)
     try:
         text = ""
-        request = Generation(ids, LENGTH, **{"temperature": 0.0, **settings})
+        request = Generation(ids, length, **{"temperature": 0.0, **settings})
         async with aclosing(engine.stream(request, holding)) as pieces:
             async for piece in pieces:
                 text += piece.text
@@ -146,12 +146,12 @@ async def ask(engine, policy, tenant, question, **settings):
         holding.release()
 
 
-def embedded(smol, adapters, forget, question):
+def embedded(smol, adapters, forget, question, length=LENGTH):
     """What the base answers in this process, with the set attached."""
     ids = smol.tokenizer.apply_chat_template(chat(question), add_generation_prompt=True, return_tensors="pt")
     ids = ids["input_ids"] if not isinstance(ids, torch.Tensor) else ids
     with forgetting(smol, *(adapters[name] for name in forget), strength=list(forget.values())), torch.no_grad():
-        out = smol.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LENGTH, do_sample=False)
+        out = smol.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False)
     return smol.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
@@ -159,12 +159,10 @@ def test_same_greedy_answers_as_embedded(engine, smol, adapters, policy_path):
     policy = PolicyFile(policy_path).current()
 
     async def run():
-        answers = {}
-        for tenant in ("demo", "nothing"):
-            for question in QUESTIONS:
-                answers[tenant, question] = (await ask(engine, policy, tenant, question))[0]
+        asked = [(tenant, question) for tenant in ("demo", "nothing") for question in QUESTIONS]
+        answers = await asyncio.gather(*(ask(engine, policy, *one) for one in asked))
         await engine.close()
-        return answers
+        return {one: text for one, (text, _) in zip(asked, answers, strict=True)}
 
     found = asyncio.run(run())
     expected = {
@@ -189,7 +187,9 @@ def test_sixteen_tenants_at_once(engine, smol, adapters, policy_path):
     found = asyncio.run(run())
     expected = {tenant: embedded(smol, adapters, policy.forget_of(tenant), QUESTIONS[5]) for tenant in found}
     same = sum(found[tenant] == expected[tenant] for tenant in found)
-    print(f"\n{same} of {len(found)} tenants' answers are those of their sets; {len(set(found.values()))} different ones")
+    print(
+        f"\n{same} of {len(found)} tenants' answers are those of their sets; {len(set(found.values()))} different ones"
+    )
     assert len(found) == 16 and len(set(found.values())) >= 6
     assert same == len(found), [(t, found[t], expected[t]) for t in found if found[t] != expected[t]]
 
@@ -211,26 +211,40 @@ def test_logprobs_stops_and_lengths_are_as_the_engine_promises(engine, policy_pa
     asyncio.run(run())
 
 
-def test_a_policy_change_takes_effect_and_the_old_version_is_refused(engine, url, smol, adapters, policy_path):
+def test_a_policy_changes_while_it_serves_and_the_old_version_is_refused(engine, url, smol, adapters, policy_path):
     source = PolicyFile(policy_path)
     before = source.current()
-    old = before.forget_of("t2")
-    new = {name: 1.0 for name in sorted(adapters)[:4]}
+    old, new = before.forget_of("t2"), {name: 1.0 for name in sorted(adapters)[:4]}
     sets = {name: dict(entry.forget) for name, entry in before.tenants.items()}
+    answers = []
+
+    async def client(stop):
+        while not stop.is_set():
+            policy = source.current()
+            answers.append((policy.version, (await ask(engine, policy, "t2", QUESTIONS[4], 12))[0]))
 
     async def run():
-        first, _ = await ask(engine, before, "t2", QUESTIONS[4])
-        write(policy_path, adapters, {**sets, "t2": new})
-        after = source.current()
-        assert after.version != before.version
-        second, _ = await ask(engine, after, "t2", QUESTIONS[4])
+        stop = asyncio.Event()
+        clients = [asyncio.create_task(client(stop)) for _ in range(3)]
+        while len(answers) < 4:
+            await asyncio.sleep(0.1)
+        await asyncio.to_thread(write, policy_path, adapters, {**sets, "t2": new})
+        after, told = source.current(), len(answers)
+        while len(answers) < told + 6:
+            await asyncio.sleep(0.1)
+        stop.set()
+        await asyncio.gather(*clients)
         await engine.close()
-        return first, second
+        return after
 
     try:
-        first, second = asyncio.run(run())
-        assert first == embedded(smol, adapters, old, QUESTIONS[4])
-        assert second == embedded(smol, adapters, new, QUESTIONS[4])
+        after = asyncio.run(run())
+        expected = {
+            version: embedded(smol, adapters, forget, QUESTIONS[4], 12)
+            for version, forget in ((before.version, old), (after.version, new))
+        }
+        assert len(set(expected.values())) == 2 and {version for version, _ in answers} == set(expected)
+        assert all(text == expected[version] for version, text in answers)
         for name in (f"t2@{'0' * 64}", "t2", str(SetName("1" * 64, None, old)), "nothing"):
             body = {"model": name, "prompt": "a", "max_tokens": 1}
             assert httpx.post(f"{url}/v1/completions", json=body).status_code == 404
@@ -276,7 +290,7 @@ def test_sets_that_vllm_forgets_and_loads_again_never_crash_it(url, adapters, po
     async def run():
         for _ in range(2):
             for tenant in policy.tenants:
-                await ask(engine, policy, tenant, QUESTIONS[5])
+                await ask(engine, policy, tenant, QUESTIONS[5], 2)
         await asyncio.sleep(0.2)
         known = httpx.get(f"{url}/v1/models").json()["data"]
         assert await engine.problem() is None
@@ -284,3 +298,33 @@ def test_sets_that_vllm_forgets_and_loads_again_never_crash_it(url, adapters, po
         return len(known)
 
     assert asyncio.run(run()) > 1
+
+
+def test_the_whole_server_before_vllm(engine, smol, adapters, policy_path):
+    """Keys, extras, streams and refusals as the official client sees them."""
+    import openai
+    from serving import client, running
+
+    from unlearn_peft.serve.policy import key_digest
+
+    values = yaml.safe_load(policy_path.read_text())
+    for name, entry in values["tenants"].items():
+        entry["keys"] = [key_digest(f"uf-{name}")]
+    sets = {name: entry["forget"] for name, entry in values["tenants"].items()}
+    temporary = policy_path.with_suffix(".new")
+    temporary.write_text(yaml.safe_dump(values))
+    temporary.rename(policy_path)
+    settings = {"model": engine.model, "messages": chat(QUESTIONS[5]), "max_tokens": LENGTH, "temperature": 0}
+    try:
+        with running(engine, PolicyFile(policy_path)) as (_, where):
+            answer = client(where, "uf-t3").chat.completions.create(**settings)
+            assert answer.choices[0].message.content == embedded(smol, adapters, sets["t3"], QUESTIONS[5])
+            chunks = client(where, "uf-nothing").chat.completions.create(
+                **settings, stream=True, extra_body={"forget": {"a2": 1.0}}
+            )
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            assert text == embedded(smol, adapters, {"a2": 1.0}, QUESTIONS[5])
+            with pytest.raises(openai.AuthenticationError):
+                client(where, "uf-nobody").chat.completions.create(**settings)
+    finally:
+        write(policy_path, adapters, sets)

@@ -20,7 +20,7 @@ from .engine import Unavailable
 from .set_names import SetName
 
 _PROBE = "What was it that 12 of them said? Ünlearn — 3.14!"
-_SLACK, _FEW = 1.25, 8  # times the mean load that a server may have, and a load that never counts as too much
+_SLACK, _FEW = 1.1, 8  # times the mean load that a server may have, and a load that never counts as too much
 _AWAY = 2.0  # seconds until a server that did not answer is asked again
 logger = logging.getLogger(__name__)
 
@@ -93,9 +93,9 @@ class Servers:
     async def first(self, digest: str, name: str | None) -> Server:
         """Return the server for a set, and make it know the set's name, held from now on.
 
-        Rendezvous hashing of the digest with bounded loads: it is always the same server, unless that one is away or has
-        more than its share to do; then it is the next in an order of the set's own (benchmarks/zipf.py shows what that
-        saves). Without a set, it is the server with least to do.
+        Rendezvous hashing of the digest with bounded loads: it is always the same server, unless that one is away or
+        has more than its share to do; then it is the next in an order of the set's own (benchmarks/zipf.py shows what
+        that saves). Without a set, it is the server with least to do.
         """
         if name is None:
             servers = sorted(self.all, key=lambda server: server.streams)
