@@ -34,7 +34,7 @@ class Fixed:
         return self.policy
 
 
-def make_adapters(folder, base_folder, seeds=(1, 2, 3), scale=0.3):
+def make_adapters(folder, base_folder, seeds=(1, 2, 3), scale=1.5):
     """Random LoRAs a, b, c ... with differing ranks and targets, written by PEFT alone; strong enough to be seen."""
     from peft import LoraConfig, get_peft_model
 

@@ -77,7 +77,9 @@ def serve(
 
       unlearn-peft serve --policy policy.db --engine http://gpu1:8000,http://gpu2:8000
     """
-    if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)]:
+    if missing := [
+        name for name in ("fastapi", "uvicorn", "prometheus_client", "sqlalchemy") if not importlib.util.find_spec(name)
+    ]:
         raise UnlearnError(f"the server needs {', '.join(missing)}: pip install 'unlearn-peft[serve]'")
     if (policy is None) == (not adapter):
         raise UnlearnError(

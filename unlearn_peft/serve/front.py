@@ -76,6 +76,7 @@ class Front:
         self.audit, self.open_tenant = audit, open_tenant
         self.metrics = Metrics(engine.stats)
         self.draining = False
+        self._leaving = set[asyncio.Future[None]]()
         self._active = Counter[str]()  # answers running and waiting, by tenant
         self._mean_seconds = 1.0  # of a request, the latest ones counting most
 
@@ -116,7 +117,7 @@ class Front:
         """
         places, tasks = len(asked.prompts) * asked.n, list[asyncio.Task[None]]()
         holding: Holding | None = None
-        admitted = False
+        admitted = gone = False
         try:
             self._check(call, asked, places)
             self._active[call.tenant] += places
@@ -143,22 +144,18 @@ class Front:
                     await self._finish(call, 200, answers=texts)
                 yield number, piece
         except (asyncio.CancelledError, GeneratorExit):
-            await self._finish(call, 499, "client_gone")
+            gone = True
             raise
         except Exception as error:
             shown = self._refused(as_api_error(error))
             await self._finish(call, shown.status, shown.code)
             raise shown from error
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if holding is not None:
-                holding.release()
-            if admitted:
-                self._active[call.tenant] -= places
-                self._mean_seconds += (time.monotonic() - call.began - self._mean_seconds) / 16
-            self.metrics.active.set(self.active)
+            # in a task of its own, since a client that goes away cancels each wait in here again
+            leaving = asyncio.ensure_future(self._leave(call, tasks, holding, places if admitted else 0, gone))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            await asyncio.shield(leaving)
 
     async def refuse(self, call: Call, error: ApiError) -> None:
         """Record a request that was refused before `answer`."""
@@ -169,6 +166,21 @@ class Front:
         await self.engine.close()
         if self.audit is not None:
             self.audit.close()
+
+    async def _leave(
+        self, call: Call, tasks: list[asyncio.Task[None]], holding: Holding | None, places: int, gone: bool
+    ) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if holding is not None:
+            holding.release()
+        if places:
+            self._active[call.tenant] -= places
+            self._mean_seconds += (time.monotonic() - call.began - self._mean_seconds) / 16
+        self.metrics.active.set(self.active)
+        if gone:
+            await self._finish(call, 499, "client_gone")
 
     def _check(self, call: Call, asked: Asked, places: int) -> None:
         limits = self.limits
