@@ -17,6 +17,7 @@ Every tenant has a set of its own here; tenants with the same set share a place,
 import argparse
 import json
 from collections import OrderedDict, deque
+from math import gcd
 
 import numpy
 
@@ -45,7 +46,8 @@ def simulate(shares, gpus, places, way, requests, seed=0):
     random = numpy.random.default_rng(seed)
     tenants = numpy.searchsorted(shares.cumsum(), random.random(requests)).clip(max=len(shares) - 1).tolist()
     homes = random.integers(gpus, size=len(shares)).tolist()
-    steps = random.integers(1, max(gpus, 2), size=len(shares)).tolist()  # to the next GPU in a tenant's order
+    all_steps = [step for step in range(1, max(gpus, 2)) if gcd(step, gpus) == 1]  # that come by every GPU
+    steps = random.choice(all_steps, size=len(shares)).tolist()  # to the next GPU in a tenant's order
     anywhere = random.integers(gpus, size=requests).tolist()
     caches = [OrderedDict() for _ in range(gpus)]
     loads, under_way, totals = [0] * gpus, deque(), [0] * gpus

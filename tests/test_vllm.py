@@ -70,7 +70,7 @@ def policy_path(adapters, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(smol, policy_path, tmp_path_factory):
+def url(smol, policy_path):
     """A vLLM with the resolver, fewer places for sets than there are sets."""
     if not PYTHON.exists():
         pytest.fail(f"no vLLM at {PYTHON}: run `make test-vllm`")
@@ -78,9 +78,10 @@ def url(smol, policy_path, tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("vllm") / "log"
+    log = policy_path.with_name("vllm.log")
     environment = {
         **os.environ, "UNLEARN_PEFT_POLICY": str(policy_path), "UNLEARN_PEFT_SETS": str(log.parent / "sets"),
+        "UNLEARN_PEFT_SETS_GB": "0.000001", "UNLEARN_PEFT_SETS_GRACE": "3",  # what may go, goes soon
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
         "PYTHONPATH": str(ROOT), "PATH": f"{PYTHON.parent}:{os.environ['PATH']}",
     }  # fmt: skip
@@ -182,6 +183,7 @@ def test_sixteen_tenants_at_once(engine, smol, adapters, policy_path):
         tenants = [tenant for tenant in policy.tenants if tenant != "nothing"]
         texts = await asyncio.gather(*(ask(engine, policy, tenant, QUESTIONS[5]) for tenant in tenants))
         await engine.close()
+        print(f"\n{engine.stats().loads} sets were made and loaded in {engine.stats().load_seconds:.1f} s of waiting")
         return dict(zip(tenants, (text for text, _ in texts), strict=True))
 
     found = asyncio.run(run())
@@ -280,24 +282,28 @@ def test_a_tampered_or_missing_adapter_is_refused_by_name(engine, adapters, poli
         write(policy_path, adapters, sets)
 
 
-def test_sets_that_vllm_forgets_and_loads_again_never_crash_it(url, adapters, policy_path):
-    """More sets than vLLM keeps in memory, unloaded by the gateway and asked for again; the engine lives on."""
+def test_sets_that_vllm_forgets_go_from_disk_and_come_back_and_it_lives_on(url, adapters, policy_path):
+    """More sets than vLLM keeps in memory, unloaded by the gateway; one whose folder is gone would end the engine."""
     from unlearn_peft.serve.vllm import VllmEngine
 
     engine = VllmEngine([url], "demo", names=3)
-    policy = PolicyFile(policy_path).current()
+    policy, folder = PolicyFile(policy_path).current(), policy_path.with_name("sets")
 
     async def run():
         for _ in range(2):
             for tenant in policy.tenants:
                 await ask(engine, policy, tenant, QUESTIONS[5], 2)
-        await asyncio.sleep(0.2)
+            await asyncio.sleep(4)
+        for factor in (0.1, 0.2):
+            (await engine.hold({"a0": factor}, policy)).release()
         known = httpx.get(f"{url}/v1/models").json()["data"]
         assert await engine.problem() is None
         await engine.close()
-        return len(known)
+        return [Path(model["root"]) for model in known if model["parent"]]
 
-    assert asyncio.run(run()) > 1
+    in_use = asyncio.run(run())
+    there = set(folder.glob("*-r64"))
+    assert in_use and set(in_use) <= there and len(there) < len(policy.tenants) + 2
 
 
 def test_the_whole_server_before_vllm(engine, smol, adapters, policy_path):

@@ -11,6 +11,7 @@ Tokens are made and read here, with the base's own tokenizer, as in the embedded
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
@@ -87,7 +88,7 @@ class VllmEngine:
         tokenizer, config, public = load_tokenizer(base)
         self.model = name or public
         self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
-        self._prompts = Prompts(tokenizer, config.get_text_config().vocab_size, self.model)
+        self._prompts = Prompts(copy.deepcopy(tokenizer), config.get_text_config().vocab_size, self.model)
         self._servers = Servers(urls, tokenizer, names=names, seconds=seconds)
         self.context = min(server.context for server in self._servers.all if server.base)
 

@@ -8,6 +8,7 @@ Whatever goes wrong, the answer is None, and vLLM refuses the request; it never 
     UNLEARN_PEFT_POLICY          policy.yaml, a database's path or URL: what open_policy takes
     UNLEARN_PEFT_SETS            folder for composed sets, on this machine [~/.cache/unlearn_peft/vllm_sets]
     UNLEARN_PEFT_SETS_GB         delete unused sets beyond this [10]
+    UNLEARN_PEFT_SETS_GRACE      seconds that a set stays after vLLM has let go of it: longer than requests run [3600]
     UNLEARN_PEFT_MAX_RANK        vLLM's --max-lora-rank [64]
     UNLEARN_PEFT_MAX_ERROR       refuse sets of which truncation would lose more, in any module [0.01]
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1   or vLLM asks no resolver
@@ -48,14 +49,11 @@ class Sets:
 
     Args:
         where: the policy, as `open_policy` takes it, or its source.
-        folder, max_rank, max_error, budget_bytes: see `SetCache`.
+        folder, limits: see `SetCache`.
     """
 
-    def __init__(
-        self, where: str | PolicySource, folder: Path, *, max_rank: int, max_error: float, budget_bytes: int
-    ) -> None:
-        self._where, self._folder = where, folder
-        self._limits = {"max_rank": max_rank, "max_error": max_error, "budget_bytes": budget_bytes}
+    def __init__(self, where: str | PolicySource, folder: Path, **limits: Any) -> None:
+        self._where, self._folder, self._limits = where, folder, limits
         self._opened: tuple[PolicySource, SetCache] | None = None
         self._ids: dict[int, str] = {}
         self._lock = threading.Lock()
@@ -82,6 +80,7 @@ class Sets:
             max_rank=int(number("UNLEARN_PEFT_MAX_RANK", 64)),
             max_error=number("UNLEARN_PEFT_MAX_ERROR", 0.01),
             budget_bytes=int(number("UNLEARN_PEFT_SETS_GB", 10) * 1e9),
+            grace=number("UNLEARN_PEFT_SETS_GRACE", 3600),
         )
 
     def path_of(self, name: str, base: str) -> tuple[Path, int]:
@@ -112,7 +111,7 @@ class Sets:
         with self._lock:
             if self._opened is None:
                 source = _source(self._where) if isinstance(self._where, str) else self._where
-                self._opened = source, SetCache(self._folder, **self._limits)  # type: ignore[arg-type]
+                self._opened = source, SetCache(self._folder, **self._limits)
             return self._opened
 
     def _id_of(self, digest: str) -> int:
