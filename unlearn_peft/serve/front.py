@@ -117,7 +117,7 @@ class Front:
         """
         places, tasks = len(asked.prompts) * asked.n, list[asyncio.Task[None]]()
         holding: Holding | None = None
-        admitted = gone = False
+        admitted = told = gone = False
         try:
             self._check(call, asked, places)
             self._active[call.tenant] += places
@@ -131,7 +131,7 @@ class Front:
             ]
             running, texts = places, [""] * places
             while running:
-                number, piece = await self._in_time(call, pieces.get())
+                number, piece = await self.in_time(call, pieces.get())
                 if isinstance(piece, Exception):
                     raise piece
                 if call.completion_tokens == 0:
@@ -142,9 +142,10 @@ class Front:
                     texts[number] += piece.text
                 if not running:
                     await self._finish(call, 200, answers=texts)
+                    told = True
                 yield number, piece
         except (asyncio.CancelledError, GeneratorExit):
-            gone = True
+            gone = not told
             raise
         except Exception as error:
             shown = self._refused(as_api_error(error))
@@ -156,6 +157,15 @@ class Front:
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
             await asyncio.shield(leaving)
+
+    async def in_time(self, call: Call, what: Awaitable[T]) -> T:
+        """Await something for as long as the request has left.
+
+        Raises:
+            asyncio.TimeoutError: if it takes longer.
+        """
+        left = call.began + self.limits.seconds - time.monotonic()
+        return await asyncio.wait_for(what, max(left, 0))
 
     async def refuse(self, call: Call, error: ApiError) -> None:
         """Record a request that was refused before `answer`."""
@@ -202,7 +212,7 @@ class Front:
     async def _generations(self, call: Call, asked: Asked) -> list[Generation]:
         limits, found = self.limits, []
         for prompt in asked.prompts:
-            ids = await self._in_time(call, self.engine.encode(prompt))
+            ids = await self.in_time(call, self.engine.encode(prompt))
             call.prompt_tokens += len(ids)
             room = self.engine.context - len(ids)
             longest = asked.max_tokens or min(limits.max_tokens, room)
@@ -225,7 +235,7 @@ class Front:
             if name not in call.policy.adapters:
                 raise ApiError(400, f"there is no adapter '{name[:100]}'", code="unknown_adapter", param="forget")
         forget = call.policy.forget_of(call.tenant, asked.forget)
-        holding = await self._in_time(call, self.engine.hold(forget, call.policy))
+        holding = await self.in_time(call, self.engine.hold(forget, call.policy))
         if {one.name: one.strength for one in holding.applied} != forget:
             holding.release()
             raise Unavailable("the engine holds another set than the one asked for", ", ".join(forget))
@@ -245,20 +255,12 @@ class Front:
         except Exception as error:
             pieces.put_nowait((number, error))
 
-    async def _in_time(self, call: Call, what: Awaitable[T]) -> T:
-        left = call.began + self.limits.seconds - time.monotonic()
-        return await asyncio.wait_for(what, max(left, 0))
-
     @property
     def _prompts(self) -> bool:
         return self.audit is not None and self.audit.prompts
 
     async def _finish(self, call: Call, status: int, code: str | None = None, answers: list[str] | None = None) -> None:
-        """Count and record a request's end. A line that cannot be written matters only before the answer is whole."""
-        self.metrics.requests.labels(call.tenant, str(status)).inc()
-        self.metrics.seconds.observe(time.monotonic() - call.began)
-        for kind, count in (("prompt", call.prompt_tokens), ("completion", call.completion_tokens)):
-            self.metrics.tokens.labels(call.tenant, kind).inc(count)
+        """Record and count a request's end. A line that cannot be written matters only before the answer is whole."""
         try:
             await self._record(
                 "finished", call, status=status, code=code, prompt_tokens=call.prompt_tokens,
@@ -267,6 +269,10 @@ class Front:
         except OutputError:
             if status == 200:
                 raise
+        self.metrics.requests.labels(call.tenant, str(status)).inc()
+        self.metrics.seconds.observe(time.monotonic() - call.began)
+        for kind, count in (("prompt", call.prompt_tokens), ("completion", call.completion_tokens)):
+            self.metrics.tokens.labels(call.tenant, kind).inc(count)
 
     async def _record(self, event: str, call: Call, **fields: Any) -> None:
         if self.audit is None:
@@ -304,14 +310,14 @@ def as_api_error(error: Exception) -> ApiError:
         logger.error("an answer could not be finished: %s", error)
         return ApiError(500, str(error), code="generation_failed")
     if isinstance(error, Unavailable):
-        logger.error("refused, fail closed: %s", error)
+        logger.error("refused, adapter '%s': %s", error.adapter, error)
         told = f"the adapter '{error.adapter}'" if error.adapter else "something that must be forgotten"
         return ApiError(
             503, f"{told} cannot be applied now, so this request is refused", code="adapter_unavailable",
             adapter=error.adapter,
         )  # fmt: skip
     if isinstance(error, PolicyError):
-        logger.error("refused, fail closed: %s", error)
+        logger.error("refused: %s", error)
         return ApiError(503, "the policy cannot be applied now, so this request is refused", code="policy_unavailable")
     if isinstance(error, OutputError):
         return ApiError(503, "the audit log cannot be written, so this request is refused", code="audit_unavailable")
