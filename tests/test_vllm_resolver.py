@@ -48,9 +48,10 @@ def resolver(sets, monkeypatch):
     return make_resolver(sets)
 
 
-def values(adapters, pinned=True, **forget):
+def values(adapters, pinned="digest", **forget):
+    """A policy that pins weights (digest), weights and config (identity) or nothing."""
     entries = {
-        name: {"path": str(path), **({"sha256": read_bundle(path).digest} if pinned else {})}
+        name: {"path": str(path), **({"sha256": getattr(read_bundle(path), pinned)} if pinned else {})}
         for name, path in adapters.items()
     }
     tenants = {"alice": {"a": 1.0}, "bob": {"a": 1.0, "c": 0.5}, "none": {}, **forget}
@@ -132,7 +133,7 @@ def test_a_changed_policy_refuses_the_old_name_even_if_its_set_is_cached(resolve
     assert asked(resolver, old, tiny_folder) is None and asked(resolver, new, tiny_folder)
 
 
-@pytest.mark.parametrize("pinned", [True, False])
+@pytest.mark.parametrize("pinned", ["digest", "identity", None])
 def test_another_version_of_an_adapter_is_another_set(resolver, source, adapters, tiny_folder, pinned, tmp_path):
     source.policy = Fixed(values(adapters, pinned)).policy
     old = name_of(source, "alice")
@@ -140,7 +141,7 @@ def test_another_version_of_an_adapter_is_another_set(resolver, source, adapters
     newer = make_adapters(tmp_path / "newer", tiny_folder, seeds=(9,))["a"]
     shutil.copy(newer / WEIGHTS, adapters["a"] / WEIGHTS)
     if pinned:
-        source.policy = Fixed(values(adapters)).policy
+        source.policy = Fixed(values(adapters, pinned)).policy
     new = name_of(source, "alice")
     assert new != old and asked(resolver, old, tiny_folder) is None
     second = asked(resolver, new, tiny_folder)
@@ -164,6 +165,19 @@ def test_a_harmed_adapter_is_refused(resolver, source, adapters, tiny_folder, ha
         shutil.copy(adapters["b"] / "adapter_config.json", adapters["c"] / "adapter_config.json")
     assert asked(resolver, name, tiny_folder) is None
     assert asked(resolver, name_of(source, "alice"), tiny_folder)
+
+
+@pytest.mark.parametrize("pinned", ["identity", None])
+def test_another_config_is_another_set_where_more_than_the_weights_is_pinned(
+    resolver, source, adapters, tiny_folder, pinned
+):
+    """Its lora_alpha scales the effect, down to nothing."""
+    source.policy = Fixed(values(adapters, pinned)).policy
+    old = name_of(source, "alice")
+    config = adapters["a"] / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 1e-9}))
+    assert asked(resolver, old, tiny_folder) is None
+    assert (name_of(source, "alice") == old) == (pinned == "identity")
 
 
 @pytest.mark.parametrize("harm", ["delete", "truncate", "tamper", "manifest"])
@@ -290,7 +304,7 @@ def test_the_plugin_is_announced_and_light():
 
 
 def test_an_unpinned_adapter_that_is_missing_is_named(source, adapters):
-    source.policy = Fixed(values(adapters, pinned=False)).policy
+    source.policy = Fixed(values(adapters, pinned=None)).policy
     shutil.rmtree(adapters["c"])
     with pytest.raises(AdapterError) as refused:
         digest_of({"a": 1.0, "c": 1.0}, source.current())

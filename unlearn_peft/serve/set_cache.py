@@ -14,9 +14,10 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path
 
 from ..bundle import CONFIG, WEIGHTS, read_bundle
@@ -58,16 +59,17 @@ class SetCache:
             AdapterError: if an adapter cannot be used or is not the one that the policy pins, if the set is another
                 than `digest` says, or cannot be cut down to the rank limit without losing too much.
         """
-        if digest_of(forget, policy) != digest:
+        wanted = [(content_of(name, policy), strength) for name, strength in forget.items()]
+        if set_digest(wanted) != digest:
             raise AdapterError("the policy or an adapter has changed: this is no longer the set that was asked for")
-        path = self.folder / f"{digest}-r{self.max_rank}"
+        path = self.folder / f"{digest}-r{self.max_rank}-{sha256(base.encode()).hexdigest()[:8]}"
         with self._making(path):
-            if not self._whole(path, digest):
+            if not self._whole(path, wanted):
                 export_vllm(
                     [policy.adapters[name].path for name in forget], path, list(forget.values()),
                     max_rank=self.max_rank, base=base, max_error=self.max_error,
                 )  # fmt: skip
-                if not self._whole(path, digest):  # its manifest says what was really read
+                if not self._whole(path, wanted):  # its manifest says what was really read
                     shutil.rmtree(path, ignore_errors=True)
                     raise AdapterError("an adapter is not the one that the policy pins")
             self._take(path)
@@ -80,14 +82,16 @@ class SetCache:
         self._take(path)
         weakref.finalize(user, self._leave, path)
 
-    def _whole(self, path: Path, digest: str) -> bool:
-        """Return whether a set's folder is there, undamaged, and made of what it should be."""
+    def _whole(self, path: Path, wanted: Sequence[tuple[str, float]]) -> bool:
+        """Return whether a set's folder is there, undamaged, and made of these contents with these strengths."""
         if not path.is_dir():
             return False
         try:
             bundle = read_bundle(path)
-            parts = [(part["weights_sha256"], part["strength"]) for part in bundle.manifest["stack_of"]]
-            fits = set_digest(parts) == digest and WEIGHTS in bundle.manifest["files"]
+            parts = [
+                ({part["weights_sha256"], part["identity"]}, part["strength"]) for part in bundle.manifest["stack_of"]
+            ]
+            fits = _are(parts, wanted) and WEIGHTS in bundle.manifest["files"]
         except (AdapterError, KeyError, TypeError) as error:
             logger.warning("the cached set %s cannot be used and is made again: %s", path, error)
             return False
@@ -166,11 +170,11 @@ def digest_of(forget: Mapping[str, float], policy: Policy) -> str:
     Raises:
         AdapterError: if an adapter that is not pinned cannot be read; `adapter` names it.
     """
-    return set_digest((weights_of(name, policy), strength) for name, strength in forget.items())
+    return set_digest((content_of(name, policy), strength) for name, strength in forget.items())
 
 
-def weights_of(name: str, policy: Policy) -> str:
-    """Return the sha256 of an adapter's weights, as pinned, or else of what lies on the disk (kept while it is still).
+def content_of(name: str, policy: Policy) -> str:
+    """Return the digest of an adapter's content: what the policy pins, or else the identity of what lies on the disk.
 
     Raises:
         AdapterError: if it is not pinned and cannot be read; `adapter` names it.
@@ -180,7 +184,7 @@ def weights_of(name: str, policy: Policy) -> str:
         return entry.sha256
     try:
         marks = [(Path(entry.path) / file).stat() for file in (WEIGHTS, CONFIG)]
-        return _digest_of(entry.path, tuple((m.st_ino, m.st_size, m.st_mtime_ns, m.st_ctime_ns) for m in marks))
+        return _identity(entry.path, tuple((m.st_ino, m.st_size, m.st_mtime_ns, m.st_ctime_ns) for m in marks))
     except OSError as error:
         problem = AdapterError(f"no adapter at {entry.path} ({error.strerror})")
     except AdapterError as error:
@@ -190,5 +194,16 @@ def weights_of(name: str, policy: Policy) -> str:
 
 
 @lru_cache(maxsize=10_000)
-def _digest_of(path: str, _marks: tuple[tuple[int, ...], ...]) -> str:
-    return read_bundle(path).digest
+def _identity(path: str, _marks: tuple[tuple[int, ...], ...]) -> str:
+    return read_bundle(path).identity
+
+
+def _are(parts: Sequence[tuple[set[str], float]], wanted: Sequence[tuple[str, float]]) -> bool:
+    """Return whether these are the wanted contents and strengths; a policy pins weights or identities."""
+    left = list(parts)
+    for content, strength in wanted:
+        found = next((part for part in left if content in part[0] and part[1] == strength), None)
+        if found is None:
+            return False
+        left.remove(found)
+    return not left

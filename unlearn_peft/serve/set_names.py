@@ -70,6 +70,6 @@ def parse_set_name(text: str) -> SetName:
 
 
 def set_digest(parts: Iterable[tuple[str, float]]) -> str:
-    """Return a digest that is equal if and only if contents (sha256 of weights) and strengths are, in any order."""
-    content = json.dumps(["unlearn_peft set 1", sorted((sha256, float(strength)) for sha256, strength in parts)])
-    return hashlib.sha256(content.encode()).hexdigest()
+    """Return a digest that is equal if and only if contents (each a sha256) and strengths are, in any order."""
+    text = json.dumps(["unlearn_peft set 1", sorted((content, float(strength)) for content, strength in parts)])
+    return hashlib.sha256(text.encode()).hexdigest()

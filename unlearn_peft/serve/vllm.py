@@ -35,7 +35,7 @@ from .engine import (
     Unavailable,
 )
 from .prompts import Prompt, Prompts
-from .set_cache import weights_of
+from .set_cache import content_of
 from .set_names import LONGEST, SetName, set_digest
 from .text import TextStream, TokenBytes
 from .vllm_servers import Server, Servers, message_of
@@ -228,7 +228,7 @@ class VllmEngine:
 
 
 def _applied(forget: Mapping[str, float], policy: Policy) -> tuple[Applied, ...]:
-    return tuple(Applied(name, weights_of(name, policy), strength) for name, strength in forget.items())
+    return tuple(Applied(name, content_of(name, policy), strength) for name, strength in forget.items())
 
 
 def _culprit(forget: Mapping[str, float], policy: Policy) -> tuple[str | None, str]:
@@ -236,7 +236,8 @@ def _culprit(forget: Mapping[str, float], policy: Policy) -> tuple[str | None, s
     for name in forget:
         entry = policy.adapters[name]
         try:
-            if entry.sha256 not in (None, read_bundle(entry.path).digest):
+            bundle = read_bundle(entry.path)
+            if entry.sha256 not in (None, bundle.digest, bundle.identity):
                 return name, f"; the adapter '{name}' is not the one that the policy pins"
         except AdapterError as error:
             return name, f"; the adapter '{name}' cannot be used: {error}"
