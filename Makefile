@@ -35,7 +35,8 @@ test: install $(VENV)/.for-tests
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
-# vLLM wants an environment of its own (3 GB); torchvision and its kin come in builds that break its import
+# vLLM wants an environment of its own (3.4 GB). torchvision and its kin come in builds that break its import; pip will
+# say that some of our dependencies are missing there: what runs inside vLLM needs none of them
 .venv-vllm/.installed: pyproject.toml
 	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	@echo "Installing vLLM into .venv-vllm ..."
