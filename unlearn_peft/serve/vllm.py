@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from .engine import (
     EngineStats,
     Generation,
     GenerationError,
+    Holding,
     Piece,
     TokenLogprobs,
     Unavailable,
@@ -116,8 +117,9 @@ class VllmEngine:
             raise Unavailable(f"{refused}{why}", to_blame) from refused
         return SetHolding(applied, digest, server, name)
 
-    async def stream(self, request: Generation, holding: SetHolding) -> AsyncIterator[Piece]:
+    async def stream(self, request: Generation, holding: Holding) -> AsyncGenerator[Piece, None]:
         """See `Engine.stream`."""
+        assert isinstance(holding, SetHolding)
         text, untold = TextStream(self._tokenizer, request.ids, request.stop), 0
         server = holding.server
         server.streams += 1
