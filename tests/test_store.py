@@ -19,11 +19,14 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sqlalchemy import event
 
+from unlearn_peft.bundle import read_bundle
 from unlearn_peft.errors import PolicyError
 from unlearn_peft.serve import store as store_module
-from unlearn_peft.serve.policy import key_digest
+from unlearn_peft.serve.policy import key_digest, make_policy
 from unlearn_peft.serve.policy_file import dump_policy, parse_policy, read_policy
 from unlearn_peft.serve.store import PolicyStore, open_policy
 
@@ -256,9 +259,40 @@ def test_import_and_export(filled, where, tmp_path):
     filled.replace(imported, **ME)
     assert filled.current() == imported and filled.current().adapters["x"].path == str(tmp_path / "sub/x")
     assert_whole(where)
+    key = imported.tenants["acme"].keys[0]
+    moved = make_policy({"adapters": {}, "tenants": {"new": {"forget": {}, "keys": [key]}}}, "x")
+    filled.replace(moved, **ME)
+    assert filled.current() == moved, "the key went from a tenant that is no more to another"
     filled.replace(exported, **ME)
     assert filled.current().version == exported.version
     assert_whole(where)
+
+
+@st.composite
+def policies(draw):
+    """Of few names and keys, so that one policy after another adds, changes, moves and removes."""
+    adapters = draw(st.dictionaries(st.sampled_from("abc"), st.sampled_from(["/x", "/y"]), max_size=3))
+    sets = st.dictionaries(st.sampled_from(sorted(adapters)), st.sampled_from([0.5, 1.0])) if adapters else st.just({})
+    tenants = draw(st.dictionaries(st.sampled_from("tuv"), sets, max_size=3))
+    owners = draw(st.lists(st.sampled_from(sorted(tenants)), max_size=4)) if tenants else []
+    keys = {name: [key_digest(str(n)) for n, owner in enumerate(owners) if owner == name] for name in tenants}
+    values = {
+        "adapters": {name: {"path": path} for name, path in adapters.items()},
+        "tenants": {name: {"forget": forget, "keys": keys[name]} for name, forget in tenants.items()},
+    }
+    return make_policy(values, "x")
+
+
+@given(st.lists(policies(), min_size=2, max_size=6))
+@settings(max_examples=20, deadline=None)
+def test_any_policy_can_follow_any_other(sequence):
+    with tempfile.TemporaryDirectory() as folder:
+        store = PolicyStore(f"{folder}/tenants.db", create=True)
+        for policy in sequence:
+            store.replace(policy, **ME)
+            assert store.current() == policy
+        store.close()
+        assert_whole(f"{folder}/tenants.db")
 
 
 def test_the_history_cannot_be_changed(filled, where):
@@ -570,9 +604,9 @@ def test_the_command_line(tenant, tiny, make_adapter, tmp_path):
 
     refused("no store at", "list")
     adapter = make_adapter(tiny, "hp")
-    digest = key_digest_of_file(adapter / "adapter_model.safetensors")
+    digest = read_bundle(adapter).identity
     refused("no adapter at", "adapter", "hp", tmp_path / "none")
-    refused(f"have the sha256 {digest}", "adapter", "hp", adapter, "--sha256", "0" * 64)
+    refused(f"has the sha256 {digest}", "adapter", "hp", adapter, "--sha256", "0" * 64)
     assert digest in done("adapter", "hp", adapter, "--sha256", digest.upper(), "--why", "trained today")
     assert json.loads(done("add", "acme", "--who", "ann", "--json")) == {"done": "tenant 'acme' added", "revision": 2}
     done("forget", "acme", "hp=0.5")
@@ -609,12 +643,6 @@ def test_the_command_line(tenant, tiny, make_adapter, tmp_path):
     assert len(done("history", "--limit", 1).splitlines()) == 1
     text = done("history")
     assert "acme" in text and key not in text and made["key"] not in text
-
-
-def key_digest_of_file(path):
-    import hashlib
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_help_teaches_and_stays_light(tenant):

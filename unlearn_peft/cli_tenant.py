@@ -142,21 +142,21 @@ def unforget(
 def adapter_(
     name: Annotated[str, typer.Argument(help="What tenants call it.")],
     path: Annotated[Path, typer.Argument(help="Its directory, the same on every server.")],
-    sha256: Annotated[str | None, typer.Option(help="What the sha256 of its weights must be.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="What it must be, as `inspect` tells it.")] = None,
     store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Name an adapter, or put another into a name's place.
 
-    It is read and checked now, and the sha256 of its weights is pinned: a server refuses other weights at this path
-    until they are named again.
+    It is read and checked now, and its sha256 (over weights and config, as `unlearn-peft inspect` tells it) is pinned:
+    a server refuses whatever else comes to lie at this path until it is named again.
 
       unlearn-peft tenant adapter hp out/harry_potter
     """
     from .bundle import read_bundle
 
-    digest = read_bundle(path).digest
+    digest = read_bundle(path).identity
     if sha256 is not None and sha256.lower() != digest:
-        raise AdapterError(f"the weights of {path} have the sha256 {digest}, not the one given: copy them again")
+        raise AdapterError(f"the adapter {path} has the sha256 {digest}, not the one given: copy it again")
     revision = _open(store, create=True).adapter(name, path, digest, who=_who(who), why=why)
     _told(f"adapter '{name}' is {path.absolute()} ({digest})", revision, as_json)
 

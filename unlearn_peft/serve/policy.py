@@ -77,7 +77,7 @@ class _Frozen(BaseModel):
 
 
 class AdapterEntry(_Frozen):
-    """Where an adapter lies, and the sha256 of its weights file that it must have (None: any)."""
+    """Where an adapter lies, and what it must be: `sha256` is its `Bundle.identity`, or None for any."""
 
     path: str
     sha256: Digest | None = None
@@ -142,7 +142,7 @@ class Policy(_Frozen):
         """Compute what is asked for at every request."""
         content = json.dumps(self.model_dump(), sort_keys=True)
         self._version = hashlib.sha256(content.encode()).hexdigest()
-        self._keys = tuple((digest, tenant) for tenant, entry in self.tenants.items() for digest in entry.keys)
+        self._keys = tuple(sorted((digest, tenant) for tenant, entry in self.tenants.items() for digest in entry.keys))
 
     @property
     def version(self) -> str:

@@ -1,7 +1,7 @@
 """A policy in a YAML file, watched: read again when it changes, refused as a whole when anything in it is wrong.
 
     adapters:
-      hp: {path: adapters/hp, sha256: 015a...}  # sha256 of its adapter_model.safetensors; may be left out
+      hp: {path: adapters/hp, sha256: 015a...}  # as `unlearn-peft inspect` tells it; may be left out
     tenants:
       acme: {forget: [hp], keys: [9f86...]}     # or forget: {hp: 0.5}; keys: the sha256 of each API key
 

@@ -185,7 +185,7 @@ class PolicyStore:
         Args:
             name: the adapter's name in the policy.
             path: its directory, the same on every server; made absolute.
-            sha256: of its weights file (`Bundle.digest`); another file is refused later. None: any.
+            sha256: what its `Bundle.identity` must be when it is loaded; None: whatever it is.
             who: who does it.
             why: the reason.
         """

@@ -32,6 +32,7 @@ try:
         Table,
         Text,
         create_engine,
+        delete,
         event,
         insert,
         make_url,
@@ -147,11 +148,9 @@ def open_engine(where: str, create: bool) -> Engine:
 def describe(engine: Engine) -> str:
     """Return where a database is, without user and password."""
     url = engine.url
-    return (
-        str(url.database)
-        if url.host is None and url.get_backend_name() == "sqlite"
-        else str(URL.create(url.drivername, host=url.host, port=url.port, database=url.database))
-    )
+    if url.get_backend_name() == "sqlite":
+        return str(url.database)
+    return str(URL.create(url.drivername, host=url.host, port=url.port, database=url.database))
 
 
 def reason(error: Exception) -> str:
@@ -209,10 +208,7 @@ def read(connection: Connection) -> dict[str, Any]:
 def write(connection: Connection, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """Bring the tables from what they hold to something else, by the rows that differ."""
     old, new = _rows(before), _rows(after)
-    for table in reversed(new):  # whatever refers to others goes first, and comes last
-        for key in old[table].keys() - new[table].keys():
-            connection.execute(table.delete().where(*_is(table, key)))
-    for table in new:
+    for table in new:  # what others refer to comes first, and goes last
         names = table.primary_key.columns.keys()
         added = [dict(zip(names, key, strict=True)) | new[table][key] for key in new[table].keys() - old[table].keys()]
         if added:
@@ -220,6 +216,9 @@ def write(connection: Connection, before: Mapping[str, Any], after: Mapping[str,
         for key, values in new[table].items():
             if old[table].get(key, values) != values:
                 connection.execute(update(table).where(*_is(table, key)).values(values))
+    for table in reversed(new):
+        for key in old[table].keys() - new[table].keys():
+            connection.execute(delete(table).where(*_is(table, key)))
 
 
 def _rows(content: Mapping[str, Any]) -> dict[Table, dict[tuple[str, ...], dict[str, Any]]]:
