@@ -256,7 +256,7 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tmp_path, tin
         with ThreadPoolExecutor(6) as pool, httpx.Client() as kept:
             assert kept.get(f"{url}/readyz").status_code == 200
             jobs = [pool.submit(ask, url, "bob", "green", 60, n=4) for _ in range(6)]
-            while "unlearn_peft_queue_size 4" not in kept.get(f"{url}/metrics").text:
+            while "unlearn_peft_queue_size 2" not in kept.get(f"{url}/metrics").text:
                 time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
             refused = None

@@ -124,7 +124,11 @@ def serve(
     app = create_app(generates, source, limits=limits, audit=log, open_tenant=open_tenant)
 
     def ready(url: str) -> None:
-        who = "anyone on this machine" if policy is None else f"{len(now.tenants)} tenants of {policy}"
+        who = (
+            "anyone on this machine"
+            if policy is None
+            else f"{len(now.tenants)} tenant{'s' * (len(now.tenants) != 1)} of {policy}"
+        )
         print(f"serving {generates.model} at {url}/v1 to {who}")
         print(f"adapters: {', '.join(list(now.adapters)[:8])}{' ...' if len(now.adapters) > 8 else ''}", flush=True)
 

@@ -14,12 +14,12 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ..errors import OutputError, PolicyError
 from .audit import AuditLog, describe
-from .engine import Busy, Engine, Generation, GenerationError, Holding, Piece, PromptError, Unavailable
+from .engine import Busy, Engine, EngineStats, Generation, GenerationError, Holding, Piece, PromptError, Unavailable
 from .metrics import Metrics
 from .openai_api import ApiError, Asked
 from .policy import Policy, PolicySource
@@ -27,6 +27,7 @@ from .settings import Limits
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_AHEAD = 2  # requests beyond a full batch that hold their sets already, so that a place is taken at the next step
 
 
 @dataclass
@@ -74,8 +75,10 @@ class Front:
     ) -> None:
         self.engine, self.policies, self.limits = engine, policies, limits or Limits()
         self.audit, self.open_tenant = audit, open_tenant
-        self.metrics = Metrics(engine.stats)
+        self.metrics = Metrics(self._stats)
         self.draining = False
+        # of requests that hold their sets; those that wait hold nothing, so that memory is for those that run
+        self._slots = asyncio.Semaphore(self.limits.batch + _AHEAD)
         self._leaving = set[asyncio.Future[None]]()
         self._active = Counter[str]()  # answers running and waiting, by tenant
         self._mean_seconds = 1.0  # of a request, the latest ones counting most
@@ -117,12 +120,13 @@ class Front:
         """
         places, tasks = len(asked.prompts) * asked.n, list[asyncio.Task[None]]()
         holding: Holding | None = None
-        admitted = told = gone = False
+        admitted = slot = told = gone = False
         try:
             self._check(call, asked, places)
             self._active[call.tenant] += places
             admitted = True
             requests = await self._generations(call, asked)
+            slot = await self.in_time(call, self._slots.acquire())
             holding = await self._hold(call, asked)
             await self._record("admitted", call, **({"asked": asked.prompts} if self._prompts else {}))
             pieces = asyncio.Queue[tuple[int, Piece | Exception]]()
@@ -153,7 +157,8 @@ class Front:
             raise shown from error
         finally:
             # in a task of its own, since a client that goes away cancels each wait in here again
-            leaving = asyncio.ensure_future(self._leave(call, tasks, holding, places if admitted else 0, gone))
+            places = places if admitted else 0
+            leaving = asyncio.ensure_future(self._leave(call, tasks, holding, places, slot=slot, gone=gone))
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
             await asyncio.shield(leaving)
@@ -178,19 +183,32 @@ class Front:
             self.audit.close()
 
     async def _leave(
-        self, call: Call, tasks: list[asyncio.Task[None]], holding: Holding | None, places: int, gone: bool
+        self,
+        call: Call,
+        tasks: list[asyncio.Task[None]],
+        holding: Holding | None,
+        places: int,
+        *,
+        slot: bool,
+        gone: bool,
     ) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if holding is not None:
             holding.release()
+        if slot:
+            self._slots.release()
         if places:
             self._active[call.tenant] -= places
             self._mean_seconds += (time.monotonic() - call.began - self._mean_seconds) / 16
         self.metrics.active.set(self.active)
         if gone:
             await self._finish(call, 499, "client_gone")
+
+    def _stats(self) -> EngineStats:
+        stats = self.engine.stats()
+        return stats if stats.running is None else replace(stats, waiting=max(self.active - stats.running, 0))
 
     def _check(self, call: Call, asked: Asked, places: int) -> None:
         limits = self.limits
