@@ -332,3 +332,24 @@ def test_a_set_in_great_demand_spreads_over_the_servers(world):
 
     fewest, most = run(engine, held())
     assert fewest >= 10 and most <= 20
+
+
+def test_a_server_that_was_away_is_asked_again(world, monkeypatch):
+    from unlearn_peft.serve import vllm_servers
+
+    monkeypatch.setattr(vllm_servers, "_AWAY", 0.3)
+    engine, policy = world.engine(world.fake()), world.source.current()
+
+    async def again():
+        engine._servers.away(engine._servers.all[0])
+        refused = 0
+        while True:
+            try:
+                (await engine.hold(policy.forget_of("bob"), policy)).release()
+                return refused
+            except Unavailable:
+                refused += 1
+                assert refused < 500
+                await asyncio.sleep(0.01)
+
+    assert run(engine, again()) > 3

@@ -71,7 +71,7 @@ class Servers:
         """Return whether a server at least can serve now."""
         for server in self.all:
             try:
-                await self.ready(server, patient=False)
+                await self.ready(server)
                 if (await self.http().get(f"{server.url}/health", timeout=5.0)).status_code == 200:
                     return True
             except (httpx.HTTPError, Unavailable, BaseModelError):
@@ -104,6 +104,8 @@ class Servers:
             servers = sorted(self.all, key=lambda s: (s.streams >= most, sha256(f"{s.url} {digest}".encode()).digest()))
         problem = Unavailable("no vLLM server answers")
         for server in servers:
+            if not server.base and time.monotonic() < server.away_until:
+                continue
             try:
                 await self.ready(server)
                 if name is not None:
@@ -121,11 +123,9 @@ class Servers:
         server.away_until, server.base = time.monotonic() + _AWAY, ""
         server.names.clear()
 
-    async def ready(self, server: Server, patient: bool = True) -> None:
+    async def ready(self, server: Server) -> None:
         """Speak to a server for the first time, or again after it was away."""
         if not server.base:
-            if patient and time.monotonic() < server.away_until:
-                raise httpx.ConnectError("away")
             await asyncio.to_thread(self.greet, server)
 
     async def _know(self, server: Server, name: str) -> None:
