@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_evaluate import evaluate
+from .cli_export import export
 from .cli_options import (
     AdapterOption,
     BaseOption,
@@ -262,6 +263,9 @@ def stack(
 
     path = stack_(adapters, output, strength)
     print(f"adapter: {path} ({read_bundle(path).bytes / 1e6:.2f} MB)")
+
+
+app.command()(export)
 
 
 @app.command()

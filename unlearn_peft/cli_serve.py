@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_options import BaseOption, DeviceOption, DifferentOption, DtypeOption, QuantizeOption, load
+from .cli_options import BaseOption, DeviceOption, DifferentOption, DtypeOption, QuantizeOption, base_of, load
 from .errors import UnlearnError
 
 if TYPE_CHECKING:
+    from .serve.engine import Engine
     from .serve.policy import Policy, PolicySource
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -29,6 +30,10 @@ def serve(
     adapter: Annotated[
         list[Path] | None,
         typer.Option("--adapter", help="Instead of a policy, to try it out: a directory that requests may name."),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="URLs of vLLM servers that generate instead of this process, joined by commas."),
     ] = None,
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
@@ -68,6 +73,11 @@ def serve(
     refused (503), not answered without it. To try it out, without keys:
 
       unlearn-peft serve --base demo --adapter out/hp
+
+    With --engine, vLLM servers generate (docs/scaling.md says how they are
+    started); tenants, policy, limits and audit stay here:
+
+      unlearn-peft serve --policy policy.db --engine http://gpu1:8000,http://gpu2:8000
     """
     if missing := [
         name for name in ("fastapi", "uvicorn", "prometheus_client", "sqlalchemy") if not importlib.util.find_spec(name)
@@ -77,6 +87,8 @@ def serve(
         raise UnlearnError(
             "expected either --policy FILE, which says who must have what forgotten, or --adapter DIR, to try it out"
         )
+    if engine is not None and policy is None:
+        raise UnlearnError("--engine needs --policy, the one that the resolver inside vLLM has too")
     if policy is None and host not in _LOOPBACK:
         raise UnlearnError(
             f"--adapter serves without keys, and --host {host} would let others in: give --policy FILE, or leave it out"
@@ -93,17 +105,23 @@ def serve(
     log = None
     if audit is not None:
         log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
-    budget = None if adapter_memory_gb is None else int(adapter_memory_gb * 1e9)
-    engine = LocalEngine(
-        load(base, adapter, dtype, device, quantize), name=model_name, max_batch=max_batch, budget_bytes=budget,
-        allow_different_base=allow_different_base,
-    )  # fmt: skip
+    generates: Engine
+    if engine is not None:
+        from .serve.vllm import VllmEngine
+
+        generates = VllmEngine(engine.split(","), base_of(base, adapter), name=model_name, seconds=max_seconds)
+    else:
+        budget = None if adapter_memory_gb is None else int(adapter_memory_gb * 1e9)
+        generates = LocalEngine(
+            load(base, adapter, dtype, device, quantize), name=model_name, max_batch=max_batch, budget_bytes=budget,
+            allow_different_base=allow_different_base,
+        )  # fmt: skip
     limits = Limits(
         batch=max_batch, queue=max_queue, per_tenant=per_tenant, body_bytes=max_body_bytes,
         prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=max_seconds, drain_seconds=drain_seconds,
     )  # fmt: skip
     open_tenant = _TENANT if policy is None else None
-    app = create_app(engine, source, limits=limits, audit=log, open_tenant=open_tenant)
+    app = create_app(generates, source, limits=limits, audit=log, open_tenant=open_tenant)
 
     def ready(url: str) -> None:
         who = (
@@ -111,7 +129,7 @@ def serve(
             if policy is None
             else f"{len(now.tenants)} tenant{'s' * (len(now.tenants) != 1)} of {policy}"
         )
-        print(f"serving {engine.model} at {url}/v1 to {who}")
+        print(f"serving {generates.model} at {url}/v1 to {who}")
         print(f"adapters: {', '.join(list(now.adapters)[:8])}{' ...' if len(now.adapters) > 8 else ''}", flush=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done
