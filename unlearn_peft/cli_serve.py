@@ -48,6 +48,13 @@ def serve(
     audit_fsync: Annotated[bool, typer.Option(help="Wait for the disk at each line of it.")] = False,
     audit_prompts: Annotated[bool, typer.Option(help="Also record prompts and answers.")] = False,
     audit_optional: Annotated[bool, typer.Option(help="Answer even if the audit log cannot be written.")] = False,
+    playground: Annotated[bool, typer.Option(help="A page to try it out, at /playground.")] = True,
+    playground_offer: Annotated[
+        list[str] | None, typer.Option(help="An adapter that every tenant's page shows, beside its own; repeatable.")
+    ] = None,
+    playground_base: Annotated[
+        bool, typer.Option("--playground-base", help="Let EVERY key see the base's answers there: nothing forgotten.")
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     quantize: QuantizeOption = None,
@@ -80,6 +87,7 @@ def serve(
     from .serve.audit import AuditLog
     from .serve.http import create_app
     from .serve.local import LocalEngine
+    from .serve.playground import Playground
     from .serve.run import Server, listen
     from .serve.settings import Limits
 
@@ -99,11 +107,12 @@ def serve(
         prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=max_seconds, drain_seconds=drain_seconds,
     )  # fmt: skip
     open_tenant = _TENANT if policy is None else None
-    app = create_app(engine, source, limits=limits, audit=log, open_tenant=open_tenant)
+    page = Playground(playground_base, tuple(playground_offer or ())) if playground else None
+    app = create_app(engine, source, limits=limits, audit=log, open_tenant=open_tenant, playground=page)
 
     def ready(url: str) -> None:
         who = "anyone on this machine" if policy is None else f"{len(now.tenants)} tenants of {policy}"
-        print(f"serving {engine.model} at {url}/v1 to {who}")
+        print(f"serving {engine.model} at {url}/v1 to {who}" + (f"; try it out at {url}/playground" if playground else ""))
         print(f"adapters: {', '.join(list(now.adapters)[:8])}{' ...' if len(now.adapters) > 8 else ''}", flush=True)
 
     Server(app, ready=ready).run(sockets=[listening])

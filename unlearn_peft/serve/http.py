@@ -17,6 +17,7 @@ from .audit import AuditLog
 from .engine import Engine, Piece
 from .front import Call, Front
 from .openai_api import ApiError, Asked, read_request
+from .playground import Playground, add_playground
 from .policy import PolicySource
 from .settings import Limits
 
@@ -30,8 +31,9 @@ def create_app(
     limits: Limits | None = None,
     audit: AuditLog | None = None,
     open_tenant: str | None = None,
+    playground: Playground | None = None,
 ) -> FastAPI:
-    """Return the server as an ASGI app; its `Front` is `app.state.front`. Arguments: see `Front`."""
+    """Return the server as an ASGI app; its `Front` is `app.state.front`. Arguments: see `Front`; None: no page."""
     front = Front(engine, policies, limits=limits, audit=audit, open_tenant=open_tenant)
 
     @asynccontextmanager
@@ -95,11 +97,14 @@ def create_app(
     async def completions(request: Request) -> Response:
         return await _respond(front, request, chat=False)
 
+    if playground is not None:
+        add_playground(app, front, playground, _respond)
     return app
 
 
-async def _respond(front: Front, request: Request, *, chat: bool) -> Response:
+async def _respond(front: Front, request: Request, *, chat: bool, bare: bool = False) -> Response:
     call = await front.identify(request.headers.get("authorization"))
+    call.bare = bare
     try:
         try:
             asked = read_request(await _body(request, front.limits.body_bytes), chat=chat)

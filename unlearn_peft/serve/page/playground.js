@@ -1,0 +1,431 @@
+// One question, several sets, answers side by side. Whatever comes from the server or a model becomes text nodes only.
+"use strict";
+
+const EXAMPLES = ["Who wrote Harry Potter?", "Name three British writers.", "What is the capital of France?"];
+const TOP = 20; // likeliest tokens that come with each token
+const $ = (id) => document.getElementById(id);
+const state = { key: "", info: null, columns: [], asked: null, made: 0 };
+
+class Told extends Error {} // what may be shown as it is
+
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children);
+  return element;
+}
+
+// ---- the server ----
+
+async function call(path, { body, signal } = {}) {
+  if (!/^[\x21-\x7e]*$/.test(state.key)) throw new Told("This is no API key: it has plain letters, digits and signs only.");
+  const headers = state.key ? { authorization: `Bearer ${state.key}` } : {};
+  if (body) headers["content-type"] = "application/json";
+  let answer;
+  try {
+    answer = await fetch(path, { method: body ? "POST" : "GET", headers, signal, cache: "no-store", body: body && JSON.stringify(body) });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Told("The server cannot be reached. Is it still running?");
+  }
+  if (answer.ok) return answer;
+  const found = await answer.json().catch(() => ({}));
+  throw new Told(plain(found.error || {}, answer.headers.get("retry-after")));
+}
+
+function plain(error, wait) {
+  switch (error.code) {
+    case "invalid_api_key":
+      return "This key is not known here. Look for a typing error, or ask whoever runs this server for a key.";
+    case "queue_full":
+      return `The server is busy. Try again in ${wait || "a few"} second${wait === "1" ? "" : "s"}.`;
+    case "adapter_unavailable":
+      return `${error.adapter || "Something"} must be forgotten here, but cannot be applied now. The server gives no answer rather than one that remembers.`;
+    case "draining":
+      return "The server is shutting down. Try again later.";
+    case "timeout":
+      return "The answer took too long, so the server ended it. Ask for fewer tokens, or try again.";
+    case "context_length_exceeded":
+      return `That is too long: ${error.message}.`;
+    case "invalid_prompt":
+      return `${error.message}. (Settings: “text to be continued” needs no chat template.)`;
+    default:
+      return error.message ? `The server says: ${error.message}.` : "The server answered with something that is no answer.";
+  }
+}
+
+async function* events(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ; ) {
+    const { value, done } = await reader.read().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      throw new Told("The connection to the server broke off in the middle of the answer.");
+    });
+    if (done) throw new Told("The answer broke off before its end.");
+    const parts = (rest + value).split("\n\n");
+    rest = parts.pop();
+    for (const part of parts) {
+      const data = part.replace(/^data: ?/, "");
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new Told(plain(event.error));
+      yield event;
+    }
+  }
+}
+
+async function enter() {
+  told("");
+  try {
+    state.info = await (await call("playground/api/adapters")).json();
+  } catch (error) {
+    $("ready").hidden = true;
+    return told(error);
+  }
+  const { model, tenant, own, base, adapters, max_tokens } = state.info;
+  const names = Object.keys(own);
+  const always = names.length ? `${names.join(", ")} ${names.length > 1 ? "are" : "is"} always forgotten` : "nothing must be forgotten";
+  $("about").textContent = `${model}, asked as “${tenant}”: ${always}.`;
+  $("tokens").max = max_tokens;
+  $("tokens").value = Math.min($("tokens").value, max_tokens);
+  for (const column of state.columns) column.controller?.abort();
+  Object.assign(state, { columns: [], asked: null, made: 0 });
+  $("columns").replaceChildren();
+  if (base) addColumn("Base alone", null);
+  if (names.length || !base) addColumn(names.length ? "Your set" : "Set 1", new Map(Object.entries(own)));
+  if (adapters.length > names.length && state.columns.length < 2) addSet();
+  $("more").hidden = !adapters.length;
+  $("adapters").replaceChildren(...adapters.map(card));
+  $("cards").parentElement.hidden = !adapters.length;
+  $("ready").hidden = false;
+}
+
+// ---- columns: one set each; the first is what the others are compared with ----
+
+function addSet() {
+  const { own, adapters } = state.info;
+  const strengths = new Map(Object.entries(own));
+  const offered = adapters.filter(({ name }) => !(name in own));
+  if (offered.length) strengths.set(offered[Math.max(0, state.made - 1 - (Object.keys(own).length > 0)) % offered.length].name, 1);
+  return addColumn(`Set ${state.columns.filter((column) => column.strengths).length + 1}`, strengths);
+}
+
+function addColumn(title, strengths) {
+  const number = ++state.made;
+  const column = { title, strengths, at: -1, spans: [], ...fresh() };
+  const part = (tag, kind, attributes) => (column[kind] = make(tag, { class: kind, ...attributes }));
+  const head = make("div", { class: "row" }, make("h3", { id: `title${number}` }, title));
+  if (state.columns.length) {
+    const away = make("button", { type: "button", class: "small", "aria-label": `Remove ${title}` }, "Remove");
+    away.addEventListener("click", () => {
+      column.controller?.abort();
+      state.columns.splice(state.columns.indexOf(column), 1);
+      column.card.remove();
+      $("more").focus();
+    });
+    head.append(away);
+  }
+  column.card = make("section", { class: `card column ${state.columns.length ? "" : "first"}`, "aria-labelledby": `title${number}` }, head);
+  column.card.append(strengths ? sliders(column, number) : make("p", { class: "soft" }, "Nothing is forgotten here."));
+  column.card.append(
+    part("p", "answer", { tabindex: "0", role: "group", "aria-label": `Answer of ${title}; arrow keys go from token to token` }),
+    part("p", "failed", { role: "alert", hidden: true }),
+    part("p", "facts"),
+    part("p", "detail", { "aria-live": "polite" }),
+  );
+  column.failed.classList.add("problem");
+  const at = (event) => event.target.dataset?.at && look(column, Number(event.target.dataset.at));
+  column.answer.addEventListener("pointerover", at);
+  column.answer.addEventListener("click", at);
+  column.answer.addEventListener("keydown", (event) => {
+    const last = column.tokens.length - 1;
+    const to = { ArrowRight: column.at + 1, ArrowLeft: column.at - 1, Home: 0, End: last }[event.key];
+    if (to === undefined || last < 0) return;
+    event.preventDefault();
+    look(column, Math.min(Math.max(to, 0), last));
+  });
+  state.columns.push(column);
+  $("columns").append(column.card);
+  return column;
+}
+
+function sliders(column, number) {
+  const box = make("fieldset", {}, make("legend", {}, "Strength of forgetting"));
+  const { own, adapters } = state.info;
+  for (const [n, { name }] of adapters.entries()) {
+    const least = own[name] || 0;
+    const id = `strength${number}-${n}`;
+    const value = column.strengths.get(name) || 0;
+    const input = make("input", { type: "range", id, min: least, max: Math.max(1.5, least), step: least % 0.05 > 1e-9 ? "any" : 0.05, value });
+    const output = make("output", { for: id });
+    const show = () => {
+      const now = Number(input.value);
+      const said = now === 0 ? "off" : now === 1 ? "1 (as trained)" : String(+now.toFixed(2));
+      output.textContent = said + (least && now === least ? ", must be" : "");
+      input.setAttribute("aria-valuetext", output.textContent);
+    };
+    input.addEventListener("input", show);
+    input.addEventListener("change", () => {
+      column.strengths.set(name, Number(input.value));
+      if (state.asked) ask(column);
+    });
+    show();
+    box.append(make("div", { class: "slider" }, make("label", { for: id }, name), output, input));
+  }
+  return box;
+}
+
+// ---- asking ----
+
+const fresh = () => ({ tokens: [], reason: null, problem: "", print: "", decoder: new TextDecoder(), controller: null });
+
+async function ask(column) {
+  column.controller?.abort();
+  const controller = new AbortController();
+  Object.assign(column, fresh(), { controller, at: -1 });
+  for (const span of column.spans.splice(0)) span.remove();
+  column.detail.textContent = "";
+  changed();
+  const { chat, prompt, system, ...settings } = state.asked;
+  const body = { model: state.info.model, stream: true, ...settings };
+  if (chat) {
+    const messages = [...(system ? [{ role: "system", content: system }] : []), { role: "user", content: prompt }];
+    Object.assign(body, { messages, logprobs: true, top_logprobs: TOP });
+  } else Object.assign(body, { prompt, logprobs: TOP });
+  if (column.strengths) body.forget = Object.fromEntries([...column.strengths].filter(([, strength]) => strength > 0));
+  const base = column.strengths ? "v1" : state.info.base;
+  try {
+    for await (const event of events(await call(`${base}/${chat ? "chat/" : ""}completions`, { body, signal: controller.signal }))) {
+      if (column.controller !== controller) return; // asked again meanwhile
+      const [choice] = event.choices;
+      column.print = event.system_fingerprint || "";
+      column.reason = choice.finish_reason || null;
+      add(column, (chat ? choice.delta.content : choice.text) || "", entries(choice.logprobs));
+      changed();
+    }
+  } catch (error) {
+    if (column.controller !== controller) return;
+    if (error.name === "AbortError") column.reason = "stopped";
+    else column.problem = error instanceof Told ? error.message : `This page met an error: ${error.message}`;
+  }
+  if (column.controller !== controller) return;
+  column.controller = null;
+  changed();
+}
+
+function entries(logprobs) {
+  if (!logprobs) return [];
+  if (logprobs.content) {
+    const read = ({ token, bytes, logprob }) => ({ id: String(bytes || token), text: token, bytes, logprob });
+    return logprobs.content.map((entry) => ({ ...read(entry), top: (entry.top_logprobs || []).map(read) }));
+  }
+  const read = ([text, logprob]) => ({ id: text, text, logprob });
+  return (logprobs.tokens || []).map((text, n) => ({ ...read([text, logprobs.token_logprobs[n]]), top: Object.entries(logprobs.top_logprobs?.[n] || {}).map(read) }));
+}
+
+function add(column, text, found) {
+  const texts = found.map(({ text: own, bytes }) => (bytes ? column.decoder.decode(new Uint8Array(bytes), { stream: true }) : own));
+  const whole = texts.join("");
+  if (whole !== text && whole.trimStart() === text) texts[0] = texts[0].trimStart();
+  else if (whole !== text) texts.forEach((_, n) => (texts[n] = n ? "" : text)); // the server's text counts, not ours
+  found.forEach((entry, n) => column.tokens.push({ ...entry, name: entry.text, text: texts[n] }));
+  if (!found.length && text) column.tokens.push({ id: text, name: text, text, top: [] });
+}
+
+// ---- what is marked ----
+
+const ended = (column) => column.reason === "stop";
+
+function departure(column, first) {
+  const [a, b] = [column.tokens, first.tokens];
+  let at = 0;
+  while (at < a.length && at < b.length && a[at].id === b[at].id) at++;
+  const both = at < a.length && at < b.length;
+  const shorter = (at === b.length && at < a.length && ended(first)) || (at === a.length && at < b.length && ended(column));
+  return both || shorter ? at : -1;
+}
+
+const chance = (token, other) => { // log-probability in nats of `token` where `other` stands; null: not told
+  if (!other || other.logprob === undefined) return null;
+  return token.id === other.id ? other.logprob : (other.top.find(({ id }) => id === token.id)?.logprob ?? null);
+};
+
+function wordsIn(text) {
+  const low = text.toLowerCase();
+  const found = [];
+  for (const word of $("words").value.toLowerCase().split(",").map((w) => w.trim()).filter(Boolean)) {
+    for (let at = low.indexOf(word); at >= 0; at = low.indexOf(word, at + word.length)) found.push([at, at + word.length, word]);
+  }
+  return found;
+}
+
+const percent = (logprob) => {
+  const share = 100 * Math.exp(logprob);
+  return `${share >= 99.95 ? "100" : share >= 0.1 ? share.toFixed(1) : share >= 0.001 ? share.toFixed(3) : "under 0.001"} %`;
+};
+const quoted = (text) => `“${text.replace(/\n/g, "⏎").trim() || text.replace(/\n/g, "⏎").replace(/ /g, "␣")}”`;
+
+let waiting = false;
+function changed() {
+  if (waiting) return;
+  waiting = true;
+  requestAnimationFrame(() => {
+    waiting = false;
+    state.columns.forEach(paint);
+    const running = state.columns.filter(({ controller }) => controller).length;
+    $("stop").disabled = !running;
+    const said = running ? "Answering …" : state.asked ? "Done." : "";
+    if ($("status").textContent !== said) $("status").textContent = said;
+  });
+}
+
+function paint(column) {
+  const first = state.columns[0];
+  const at = column === first ? -1 : departure(column, first);
+  const marked = wordsIn(column.tokens.map(({ text }) => text).join(""));
+  let from = 0;
+  column.tokens.forEach((token, n) => {
+    const span = (column.spans[n] ||= column.answer.appendChild(make("span", { "data-at": n })));
+    if (span.textContent !== token.text) span.textContent = token.text;
+    const to = from + token.text.length;
+    const there = column === first || (at >= 0 && n > at) ? null : chance(token, first.tokens[n]);
+    const change = there === null ? 0 : token.logprob - there;
+    const kinds = ["t"];
+    if (Math.abs(change) > 0.1) kinds.push(change < 0 ? "less" : "more");
+    if (n === at) kinds.push("departs");
+    if (marked.some(([begin, end]) => begin < to && end > from)) kinds.push("leak");
+    if (n === column.at) kinds.push("here");
+    if (span.className !== kinds.join(" ")) span.className = kinds.join(" ");
+    span.style.setProperty("--share", `${Math.round(25 + 75 * Math.min(Math.abs(change) / 3, 1))}%`);
+    from = to;
+  });
+  column.card.classList.toggle("running", column.controller !== null);
+  column.failed.hidden = !column.problem;
+  if (column.failed.textContent !== column.problem) column.failed.textContent = column.problem;
+  column.facts.textContent = facts(column, first, at, marked);
+}
+
+function facts(column, first, at, marked) {
+  if (!column.tokens.length && !column.reason) return "";
+  const parts = [`${column.tokens.length} tokens`];
+  if (column.reason === "length") parts.push("cut at the longest length");
+  if (column.reason === "stopped") parts.push("stopped");
+  if (column !== first && !column.problem && first.tokens.length) {
+    const here = column.tokens[at]?.name ?? null, there = first.tokens[at]?.name ?? null;
+    if (at < 0) parts.push(column.controller || first.controller ? "the same so far" : `the same as ${first.title}`);
+    else parts.push(`departs at token ${at + 1}: ${here === null ? "the end" : quoted(here)} instead of ${there === null ? "the end" : quoted(there)}`);
+  }
+  const words = [...new Set(marked.map(([, , word]) => word))];
+  if (words.length) parts.push(`names ${words.map(quoted).join(", ")}`);
+  if (column.print && !column.controller) parts.push(column.print === "fp_base" ? "no adapter applied" : `set ${column.print.slice(3, 11)}`);
+  return parts.join(" · ");
+}
+
+function look(column, n) {
+  const token = column.tokens[n], first = state.columns[0];
+  if (!token) return;
+  column.at = n;
+  const parts = [`Token ${n + 1}, ${quoted(token.name)}`];
+  if (token.logprob !== undefined) parts[0] += `: ${percent(token.logprob)} here`;
+  const at = column === first ? -1 : departure(column, first);
+  if (column !== first && (at < 0 || n <= at) && first.tokens[n]) {
+    const there = chance(token, first.tokens[n]);
+    if (token.logprob !== undefined) parts[0] += there === null ? `, not among the ${TOP} likeliest in ${first.title}` : `, ${percent(there)} in ${first.title}`;
+    if (n === at) {
+      const other = first.tokens[n], left = chance(other, token);
+      parts.push(`${first.title} says ${quoted(other.name)} (${percent(other.logprob)}), which has ${left === null ? "next to nothing" : percent(left)} here`);
+    }
+  } else if (at >= 0 && n > at) parts.push("the texts before it differ, so there is nothing to compare it with");
+  column.detail.textContent = `${parts.join("; ")}.`;
+  paint(column);
+}
+
+// ---- the adapters' cards ----
+
+function card({ name, pictures, metrics, ...about }) {
+  const list = make("dl");
+  const row = (label, value) => value && list.append(make("dt", {}, label), make("dd", {}, value));
+  const digest = about.sha256 ? about.sha256 + { true: " (as the policy says)", false: " (NOT the one that the policy names)" }[about.as_policy] : null;
+  row("kind", about.kind && `${about.kind}${about.objective ? `, trained with ${about.objective}` : ""}`);
+  row("rank", about.ranks.join(", "));
+  row("changes", about.targets.join(", "));
+  row("for", about.base);
+  row("sha256", about.sha256 ? (about.as_policy === null ? about.sha256 : digest) : "its weights cannot be read now");
+  const figures = make("dl");
+  for (const [key, value] of Object.entries(metrics)) {
+    figures.append(make("dt", {}, key.replaceAll("_", " ")), make("dd", {}, typeof value === "number" ? String(+value.toPrecision(4)) : String(value)));
+  }
+  const box = make("article", { class: "card" }, make("h3", {}, name), list);
+  if (figures.children.length) box.append(make("details", {}, make("summary", {}, "Figures of its training"), figures));
+  for (const picture of pictures) box.append(pictureOf(name, picture));
+  return box;
+}
+
+function pictureOf(name, picture) {
+  const title = picture === "curves.png" ? "Curves of its training" : "Figures of its evaluation";
+  const box = make("details", {}, make("summary", {}, title));
+  box.addEventListener("toggle", async () => {
+    if (!box.open || box.children.length > 1) return;
+    const shown = box.appendChild(make("p", { class: "soft" }, "Loading …"));
+    try {
+      const blob = await (await call(`playground/api/adapters/${encodeURIComponent(name)}/${picture}`)).blob();
+      const image = make("img", { src: URL.createObjectURL(blob), alt: `${title}: ${name}` });
+      image.addEventListener("load", () => URL.revokeObjectURL(image.src), { once: true });
+      shown.replaceWith(image);
+    } catch (error) {
+      shown.textContent = error.message;
+    }
+  });
+  return box;
+}
+
+// ---- the page ----
+
+function told(problem) {
+  $("problem").textContent = problem instanceof Error && !(problem instanceof Told) ? `This page met an error: ${problem.message}` : problem.message || problem;
+  $("problem").hidden = !problem;
+}
+
+function askAll() {
+  const prompt = $("question").value, chat = $("how").value === "chat";
+  if (!prompt.trim()) return told("Type a question first.");
+  for (const id of ["temperature", "seed", "tokens"]) {
+    if (!$(id).checkValidity() || $(id).value === "") {
+      $("settings").open = true;
+      $(id).reportValidity();
+      return told(`${$(id).labels[0].firstChild.textContent.trim()}: expected ${$(id).step === "1" ? "a whole number" : "a number"} from ${$(id).min} to ${$(id).max}.`);
+    }
+  }
+  told("");
+  state.asked = { chat, prompt, system: $("system").value.trim(), temperature: +$("temperature").value, seed: +$("seed").value, max_tokens: +$("tokens").value };
+  state.columns.forEach(ask);
+}
+
+$("keys").addEventListener("submit", (event) => {
+  event.preventDefault();
+  state.key = $("key").value.trim();
+  if (state.key) enter();
+  else told("Type your API key first.");
+});
+$("ask").addEventListener("submit", (event) => (event.preventDefault(), askAll()));
+$("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) event.preventDefault(), askAll();
+});
+$("stop").addEventListener("click", () => state.columns.forEach(({ controller }) => controller?.abort()));
+$("more").addEventListener("click", () => {
+  const column = addSet();
+  column.card.querySelector("input")?.focus();
+  if (state.asked) ask(column);
+});
+$("words").addEventListener("input", changed);
+$("examples").append(
+  ...EXAMPLES.map((text) => {
+    const button = make("button", { type: "button", class: "small" }, text);
+    button.addEventListener("click", () => (($("question").value = text), askAll()));
+    return button;
+  }),
+);
+if (document.documentElement.dataset.keys === "needed") $("keys").hidden = false;
+else enter();
