@@ -112,7 +112,9 @@ def serve(
 
     def ready(url: str) -> None:
         who = "anyone on this machine" if policy is None else f"{len(now.tenants)} tenants of {policy}"
-        print(f"serving {engine.model} at {url}/v1 to {who}" + (f"; try it out at {url}/playground" if playground else ""))
+        print(f"serving {engine.model} at {url}/v1 to {who}")
+        if playground:
+            print(f"playground: {url}/playground")
         print(f"adapters: {', '.join(list(now.adapters)[:8])}{' ...' if len(now.adapters) > 8 else ''}", flush=True)
 
     Server(app, ready=ready).run(sockets=[listening])

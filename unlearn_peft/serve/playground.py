@@ -32,6 +32,7 @@ from .policy import AdapterEntry
 FIGURES = "figures.png"  # of `unlearn-peft eval`, whose default place is ADAPTER.eval beside the adapter
 PICTURES = (CURVES, FIGURES)
 _PAGE = Path(__file__).parent / "page"
+_FILES = {"playground.css": "text/css"} | dict.fromkeys(("playground.js", "server.js", "tokens.js"), "text/javascript")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MAX_PICTURE, _MAX_JSON = 8_000_000, 10_000_000  # bytes
 _CSP = (
@@ -66,15 +67,11 @@ def add_playground(app: FastAPI, front: Front, playground: Playground, respond: 
     if unknown := [name for name in playground.offer if name not in front.policies.current().adapters]:
         raise PolicyError(f"the playground offers '{unknown[0]}', which is not among the policy's adapters")
     front.shows_base = playground.base
-    files = {
-        "": ("playground.html", "text/html"), "/app.js": ("playground.js", "text/javascript"),
-        "/app.css": ("playground.css", "text/css"),
-    }  # fmt: skip
-    for path, (name, kind) in files.items():
-        text = (_PAGE / name).read_text(encoding="utf-8")
-        if not path:
-            text = text.replace("{keys}", "none" if front.open_tenant is not None else "needed")
-        app.get(f"/playground{path}")(_file(text, kind))
+    page = (_PAGE / "playground.html").read_text(encoding="utf-8")
+    page = page.replace("{keys}", "none" if front.open_tenant is not None else "needed")
+    app.get("/playground")(_answer(page, "text/html"))
+    for name, kind in _FILES.items():
+        app.get(f"/playground/{name}")(_answer((_PAGE / name).read_text(encoding="utf-8"), kind))
 
     @app.get("/playground/api/adapters")
     async def adapters(request: Request) -> JSONResponse:
@@ -155,7 +152,7 @@ def _seen(front: Front, playground: Playground, call: Call) -> dict[str, Adapter
     return {name: known[name] for name in names if name in known}
 
 
-def _file(text: str, kind: str) -> Callable[[], Awaitable[Response]]:
+def _answer(text: str, kind: str) -> Callable[[], Awaitable[Response]]:
     headers = {**_HEADERS, "content-security-policy": _CSP, "cache-control": "no-cache"}
 
     async def answer() -> Response:

@@ -1,12 +1,10 @@
 // One question, several sets, answers side by side. Whatever comes from the server or a model becomes text nodes only.
-"use strict";
+import { Told, call, events } from "./server.js";
+import { TOP, chance, departure, entries, percent, quoted } from "./tokens.js";
 
 const EXAMPLES = ["Who wrote Harry Potter?", "Name three British writers.", "What is the capital of France?"];
-const TOP = 20; // likeliest tokens that come with each token
 const $ = (id) => document.getElementById(id);
-const state = { key: "", info: null, columns: [], asked: null, made: 0 };
-
-class Told extends Error {} // what may be shown as it is
+const state = { key: "", info: null, columns: [], asked: null, made: 0, sets: 0 };
 
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -17,69 +15,10 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-// ---- the server ----
-
-async function call(path, { body, signal } = {}) {
-  if (!/^[\x21-\x7e]*$/.test(state.key)) throw new Told("This is no API key: it has plain letters, digits and signs only.");
-  const headers = state.key ? { authorization: `Bearer ${state.key}` } : {};
-  if (body) headers["content-type"] = "application/json";
-  let answer;
-  try {
-    answer = await fetch(path, { method: body ? "POST" : "GET", headers, signal, cache: "no-store", body: body && JSON.stringify(body) });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Told("The server cannot be reached. Is it still running?");
-  }
-  if (answer.ok) return answer;
-  const found = await answer.json().catch(() => ({}));
-  throw new Told(plain(found.error || {}, answer.headers.get("retry-after")));
-}
-
-function plain(error, wait) {
-  switch (error.code) {
-    case "invalid_api_key":
-      return "This key is not known here. Look for a typing error, or ask whoever runs this server for a key.";
-    case "queue_full":
-      return `The server is busy. Try again in ${wait || "a few"} second${wait === "1" ? "" : "s"}.`;
-    case "adapter_unavailable":
-      return `${error.adapter || "Something"} must be forgotten here, but cannot be applied now. The server gives no answer rather than one that remembers.`;
-    case "draining":
-      return "The server is shutting down. Try again later.";
-    case "timeout":
-      return "The answer took too long, so the server ended it. Ask for fewer tokens, or try again.";
-    case "context_length_exceeded":
-      return `That is too long: ${error.message}.`;
-    case "invalid_prompt":
-      return `${error.message}. (Settings: “text to be continued” needs no chat template.)`;
-    default:
-      return error.message ? `The server says: ${error.message}.` : "The server answered with something that is no answer.";
-  }
-}
-
-async function* events(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  for (let rest = ""; ; ) {
-    const { value, done } = await reader.read().catch((error) => {
-      if (error.name === "AbortError") throw error;
-      throw new Told("The connection to the server broke off in the middle of the answer.");
-    });
-    if (done) throw new Told("The answer broke off before its end.");
-    const parts = (rest + value).split("\n\n");
-    rest = parts.pop();
-    for (const part of parts) {
-      const data = part.replace(/^data: ?/, "");
-      if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new Told(plain(event.error));
-      yield event;
-    }
-  }
-}
-
 async function enter() {
   told("");
   try {
-    state.info = await (await call("playground/api/adapters")).json();
+    state.info = await (await call(state.key, "playground/api/adapters")).json();
   } catch (error) {
     $("ready").hidden = true;
     return told(error);
@@ -91,10 +30,10 @@ async function enter() {
   $("tokens").max = max_tokens;
   $("tokens").value = Math.min($("tokens").value, max_tokens);
   for (const column of state.columns) column.controller?.abort();
-  Object.assign(state, { columns: [], asked: null, made: 0 });
+  Object.assign(state, { columns: [], asked: null, made: 0, sets: 0 });
   $("columns").replaceChildren();
   if (base) addColumn("Base alone", null);
-  if (names.length || !base) addColumn(names.length ? "Your set" : "Set 1", new Map(Object.entries(own)));
+  if (names.length || !base) addColumn(names.length ? "Your set" : `Set ${++state.sets}`, new Map(Object.entries(own)));
   if (adapters.length > names.length && state.columns.length < 2) addSet();
   $("more").hidden = !adapters.length;
   $("adapters").replaceChildren(...adapters.map(card));
@@ -109,7 +48,7 @@ function addSet() {
   const strengths = new Map(Object.entries(own));
   const offered = adapters.filter(({ name }) => !(name in own));
   if (offered.length) strengths.set(offered[Math.max(0, state.made - 1 - (Object.keys(own).length > 0)) % offered.length].name, 1);
-  return addColumn(`Set ${state.columns.filter((column) => column.strengths).length + 1}`, strengths);
+  return addColumn(`Set ${++state.sets}`, strengths);
 }
 
 function addColumn(title, strengths) {
@@ -158,7 +97,7 @@ function sliders(column, number) {
     const least = own[name] || 0;
     const id = `strength${number}-${n}`;
     const value = column.strengths.get(name) || 0;
-    const input = make("input", { type: "range", id, min: least, max: Math.max(1.5, least), step: least % 0.05 > 1e-9 ? "any" : 0.05, value });
+    const input = make("input", { type: "range", id, min: least, max: Math.max(1.5, least), step: 0.05, value });
     const output = make("output", { for: id });
     const show = () => {
       const now = Number(input.value);
@@ -197,7 +136,7 @@ async function ask(column) {
   if (column.strengths) body.forget = Object.fromEntries([...column.strengths].filter(([, strength]) => strength > 0));
   const base = column.strengths ? "v1" : state.info.base;
   try {
-    for await (const event of events(await call(`${base}/${chat ? "chat/" : ""}completions`, { body, signal: controller.signal }))) {
+    for await (const event of events(await call(state.key, `${base}/${chat ? "chat/" : ""}completions`, { body, signal: controller.signal }))) {
       if (column.controller !== controller) return; // asked again meanwhile
       const [choice] = event.choices;
       column.print = event.system_fingerprint || "";
@@ -215,16 +154,6 @@ async function ask(column) {
   changed();
 }
 
-function entries(logprobs) {
-  if (!logprobs) return [];
-  if (logprobs.content) {
-    const read = ({ token, bytes, logprob }) => ({ id: String(bytes || token), text: token, bytes, logprob });
-    return logprobs.content.map((entry) => ({ ...read(entry), top: (entry.top_logprobs || []).map(read) }));
-  }
-  const read = ([text, logprob]) => ({ id: text, text, logprob });
-  return (logprobs.tokens || []).map((text, n) => ({ ...read([text, logprobs.token_logprobs[n]]), top: Object.entries(logprobs.top_logprobs?.[n] || {}).map(read) }));
-}
-
 function add(column, text, found) {
   const texts = found.map(({ text: own, bytes }) => (bytes ? column.decoder.decode(new Uint8Array(bytes), { stream: true }) : own));
   const whole = texts.join("");
@@ -236,22 +165,6 @@ function add(column, text, found) {
 
 // ---- what is marked ----
 
-const ended = (column) => column.reason === "stop";
-
-function departure(column, first) {
-  const [a, b] = [column.tokens, first.tokens];
-  let at = 0;
-  while (at < a.length && at < b.length && a[at].id === b[at].id) at++;
-  const both = at < a.length && at < b.length;
-  const shorter = (at === b.length && at < a.length && ended(first)) || (at === a.length && at < b.length && ended(column));
-  return both || shorter ? at : -1;
-}
-
-const chance = (token, other) => { // log-probability in nats of `token` where `other` stands; null: not told
-  if (!other || other.logprob === undefined) return null;
-  return token.id === other.id ? other.logprob : (other.top.find(({ id }) => id === token.id)?.logprob ?? null);
-};
-
 function wordsIn(text) {
   const low = text.toLowerCase();
   const found = [];
@@ -260,12 +173,6 @@ function wordsIn(text) {
   }
   return found;
 }
-
-const percent = (logprob) => {
-  const share = 100 * Math.exp(logprob);
-  return `${share >= 99.95 ? "100" : share >= 0.1 ? share.toFixed(1) : share >= 0.001 ? share.toFixed(3) : "under 0.001"} %`;
-};
-const quoted = (text) => `“${text.replace(/\n/g, "⏎").trim() || text.replace(/\n/g, "⏎").replace(/ /g, "␣")}”`;
 
 let waiting = false;
 function changed() {
@@ -370,7 +277,7 @@ function pictureOf(name, picture) {
     if (!box.open || box.children.length > 1) return;
     const shown = box.appendChild(make("p", { class: "soft" }, "Loading …"));
     try {
-      const blob = await (await call(`playground/api/adapters/${encodeURIComponent(name)}/${picture}`)).blob();
+      const blob = await (await call(state.key, `playground/api/adapters/${encodeURIComponent(name)}/${picture}`)).blob();
       const image = make("img", { src: URL.createObjectURL(blob), alt: `${title}: ${name}` });
       image.addEventListener("load", () => URL.revokeObjectURL(image.src), { once: true });
       shown.replaceWith(image);
