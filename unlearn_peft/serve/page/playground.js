@@ -4,6 +4,7 @@ import { TOP, chance, departure, entries, percent, quoted } from "./tokens.js";
 
 const EXAMPLES = ["Who wrote Harry Potter?", "Name three British writers.", "What is the capital of France?"];
 const $ = (id) => document.getElementById(id);
+const needsKeys = document.documentElement.dataset.keys === "needed";
 const state = { key: "", info: null, columns: [], asked: null, made: 0, sets: 0 };
 
 function make(tag, attributes = {}, ...children) {
@@ -26,7 +27,7 @@ async function enter() {
   const { model, tenant, own, base, adapters, max_tokens } = state.info;
   const names = Object.keys(own);
   const always = names.length ? `${names.join(", ")} ${names.length > 1 ? "are" : "is"} always forgotten` : "nothing must be forgotten";
-  $("about").textContent = `${model}, asked as “${tenant}”: ${always}.`;
+  $("about").textContent = needsKeys ? `${model}, asked as “${tenant}”: ${always}.` : `${model}, with the adapters below to try. No keys are needed.`;
   $("tokens").max = max_tokens;
   $("tokens").value = Math.min($("tokens").value, max_tokens);
   for (const column of state.columns) column.controller?.abort();
@@ -168,8 +169,9 @@ function add(column, text, found) {
 function wordsIn(text) {
   const low = text.toLowerCase();
   const found = [];
-  for (const word of $("words").value.toLowerCase().split(",").map((w) => w.trim()).filter(Boolean)) {
-    for (let at = low.indexOf(word); at >= 0; at = low.indexOf(word, at + word.length)) found.push([at, at + word.length, word]);
+  for (const word of $("words").value.split(",").map((part) => part.trim()).filter(Boolean)) {
+    const sought = word.toLowerCase();
+    for (let at = low.indexOf(sought); at >= 0; at = low.indexOf(sought, at + sought.length)) found.push([at, at + sought.length, word]);
   }
   return found;
 }
@@ -334,5 +336,5 @@ $("examples").append(
     return button;
   }),
 );
-if (document.documentElement.dataset.keys === "needed") $("keys").hidden = false;
+if (needsKeys) $("keys").hidden = false;
 else enter();
