@@ -165,13 +165,16 @@ def _read(path: Path, most: int, *, links: bool = False) -> bytes | None:
     """Return a file's bytes; None if it is not there, not a plain file, or larger than `most`."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW))
+        try:
+            state = os.fstat(file)
+            if not stat.S_ISREG(state.st_mode) or state.st_size > most:
+                return None
+            with os.fdopen(file, "rb", closefd=False) as stream:
+                data = stream.read(most + 1)
+        finally:
+            os.close(file)
     except OSError:
         return None
-    with os.fdopen(file, "rb") as stream:
-        state = os.fstat(file)
-        if not stat.S_ISREG(state.st_mode) or state.st_size > most:
-            return None
-        data = stream.read(most + 1)
     return data if len(data) <= most else None
 
 

@@ -303,7 +303,7 @@ function askAll() {
   for (const id of ["temperature", "seed", "tokens"]) {
     if (!$(id).checkValidity() || $(id).value === "") {
       $("settings").open = true;
-      $(id).reportValidity();
+      $(id).focus();
       return told(`${$(id).labels[0].firstChild.textContent.trim()}: expected ${$(id).step === "1" ? "a whole number" : "a number"} from ${$(id).min} to ${$(id).max}.`);
     }
   }
