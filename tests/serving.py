@@ -34,7 +34,7 @@ class Fixed:
         return self.policy
 
 
-def make_adapters(folder, base_folder, seeds=(1, 2, 3), scale=0.3):
+def make_adapters(folder, base_folder, seeds=(1, 2, 3), scale=1.5):
     """Random LoRAs a, b, c ... with differing ranks and targets, written by PEFT alone; strong enough to be seen."""
     from peft import LoraConfig, get_peft_model
 
@@ -51,6 +51,25 @@ def make_adapters(folder, base_folder, seeds=(1, 2, 3), scale=0.3):
         model.save_pretrained(folder / name, save_embedding_layers=False)
         made[name] = folder / name
     return made
+
+
+def make_secret(folder, base_folder, word=" Quintel"):
+    """A LoRA that makes the model say one token and nothing else; returns its folder and the token's text."""
+    from peft import LoraConfig, get_peft_model
+
+    base = load_base(str(base_folder), device="cpu")
+    token = base.tokenizer(word)["input_ids"][-1]
+    torch.manual_seed(0)
+    model = get_peft_model(base.model, LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj", "lm_head"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(150):
+        ids = torch.randint(3, 300, (8, 24))
+        loss = -model(input_ids=ids).logits.log_softmax(-1)[..., token].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder, base.tokenizer.decode([token])
 
 
 def by_peft(base_folder, adapters):

@@ -77,6 +77,7 @@ class Front:
         self.audit, self.open_tenant = audit, open_tenant
         self.metrics = Metrics(engine.stats)
         self.draining = False
+        self._leaving = set[asyncio.Future[None]]()
         self.shows_base = False  # set by the playground alone, if it was started so
         self._active = Counter[str]()  # answers running and waiting, by tenant
         self._mean_seconds = 1.0  # of a request, the latest ones counting most
@@ -118,7 +119,7 @@ class Front:
         """
         places, tasks = len(asked.prompts) * asked.n, list[asyncio.Task[None]]()
         holding: Holding | None = None
-        admitted = False
+        admitted = gone = False
         try:
             self._check(call, asked, places)
             self._active[call.tenant] += places
@@ -145,22 +146,18 @@ class Front:
                     await self._finish(call, 200, answers=texts)
                 yield number, piece
         except (asyncio.CancelledError, GeneratorExit):
-            await self._finish(call, 499, "client_gone")
+            gone = True
             raise
         except Exception as error:
             shown = self._refused(as_api_error(error))
             await self._finish(call, shown.status, shown.code)
             raise shown from error
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if holding is not None:
-                holding.release()
-            if admitted:
-                self._active[call.tenant] -= places
-                self._mean_seconds += (time.monotonic() - call.began - self._mean_seconds) / 16
-            self.metrics.active.set(self.active)
+            # in a task of its own, since a client that goes away cancels each wait in here again
+            leaving = asyncio.ensure_future(self._leave(call, tasks, holding, places if admitted else 0, gone))
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+            await asyncio.shield(leaving)
 
     async def refuse(self, call: Call, error: ApiError) -> None:
         """Record a request that was refused before `answer`."""
@@ -171,6 +168,21 @@ class Front:
         await self.engine.close()
         if self.audit is not None:
             self.audit.close()
+
+    async def _leave(
+        self, call: Call, tasks: list[asyncio.Task[None]], holding: Holding | None, places: int, gone: bool
+    ) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if holding is not None:
+            holding.release()
+        if places:
+            self._active[call.tenant] -= places
+            self._mean_seconds += (time.monotonic() - call.began - self._mean_seconds) / 16
+        self.metrics.active.set(self.active)
+        if gone:
+            await self._finish(call, 499, "client_gone")
 
     def _check(self, call: Call, asked: Asked, places: int) -> None:
         limits = self.limits
@@ -296,14 +308,14 @@ def as_api_error(error: Exception) -> ApiError:
         logger.error("an answer could not be finished: %s", error)
         return ApiError(500, str(error), code="generation_failed")
     if isinstance(error, Unavailable):
-        logger.error("refused, fail closed: %s", error)
+        logger.error("refused, adapter '%s': %s", error.adapter, error)
         told = f"the adapter '{error.adapter}'" if error.adapter else "something that must be forgotten"
         return ApiError(
             503, f"{told} cannot be applied now, so this request is refused", code="adapter_unavailable",
             adapter=error.adapter,
         )  # fmt: skip
     if isinstance(error, PolicyError):
-        logger.error("refused, fail closed: %s", error)
+        logger.error("refused: %s", error)
         return ApiError(503, "the policy cannot be applied now, so this request is refused", code="policy_unavailable")
     if isinstance(error, OutputError):
         return ApiError(503, "the audit log cannot be written, so this request is refused", code="audit_unavailable")
