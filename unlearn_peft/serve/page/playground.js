@@ -103,7 +103,7 @@ function sliders(column, number) {
     const show = () => {
       const now = Number(input.value);
       const said = now === 0 ? "off" : now === 1 ? "1 (as trained)" : String(+now.toFixed(2));
-      output.textContent = said + (least && now === least ? ", must be" : "");
+      output.textContent = said + (least && now === least ? ", the least" : "");
       input.setAttribute("aria-valuetext", output.textContent);
     };
     input.addEventListener("input", show);
