@@ -341,8 +341,7 @@ def test_a_budget_keeps_the_latest_used(tiny, paths):
 
 @torch.no_grad()
 def test_threads_never_mix_their_sets_while_adapters_come_and_go(tiny, bank, paths):
-    """Rows are compared bit by bit with what they are in the same batch without company."""
-    torch.set_num_threads(1)
+    """Each batch gives what it gives without company; sets differ in their logits by far more than the tolerance."""
     sets = [["a"], ["b"], ["a", "c"], [], {"d": 0.5}, ["c", "d"]]
     batch = padded([[5, 6, 7], [8, 9]])
     expected = {}
@@ -359,8 +358,9 @@ def test_threads_never_mix_their_sets_while_adapters_come_and_go(tiny, bank, pat
                 for _ in range(60):
                     i, j = draw.randrange(len(sets)), draw.randrange(len(sets))
                     with bank.rows([sets[i], sets[j]]):
-                        if not torch.equal(tiny.model(**batch).logits, expected[i, j]):
-                            failures.append((i, j))
+                        found = tiny.model(**batch).logits
+                    if (found - expected[i, j]).abs().max() > 1e-5 * expected[i, j].abs().max():
+                        failures.append((i, j))
         except BaseException as error:  # an assertion in a thread would be lost
             failures.append(error)
 

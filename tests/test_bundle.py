@@ -129,3 +129,14 @@ def test_unknown_target_modules_name_those_that_exist(tiny, fields):
     adapter = {"kind": "lora", "target_modules": ["q_porj"]}
     with pytest.raises(AdapterError, match="q_porj.*did you mean 'q_proj'.*down_proj, lm_head"):
         unlearn(tiny, **{**fields, "adapter": adapter})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_nan_and_infinity_are_seen_in_every_dtype(dtype):
+    from unlearn_peft.bundle import _finite
+
+    tensor = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
+    assert _finite(tensor)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        tensor[1, 2] = value
+        assert not _finite(tensor)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlearn_peft.errors import PolicyError
+from unlearn_peft.serve import policy_file
 from unlearn_peft.serve.policy import key_digest, make_policy, new_key
 from unlearn_peft.serve.policy_file import PolicyFile, dump_policy, parse_policy, read_policy
 from unlearn_peft.serve.store import open_policy
@@ -91,7 +92,7 @@ def test_a_request_adds_and_never_takes_away():
         ("adapters: {}\ntenants: {acme: {keys: []}}", "'tenants.acme.forget' is missing (write [] for nothing)"),
         ("adapters: {}\ntenants: {acme: {forget: }}", "'tenants.acme.forget': expected adapters as [hp, news]"),
         ("adapters: {}\ntenants: {acme: }", "'tenants.acme': expected a mapping, found nothing"),
-        ("adapters: {}\ntenants: {acme: {forget: [hp]}}", "tenant 'acme' forgets 'hp', which is not among the adapters"),
+        ("adapters: {}\ntenants: {acme: {forget: [hp]}}", "tenant 'acme' forgets 'hp', which is not among"),
         ("adapters: {hpp: {path: x}}\ntenants: {acme: {forget: [hp]}}", "(did you mean 'hpp'?)"),
         ("adapters: {a: {path: x}}\ntenants: {t: {forget: [a, a]}}", "'a' is named twice"),
         ("adapters: {a: {path: x}}\ntenants: {t: {forget: {a: 0}}}", "'tenants.t.forget.a': the strength is 0"),
@@ -195,10 +196,11 @@ def test_every_key_is_compared_in_constant_time(monkeypatch):
     compared = []
     honest = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or honest(a, b))
+    digests = {key_digest(key) for key in keys}
     for key, tenant in (*zip(keys, [f"t{n // 2}" for n in range(20)], strict=True), ("uf-other", None)):
         compared.clear()
         assert policy.tenant_of(key) == tenant
-        assert {a for a, _ in compared} == {key_digest(k) for k in keys} and {b for _, b in compared} == {key_digest(key)}
+        assert {a for a, _ in compared} == digests and {b for _, b in compared} == {key_digest(key)}
 
 
 def test_a_changed_file_is_read_again_and_a_bad_one_is_not_taken(file, caplog):
@@ -244,11 +246,26 @@ def test_changes_that_a_clock_might_hide(file):
         put(file, changed) if n % 2 else file.write_text(changed)
         assert source.current().forget_of("globex")["hp"] == float(f"0.{n}5")
     stamp = file.stat().st_mtime_ns
-    file.write_text(GOOD.replace("hp: 0.5", "hp: 0.77"))
-    source.current()
     file.write_text(GOOD.replace("hp: 0.5", "hp: 0.88"))
     os.utime(file, ns=(stamp, stamp))
     assert source.current().forget_of("globex")["hp"] == 0.88
+
+
+def test_a_file_that_is_being_written_is_waited_for(tmp_path, monkeypatch):
+    """Its beginning is a valid policy too, of fewer tenants: it must not be taken for the whole."""
+    file = tmp_path / "policy.yaml"
+    file.write_text(with_tenants(1))
+    source = PolicyFile(file)
+    beginning, *rest = with_tenants(4).splitlines(keepends=True)[-4:]
+    file.write_text("adapters: {a: {path: a}}\ntenants:\n" + beginning)
+
+    def write_on(_):
+        with file.open("a") as stream:
+            stream.write(rest.pop(0) if rest else "")
+
+    monkeypatch.setattr(policy_file, "_SETTLE", 60)
+    monkeypatch.setattr(policy_file.time, "sleep", write_on)
+    assert len(source.current().tenants) == 4
 
 
 def test_a_link_that_is_turned(tmp_path):
@@ -292,9 +309,8 @@ def test_many_threads_read_while_good_and_bad_files_come(tmp_path):
         put(file, text)
         written[0] = count
         if count % 2:
-            # Not the good one before: a bad one may come before any reader saw it.
-            assert len(source.current().tenants) == count
-            bad = text[: dice.randrange(len(text))] + dice.choice(["{", "\0", "\nx: 1", "\ntenants: {}"])
+            assert len(source.current().tenants) == count  # taken in, before the bad one comes
+            bad = text[: dice.randrange(len(text))] + dice.choice(["{", "\0", "\nx: 1"])
             put(file, bad) if dice.random() < 0.5 else file.write_text(bad)
             assert len(source.current().tenants) == count
     stop.set()

@@ -7,7 +7,7 @@ import torch
 from conftest import logits
 from test_train import FREE
 
-from unlearn_peft import attach, detach, load_base, unlearn
+from unlearn_peft import Bank, attach, detach, load_base, unlearn
 from unlearn_peft.compose import merge
 from unlearn_peft.errors import AdapterError, BaseModelError
 from unlearn_peft.quantized import WAYS
@@ -54,6 +54,25 @@ def test_such_an_adapter_attaches_to_the_base_in_full_precision_too(tiny, tiny_f
     text = logits(tiny)
     attach(tiny, unlearn(quantized(tiny_folder, "int8"), **fields))
     assert not torch.equal(logits(tiny), text)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@torch.no_grad()
+def test_rows_have_sets_of_their_own_on_a_quantised_base(tiny, tiny_folder, make_adapter, way):
+    paths = {name: make_adapter(tiny, name, targets=("q_proj", "up_proj"), seed=n) for n, name in enumerate("ab")}
+    base = quantized(tiny_folder, way)
+    bank, ids = Bank.of(base), torch.tensor([[5, 6, 7]] * 3)
+    for name, path in paths.items():
+        bank.load(name, path)
+    plain = base.model(ids).logits
+    with bank.rows([["a"], [], ["a", "b"]]):
+        mixed = base.model(ids).logits
+    assert torch.equal(mixed[1], plain[1])
+    for n, chosen in ((0, ["a"]), (2, ["a", "b"])):
+        with bank.rows([chosen]):
+            alone = base.model(ids).logits[0]
+        torch.testing.assert_close(mixed[n], alone, rtol=0, atol=1e-5 * alone.abs().max().item())
+        assert (alone - plain[0]).abs().max() > 1e-2
 
 
 def test_nothing_is_merged_into_a_quantised_base(tiny, tiny_folder, make_adapter, tmp_path):

@@ -264,7 +264,7 @@ class Bank:
         with torch.inference_mode(False), torch.no_grad():
             known = self._base_fingerprint() if bundle.manifest.get("base") else None
             bundle.check_fits(self.model, self.tokenizer, allow_different_base=allow_different_base, known=known)
-            return Resident.on(dict(self.model.named_modules()), bundle)
+            return Resident.on(self.model, bundle)
 
     def _base_fingerprint(self) -> dict[str, str | None]:
         """Return the base's fingerprint; taken anew when a weight was replaced or written to."""
@@ -278,9 +278,8 @@ class Bank:
 
     def _first(self, adapter: Resident) -> None:
         """Hook the layers that an adapter changes."""
-        modules = dict(self.model.named_modules())
         for name in adapter.deltas:
-            handle, users = self._hooks.get(name) or (self._hook(name, modules[name]), 0)
+            handle, users = self._hooks.get(name) or (self._hook(name), 0)
             self._hooks[name] = handle, users + 1
         if self._batch_hook is None:
             self._batch_hook = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -323,9 +322,9 @@ class Bank:
     def _before(self, _: nn.Module, args: Any, named: dict[str, Any]) -> None:
         tell_batch(_ROWS.get().get(id(self)), args, named)
 
-    def _hook(self, name: str, module: nn.Module) -> Any:
+    def _hook(self, name: str) -> Any:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             mix = _ROWS.get().get(id(self)) or self._default
             return None if mix is None else mix.add(name, inputs[0], output)
 
-        return module.register_forward_hook(add)
+        return self.model.get_submodule(name).register_forward_hook(add)

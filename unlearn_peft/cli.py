@@ -233,6 +233,7 @@ def inspect(adapter: Path, as_json: JsonOption = False) -> None:
         "modules": len(bundle.deltas),
         "ranks": ranks or "dense",
         "bytes": bundle.bytes,
+        "sha256": bundle.identity,
         "weights_sha256": bundle.digest,
         "metrics": bundle.manifest.get("metrics", {}),
         "recipe": bundle.manifest.get("recipe", {}),

@@ -115,7 +115,11 @@ def serve(
     app = create_app(engine, source, limits=limits, audit=log, open_tenant=open_tenant, playground=page)
 
     def ready(url: str) -> None:
-        who = "anyone on this machine" if policy is None else f"{len(now.tenants)} tenants of {policy}"
+        who = (
+            "anyone on this machine"
+            if policy is None
+            else f"{len(now.tenants)} tenant{'s' * (len(now.tenants) != 1)} of {policy}"
+        )
         print(f"serving {engine.model} at {url}/v1 to {who}")
         if playground:
             print(f"playground: {url}/playground")

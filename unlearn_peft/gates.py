@@ -37,11 +37,11 @@ class Resident:
     pins: int = 0  # how many hold it: requests, and its being attached
 
     @classmethod
-    def on(cls, modules: dict[str, nn.Module], bundle: Bundle) -> Resident:
-        """Return an adapter on the device of the modules that it changes, in the precision that they compute in."""
+    def on(cls, model: nn.Module, bundle: Bundle) -> Resident:
+        """Return an adapter on the device of the layers that it changes, in the precision that they compute in."""
         deltas = {}
         for name, delta in bundle.deltas.items():
-            weight = cast(Tensor, modules[name].weight)
+            weight = cast(Tensor, model.get_submodule(name).weight)
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
             down = None if delta.down is None else delta.down.to(weight.device, dtype)
             deltas[name] = Delta(delta.up.to(weight.device, dtype), down, delta.scale)

@@ -119,7 +119,7 @@ class Front:
         """
         places, tasks = len(asked.prompts) * asked.n, list[asyncio.Task[None]]()
         holding: Holding | None = None
-        admitted = gone = False
+        admitted = told = gone = False
         try:
             self._check(call, asked, places)
             self._active[call.tenant] += places
@@ -133,7 +133,7 @@ class Front:
             ]
             running, texts = places, [""] * places
             while running:
-                number, piece = await self._in_time(call, pieces.get())
+                number, piece = await self.in_time(call, pieces.get())
                 if isinstance(piece, Exception):
                     raise piece
                 if call.completion_tokens == 0:
@@ -144,9 +144,10 @@ class Front:
                     texts[number] += piece.text
                 if not running:
                     await self._finish(call, 200, answers=texts)
+                    told = True
                 yield number, piece
         except (asyncio.CancelledError, GeneratorExit):
-            gone = True
+            gone = not told
             raise
         except Exception as error:
             shown = self._refused(as_api_error(error))
@@ -158,6 +159,15 @@ class Front:
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
             await asyncio.shield(leaving)
+
+    async def in_time(self, call: Call, what: Awaitable[T]) -> T:
+        """Await something for as long as the request has left.
+
+        Raises:
+            asyncio.TimeoutError: if it takes longer.
+        """
+        left = call.began + self.limits.seconds - time.monotonic()
+        return await asyncio.wait_for(what, max(left, 0))
 
     async def refuse(self, call: Call, error: ApiError) -> None:
         """Record a request that was refused before `answer`."""
@@ -204,7 +214,7 @@ class Front:
     async def _generations(self, call: Call, asked: Asked) -> list[Generation]:
         limits, found = self.limits, []
         for prompt in asked.prompts:
-            ids = await self._in_time(call, self.engine.encode(prompt))
+            ids = await self.in_time(call, self.engine.encode(prompt))
             call.prompt_tokens += len(ids)
             room = self.engine.context - len(ids)
             longest = asked.max_tokens or min(limits.max_tokens, room)
@@ -229,7 +239,7 @@ class Front:
         if call.bare and (asked.forget or not self.shows_base):
             raise ApiError(403, "the base alone is not shown so", code="base_not_shown")
         forget = {} if call.bare else call.policy.forget_of(call.tenant, asked.forget)
-        holding = await self._in_time(call, self.engine.hold(forget, call.policy))
+        holding = await self.in_time(call, self.engine.hold(forget, call.policy))
         if {one.name: one.strength for one in holding.applied} != forget:
             holding.release()
             raise Unavailable("the engine holds another set than the one asked for", ", ".join(forget))
@@ -249,20 +259,12 @@ class Front:
         except Exception as error:
             pieces.put_nowait((number, error))
 
-    async def _in_time(self, call: Call, what: Awaitable[T]) -> T:
-        left = call.began + self.limits.seconds - time.monotonic()
-        return await asyncio.wait_for(what, max(left, 0))
-
     @property
     def _prompts(self) -> bool:
         return self.audit is not None and self.audit.prompts
 
     async def _finish(self, call: Call, status: int, code: str | None = None, answers: list[str] | None = None) -> None:
-        """Count and record a request's end. A line that cannot be written matters only before the answer is whole."""
-        self.metrics.requests.labels(call.tenant, str(status)).inc()
-        self.metrics.seconds.observe(time.monotonic() - call.began)
-        for kind, count in (("prompt", call.prompt_tokens), ("completion", call.completion_tokens)):
-            self.metrics.tokens.labels(call.tenant, kind).inc(count)
+        """Record and count a request's end. A line that cannot be written matters only before the answer is whole."""
         try:
             await self._record(
                 "finished", call, status=status, code=code, prompt_tokens=call.prompt_tokens,
@@ -271,6 +273,10 @@ class Front:
         except OutputError:
             if status == 200:
                 raise
+        self.metrics.requests.labels(call.tenant, str(status)).inc()
+        self.metrics.seconds.observe(time.monotonic() - call.began)
+        for kind, count in (("prompt", call.prompt_tokens), ("completion", call.completion_tokens)):
+            self.metrics.tokens.labels(call.tenant, kind).inc(count)
 
     async def _record(self, event: str, call: Call, **fields: Any) -> None:
         if self.audit is None:

@@ -11,11 +11,12 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .answers import Answer, Shape
 from .audit import AuditLog
 from .engine import Engine, Piece
-from .front import Call, Front
+from .front import Call, Front, as_api_error
 from .openai_api import ApiError, Asked, read_request
 from .playground import Playground, add_playground
 from .policy import PolicySource
@@ -107,10 +108,12 @@ async def _respond(front: Front, request: Request, *, chat: bool, bare: bool = F
     call.bare = bare
     try:
         try:
-            asked = read_request(await _body(request, front.limits.body_bytes), chat=chat)
-        except ApiError as error:
-            await front.refuse(call, error)
-            raise
+            body = await front.in_time(call, _body(request, front.limits.body_bytes))
+            asked = read_request(body, chat=chat)
+        except Exception as error:
+            shown = as_api_error(error)
+            await front.refuse(call, shown)
+            raise shown from error
         pieces = front.answer(call, asked)
         async with _while_connected(request) as connected:
             if asked.stream:
@@ -133,10 +136,13 @@ async def _respond(front: Front, request: Request, *, chat: bool, bare: bool = F
 
 async def _body(request: Request, most: int) -> bytes:
     found = bytearray()
-    async for part in request.stream():
-        found += part
-        if len(found) > most:
-            raise ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
+    try:
+        async for part in request.stream():
+            found += part
+            if len(found) > most:
+                raise ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
+    except ClientDisconnect:
+        raise ApiError(499, "the client has gone", code="client_gone") from None
     return bytes(found)
 
 

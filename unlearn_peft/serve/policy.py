@@ -142,7 +142,7 @@ class Policy(_Frozen):
         """Compute what is asked for at every request."""
         content = json.dumps(self.model_dump(), sort_keys=True)
         self._version = hashlib.sha256(content.encode()).hexdigest()
-        self._keys = tuple((digest, tenant) for tenant, entry in self.tenants.items() for digest in entry.keys)
+        self._keys = tuple(sorted((digest, tenant) for tenant, entry in self.tenants.items() for digest in entry.keys))
 
     @property
     def version(self) -> str:

@@ -13,12 +13,15 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from ..errors import PolicyError, did_you_mean
-from .policy import Policy, PolicySource, check_name, key_digest, make_policy, new_key, shown
+from ..errors import PolicyError
+from . import edits
+from .edits import Content
+from .policy import Policy, PolicySource, key_digest, make_policy, new_key, shown
 from .policy_file import PolicyFile
 from .tables import (
     PATIENCE,
@@ -30,14 +33,12 @@ from .tables import (
     read,
     read_history,
     reason,
-    revision_of,
+    state_of,
     write,
 )
 
 logger = logging.getLogger(__name__)
-Content = dict[str, Any]
 _RETRY = 1.0  # seconds between attempts to reach a database that could not be reached
-_PREFIX = 12  # hexadecimal digits of a key's digest that tell it from others
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class PolicyStore:
         grace: seconds.
 
     Raises:
-        PolicyError: the database cannot be reached, or does not hold a valid policy.
+        PolicyError: when made, if there is no store, or its database cannot be reached.
     """
 
     def __init__(self, where: str | Path, *, create: bool = False, grace: float = 30.0) -> None:
@@ -75,21 +76,16 @@ class PolicyStore:
         self._file: Path | None = None
         if self._engine.dialect.name == "sqlite":
             self._file = Path(self._name)
-        else:  # SQLite's transactions always see one state
-            self._reads = self._engine.execution_options(isolation_level="SERIALIZABLE")
+        else:  # all of a transaction sees one state, as it always does in SQLite
+            self._reads = self._engine.execution_options(isolation_level="REPEATABLE READ")
+        self._inode = 0
         self._lock = threading.Lock()
-        self._inode = self._file.stat().st_ino if self._file else 0
+        self._policy: Policy | None = None
+        self._seen: object = None  # the state that was looked at last
         self._unreachable: str | None = None
         self._refused: str | None = None
-        self._began = self._reached = monotonic()
-        self._again = 0.0
-        try:
-            with self._reads.connect() as connection:
-                self._revision: int | None = revision_of(connection)
-                content = read(connection)
-        except SQLAlchemyError as error:
-            raise PolicyError(f"cannot read the store {self._name}: {reason(error)}") from None
-        self._policy = make_policy(content, f"the store {self._name}")
+        self._began = self._reached = -inf
+        self._again = -inf
 
     def close(self) -> None:
         """Close its connections."""
@@ -99,7 +95,7 @@ class PolicyStore:
         """Return the newest policy: one that is as new as the call, or the last one, for `grace` seconds.
 
         Raises:
-            PolicyError: the database has not confirmed a policy for longer.
+            PolicyError: the database has not confirmed a policy for longer, or never held a valid one.
         """
         asked = monotonic()
         if self._lock.acquire(timeout=PATIENCE):
@@ -110,11 +106,11 @@ class PolicyStore:
             finally:
                 self._lock.release()
         else:
-            self._unreachable = "it does not answer"
-        if self._unreachable and monotonic() - self._reached > self.grace:
+            self._lose("it does not answer")
+        if self._policy is None or (self._unreachable and monotonic() - self._reached > self.grace):
             raise PolicyError(
-                f"the store {self._name} cannot be reached ({self._unreachable}), and its last policy was confirmed "
-                f"more than {self.grace:g} s ago: nobody is served until it can be reached again"
+                f"the store {self._name} cannot be reached ({self._unreachable}), and confirmed no policy in the last "
+                f"{self.grace:g} s: nobody is served until it can be reached again"
             )
         return self._policy
 
@@ -128,30 +124,40 @@ class PolicyStore:
     def _look(self) -> None:
         content: Content | None = None
         try:
-            if self._file and self._file.stat().st_ino != self._inode:  # put back from a backup, say
-                self._inode, self._revision = self._file.stat().st_ino, None
-                self._engine.dispose()
+            self._follow_file()
             with self._reads.connect() as connection:
-                revision = revision_of(connection)
-                if revision != self._revision:
+                state = state_of(connection)
+                if state != self._seen:
                     content = read(connection)
         except (SQLAlchemyError, OSError) as error:
             self._again = monotonic() + _RETRY
-            if not self._unreachable:
-                logger.warning("The store %s cannot be reached: %s", self._name, reason(error))
-            self._unreachable = reason(error)
+            self._lose(reason(error))
             return
         if self._unreachable:
             logger.info("The store %s is reached again", self._name)
         self._reached, self._unreachable = self._began, None
         if content is None:
             return
-        self._revision, self._refused = revision, None
         try:
-            self._policy = make_policy(content, f"revision {revision} of the store {self._name}")
+            self._policy = make_policy(content, f"revision {state[0]} of the store {self._name}")
+            self._refused = None
         except PolicyError as error:
+            if self._policy is None:
+                raise
             self._refused = str(error)
             logger.warning("The policy stays as it was (%.12s): %s", self._policy.version, error)
+        self._seen = state
+
+    def _lose(self, why: str) -> None:
+        if not self._unreachable:
+            logger.warning("The store %s cannot be reached: %s", self._name, why)
+        self._unreachable = why
+
+    def _follow_file(self) -> None:
+        """Open SQLite's file anew where another was put into its place: open connections would go on with the old."""
+        if self._file and (inode := self._file.stat().st_ino) != self._inode:
+            self._engine.dispose()
+            self._inode = inode
 
     def add(self, tenant: str, *, who: str, why: str = "") -> int:
         """Add a tenant that has nothing forgotten and no key yet; return the revision.
@@ -159,47 +165,19 @@ class PolicyStore:
         Raises:
             PolicyError: it is there already, or the name is none. So do all changes, for what does not fit.
         """
-
-        def edit(content: Content) -> Content:
-            if tenant in content["tenants"]:
-                raise PolicyError(f"tenant '{tenant}' is there already")
-            content["tenants"][_checked(tenant)] = {"forget": {}, "keys": []}
-            return {"tenant": tenant}
-
-        return self._change("add", edit, who, why)
+        return self._change("add", who, why, edits.add, tenant)
 
     def remove(self, tenant: str, *, who: str, why: str = "") -> int:
         """Remove a tenant with its keys: nobody is served under its name any more. Return the revision."""
-
-        def edit(content: Content) -> Content:
-            entry = _known(content, "tenant", tenant)
-            del content["tenants"][tenant]
-            return {"tenant": tenant, "forget": entry["forget"], "keys": _prefixes(entry["keys"])}
-
-        return self._change("remove", edit, who, why)
+        return self._change("remove", who, why, edits.remove, tenant)
 
     def forget(self, tenant: str, adapter: str, strength: float = 1.0, *, who: str, why: str = "") -> int:
         """Have an adapter forgotten for a tenant, or change its strength; return the revision."""
-
-        def edit(content: Content) -> Content:
-            forget = _known(content, "tenant", tenant)["forget"]
-            _known(content, "adapter", adapter)
-            before, forget[adapter] = forget.get(adapter), strength
-            return {"tenant": tenant, "adapter": adapter, "strength": strength, "before": before}
-
-        return self._change("forget", edit, who, why)
+        return self._change("forget", who, why, edits.forget, tenant, adapter, strength)
 
     def unforget(self, tenant: str, adapter: str, *, who: str, why: str = "") -> int:
         """Have an adapter no longer forgotten for a tenant; return the revision."""
-
-        def edit(content: Content) -> Content:
-            forget = _known(content, "tenant", tenant)["forget"]
-            if adapter not in forget:
-                near = did_you_mean(adapter, forget)
-                raise PolicyError(f"tenant '{tenant}' does not have {shown(adapter)} forgotten{near}")
-            return {"tenant": tenant, "adapter": adapter, "before": forget.pop(adapter)}
-
-        return self._change("unforget", edit, who, why)
+        return self._change("unforget", who, why, edits.unforget, tenant, adapter)
 
     def adapter(self, name: str, path: str | Path, sha256: str | None, *, who: str, why: str = "") -> int:
         """Name the adapter at `path`, or put another one into a name's place; return the revision.
@@ -211,36 +189,16 @@ class PolicyStore:
             who: who does it.
             why: the reason.
         """
-
-        def edit(content: Content) -> Content:
-            before = content["adapters"].get(_checked(name))
-            content["adapters"][name] = {"path": str(Path(path).absolute()), "sha256": sha256}
-            return {"adapter": name, **content["adapters"][name], "before": before}
-
-        return self._change("adapter", edit, who, why)
+        return self._change("adapter", who, why, edits.adapter, name, path, sha256)
 
     def unadapter(self, name: str, *, who: str, why: str = "") -> int:
         """Take an adapter's name away; return the revision. A tenant that has it forgotten keeps it from going."""
-
-        def edit(content: Content) -> Content:
-            before = _known(content, "adapter", name)
-            if users := [tenant for tenant, entry in content["tenants"].items() if name in entry["forget"]]:
-                told = ", ".join(users[:5]) + (f" and {len(users) - 5} more" if len(users) > 5 else "")
-                raise PolicyError(f"adapter '{name}' is forgotten for {told}: take it away there first (unforget)")
-            del content["adapters"][name]
-            return {"adapter": name, "before": before}
-
-        return self._change("unadapter", edit, who, why)
+        return self._change("unadapter", who, why, edits.unadapter, name)
 
     def add_key(self, tenant: str, *, who: str, why: str = "") -> str:
         """Make an API key for a tenant and return it. It is not kept: only its sha256 is."""
         key = new_key()
-
-        def edit(content: Content) -> Content:
-            _known(content, "tenant", tenant)["keys"].append(key_digest(key))
-            return {"tenant": tenant, "key": key_digest(key)[:_PREFIX]}
-
-        self._change("key", edit, who, why)
+        self._change("key", who, why, edits.add_key, tenant, key_digest(key))
         return key
 
     def revoke_key(self, tenant: str, which: str, *, who: str, why: str = "") -> int:
@@ -252,33 +210,11 @@ class PolicyStore:
             who: who does it.
             why: the reason.
         """
-        digest = key_digest(which) if which.startswith("uf-") else which.lower()
-
-        def edit(content: Content) -> Content:
-            keys = _known(content, "tenant", tenant)["keys"]
-            found = [key for key in keys if len(digest) >= 8 and key.startswith(digest)]
-            if len(found) != 1:
-                held = ", ".join(_prefixes(keys)) or "none"
-                raise PolicyError(
-                    f"{len(found)} keys of tenant '{tenant}' fit, expected one: give the key, or 8 or more digits of "
-                    f"its sha256; it has {held}"
-                )
-            keys.remove(found[0])
-            return {"tenant": tenant, "key": found[0][:_PREFIX]}
-
-        return self._change("revoke", edit, who, why)
+        return self._change("revoke", who, why, edits.revoke_key, tenant, which)
 
     def replace(self, policy: Policy, *, who: str, why: str = "") -> int:
         """Put a whole policy, from a file say, into the place of all that is there; return the revision."""
-
-        def edit(content: Content) -> Content:
-            content |= policy.model_dump()
-            tenants = {
-                name: {"forget": entry.forget, "keys": _prefixes(entry.keys)} for name, entry in policy.tenants.items()
-            }
-            return {"adapters": content["adapters"], "tenants": tenants}
-
-        return self._change("import", edit, who, why)
+        return self._change("import", who, why, edits.replace, policy)
 
     def history(self, limit: int | None = None) -> list[Change]:
         """Return the changes, the newest first.
@@ -292,21 +228,23 @@ class PolicyStore:
         except SQLAlchemyError as error:
             raise PolicyError(f"cannot read the store {self._name}: {reason(error)}") from None
 
-    def _change(self, action: str, edit: Callable[[Content], Content], who: str, why: str) -> int:
+    def _change(self, action: str, who: str, why: str, edit: Callable[..., Content], *arguments: object) -> int:
         who, why = _said("who", who, 200), _said("why", why, 2000)
         if not who:
             raise PolicyError("expected who makes the change")
         try:
+            with self._lock:
+                self._follow_file()
             with self._writes.begin() as connection:
                 revision = begin_change(connection)
                 before = read(connection)
                 after = deepcopy(before)
-                what = edit(after)
+                what = edit(after, *arguments)
                 write(connection, before, make_policy(after, "the changed policy").model_dump())
                 at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
                 row = {"revision": revision, "at": at, "who": who, "action": action, "what": what, "why": why}
                 note_change(connection, row)
-        except SQLAlchemyError as error:
+        except (SQLAlchemyError, OSError) as error:
             raise PolicyError(
                 f"the store {self._name} did not confirm the change: {reason(error)}. It is made wholly or not at all: "
                 "the history tells"
@@ -323,28 +261,12 @@ def open_policy(where: str, *, grace: float = 30.0) -> PolicySource:
     if "://" not in where and where.endswith((".yaml", ".yml")):
         return PolicyFile(where)
     if "://" in where or where.endswith((".db", ".sqlite", ".sqlite3")):
-        return PolicyStore(where, grace=grace)
+        store = PolicyStore(where, grace=grace)
+        store.current()
+        return store
     raise PolicyError(
         f"{shown(where)} is no policy: expected a .yaml file, a .db file, or a URL such as postgresql://..."
     )
-
-
-def _checked(name: str) -> str:
-    try:
-        return check_name(name)
-    except ValueError as error:
-        raise PolicyError(str(error)) from None
-
-
-def _known(content: Content, kind: str, name: str) -> Content:
-    entries: dict[str, Content] = content[f"{kind}s"]
-    if name not in entries:
-        raise PolicyError(f"no {kind} {shown(name)}{did_you_mean(name, entries)}")
-    return entries[name]
-
-
-def _prefixes(digests: Any) -> list[str]:
-    return [digest[:_PREFIX] for digest in digests]
 
 
 def _said(what: str, text: str, limit: int) -> str:

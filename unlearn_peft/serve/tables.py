@@ -6,6 +6,7 @@ has too: `read` and `write`. All SQL of the store is here.
 
 from __future__ import annotations
 
+import secrets
 import sqlite3
 import time
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ try:
         Table,
         Text,
         create_engine,
+        delete,
         event,
         insert,
         make_url,
@@ -56,6 +58,7 @@ STATE = Table(  # one row; whoever changes anything holds it until the change is
     Column("id", Integer, CheckConstraint("id = 1"), primary_key=True, autoincrement=False),
     Column("schema_version", Integer, nullable=False),
     Column("revision", Integer, nullable=False),
+    Column("token", String(16), nullable=False),  # random: tells a backup that was put back and changed otherwise
 )
 ADAPTERS = Table(
     "unlearn_adapters",
@@ -145,11 +148,9 @@ def open_engine(where: str, create: bool) -> Engine:
 def describe(engine: Engine) -> str:
     """Return where a database is, without user and password."""
     url = engine.url
-    return (
-        str(url.database)
-        if url.host is None and url.get_backend_name() == "sqlite"
-        else str(URL.create(url.drivername, host=url.host, port=url.port, database=url.database))
-    )
+    if url.get_backend_name() == "sqlite":
+        return str(url.database)
+    return str(URL.create(url.drivername, host=url.host, port=url.port, database=url.database))
 
 
 def reason(error: Exception) -> str:
@@ -158,16 +159,16 @@ def reason(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:200]
 
 
-def revision_of(connection: Connection) -> int:
-    """Return the number of the last change."""
-    revision: int = connection.scalars(select(STATE.c.revision)).one()
-    return revision
+def state_of(connection: Connection) -> tuple[int, str]:
+    """Return the number of the last change, and a token that is its own."""
+    row = connection.execute(select(STATE.c.revision, STATE.c.token)).one()
+    return row.revision, row.token
 
 
 def begin_change(connection: Connection) -> int:
     """Count up the revision and return it; until the transaction ends, whoever else changes anything waits here."""
-    connection.execute(update(STATE).values(revision=STATE.c.revision + 1))
-    return revision_of(connection)
+    connection.execute(update(STATE).values(revision=STATE.c.revision + 1, token=secrets.token_hex(8)))
+    return state_of(connection)[0]
 
 
 def note_change(connection: Connection, row: Mapping[str, Any]) -> None:
@@ -182,7 +183,11 @@ def read_history(connection: Connection, limit: int | None) -> list[dict[str, An
 
 
 def read(connection: Connection) -> dict[str, Any]:
-    """Return what the tables hold, as the mapping that a policy's YAML has."""
+    """Return what the tables hold, as the mapping that a policy's YAML has.
+
+    Raises:
+        PolicyError: rows refer to none, which the database should have refused.
+    """
     adapters = {
         row.name: {"path": row.path, "sha256": row.sha256}
         for row in connection.execute(select(ADAPTERS).order_by(ADAPTERS.c.name))
@@ -190,20 +195,20 @@ def read(connection: Connection) -> dict[str, Any]:
     tenants: dict[str, Any] = {
         row.name: {"forget": {}, "keys": []} for row in connection.execute(select(TENANTS).order_by(TENANTS.c.name))
     }
-    for row in connection.execute(select(FORGETS).order_by(FORGETS.c.adapter)):
-        tenants[row.tenant]["forget"][row.adapter] = row.strength
-    for row in connection.execute(select(KEYS)):
-        tenants[row.tenant]["keys"].append(row.digest)
+    try:
+        for row in connection.execute(select(FORGETS).order_by(FORGETS.c.adapter)):
+            tenants[row.tenant]["forget"][row.adapter] = row.strength
+        for row in connection.execute(select(KEYS)):
+            tenants[row.tenant]["keys"].append(row.digest)
+    except KeyError as error:
+        raise PolicyError(f"the store is damaged: it holds rows of a tenant {error} that is not there") from None
     return {"adapters": adapters, "tenants": tenants}
 
 
 def write(connection: Connection, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """Bring the tables from what they hold to something else, by the rows that differ."""
     old, new = _rows(before), _rows(after)
-    for table in reversed(new):  # whatever refers to others goes first, and comes last
-        for key in old[table].keys() - new[table].keys():
-            connection.execute(table.delete().where(*_is(table, key)))
-    for table in new:
+    for table in new:  # what others refer to comes first, and goes last
         names = table.primary_key.columns.keys()
         added = [dict(zip(names, key, strict=True)) | new[table][key] for key in new[table].keys() - old[table].keys()]
         if added:
@@ -211,6 +216,9 @@ def write(connection: Connection, before: Mapping[str, Any], after: Mapping[str,
         for key, values in new[table].items():
             if old[table].get(key, values) != values:
                 connection.execute(update(table).where(*_is(table, key)).values(values))
+    for table in reversed(new):
+        for key in old[table].keys() - new[table].keys():
+            connection.execute(delete(table).where(*_is(table, key)))
 
 
 def _rows(content: Mapping[str, Any]) -> dict[Table, dict[tuple[str, ...], dict[str, Any]]]:
@@ -287,7 +295,7 @@ def _create(engine: Engine) -> None:
                     _tables.create_all(connection)
                     for statement in _KEEP_HISTORY.get(engine.dialect.name, ()):
                         connection.exec_driver_sql(statement)
-                    connection.execute(insert(STATE).values(id=1, schema_version=SCHEMA_VERSION, revision=0))
+                    connection.execute(insert(STATE).values(id=1, schema_version=SCHEMA_VERSION, revision=0, token=""))
             return
         except SQLAlchemyError:
             if not left:

@@ -1,0 +1,176 @@
+"""What does it cost to give each row of a batch its own set of adapters? On SmolLM2-135M, CPU, float32.
+
+    python benchmarks/serve.py [--turns 7] [--tokens 24] [--rank 8] [--adapter out/harry_potter] [--json]
+
+Sides, all with 8 rows and the same prompts, greedy, in one process and in turns, so that what slows the machine slows
+all; a ratio is the median over the turns, of tokens per second:
+
+- base: the base alone;
+- singles: eight different adapters, one a row (rank 8 on all seven linear layers of each block);
+- sets: eight different sets of three of them;
+- peft: the eight adapters through PEFT's own mixed batches (`adapter_names`), which takes one adapter a row;
+- one_by_one: the eight sets, a row at a time, which is what is left to do with PEFT for sets;
+- crowd: as singles, with 1,000 adapters registered and 64 resident.
+
+Adapters have random weights: what is computed does not depend on them. Then, for one adapter (the demo's if `make demo`
+has run, else a random one of its shape): attaching it from disk, swapping it for one that is read from disk, and
+removing it, in ms, median of 21.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+
+import torch
+
+ROWS, RESIDENT, REGISTERED = 8, 64, 1000
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROMPTS = [
+    f"Write a short story about {what}."
+    for what in ("a cat", "the sea", "two old friends", "a red bicycle", "rain", "a lost key", "music", "the moon")
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=24, help="new tokens of each row")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--base", default="demo")
+    parser.add_argument("--adapter", type=Path, default=Path("out/harry_potter"), help="to attach, swap and remove")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = measured(given, Path(folder))
+    show(result)
+    if given.json:
+        print(json.dumps(result))
+
+
+def measured(given, folder):
+    from unlearn_peft import Bank, load_base
+
+    base = load_base(given.base, "float32", "cpu")
+    paths = [random_adapter(base.model, folder / f"a{n}", ALL_LINEAR, given.rank, n) for n in range(ROWS)]
+    bank, base.tokenizer.padding_side = Bank.of(base), "left"
+    for n, path in enumerate(paths):
+        bank.load(f"a{n}", path)
+    batch = base.tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    ends = {"max_new_tokens": given.tokens, "min_new_tokens": given.tokens, "do_sample": False}
+    singles = [[f"a{n}"] for n in range(ROWS)]
+    sets = [[f"a{n}" for n in chosen] for chosen in list(combinations(range(ROWS), 3))[::7]]
+    peft = through_peft(given.base, paths)
+    crowd = crowded(base, paths)
+
+    def row(n):
+        return {key: value[n : n + 1] for key, value in batch.items()}
+
+    sides = {
+        "base": lambda: base.model.generate(**batch, **ends),
+        "singles": lambda: bank.generate(**batch, **ends, forget=singles),
+        "sets": lambda: bank.generate(**batch, **ends, forget=sets),
+        "peft": lambda: peft.generate(**batch, **ends, adapter_names=[f"a{n}" for n in range(ROWS)]),
+        "one_by_one": lambda: [bank.generate(**row(n), **ends, forget=[sets[n]]) for n in range(ROWS)],
+        "crowd": lambda: crowd.generate(**batch, **ends, forget=[[f"x{n}"] for n in range(ROWS)]),
+    }
+    same = torch.equal(sides["singles"](), sides["peft"]())
+    seconds = {name: [] for name in sides}
+    for turn in range(given.turns + 1):
+        for name, side in sides.items():
+            began = time.perf_counter()
+            side()
+            if turn:  # the first fills caches
+                seconds[name].append(time.perf_counter() - began)
+
+    def ratio(side, other):
+        return median(b / a for a, b in zip(seconds[side], seconds[other], strict=True))
+
+    return {
+        "tokens_per_second": {name: ROWS * given.tokens / median(took) for name, took in seconds.items()},
+        "singles_vs_base": ratio("singles", "base"),
+        "singles_vs_peft": ratio("singles", "peft"),
+        "sets_vs_base": ratio("sets", "base"),
+        "sets_vs_one_by_one": ratio("sets", "one_by_one"),
+        "crowd_vs_singles": ratio("crowd", "singles"),
+        "crowd_resident": crowd.stats.resident,
+        "crowd_registered": crowd.stats.registered,
+        "greedy_answers_equal_peft": same,
+        **changes(base, given.adapter, folder),
+        "turns": given.turns, "rank": given.rank, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def random_adapter(model, folder, targets, rank, seed):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    wrapped.save_pretrained(folder, save_embedding_layers=False)
+    wrapped.unload()
+    model.__dict__.pop("peft_config", None)
+    return folder
+
+
+def through_peft(base, paths):
+    from peft import PeftModel
+
+    from unlearn_peft import load_base
+
+    model = PeftModel.from_pretrained(load_base(base, "float32", "cpu").model, paths[0], adapter_name="a0")
+    for n, path in enumerate(paths[1:], start=1):
+        model.load_adapter(path, f"a{n}")
+    return model.eval()
+
+
+def crowded(base, paths):
+    """Return a bank of its own on the same base: 1,000 adapters known, and as many resident as it has room for."""
+    from unlearn_peft import Bank
+
+    size = Bank.of(base).stats.resident_bytes // ROWS
+    bank = Bank(base.model, base.tokenizer, budget_bytes=RESIDENT * size)
+    for n in range(REGISTERED):
+        bank.register(f"x{n}", paths[n % ROWS])
+    for n in reversed(range(RESIDENT)):
+        bank.hold([f"x{n}"]).release()
+    return bank
+
+
+def changes(base, adapter, folder):
+    """Return how long it takes to attach an adapter from disk, to swap, and to remove, in ms."""
+    from unlearn_peft import Bank
+
+    found = (adapter / "adapter_config.json").is_file()
+    path = adapter if found else random_adapter(base.model, folder / "demo", ("q_proj", "v_proj"), 16, 0)
+    bank, took = Bank(base.model, base.tokenizer), {"attach_ms": [], "swap_ms": [], "remove_ms": []}
+    bank.load("warm", path)  # the base's fingerprint is taken once
+
+    def timed(name, act, *args):
+        began = time.perf_counter()
+        act(*args)
+        took[name].append(1000 * (time.perf_counter() - began))
+
+    for _ in range(21):
+        timed("attach_ms", bank.load, "new", path)
+        timed("swap_ms", bank.swap, "new", path)
+        timed("remove_ms", bank.remove, "new")
+    return {name: median(values) for name, values in took.items()} | {"adapter": str(path) if found else "random"}
+
+
+def show(result):
+    print(f"{'side':12} tokens/s")
+    for name, value in result["tokens_per_second"].items():
+        print(f"{name:12} {value:8.1f}")
+    for name, value in result.items():
+        if name != "tokens_per_second":
+            print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()
