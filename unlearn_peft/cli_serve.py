@@ -55,6 +55,13 @@ def serve(
     audit_fsync: Annotated[bool, typer.Option(help="Wait for the disk at each line of it.")] = False,
     audit_prompts: Annotated[bool, typer.Option(help="Also record prompts and answers.")] = False,
     audit_optional: Annotated[bool, typer.Option(help="Answer even if the audit log cannot be written.")] = False,
+    playground: Annotated[bool, typer.Option(help="A page to try it out, at /playground.")] = True,
+    playground_offer: Annotated[
+        list[str] | None, typer.Option(help="An adapter that every tenant's page shows, beside its own; repeatable.")
+    ] = None,
+    playground_base: Annotated[
+        bool, typer.Option("--playground-base", help="Let EVERY key see the base's answers there: nothing forgotten.")
+    ] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     quantize: QuantizeOption = None,
@@ -96,6 +103,7 @@ def serve(
     from .serve.audit import AuditLog
     from .serve.http import create_app
     from .serve.local import LocalEngine
+    from .serve.playground import Playground
     from .serve.run import Server, listen
     from .serve.settings import Limits
 
@@ -121,7 +129,8 @@ def serve(
         prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=max_seconds, drain_seconds=drain_seconds,
     )  # fmt: skip
     open_tenant = _TENANT if policy is None else None
-    app = create_app(generates, source, limits=limits, audit=log, open_tenant=open_tenant)
+    page = Playground(playground_base, tuple(playground_offer or ())) if playground else None
+    app = create_app(generates, source, limits=limits, audit=log, open_tenant=open_tenant, playground=page)
 
     def ready(url: str) -> None:
         who = (
@@ -130,6 +139,8 @@ def serve(
             else f"{len(now.tenants)} tenant{'s' * (len(now.tenants) != 1)} of {policy}"
         )
         print(f"serving {generates.model} at {url}/v1 to {who}")
+        if playground:
+            print(f"playground: {url}/playground")
         print(f"adapters: {', '.join(list(now.adapters)[:8])}{' ...' if len(now.adapters) > 8 else ''}", flush=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done

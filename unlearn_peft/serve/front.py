@@ -43,6 +43,7 @@ class Call:
     applied: list[Mapping[str, Any]] | None = None  # None: refused before anything was held
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    bare: bool = False  # the base alone is asked for; only where `Front.shows_base`
 
     @property
     def usage(self) -> dict[str, int]:
@@ -80,6 +81,7 @@ class Front:
         # of requests that hold their sets; those that wait hold nothing, so that memory is for those that run
         self._slots = asyncio.Semaphore(self.limits.batch + _AHEAD)
         self._leaving = set[asyncio.Future[None]]()
+        self.shows_base = False  # set by the playground alone, if it was started so
         self._active = Counter[str]()  # answers running and waiting, by tenant
         self._mean_seconds = 1.0  # of a request, the latest ones counting most
 
@@ -252,7 +254,9 @@ class Front:
         for name in asked.forget:
             if name not in call.policy.adapters:
                 raise ApiError(400, f"there is no adapter '{name[:100]}'", code="unknown_adapter", param="forget")
-        forget = call.policy.forget_of(call.tenant, asked.forget)
+        if call.bare and (asked.forget or not self.shows_base):
+            raise ApiError(403, "the base alone is not shown so", code="base_not_shown")
+        forget = {} if call.bare else call.policy.forget_of(call.tenant, asked.forget)
         holding = await self.in_time(call, self.engine.hold(forget, call.policy))
         if {one.name: one.strength for one in holding.applied} != forget:
             holding.release()
@@ -297,7 +301,7 @@ class Front:
             return
         line = {
             "id": call.id, "tenant": call.tenant, "policy": call.policy.version, "set": call.set_digest,
-            "adapters": call.applied, **fields,
+            "adapters": call.applied, **({"playground_base": True} if call.bare else {}), **fields,
         }  # fmt: skip
         try:
             if self.audit.fsync:

@@ -18,6 +18,7 @@ from .audit import AuditLog
 from .engine import Engine, Piece
 from .front import Call, Front, as_api_error
 from .openai_api import ApiError, Asked, read_request
+from .playground import Playground, add_playground
 from .policy import PolicySource
 from .settings import Limits
 
@@ -31,8 +32,9 @@ def create_app(
     limits: Limits | None = None,
     audit: AuditLog | None = None,
     open_tenant: str | None = None,
+    playground: Playground | None = None,
 ) -> FastAPI:
-    """Return the server as an ASGI app; its `Front` is `app.state.front`. Arguments: see `Front`."""
+    """Return the server as an ASGI app; its `Front` is `app.state.front`. Arguments: see `Front`; None: no page."""
     front = Front(engine, policies, limits=limits, audit=audit, open_tenant=open_tenant)
 
     @asynccontextmanager
@@ -96,11 +98,14 @@ def create_app(
     async def completions(request: Request) -> Response:
         return await _respond(front, request, chat=False)
 
+    if playground is not None:
+        add_playground(app, front, playground, _respond)
     return app
 
 
-async def _respond(front: Front, request: Request, *, chat: bool) -> Response:
+async def _respond(front: Front, request: Request, *, chat: bool, bare: bool = False) -> Response:
     call = await front.identify(request.headers.get("authorization"))
+    call.bare = bare
     try:
         try:
             body = await front.in_time(call, _body(request, front.limits.body_bytes))
