@@ -23,7 +23,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import event
 
-from unlearn_peft.bundle import read_bundle
 from unlearn_peft.errors import PolicyError
 from unlearn_peft.serve import store as store_module
 from unlearn_peft.serve.policy import key_digest, make_policy
@@ -408,7 +407,7 @@ def change_much(where, name, rounds, told):
 
 def changing(where, name, rounds, told):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["unlearn_peft.serve.store", __name__])
+    context.set_forkserver_preload(["pytest", "hypothesis", "unlearn_peft.serve.store"])  # imported once, not by each
     child = context.Process(target=change_much, args=(where, name, rounds, told))
     child.start()
     return child
@@ -593,6 +592,8 @@ def tenant(monkeypatch, capsys, tmp_path):
 
 
 def test_the_command_line(tenant, tiny, make_adapter, tmp_path):
+    from unlearn_peft import read_bundle
+
     def done(*arguments):
         code, out, err = tenant(*arguments)
         assert code == 0, err
