@@ -156,7 +156,7 @@ def test_a_harmed_adapter_is_named_and_nothing_is_generated(world, harm):
     from unlearn_peft import read_bundle
 
     for name, entry in pinned.items():
-        entry["sha256"] = read_bundle(world.adapters[name]).digest
+        entry["sha256"] = read_bundle(world.adapters[name]).identity
     world.source.policy = Fixed({**make_policy_values(world.adapters, SETS), "adapters": pinned}).policy
     weights = world.adapters["c"] / "adapter_model.safetensors"
     if harm == "delete":

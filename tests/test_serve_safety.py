@@ -88,7 +88,7 @@ def test_deleted_truncated_and_tampered_adapters_are_never_left_out(tmp_path, ti
     values = make_policy_values(adapters, forget)
     if pinned:
         for name, entry in values["adapters"].items():
-            entry["sha256"] = read_bundle(adapters[name]).digest
+            entry["sha256"] = read_bundle(adapters[name]).identity
     # room for two of the three, so that they must be read again and again
     engine = make_engine(tiny_folder, max_batch=2, budget_bytes=bytes_of(tiny_folder, adapters) - 1)
     whole = tmp_path / "whole"
@@ -179,7 +179,7 @@ def test_an_adapter_that_is_put_back_serves_again(tmp_path, tiny_folder, adapter
     values = make_policy_values(adapters, {"alice": ["a"]})
     shutil.copytree(adapters["a"], tmp_path / "whole")
     if pinned:
-        values["adapters"]["a"]["sha256"] = read_bundle(adapters["a"]).digest
+        values["adapters"]["a"]["sha256"] = read_bundle(adapters["a"]).identity
     engine = make_engine(tiny_folder)  # no budget: nothing is evicted
     with running(engine, values) as (_, url):
         if not pinned:  # what is read first counts

@@ -176,7 +176,7 @@ class LocalEngine:
             raise Unavailable(str(error).replace(key, name) if key else str(error), name) from error
         for one, part in zip(held.applied, held.parts, strict=True):
             name, bundle = keys[one.name], part.adapter.bundle
-            named = policy.adapters[name].sha256 in (None, bundle.digest, bundle.identity)
+            named = policy.adapters[name].sha256 in (None, bundle.identity)
             if not named or self._first.setdefault(one.name, bundle.identity) != bundle.identity:
                 held.release()
                 self._read_anew(name, policy)

@@ -88,10 +88,8 @@ class SetCache:
             return False
         try:
             bundle = read_bundle(path)
-            parts = [
-                ({part["weights_sha256"], part["identity"]}, part["strength"]) for part in bundle.manifest["stack_of"]
-            ]
-            fits = _are(parts, wanted) and WEIGHTS in bundle.manifest["files"]
+            parts = [(part["identity"], part["strength"]) for part in bundle.manifest["stack_of"]]
+            fits = sorted(parts) == sorted(wanted) and WEIGHTS in bundle.manifest["files"]
         except (AdapterError, KeyError, TypeError) as error:
             logger.warning("the cached set %s cannot be used and is made again: %s", path, error)
             return False
@@ -196,14 +194,3 @@ def content_of(name: str, policy: Policy) -> str:
 @lru_cache(maxsize=10_000)
 def _identity(path: str, _marks: tuple[tuple[int, ...], ...]) -> str:
     return read_bundle(path).identity
-
-
-def _are(parts: Sequence[tuple[set[str], float]], wanted: Sequence[tuple[str, float]]) -> bool:
-    """Return whether these are the wanted contents and strengths; a policy pins weights or identities."""
-    left = list(parts)
-    for content, strength in wanted:
-        found = next((part for part in left if content in part[0] and part[1] == strength), None)
-        if found is None:
-            return False
-        left.remove(found)
-    return not left

@@ -239,7 +239,7 @@ def _culprit(forget: Mapping[str, float], policy: Policy) -> tuple[str | None, s
         entry = policy.adapters[name]
         try:
             bundle = read_bundle(entry.path)
-            if entry.sha256 not in (None, bundle.digest, bundle.identity):
+            if entry.sha256 not in (None, bundle.identity):
                 return name, f"; the adapter '{name}' is not the one that the policy pins"
         except AdapterError as error:
             return name, f"; the adapter '{name}' cannot be used: {error}"
