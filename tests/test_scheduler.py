@@ -315,3 +315,15 @@ def test_sampler_settings():
     for seed in range(2000):
         counts[Sampler(Generation((1,), 1, seed=seed)).choose(logits, name)[0]] += 1
     assert torch.allclose(counts / 2000, logits.softmax(-1), atol=0.04)
+
+
+def test_what_overflows_in_one_row_ends_that_row_alone(tiny_folder, adapters):
+    runner = Runner(tiny_folder, adapters)
+    try:
+        expected = runner.text(runner.submit(PROMPTS[0], {"b": 1.0}))
+        wild, other = runner.submit(PROMPTS[1], {"a": 3e38}), runner.submit(PROMPTS[0], {"b": 1.0})
+        with pytest.raises(GenerationError, match="NaN"):
+            runner.result(wild)
+        assert runner.text(other) == expected
+    finally:
+        runner.scheduler.close()

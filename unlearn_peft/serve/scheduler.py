@@ -190,11 +190,14 @@ class Scheduler:
 
     def _advance(self, rows: Sequence[Row], batch: Batch, logits: Tensor) -> list[Row]:
         """Give each row its next token; returns those that go on, which the batch then holds alone."""
-        if logits.isnan().any():
-            raise GenerationError("the model gave NaN")
+        broken = logits.isnan().any(-1).tolist()  # overflow in one row's adapters is that row's alone
         likeliest = logits.argmax(-1).tolist()
         tokens, going = [], []
         for n, row in enumerate(rows):
+            if broken[n]:
+                tokens.append(0)
+                self._fail([row], GenerationError("the model gave NaN"))
+                continue
             token, logprobs = likeliest[n], None
             if not row.sampler.plain:
                 token, logprobs = row.sampler.choose(logits[n].cpu(), self._bytes)
