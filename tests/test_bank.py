@@ -229,6 +229,13 @@ def test_row_sets_take_the_place_of_what_is_attached(tiny, paths):
     torch.testing.assert_close(mixed[0], all_rows[0], rtol=0, atol=1e-5 * all_rows[0].abs().max().item())
 
 
+def test_a_copy_of_a_model_has_a_bank_of_its_own(tiny, bank):
+    import copy
+
+    other = copy.deepcopy(tiny.model)
+    assert Bank.of(other) is not bank and Bank.of(other).model is other and Bank.of(tiny) is bank
+
+
 def test_refusals_say_what_to_do(tiny, bank, paths, tmp_path):
     with pytest.raises(AdapterError, match="no adapter named 'aa' is known.*did you mean 'a'") as refused:
         bank.hold(["b", "aa"])

@@ -122,6 +122,10 @@ class Bank:
         bank.tokenizer = bank.tokenizer or tokenizer
         return bank  # type: ignore[no-any-return]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of a model, or a pickled one, has no bank: it gets one of its own when it first needs it."""
+        return type(None), ()
+
     # ---- a set for each row ----
 
     def register(
@@ -302,7 +306,7 @@ class Bank:
             handle, users = self._hooks.get(name) or (self._hook(name), 0)
             self._hooks[name] = handle, users + 1
         if self._batch_hook is None:
-            self._batch_hook = self.model.register_forward_pre_hook(self._before, with_kwargs=True)
+            self._batch_hook = self._batch_hooked()
 
     def _last(self, adapter: Resident) -> None:
         """Take away the hooks that only this adapter needed, and what was laid side by side of it."""
@@ -339,8 +343,13 @@ class Bank:
                 for adapter in adapters:
                     self.residents.unpin(adapter)
 
-    def _before(self, _: nn.Module, args: Any, named: dict[str, Any]) -> None:
-        tell_batch(_ROWS.get().get(id(self)), args, named)
+    # functions and not methods: these are copied along with a model, and a bank is not
+
+    def _batch_hooked(self) -> Any:
+        def look(_: nn.Module, args: Any, named: dict[str, Any]) -> None:
+            tell_batch(_ROWS.get().get(id(self)), args, named)
+
+        return self.model.register_forward_pre_hook(look, with_kwargs=True)
 
     def _hook(self, name: str) -> Any:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

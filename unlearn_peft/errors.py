@@ -7,6 +7,7 @@ UnlearnError
  ├─ AdapterError       an adapter that cannot be read, trusted or attached
  ├─ TrustError         a key that cannot be used, or what signs and verifies is missing
  ├─ OutputError        a place that cannot be written to
+ ├─ PolicyError        who must have what forgotten: it cannot be told, or not be changed so
  └─ TrainingError      a run that cannot go on
      └─ Interrupted    a run that was asked to stop, and saved where it was
 """
@@ -50,6 +51,10 @@ class TrustError(UnlearnError):
 
 class OutputError(UnlearnError):
     """A file or folder that cannot be written."""
+
+
+class PolicyError(UnlearnError):
+    """A policy that cannot be read or changed, or that does not know a tenant or an adapter."""
 
 
 class TrainingError(UnlearnError):

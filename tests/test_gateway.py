@@ -1,0 +1,355 @@
+"""The gateway engine before a stand-in for vLLM (fake_vllm.py) that has our real resolver."""
+
+import asyncio
+import shutil
+from contextlib import aclosing
+
+import pytest
+from fake_vllm import FakeVllm, install_vllm, serving
+from serving import KEYS, Fixed, client, greedy_text, make_adapters, make_policy_values, running
+
+from unlearn_peft import load_base
+from unlearn_peft.errors import BaseModelError
+from unlearn_peft.serve.engine import Busy, Generation, GenerationError, PromptError, Unavailable
+from unlearn_peft.serve.vllm import VllmEngine
+from unlearn_peft.serve.vllm_resolver import Sets, make_resolver
+
+SETS = {"alice": {"a": 1.0}, "bob": {"a": 1.0, "c": 0.5}, "carol": {"b": 1.0, "c": 1.0}, "dave": {}}
+PROMPT = "who wrote the blue book about green stars"
+COUNT = 8
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, tiny_folder):
+    return make_adapters(tmp_path_factory.mktemp("adapters"), tiny_folder)
+
+
+@pytest.fixture
+def world(tmp_path, tiny_folder, adapters, monkeypatch):
+    """A policy, a stand-in with our resolver, and an engine before it, made on demand."""
+    install_vllm(monkeypatch)
+    copies = {name: shutil.copytree(path, tmp_path / "copies" / name) for name, path in adapters.items()}
+    world = World(Fixed(make_policy_values(copies, SETS)), copies, tiny_folder, tmp_path)
+    yield world
+    for context in world.open:
+        context.__exit__(None, None, None)
+
+
+class World:
+    def __init__(self, source, adapters, folder, tmp_path):
+        self.source, self.adapters, self.folder, self.tmp_path, self.open = source, adapters, folder, tmp_path, []
+
+    def fake(self, **settings):
+        n = len(self.open)
+        sets = Sets(self.source, self.tmp_path / f"sets{n}", max_rank=16, max_error=0.01, budget_bytes=10**9)
+        fake = FakeVllm(load_base(str(self.folder)), make_resolver(sets), **settings)
+        self.open.append(serving(fake))
+        fake.url = self.open[-1].__enter__()
+        return fake
+
+    def engine(self, *fakes, **settings):
+        return VllmEngine([fake.url for fake in fakes], str(self.folder), **settings)
+
+    def expected(self, tenant, extra=None):
+        forget = {**SETS[tenant], **(extra or {})}
+        text = greedy_text(self.folder, {self.adapters[n]: s for n, s in forget.items()}, PROMPT, COUNT)
+        return text.rstrip("\ufffd")  # the beginning of a character is never sent
+
+
+async def ask(engine, policy, tenant, **settings):
+    holding = await engine.hold(policy.forget_of(tenant), policy)
+    try:
+        request = Generation(await engine.encode(PROMPT), COUNT, **{"temperature": 0.0, "ignore_eos": True, **settings})
+        async with aclosing(engine.stream(request, holding)) as stream:
+            return [piece async for piece in stream]
+    finally:
+        holding.release()
+
+
+def run(engine, coroutine):
+    """Run in a loop of its own, and hang up in it."""
+
+    async def both():
+        try:
+            return await coroutine
+        finally:
+            await engine.close()
+
+    return asyncio.run(both())
+
+
+def test_every_tenant_gets_the_answers_of_its_own_set(world):
+    engine, policy = world.engine(world.fake()), world.source.current()
+
+    async def all_at_once():
+        return await asyncio.gather(*(ask(engine, policy, tenant) for tenant in list(SETS) * 3))
+
+    for tenant, pieces in zip(list(SETS) * 3, run(engine, all_at_once()), strict=True):
+        assert "".join(piece.text for piece in pieces) == world.expected(tenant), tenant
+        assert sum(piece.tokens for piece in pieces) == COUNT and pieces[-1].finish_reason == "length"
+    assert len({world.expected(tenant) for tenant in SETS}) == len(SETS)
+
+
+def test_what_is_held_is_what_was_asked_for(world):
+    engine, policy = world.engine(world.fake()), world.source.current()
+
+    async def hold():
+        found = {tenant: await engine.hold(policy.forget_of(tenant), policy) for tenant in SETS}
+        for holding in found.values():
+            holding.release()
+            holding.release()
+        return found
+
+    found = run(engine, hold())
+    for tenant, holding in found.items():
+        assert {one.name: one.strength for one in holding.applied} == SETS[tenant]
+        assert (holding.digest == "") == (not SETS[tenant])
+        assert all(len(one.sha256) == 64 for one in holding.applied)
+    assert len({holding.digest for holding in found.values()}) == len(SETS)
+
+
+def test_logprobs_and_stop_strings_as_in_the_embedded_engine(world):
+    engine, policy = world.engine(world.fake()), world.source.current()
+
+    async def both():
+        return await ask(engine, policy, "bob", logprobs=2), await ask(engine, policy, "bob", stop=(whole[2:5],))
+
+    whole = world.expected("bob")
+    with_logprobs, stopped = run(engine, both())
+    entries = [entry for piece in with_logprobs for entry in piece.logprobs]
+    told = b"".join(entry.chosen.data for entry in entries).decode(errors="replace")
+    assert told.rstrip("\ufffd") == whole
+    assert all(len(e.top) == 2 and e.top[0] == e.chosen and e.chosen.logprob >= e.top[1].logprob for e in entries)
+    assert "".join(piece.text for piece in stopped) == whole[: whole.index(whole[2:5])]
+    assert stopped[-1].finish_reason == "stop"
+
+
+def test_vllm_is_told_every_setting(world):
+    """Or it would take those of the model's generation_config.json."""
+    fake = world.fake()
+    engine, policy = world.engine(fake), world.source.current()
+    run(engine, ask(engine, policy, "alice", temperature=0.5, top_p=0.9, top_k=3, seed=7, presence_penalty=0.1))
+    body = fake.asked[-1]
+    given = {"temperature": 0.5, "top_p": 0.9, "top_k": 3, "seed": 7, "presence_penalty": 0.1, "max_tokens": COUNT}
+    always = {"frequency_penalty": 0.0, "repetition_penalty": 1.0, "min_p": 0.0, "ignore_eos": True}
+    assert {**body, **given, **always} == body
+
+
+def test_a_policy_change_takes_effect_at_once(world):
+    fake = world.fake()
+    engine = world.engine(fake)
+
+    async def before_and_after():
+        first = await ask(engine, world.source.current(), "alice")
+        world.source.policy = Fixed(make_policy_values(world.adapters, {**SETS, "alice": SETS["carol"]})).policy
+        return first, await ask(engine, world.source.current(), "alice")
+
+    first, second = run(engine, before_and_after())
+    assert "".join(piece.text for piece in first) == world.expected("alice")
+    assert "".join(piece.text for piece in second) == world.expected("carol")
+
+
+@pytest.mark.parametrize("harm", ["delete", "truncate", "tamper"])
+def test_a_harmed_adapter_is_named_and_nothing_is_generated(world, harm):
+    fake = world.fake()
+    pinned = {name: {**entry.model_dump()} for name, entry in world.source.current().adapters.items()}
+    from unlearn_peft import read_bundle
+
+    for name, entry in pinned.items():
+        entry["sha256"] = read_bundle(world.adapters[name]).identity
+    world.source.policy = Fixed({**make_policy_values(world.adapters, SETS), "adapters": pinned}).policy
+    weights = world.adapters["c"] / "adapter_model.safetensors"
+    if harm == "delete":
+        shutil.rmtree(world.adapters["c"])
+    else:
+        data = weights.read_bytes()
+        weights.write_bytes(data[:-4] if harm == "truncate" else data[:-1] + bytes([data[-1] ^ 1]))
+    engine, policy = world.engine(fake), world.source.current()
+    with pytest.raises(Unavailable) as refused:
+        run(engine, ask(engine, policy, "bob"))
+    assert refused.value.adapter == "c" and not [body for body in fake.asked if body.get("stream")]
+    engine = world.engine(fake)
+    assert run(engine, ask(engine, policy, "alice"))
+
+
+def test_an_unpinned_adapter_that_is_gone_is_named_too(world):
+    engine, policy = world.engine(world.fake()), world.source.current()
+    shutil.rmtree(world.adapters["b"])
+    with pytest.raises(Unavailable) as refused:
+        run(engine, ask(engine, policy, "carol"))
+    assert refused.value.adapter == "b"
+
+
+@pytest.mark.parametrize(("trouble", "error"), [
+    ("model", Unavailable), ("break", GenerationError), ("busy", Busy), ("error", GenerationError),
+])  # fmt: skip
+def test_what_goes_wrong_in_vllm_is_never_an_answer(world, trouble, error):
+    fake = world.fake()
+    engine, policy = world.engine(fake), world.source.current()
+    fake.trouble = trouble
+    with pytest.raises(error):
+        run(engine, ask(engine, policy, "bob"))
+
+
+def test_a_vllm_that_answers_for_anything_is_not_taken(world):
+    with pytest.raises(Unavailable, match="VLLM_SKIP_MODEL_NAME_VALIDATION"):
+        world.engine(world.fake(trouble="validation"))
+
+
+def test_another_base_or_no_vllm_is_not_taken(world, tmp_path):
+    from conftest import WORDS, make_tiny
+
+    fake = world.fake()
+    other = make_tiny(tmp_path / "other")
+    tokenizer = other / "tokenizer.json"
+    assert WORDS and '"Ġblue"' in tokenizer.read_text()
+    tokenizer.write_text(tokenizer.read_text().replace('"t","h"', '"t","q"'))
+    fake.base.tokenizer.add_tokens(["12", "said"])
+    with pytest.raises(BaseModelError, match="tokenizer is another one"):
+        world.engine(fake)
+    with pytest.raises(Unavailable, match="no vLLM server answers at http://127.0.0.1:9"):
+        VllmEngine(["http://127.0.0.1:9"], str(world.folder))
+
+
+def test_vllm_forgets_a_name_that_it_knew_and_gets_it_again(world):
+    """A restart of vLLM, or another gateway's unload."""
+    fake = world.fake()
+    engine, policy = world.engine(fake), world.source.current()
+
+    async def twice():
+        await ask(engine, policy, "bob")
+        fake.known.clear()
+        return await ask(engine, policy, "bob")
+
+    assert "".join(piece.text for piece in run(engine, twice())) == world.expected("bob")
+
+
+def test_names_beyond_the_bound_are_unloaded_but_none_that_is_held(world):
+    fake = world.fake()
+    engine, policy = world.engine(fake, names=1), world.source.current()
+
+    async def some():
+        held = await engine.hold(policy.forget_of("alice"), policy)
+        for tenant in ("bob", "carol", "bob"):
+            await ask(engine, policy, tenant)
+        await asyncio.sleep(0.1)
+        assert held.model in fake.known and held.model not in fake.unloaded
+        held.release()
+        await ask(engine, policy, "carol")
+        await asyncio.sleep(0.1)
+        return held.model
+
+    model = run(engine, some())
+    assert model in fake.unloaded and len(fake.unloaded) >= 3
+
+
+def test_a_set_stays_on_its_server_and_moves_when_that_is_away(world):
+    fakes = [world.fake(), world.fake()]
+    engine, policy = world.engine(*fakes), world.source.current()
+
+    async def many():
+        for _ in range(3):
+            for tenant in SETS:
+                await ask(engine, policy, tenant)
+        where = [set(fake.known) for fake in fakes]
+        holding = await engine.hold(policy.forget_of("bob"), policy)
+        holding.release()
+        self_url = holding.server.url
+        index = [fake.url for fake in fakes].index(self_url)
+        await asyncio.to_thread(world.open[index].__exit__, None, None, None)
+        del world.open[index]
+        text = "".join(piece.text for piece in await ask(engine, policy, "bob"))
+        moved = await engine.hold(policy.forget_of("bob"), policy)
+        assert await engine.problem() is None
+        return where, self_url, moved, text
+
+    where, url, moved, text = run(engine, many())
+    assert not where[0] & where[1] and len(where[0] | where[1]) == 3
+    assert moved.server.url != url and text == world.expected("bob")
+
+
+def test_closing_an_answer_early_stops_vllm(world):
+    fake = world.fake()
+    engine, policy = world.engine(fake), world.source.current()
+
+    async def early():
+        holding = await engine.hold(policy.forget_of("bob"), policy)
+        request = Generation(await engine.encode(PROMPT), 60, 0.0, ignore_eos=True)
+        async with aclosing(engine.stream(request, holding)) as stream:
+            async for _ in stream:
+                break
+        await asyncio.sleep(0.3)
+
+    run(engine, early())
+    assert fake.aborted == 1
+
+
+def test_prompts_that_are_none(world):
+    engine = world.engine(world.fake())
+
+    async def refused(prompt):
+        with pytest.raises(PromptError):
+            await engine.encode(prompt)
+
+    async def several():
+        for prompt in ("", [], [0, 10**6], [-1]):
+            await refused(prompt)
+        return await engine.encode([{"role": "user", "content": "who"}])
+
+    assert run(engine, several())[0] == 1
+
+
+def test_the_whole_server_over_the_gateway(world):
+    """Keys, extras and errors as the official client sees them."""
+    import openai
+
+    engine = world.engine(world.fake())
+    settings = {"model": engine.model, "prompt": PROMPT, "max_tokens": COUNT, "temperature": 0}
+    with running(engine, world.source) as (_, url):
+        for tenant in KEYS:
+            answer = client(url, tenant).completions.create(**settings, extra_body={"ignore_eos": True})
+            assert answer.choices[0].text == world.expected(tenant)
+        more = client(url).completions.create(**settings, extra_body={"forget": {"c": 0.5}, "ignore_eos": True})
+        assert more.choices[0].text == world.expected("bob")
+        chunks = client(url, "carol").completions.create(**settings, stream=True, extra_body={"ignore_eos": True})
+        assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == world.expected("carol")
+        shutil.rmtree(world.adapters["b"])
+        with pytest.raises(openai.InternalServerError) as refused:
+            client(url, "carol").completions.create(**settings)
+        assert refused.value.status_code == 503 and refused.value.body["adapter"] == "b"
+
+
+def test_a_set_in_great_demand_spreads_over_the_servers(world):
+    fakes = [world.fake(), world.fake()]
+    engine, policy = world.engine(*fakes), world.source.current()
+
+    async def held():
+        holdings = []
+        for _ in range(30):
+            holdings.append(await engine.hold(policy.forget_of("bob"), policy))
+            holdings[-1].server.streams += 1  # as while it answers
+        return sorted(sum(one.server.url == fake.url for one in holdings) for fake in fakes)
+
+    fewest, most = run(engine, held())
+    assert fewest >= 10 and most <= 20
+
+
+def test_a_server_that_was_away_is_asked_again(world, monkeypatch):
+    from unlearn_peft.serve import vllm_servers
+
+    monkeypatch.setattr(vllm_servers, "_AWAY", 0.3)
+    engine, policy = world.engine(world.fake()), world.source.current()
+
+    async def again():
+        engine._servers.away(engine._servers.all[0])
+        refused = 0
+        while True:
+            try:
+                (await engine.hold(policy.forget_of("bob"), policy)).release()
+                return refused
+            except Unavailable:
+                refused += 1
+                assert refused < 500
+                await asyncio.sleep(0.01)
+
+    assert run(engine, again()) > 3

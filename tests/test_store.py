@@ -1,0 +1,655 @@
+"""The policy store, in SQLite and in a real PostgreSQL: changes, their history, readers, crashes, outages; the CLI."""
+
+import getpass
+import glob
+import json
+import multiprocessing
+import os
+import pwd
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import event
+
+from unlearn_peft.errors import PolicyError
+from unlearn_peft.serve import store as store_module
+from unlearn_peft.serve.policy import key_digest, make_policy
+from unlearn_peft.serve.policy_file import dump_policy, parse_policy, read_policy
+from unlearn_peft.serve.store import PolicyStore, open_policy
+
+ME = {"who": "tester", "why": "a test"}
+
+
+class Postgres:
+    """A private server in a folder of its own, reached through a socket there, without a network."""
+
+    def __init__(self):
+        found = sorted(glob.glob("/usr/lib/postgresql/*/bin/postgres")) or [shutil.which("postgres")]
+        if not found[-1]:
+            pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
+        self.programs = Path(found[-1]).parent
+        self.folder = Path(tempfile.mkdtemp(prefix="pg"))  # short: a socket's path is
+        self.as_user = {}
+        if os.getuid() == 0:  # PostgreSQL refuses to run as root
+            nobody = pwd.getpwnam("nobody")
+            self.as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
+        self.log = (self.folder / "log").open("wb")
+        self._run("initdb", "-D", self.folder / "data", "-U", "tester", "-A", "trust", "--no-sync")
+        self.databases = 0
+        self.start()
+
+    def start(self):
+        command = [self.programs / "postgres", "-D", self.folder / "data", "-k", self.folder]
+        command += ["-c", "listen_addresses=", "-c", "fsync=off"]
+        self.server = subprocess.Popen(command, stdout=self.log, stderr=self.log, cwd="/", **self.as_user)
+        for _ in range(300):
+            if subprocess.run([self.programs / "pg_isready", "-q", "-h", self.folder]).returncode == 0:
+                return
+            time.sleep(0.1)
+        pytest.fail(f"PostgreSQL did not start:\n{(self.folder / 'log').read_text()[-2000:]}")
+
+    def stop(self, how=signal.SIGINT):
+        """SIGINT: at once; SIGQUIT: as if it had crashed."""
+        self.server.send_signal(how)
+        self.server.wait(timeout=60)
+
+    def new_database(self):
+        self.databases += 1
+        self._run("createdb", "-h", self.folder, "-U", "tester", f"test{self.databases}")
+        return f"postgresql://tester@/test{self.databases}?host={self.folder}"
+
+    def _run(self, program, *arguments):
+        command = [self.programs / program, *map(str, arguments)]
+        subprocess.run(command, check=True, stdout=self.log, stderr=self.log, cwd="/", **self.as_user)
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    server = Postgres()
+    yield server
+    server.stop(signal.SIGQUIT)
+    server.log.close()
+    shutil.rmtree(server.folder)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def where(request, tmp_path):
+    if request.param == "sqlite":
+        return str(tmp_path / "a store's #1 50%.db")
+    return request.getfixturevalue("postgres").new_database()
+
+
+@pytest.fixture
+def store(where):
+    store = PolicyStore(where, create=True)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def filled(store):
+    for name in ("hp", "news"):
+        store.adapter(name, f"/srv/{name}", "a" * 64, **ME)
+    store.add("acme", **ME)
+    store.forget("acme", "hp", **ME)
+    return store
+
+
+def content_of(policy):
+    """What the history must lead to: of each key the first digits of its digest."""
+    tenants = {
+        name: {"forget": entry.forget, "keys": sorted(key[:12] for key in entry.keys)}
+        for name, entry in policy.tenants.items()
+    }
+    return {"adapters": {name: entry.model_dump() for name, entry in policy.adapters.items()}, "tenants": tenants}
+
+
+def replay(history):
+    """What a history leads to; its revisions must have no gap."""
+    adapters, tenants = {}, {}
+    for n, change in enumerate(reversed(history), 1):
+        assert change.revision == n and re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+\+00:00", change.at) and change.who
+        what = change.what
+        match change.action:
+            case "add":
+                tenants[what["tenant"]] = {"forget": {}, "keys": []}
+            case "remove":
+                assert tenants.pop(what["tenant"])["forget"] == what["forget"]
+            case "forget":
+                assert tenants[what["tenant"]]["forget"].get(what["adapter"]) == what["before"]
+                tenants[what["tenant"]]["forget"][what["adapter"]] = what["strength"]
+            case "unforget":
+                assert tenants[what["tenant"]]["forget"].pop(what["adapter"]) == what["before"]
+            case "adapter":
+                adapters[what["adapter"]] = {"path": what["path"], "sha256": what["sha256"]}
+            case "unadapter":
+                assert adapters.pop(what["adapter"]) == what["before"]
+            case "key":
+                tenants[what["tenant"]]["keys"].append(what["key"])
+            case "revoke":
+                tenants[what["tenant"]]["keys"].remove(what["key"])
+            case "import":
+                adapters, tenants = what["adapters"], what["tenants"]
+    for entry in tenants.values():
+        entry["keys"].sort()
+    return {"adapters": adapters, "tenants": tenants}
+
+
+def assert_whole(where):
+    """The tables hold exactly what the history leads to."""
+    fresh = PolicyStore(where)
+    history = fresh.history()
+    assert replay(history) == content_of(fresh.current())
+    fresh.close()
+    if "://" not in where:
+        with sqlite3.connect(where) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    return history
+
+
+def test_each_change_and_its_history(store, where):
+    other = open_policy(where)
+    assert other.current().tenants == {} and other.problem is None
+    assert store.adapter("hp", "out/hp", "A" * 64, **ME) == 1
+    assert store.adapter("news", "/srv/news", None, **ME) == 2
+    assert store.add("acme", who=" ann ", why="contract 12") == 3
+    assert store.add("globex", **ME) == 4
+    assert other.current().forget_of("acme") == {}
+    store.forget("acme", "hp", **ME)
+    store.forget("acme", "news", 0.1 + 0.2, **ME)
+    assert other.current().forget_of("acme") == {"hp": 1.0, "news": 0.1 + 0.2}, "seen by others at once, exactly"
+    assert other.current() is other.current()
+    store.forget("acme", "news", 2, **ME)
+    store.unforget("acme", "hp", **ME)
+    store.unadapter("hp", **ME)
+    key, second = store.add_key("acme", **ME), store.add_key("acme", **ME)
+    assert other.current().tenant_of(key) == other.current().tenant_of(second) == "acme"
+    store.revoke_key("acme", key_digest(key)[:8], **ME)
+    assert other.current().tenant_of(key) is None
+    store.revoke_key("acme", second, **ME)
+    assert other.current().tenant_of(second) is None
+    store.adapter("news", "/srv/newer", "b" * 64, **ME)
+    third = store.add_key("globex", **ME)
+    store.remove("globex", **ME)
+    assert other.current().tenant_of(third) is None and list(other.current().tenants) == ["acme"]
+    assert other.current().model_dump() == {
+        "adapters": {"news": {"path": "/srv/newer", "sha256": "b" * 64}},
+        "tenants": {"acme": {"forget": {"news": 2.0}, "keys": ()}},
+    }
+    history = assert_whole(where)
+    assert [c.action for c in reversed(history)] == [
+        "adapter", "adapter", "add", "add", "forget", "forget", "forget", "unforget", "unadapter", "key", "key",
+        "revoke", "revoke", "adapter", "key", "remove",
+    ]  # fmt: skip
+    assert history[13].who == "ann" and history[13].why == "contract 12" and history[13].what == {"tenant": "acme"}
+    assert history[15].what == {"adapter": "hp", "path": str(Path("out/hp").absolute()), "sha256": "a" * 64,
+                                "before": None}  # fmt: skip
+    assert history[9].what == {"tenant": "acme", "adapter": "news", "strength": 2, "before": 0.1 + 0.2}
+    assert [c.revision for c in store.history(3)] == [16, 15, 14]
+    other.close()
+
+
+def test_what_does_not_fit_is_refused_and_leaves_no_trace(filled, where):
+    before, history = filled.current(), filled.history()
+    key = filled.add_key("acme", **ME)
+    refused = {
+        "tenant 'acme' is there already": lambda: filled.add("acme", **ME),
+        "'a b' is no name": lambda: filled.add("a b", **ME),
+        "'x..y' is no name": lambda: filled.adapter("x..y", "/x", None, **ME),
+        "no tenant 'acm' (did you mean 'acme'?)": lambda: filled.forget("acm", "hp", **ME),
+        "no tenant 'nobody'": lambda: filled.remove("nobody", **ME),
+        "no adapter 'new' (did you mean 'news'?)": lambda: filled.forget("acme", "new", **ME),
+        "does not have 'news' forgotten": lambda: filled.unforget("acme", "news", **ME),
+        "the strength is 0": lambda: filled.forget("acme", "hp", 0, **ME),
+        "the strength is inf": lambda: filled.forget("acme", "hp", float("inf"), **ME),
+        "the strength is nan": lambda: filled.forget("acme", "hp", float("nan"), **ME),
+        "'adapters.x.sha256': expected a sha256": lambda: filled.adapter("x", "/x", key, **ME),
+        "'adapters.x.path': expected the path": lambda: filled.adapter("x", "/x\0", None, **ME),
+        "adapter 'hp' is forgotten for acme": lambda: filled.unadapter("hp", **ME),
+        "0 keys of tenant 'acme' fit": lambda: filled.revoke_key("acme", key + "x", **ME),
+        "give the key, or 8 or more digits": lambda: filled.revoke_key("acme", key_digest(key)[:7], **ME),
+        "expected who": lambda: filled.add("x", who=" "),
+        "'why' must be one line": lambda: filled.add("x", who="ann", why="a\n9 2026 root: add"),
+        "'who' must be one line": lambda: filled.add("x", who="\x1b[2J"),
+        "at most 2000 characters": lambda: filled.add("x", who="ann", why="x" * 2001),
+    }
+    for told, change in refused.items():
+        with pytest.raises(PolicyError) as error:
+            change()
+        assert told in str(error.value) and key not in str(error.value) and key_digest(key) not in str(error.value)
+    filled.revoke_key("acme", key_digest(key), **ME)
+    assert filled.current() == before and len(assert_whole(where)) == len(history) + 2
+
+
+def test_no_key_is_anywhere_but_in_its_owners_hands(filled, where, tmp_path, caplog):
+    keys = [filled.add_key("acme", **ME) for _ in range(3)]
+    filled.revoke_key("acme", keys[0], **ME)
+    policy = filled.current()
+    filled.replace(policy, **ME)
+    written = dump_policy(policy) + repr(policy) + repr(filled.history()) + caplog.text
+    for file in tmp_path.iterdir():
+        written += file.read_bytes().decode("latin-1")
+    for key in keys:
+        assert key not in written and key[3:] not in written
+    assert key_digest(keys[1]) not in repr(filled.history())
+
+
+def test_import_and_export(filled, where, tmp_path):
+    filled.add_key("acme", **ME)
+    (tmp_path / "policy.yaml").write_text(dump_policy(filled.current()))
+    exported = read_policy(tmp_path / "policy.yaml")
+    assert exported.version == filled.current().version
+    tenants = f"{{acme: {{forget: {{x: 3}}, keys: [{'0c' * 32}]}}, b: {{forget: []}}}}"
+    text = f"adapters: {{x: {{path: sub/x}}}}\ntenants: {tenants}"
+    imported = parse_policy(text.encode(), "x", tmp_path)
+    filled.replace(imported, **ME)
+    assert filled.current() == imported and filled.current().adapters["x"].path == str(tmp_path / "sub/x")
+    assert_whole(where)
+    key = imported.tenants["acme"].keys[0]
+    moved = make_policy({"adapters": {}, "tenants": {"new": {"forget": {}, "keys": [key]}}}, "x")
+    filled.replace(moved, **ME)
+    assert filled.current() == moved, "the key went from a tenant that is no more to another"
+    filled.replace(exported, **ME)
+    assert filled.current().version == exported.version
+    assert_whole(where)
+
+
+@st.composite
+def policies(draw):
+    """Of few names and keys, so that one policy after another adds, changes, moves and removes."""
+    adapters = draw(st.dictionaries(st.sampled_from("abc"), st.sampled_from(["/x", "/y"]), max_size=3))
+    sets = st.dictionaries(st.sampled_from(sorted(adapters)), st.sampled_from([0.5, 1.0])) if adapters else st.just({})
+    tenants = draw(st.dictionaries(st.sampled_from("tuv"), sets, max_size=3))
+    owners = draw(st.lists(st.sampled_from(sorted(tenants)), max_size=4)) if tenants else []
+    keys = {name: [key_digest(str(n)) for n, owner in enumerate(owners) if owner == name] for name in tenants}
+    values = {
+        "adapters": {name: {"path": path} for name, path in adapters.items()},
+        "tenants": {name: {"forget": forget, "keys": keys[name]} for name, forget in tenants.items()},
+    }
+    return make_policy(values, "x")
+
+
+@given(st.lists(policies(), min_size=2, max_size=6))
+@settings(max_examples=20, deadline=None)
+def test_any_policy_can_follow_any_other(sequence):
+    with tempfile.TemporaryDirectory() as folder:
+        store = PolicyStore(f"{folder}/tenants.db", create=True)
+        for policy in sequence:
+            store.replace(policy, **ME)
+            assert store.current() == policy
+        store.close()
+        assert_whole(f"{folder}/tenants.db")
+
+
+def test_the_history_cannot_be_changed(filled, where):
+    engine = filled._engine
+    for statement in ("UPDATE unlearn_history SET who = 'x'", "DELETE FROM unlearn_history WHERE revision = 1"):
+        with pytest.raises(Exception, match="the history is only added to"), engine.begin() as connection:
+            connection.exec_driver_sql(statement)
+    assert_whole(where)
+
+
+def test_a_content_that_is_no_policy_is_not_taken(filled, where, caplog):
+    before = filled.current()
+    with filled._engine.begin() as connection:  # somebody's hand
+        connection.exec_driver_sql("INSERT INTO unlearn_tenants (name) VALUES ('a b')")
+        connection.exec_driver_sql("UPDATE unlearn_state SET revision = revision + 1, token = 'x'")
+    with pytest.raises(PolicyError, match="'a b' is no name"):
+        open_policy(where)
+    for _ in range(3):
+        assert filled.current() is before and "'a b' is no name" in filled.problem
+    assert caplog.text.count("'a b' is no name") == 1, "logged once"
+    PolicyStore(where).remove("a b", **ME)
+    assert filled.current() == before and filled.problem is None
+
+
+def test_a_change_in_the_midst_of_a_read(store, where):
+    """What was begun to be read is read to its end as it was; the change is seen by the next call."""
+    texts = [f"adapters: {{{a}: {{path: /x}}}}\ntenants: {{t: {{forget: [{a}]}}}}" for a in "ab"]
+    sides = [parse_policy(text.encode(), "x", Path("/")) for text in texts]
+    store.replace(sides[0], **ME)
+    reader, left = PolicyStore(where), [1]
+
+    def change(connection, cursor, statement, *_):
+        if "unlearn_adapters" in statement and left:
+            left.clear()
+            store.replace(sides[1], **ME)
+
+    event.listen(reader._engine, "after_cursor_execute", change)
+    assert [reader.current(), reader.current()] == sides and not left
+    reader.close()
+
+
+def test_readers_of_many_threads_never_see_half_a_change(store, where):
+    """The store is switched between two policies while changes of one tenant go on; each read is all of one."""
+    sides = []
+    for strength in (1, 2):
+        tenants = "".join(f"  t{n}: {{forget: {{a: {strength}, b: {strength}}}}}\n" for n in range(5 * strength))
+        text = f"adapters:\n  a: {{path: /a}}\n  b: {{path: /b{strength}}}\ntenants:\n{tenants}"
+        sides.append(parse_policy(text.encode(), "x", Path("/")))
+    store.replace(sides[0], **ME)
+    stop, seen, failures = threading.Event(), set(), []
+
+    def read(own):
+        source = PolicyStore(where) if own else store
+        while not stop.is_set():
+            policy = source.current()
+            seen.add(policy.version)
+            if policy not in sides or source.problem:
+                failures.append((policy, source.problem))
+        if own:
+            source.close()
+
+    threads = [threading.Thread(target=read, args=(n % 2,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for n in range(40):
+        store.replace(sides[n % 2], **ME)
+        assert store.current() == sides[n % 2]
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failures and seen == {side.version for side in sides}
+    assert len(assert_whole(where)) == 41
+
+
+def test_writers_of_many_threads(filled, where):
+    def change(n):
+        try:
+            for round_ in range(4):
+                filled.add(f"t{n}-{round_}", **ME)
+                filled.forget("acme", "hp", n + 1, **ME)
+                filled.forget(f"t{n}-{round_}", "news", 1, **ME)
+                keys[n].append(filled.add_key("acme", **ME))
+        except Exception as error:
+            failures.append(error)
+
+    start, keys, failures = len(filled.history()), {n: [] for n in range(8)}, []
+    threads = [threading.Thread(target=change, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    policy = filled.current()
+    assert {policy.tenant_of(key) for mine in keys.values() for key in mine} == {"acme"}
+    assert len(policy.tenants) == 33 and len(policy.tenants["acme"].keys) == 32
+    assert len(assert_whole(where)) == start + 8 * 4 * 4, "no change was lost"
+
+
+def change_much(where, name, rounds, told):
+    """Change the store, in a process of its own, and note in the file `told` what was confirmed."""
+    store = PolicyStore(where, create=True)
+    with told.open("w", buffering=1) as stream:
+        for n in range(rounds):
+            tenant = f"{name}-{n}"
+            stream.write(f"{store.add(tenant, who=name)}\n")
+            stream.write(f"{store.adapter(f'own-{name}', f'/srv/{n}', None, who=name)}\n")
+            stream.write(f"{store.forget(tenant, f'own-{name}', 1 + n, who=name)}\n")
+            stream.write(f"{store.add_key(tenant, who=name)}\n")
+            if n % 3:
+                stream.write(f"{store.remove(f'{name}-{n - 1}', who=name)}\n")
+            time.sleep(random.uniform(0, 0.02))
+
+
+def changing(where, name, rounds, told):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "hypothesis", "unlearn_peft.serve.store"])  # imported once, not by each
+    child = context.Process(target=change_much, args=(where, name, rounds, told))
+    child.start()
+    return child
+
+
+def test_writers_of_many_processes(where, tmp_path):
+    """They also make the store, all at once."""
+    children = {f"p{n}": changing(where, f"p{n}", 6, tmp_path / f"p{n}") for n in range(4)}
+    for name, child in children.items():
+        child.join(120)
+        assert child.exitcode == 0, (tmp_path / name).read_text()
+    assert len(assert_whole(where)) == 4 * (6 * 4 + 4)
+
+
+def test_a_writer_that_is_killed_leaves_the_store_whole(where, tmp_path):
+    """kill -9 at random moments, 24 times, four writers at once: what was confirmed is there, and nothing is half."""
+    confirmed = 0
+    for round_ in range(6):
+        names = [f"r{round_}c{n}" for n in range(4)]
+        children = {name: changing(where, name, 10_000, tmp_path / name) for name in names}
+        for name, child in children.items():
+            while not (tmp_path / name).exists() or "\n" not in (tmp_path / name).read_text():
+                assert child.is_alive()
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 0.15))
+            child.kill()
+            child.join()
+            assert child.exitcode == -signal.SIGKILL
+        history = assert_whole(where)
+        for name in names:
+            told = [line.strip() for line in (tmp_path / name).read_text().splitlines(True) if line.endswith("\n")]
+            made = [change for change in reversed(history) if change.who == name]
+            assert len(told) <= len(made) <= len(told) + 1, "each confirmed change, and at most one more"
+            for result, change in zip(told, made, strict=False):
+                if result.startswith("uf-"):
+                    assert change.action == "key" and change.what["key"] == key_digest(result)[:12]
+                else:
+                    assert change.revision == int(result)
+            confirmed += len(told)
+    assert confirmed >= 24
+    after = PolicyStore(where)
+    after.add("still-works", **ME)
+    after.close()
+
+
+class Clock:
+    def __init__(self):
+        self.now = time.monotonic()
+
+    def __call__(self):
+        return self.now
+
+
+def assert_fails_closed(store, monkeypatch, caplog, cut, mend):
+    """The last policy serves while the grace lasts, then nobody is served; when it is mended, all go on."""
+    clock = Clock()
+    monkeypatch.setattr(store_module, "monotonic", clock)
+    clock.now += 5
+    last = store.current()
+    cut()
+    for _ in range(10):
+        clock.now += 2.9
+        assert store.current() is last and "cannot be reached" in store.problem
+    clock.now += 2
+    for _ in range(3):
+        with pytest.raises(PolicyError, match="no policy in the last 30 s: nobody is served"):
+            store.current()
+    with pytest.raises(PolicyError, match="did not confirm the change|cannot be reached"):
+        store.add("x", **ME)
+    mend()
+    clock.now += 2
+    assert store.current() == last and store.problem is None
+    assert caplog.text.count("cannot be reached") == 1, "logged once"
+    store.add("x", **ME)
+    assert "x" in store.current().tenants
+
+
+def test_a_file_that_is_gone_fails_closed(tmp_path, monkeypatch, caplog):
+    store = PolicyStore(tmp_path / "tenants.db", create=True)
+    store.add("acme", **ME)
+    aside = tmp_path / "aside"
+    aside.mkdir()
+
+    def move(source, target):
+        for file in source.glob("tenants.db*"):
+            file.rename(target / file.name)
+
+    assert_fails_closed(store, monkeypatch, caplog, lambda: move(tmp_path, aside), lambda: move(aside, tmp_path))
+    store.close()
+
+
+@pytest.mark.postgres
+def test_a_server_that_crashes_fails_closed(postgres, monkeypatch, caplog):
+    where = postgres.new_database()
+    store = PolicyStore(where, create=True)
+    for n in range(5):
+        store.add(f"t{n}", **ME)
+    assert_fails_closed(store, monkeypatch, caplog, lambda: postgres.stop(signal.SIGQUIT), postgres.start)
+    assert len(assert_whole(where)) == 6
+    store.close()
+
+
+def test_a_database_that_hangs_fails_closed(filled, monkeypatch):
+    """One thread waits for it and holds the lock; all others are answered."""
+    clock = Clock()
+    monkeypatch.setattr(store_module, "monotonic", clock)
+    monkeypatch.setattr(store_module, "PATIENCE", 0.05)
+    last = filled.current()
+    with filled._lock:
+        clock.now += 20
+        assert filled.current() is last and "does not answer" in filled.problem
+        clock.now += 20
+        with pytest.raises(PolicyError, match="nobody is served"):
+            filled.current()
+    assert filled.current() is last and filled.problem is None
+
+
+def test_a_file_that_is_put_into_the_place_of_another(tmp_path):
+    store, other = (PolicyStore(tmp_path / name, create=True) for name in ("tenants.db", "backup.db"))
+    store.add("new", **ME)
+    other.add("old", **ME)
+    other.close()
+    os.replace(tmp_path / "backup.db", tmp_path / "tenants.db")
+    for rest in tmp_path.glob("tenants.db-*"):
+        rest.unlink()
+    assert list(store.current().tenants) == ["old"]
+    store.close()
+
+
+def test_how_sqlite_is_set(tmp_path):
+    store = PolicyStore(tmp_path / "tenants.db", create=True)
+    with store._engine.connect() as connection:
+        found = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+            for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        }
+    assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 10_000}
+    store.close()
+
+
+def test_what_is_no_store(tmp_path, where):
+    (tmp_path / "text.db").write_text("no database " * 1000)
+    sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE x (y)").connection.close()
+    newer = PolicyStore(where, create=True)
+    with newer._engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 2")
+    newer.close()
+    told = {
+        tmp_path / "none.db": "no store at",
+        tmp_path / "text.db": "file is not a database",
+        tmp_path / "other.db": "holds no store",
+        where: "has schema version 2, expected 1: update",
+        "sqlite://": "would be lost",
+        "postgresql://ann:geheim@127.0.0.1:1/x": "cannot open the store postgresql+psycopg://127.0.0.1:1/x: conn",
+        "postgresql://ann:geheim@h:port/x": "the store's URL is not understood",
+        "nonesuch://ann:geheim@h/x": "the store's URL is not understood",
+    }
+    for place, words in told.items():
+        with pytest.raises(PolicyError) as error:
+            PolicyStore(place)
+        assert words in str(error.value) and "geheim" not in str(error.value)
+    assert not (tmp_path / "none.db").exists()
+    with pytest.raises(PolicyError, match="cannot make the store"):
+        PolicyStore(tmp_path / "no" / "folder.db", create=True)
+
+
+@pytest.fixture
+def tenant(monkeypatch, capsys, tmp_path):
+    """Run `unlearn-peft tenant` inside this process; returns exit code, stdout, stderr."""
+    from unlearn_peft import cli
+
+    monkeypatch.setenv("UNLEARN_PEFT_STORE", str(tmp_path / "tenants.db"))
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["unlearn-peft", "tenant", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        out = capsys.readouterr()
+        return done.value.code or 0, out.out, out.err
+
+    return call
+
+
+def test_the_command_line(tenant, tiny, make_adapter, tmp_path):
+    from unlearn_peft import read_bundle
+
+    def done(*arguments):
+        code, out, err = tenant(*arguments)
+        assert code == 0, err
+        return out
+
+    def refused(told, *arguments):
+        code, _, err = tenant(*arguments)
+        assert code == 2 and told in err and err.count("error: ") == 1 and "Traceback" not in err
+
+    refused("no store at", "list")
+    adapter = make_adapter(tiny, "hp")
+    digest = read_bundle(adapter).identity
+    refused("no adapter at", "adapter", "hp", tmp_path / "none")
+    refused(f"has the sha256 {digest}", "adapter", "hp", adapter, "--sha256", "0" * 64)
+    assert digest in done("adapter", "hp", adapter, "--sha256", digest.upper(), "--why", "trained today")
+    assert json.loads(done("add", "acme", "--who", "ann", "--json")) == {"done": "tenant 'acme' added", "revision": 2}
+    done("forget", "acme", "hp=0.5")
+    refused("the strength 'x' is no number", "forget", "acme", "hp=x")
+    refused("the strength is -1", "forget", "acme", "hp=-1")
+    refused("did you mean 'hp'?", "forget", "acme", "hpp")
+    key = done("key", "acme").strip()
+    made = json.loads(done("key", "acme", "--json"))
+    assert made["key"].startswith("uf-") and key_digest(made["key"]) == made["sha256"]
+    source = open_policy(str(tmp_path / "tenants.db"))
+    assert source.current().tenant_of(key) == source.current().tenant_of(made["key"]) == "acme"
+    assert source.current().adapters["hp"].model_dump() == {"path": str(adapter), "sha256": digest}
+    done("key", "acme", "--revoke", made["sha256"][:10], "--why", "leaked")
+    refused("0 keys of tenant", "key", "acme", "--revoke", made["key"])
+    shown = json.loads(done("show", "acme", "--json"))
+    assert shown == {"tenant": "acme", "forget": {"hp": 0.5}, "keys": [key_digest(key)[:12]]}
+    assert "tenant acme forgets hp=0.5" in done("show", "acme")
+    refused("did you mean 'acme'?", "show", "acne")
+    listed = json.loads(done("list", "--json"))
+    assert listed["tenants"] == {"acme": {"forget": {"hp": 0.5}, "keys": [key_digest(key)[:12]]}}
+    assert f"adapter hp: {adapter} ({digest})" in done("list")
+    done("export", "--output", tmp_path / "policy.yaml")
+    assert done("export") == (tmp_path / "policy.yaml").read_text()
+    done("unforget", "acme", "hp")
+    done("unadapter", "hp")
+    done("remove", "acme", "--why", "gone")
+    assert done("list") == ""
+    done("import", tmp_path / "policy.yaml", "--store", tmp_path / "second.db")
+    assert open_policy(str(tmp_path / "second.db")).current() == read_policy(tmp_path / "policy.yaml")
+    refused("cannot read the policy", "import", tmp_path / "none.yaml")
+    changes = [json.loads(line) for line in done("history", "--json").splitlines()]
+    assert len(changes) == 9 and changes[0]["why"] == "gone" and changes[0]["who"] == getpass.getuser()
+    assert changes[-2]["who"] == "ann" and changes[-1]["what"]["sha256"] == digest
+    assert len(done("history", "--limit", 1).splitlines()) == 1
+    text = done("history")
+    assert "acme" in text and key not in text and made["key"] not in text
+
+
+def test_help_teaches_and_stays_light(tenant):
+    code = "import sys, unlearn_peft.cli; print([m for m in ('sqlalchemy', 'pydantic', 'yaml') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    for command in ("", "add", "remove", "list", "show", "forget", "unforget", "adapter", "unadapter", "key", "history",
+                    "import", "export"):  # fmt: skip
+        code, shown, _ = tenant(*command.split(), "--help")
+        assert code == 0 and f"unlearn-peft tenant {command}" in shown, f"an example for {command}"

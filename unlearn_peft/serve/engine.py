@@ -1,0 +1,162 @@
+"""What the front (http.py) needs of whatever generates: the embedded engine (local.py) or a gateway to vLLM (vllm.py).
+
+The order of one request: `encode` its prompt, `hold` all that it must have forgotten (or refuse it), `stream` its
+answer, `release` what was held. An engine fails closed: it answers with exactly what is held, or raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from ..errors import UnlearnError
+
+if TYPE_CHECKING:
+    from ..bank import Applied
+    from .policy import Policy
+
+
+class Unavailable(UnlearnError):
+    """Something that must be forgotten cannot be: the request is refused (503). `adapter` names it, if it is one."""
+
+    def __init__(self, message: str, adapter: str | None = None) -> None:
+        super().__init__(message)
+        self.adapter = adapter
+
+
+class Busy(UnlearnError):
+    """The engine takes no more requests for now (429); `retry_after` in seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class PromptError(UnlearnError):
+    """A prompt that cannot be turned into tokens: the client's fault (400)."""
+
+
+class GenerationError(UnlearnError):
+    """An answer that could not be finished: the server's fault (500)."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer to be generated; `n` answers to a prompt are `n` of these. The front has checked all ranges."""
+
+    ids: tuple[int, ...]  # the whole prompt, chat template included
+    max_tokens: int
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all tokens
+    seed: int | None = None  # None: another answer each time
+    stop: tuple[str, ...] = ()  # the answer ends before the first of these, which is not part of it
+    logprobs: int | None = None  # None: none; 0: the chosen tokens'; n: the n likeliest tokens' too
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    ignore_eos: bool = False
+    request_id: str = ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that could stand at one place of an answer, and its log-probability in nats."""
+
+    id: int
+    data: bytes  # its UTF-8 bytes; may be part of a character
+    logprob: float  # of the model's own distribution: before temperature, top_p, top_k and penalties
+
+    @property
+    def text(self) -> str:
+        """The bytes as text; parts of a character show as U+FFFD."""
+        return self.data.decode("utf-8", errors="replace")
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The chosen token at one place of an answer, and the likeliest ones (the likeliest first)."""
+
+    chosen: Candidate
+    top: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next part of an answer. The last one, and no other, has a finish reason."""
+
+    text: str  # whole characters, never (part of) a stop string; may be empty
+    tokens: int  # how many more tokens were generated, the end token included
+    logprobs: tuple[TokenLogprobs, ...] = ()  # if asked for: of the tokens that reached the text
+    finish_reason: str | None = None  # "stop" (an end token or stop string) or "length"
+
+
+class Holding(Protocol):
+    """What one request has forgotten: the same contents from its start to its end."""
+
+    @property
+    def applied(self) -> tuple[Applied, ...]:
+        """The exact adapters and strengths, for the audit log."""
+
+    @property
+    def digest(self) -> str:
+        """Equal if and only if the same contents with the same strengths; "" for the empty set."""
+
+    def release(self) -> None:
+        """Let go; called once, after all streams of the request have ended. Doing it twice does no harm."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """For /metrics; None where an engine cannot know."""
+
+    running: int | None = None  # answers in the batch
+    waiting: int | None = None  # answers that wait for a place in it
+    resident: int | None = None  # adapters in memory
+    resident_bytes: int | None = None
+    loads: int | None = None  # adapters read since the start
+    load_seconds: float | None = None  # in all
+
+
+class Engine(Protocol):
+    """Generates answers with a set of adapters each."""
+
+    @property
+    def model(self) -> str:
+        """The base's public name, for /v1/models."""
+
+    @property
+    def context(self) -> int:
+        """How many tokens a prompt and its answer may have together."""
+
+    async def encode(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """Return the token ids of a text, of ids (which are checked), or of messages (by the chat template).
+
+        Raises:
+            PromptError: if there is no such token, no chat template, or the template refuses the messages.
+        """
+
+    async def hold(self, forget: Mapping[str, float], policy: Policy) -> Holding:
+        """Make sure that everything in `forget` (names of `policy.adapters` -> strength) is loaded, verified and kept.
+
+        Raises:
+            Unavailable: naming the adapter that cannot be.
+        """
+
+    def stream(self, request: Generation, holding: Holding) -> AsyncGenerator[Piece, None]:
+        """Generate one answer. Closing the generator early (`aclose`) cancels the rest of it.
+
+        Raises (while iterating):
+            Unavailable: if what is held cannot be applied after all.
+            Busy: if it takes no more requests.
+            GenerationError: if the answer cannot be finished.
+        """
+
+    async def problem(self) -> str | None:
+        """Return why it cannot serve now, in one sentence, or None if it can; for /readyz."""
+
+    def stats(self) -> EngineStats:
+        """Return current figures, at once."""
+
+    async def close(self) -> None:
+        """Stop; answers that still run end with a GenerationError."""

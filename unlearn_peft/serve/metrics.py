@@ -1,0 +1,58 @@
+"""Figures for Prometheus, in a registry of the server's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from .engine import EngineStats
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_GAUGES = {
+    "running": ("batch_size", "Answers in the batch now."),
+    "waiting": ("queue_size", "Answers that wait for a place in the batch."),
+    "resident": ("resident_adapters", "Adapters in memory."),
+    "resident_bytes": ("resident_adapter_bytes", "Memory that they take."),
+}
+_COUNTERS = {
+    "loads": ("adapter_loads", "Adapters read and verified."),
+    "load_seconds": ("adapter_load_seconds", "Seconds that reading and verifying took."),
+}
+
+
+class Metrics:
+    """What is counted; names begin with `unlearn_peft_`. Tenants' names are labels: keep /metrics inside."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self.registry = CollectorRegistry()
+        named: dict[str, Any] = {"namespace": "unlearn_peft", "registry": self.registry}
+        self.requests = Counter("requests", "Requests, by their end.", ["tenant", "status"], **named)
+        self.tokens = Counter("tokens", "Tokens read and generated.", ["tenant", "kind"], **named)
+        self.refusals = Counter("refusals", "Requests refused, by the reason's code.", ["code"], **named)
+        self.seconds = Histogram("request_seconds", "From arrival to end.", buckets=_SECONDS, **named)
+        self.first = Histogram("first_token_seconds", "From arrival to the first text.", buckets=_SECONDS, **named)
+        self.active = Gauge("active_answers", "Answers running and waiting.", **named)
+        self.policy_problem = Gauge("policy_problem", "1: the newest policy was refused, an older is used.", **named)
+        self.registry.register(_EngineFigures(stats))
+
+    def text(self) -> bytes:
+        """Return all figures in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _EngineFigures(Collector):
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        stats = self._stats()
+        for field, (name, text) in _GAUGES.items():
+            if (value := getattr(stats, field)) is not None:
+                yield GaugeMetricFamily(f"unlearn_peft_{name}", text, value=value)
+        for field, (name, text) in _COUNTERS.items():
+            if (value := getattr(stats, field)) is not None:
+                yield CounterMetricFamily(f"unlearn_peft_{name}", text, value=value)

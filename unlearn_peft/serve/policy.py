@@ -1,0 +1,253 @@
+"""Who must have what forgotten: adapters, tenants, what each tenant has forgotten, and the keys that name a tenant.
+
+A mapping comes in, from a YAML file (`policy_file.py`) or a database (`store.py`); a frozen `Policy` goes out, asked
+for anew at every request.
+
+Whatever is wrong is refused as a whole, so that nobody is served under half a policy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import re
+import secrets
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from ..errors import PolicyError, did_you_mean
+
+_NAME = re.compile(r"(?!.*\.\.)(?!\.$)[A-Za-z0-9._-]{1,64}")
+MAX_STRENGTH = 16.0  # far beyond what still gives text; more could overflow
+_STRENGTHS = f"a number above 0, at most {MAX_STRENGTH:g} (1 is as trained)"
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+
+
+def check_name(name: str) -> str:
+    """Return the name of a tenant or an adapter, if it can be one.
+
+    Raises:
+        ValueError: it is used in paths, URLs and logs, so that only plain characters are allowed.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{shown(name)} is no name: expected 1 to 64 letters, digits, '.', '_' or '-', and no '..' among them"
+        )
+    return name
+
+
+def _check_strength(value: object) -> float:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if 0 < value <= MAX_STRENGTH:
+            return float(value)
+        raise ValueError(f"the strength is {shown(value)}, expected {_STRENGTHS}")
+    raise ValueError(f"expected a strength: {_STRENGTHS}")
+
+
+def _check_digest(text: str) -> str:
+    if not _DIGEST.fullmatch(text):  # never shown: it may be a key, put here by mistake
+        raise ValueError("expected a sha256: 64 hexadecimal digits")
+    return text.lower()
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+Strength = Annotated[float, BeforeValidator(_check_strength)]
+Digest = Annotated[str, AfterValidator(_check_digest)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AdapterEntry(_Frozen):
+    """Where an adapter lies, and what it must be: `sha256` is its `Bundle.identity`, or None for any."""
+
+    path: str
+    sha256: Digest | None = None
+
+    @field_validator("path")
+    @classmethod
+    def _resolve(cls, path: str, info: ValidationInfo) -> str:
+        if not path or not path.isprintable():
+            raise ValueError("expected the path of an adapter directory")
+        return str(Path((info.context or {}).get("folder", ""), path))
+
+
+class TenantEntry(_Frozen):
+    """What a tenant must have forgotten (adapter -> strength), and the sha256 of each of its API keys."""
+
+    forget: dict[Name, Strength]
+    keys: tuple[Digest, ...] = ()
+
+    @field_validator("forget", mode="before")
+    @classmethod
+    def _as_mapping(cls, value: Any) -> Any:
+        """A list of names stands for strength 1 each."""
+        if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
+            if twice := [name for name, times in Counter(value).items() if times > 1]:
+                raise ValueError(f"{shown(twice[0])} is named twice")
+            return dict.fromkeys(value, 1.0)
+        if not isinstance(value, Mapping):
+            raise ValueError("expected adapters as [hp, news], with strengths as {hp: 0.5, news: 1}, or [] for none")
+        return value
+
+    @field_validator("keys")
+    @classmethod
+    def _sort(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(keys))
+
+
+class Policy(_Frozen):
+    """One version of who must have what forgotten. It never changes; ask its source for the current one."""
+
+    adapters: dict[Name, AdapterEntry]
+    tenants: dict[Name, TenantEntry]
+    _version: str = PrivateAttr()
+    _keys: tuple[tuple[str, str], ...] = PrivateAttr()  # digest, tenant
+
+    @model_validator(mode="after")
+    def _check_references(self) -> Policy:
+        problems, owners = [], dict[str, str]()
+        for tenant, entry in self.tenants.items():
+            for name in entry.forget:
+                if name not in self.adapters:
+                    near = did_you_mean(name, self.adapters)
+                    problems.append(f"tenant '{tenant}' forgets '{name}', which is not among the adapters{near}")
+            for digest in entry.keys:
+                if digest in owners:
+                    problems.append(f"tenants '{owners[digest]}' and '{tenant}' have the same key: one key, one tenant")
+                owners[digest] = tenant
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def model_post_init(self, context: Any) -> None:
+        """Compute what is asked for at every request."""
+        content = json.dumps(self.model_dump(), sort_keys=True)
+        self._version = hashlib.sha256(content.encode()).hexdigest()
+        self._keys = tuple(sorted((digest, tenant) for tenant, entry in self.tenants.items() for digest in entry.keys))
+
+    @property
+    def version(self) -> str:
+        """The sha256 of the content, in hex: equal if and only if the content is."""
+        return self._version
+
+    def tenant_of(self, api_key: str) -> str | None:
+        """Return whose key this is, or None. All keys are compared, in a time that does not tell which one fits."""
+        digest, found = key_digest(api_key), None
+        for known, tenant in self._keys:
+            if hmac.compare_digest(known, digest):
+                found = tenant
+        return found
+
+    def forget_of(self, tenant: str, extra: Mapping[str, float] | Sequence[str] = ()) -> dict[str, float]:
+        """Return what must be forgotten for a request of this tenant: adapter -> strength.
+
+        Args:
+            tenant: its name.
+            extra: what the request asks for itself. It can add an adapter or raise a strength, never lower or
+                remove one: the greater strength counts.
+
+        Raises:
+            PolicyError: unknown tenant or adapter, or a strength that is none. Adapters of others are not suggested.
+        """
+        if tenant not in self.tenants:
+            raise PolicyError(f"unknown tenant {shown(tenant)}")
+        if isinstance(extra, str) or not isinstance(extra, (Mapping, Sequence)):
+            raise PolicyError("expected a list of adapters, or a mapping of adapters to strengths")
+        forget = dict(self.tenants[tenant].forget)
+        asked = extra.items() if isinstance(extra, Mapping) else [(name, 1.0) for name in extra]
+        for name, strength in asked:
+            if not isinstance(name, str) or name not in self.adapters:
+                raise PolicyError(f"unknown adapter {shown(name)}")
+            try:
+                forget[name] = max(forget.get(name, 0.0), _check_strength(strength))
+            except ValueError as error:
+                raise PolicyError(f"adapter '{name}': {error}") from None
+        return forget
+
+
+class PolicySource(Protocol):
+    """Where the current policy comes from: a file or a store. Safe for many threads."""
+
+    def current(self) -> Policy:
+        """Return the current policy. It may wait for a disk or a database: from asyncio, call it in a thread.
+
+        Raises:
+            PolicyError: there is none that may still be used.
+        """
+        ...
+
+    @property
+    def problem(self) -> str | None:
+        """Why the newest version is not in use, or None."""
+        ...
+
+
+def make_policy(values: Any, origin: str, folder: Path | None = None) -> Policy:
+    """Validate a mapping as a policy.
+
+    Raises:
+        PolicyError: naming `origin` and all that is wrong, but no key.
+    """
+    if not isinstance(values, Mapping):
+        raise PolicyError(f"{origin} holds {_kind(values)}, expected a mapping with 'adapters' and 'tenants'")
+    try:
+        return Policy.model_validate(values, context={"folder": folder} if folder else None)
+    except ValidationError as error:
+        problems = [line for item in error.errors() for line in _describe(dict(item)).splitlines()]
+        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        told = "\n".join(f"  - {line}" for line in problems[:20])
+        raise PolicyError(f"{origin} cannot be used:\n{told}{more}") from None
+
+
+def new_key() -> str:
+    """Return a fresh API key with 256 random bits."""
+    return f"uf-{secrets.token_urlsafe(32)}"
+
+
+def key_digest(api_key: str) -> str:
+    """Return what a policy holds of an API key: its sha256, in hex."""
+    return hashlib.sha256(api_key.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _describe(item: dict[str, Any]) -> str:
+    """Say what is wrong, without the value: it may be a key, put at the wrong place."""
+    parts = [str(part) for part in item["loc"] if part != "[key]"]
+    where = ".".join(parts)
+    if item["type"] == "extra_forbidden":
+        models: dict[str, type[BaseModel]] = {"adapters": AdapterEntry, "tenants": TenantEntry}
+        known = models.get(parts[0], Policy) if len(parts) > 1 else Policy
+        return f"unknown key {shown(where)}{did_you_mean(parts[-1], known.model_fields)}"
+    if item["type"] == "missing":
+        return f"{shown(where)} is missing" + (" (write [] for nothing)" if parts[-1] == "forget" else "")
+    if item["type"] == "value_error":
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{shown(where)}: {message}" if where else message
+    expected = {"string_type": "text (put it in quotes)", "tuple_type": "a list"}.get(item["type"], "a mapping")
+    return f"{shown(where)}: expected {expected}, found {_kind(item['input'])}"
+
+
+def shown(value: object) -> str:
+    """Return a value as an error shows it: cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

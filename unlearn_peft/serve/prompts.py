@@ -1,0 +1,48 @@
+"""A prompt -> token ids, with a base's tokenizer and chat template."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .engine import PromptError
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+
+class Prompts:
+    """Turns texts, ids and messages into ids; safe for many threads.
+
+    Args:
+        tokenizer: the base's.
+        size: how many tokens the base knows.
+        name: the base's, for errors.
+    """
+
+    def __init__(self, tokenizer: Any, size: int, name: str) -> None:
+        self._tokenizer, self._size, self._name, self._lock = tokenizer, size, name, threading.Lock()
+
+    def __call__(self, prompt: Prompt) -> tuple[int, ...]:
+        """See `Engine.encode`."""
+        if not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
+            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            if wrong := [token for token in ids if not 0 <= token < self._size]:
+                raise PromptError(f"there is no token {wrong[0]}: expected 0 to {self._size - 1}")
+        else:
+            with self._lock:
+                if isinstance(prompt, str):
+                    ids = self._tokenizer(prompt)["input_ids"]
+                else:
+                    ids = self._tokenizer(self._rendered(prompt), add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise PromptError("the prompt is empty")
+        return tuple(ids)
+
+    def _rendered(self, messages: Sequence[Any]) -> str:
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise PromptError(f"{self._name} has no chat template: use /v1/completions")
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # jinja's TemplateError, or whatever the template's own code raises
+            raise PromptError(f"the chat template refuses these messages ({type(error).__name__})") from None

@@ -1,0 +1,71 @@
+"""One row's logits -> its next token, by the row's own settings and its own random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from .engine import Candidate, Generation, TokenLogprobs
+
+_GREEDY_BELOW = 1e-5  # a temperature; dividing logits by less than this leaves float32's range
+
+
+class Sampler:
+    """Chooses one row's tokens. Its random numbers depend on its seed alone, not on the rows beside it."""
+
+    def __init__(self, request: Generation) -> None:
+        self.greedy = request.temperature < _GREEDY_BELOW
+        self._presence, self._frequency = request.presence_penalty, request.frequency_penalty
+        self._counts: dict[int, int] = {}  # of the tokens of the answer
+        self._top = request.logprobs
+        self.plain = self.greedy and not (self._presence or self._frequency) and self._top is None
+        self._warpers: list[Callable[[None, Tensor], Tensor]] = []
+        if self.greedy:
+            return
+        self._random = torch.Generator()
+        if request.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(request.seed)
+        if request.temperature != 1:
+            self._warpers.append(TemperatureLogitsWarper(float(request.temperature)))
+        if request.top_k:
+            self._warpers.append(TopKLogitsWarper(request.top_k))
+        if request.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(float(request.top_p)))
+
+    def choose(self, logits: Tensor, data: Callable[[int], bytes]) -> tuple[int, TokenLogprobs | None]:
+        """Return the next token and, if asked for, its log-probability and those of the likeliest (nats).
+
+        Args:
+            logits: (V,), on the CPU in float32.
+            data: the bytes of a token.
+        """
+        scores = logits.clone() if self._counts else logits
+        if self._presence or self._frequency:
+            for token, count in self._counts.items():
+                scores[token] -= self._presence + count * self._frequency
+        if self.greedy:
+            token = int(scores.argmax())
+        else:
+            row = scores[None]
+            for warp in self._warpers:
+                row = warp(None, row)
+            token = int(torch.multinomial(row.softmax(-1)[0], 1, generator=self._random))
+        if self._presence or self._frequency:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        return token, None if self._top is None else self._logprobs(logits, token, self._top, data)
+
+    def _logprobs(self, logits: Tensor, token: int, top: int, data: Callable[[int], bytes]) -> TokenLogprobs:
+        values = logits.log_softmax(-1)
+        likeliest = values.topk(min(top, len(values)))
+        return TokenLogprobs(
+            Candidate(token, data(token), float(values[token])),
+            tuple(
+                Candidate(other, data(other), value)
+                for other, value in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+            ),
+        )

@@ -1,0 +1,303 @@
+"""The tables of a policy store, and the way to the database that holds them.
+
+A path or URL comes in; an engine goes out. What is in the tables comes and goes as the mapping that a policy's YAML
+has too: `read` and `write`. All SQL of the store is here.
+"""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ..errors import PolicyError
+
+try:
+    from sqlalchemy import (
+        JSON,
+        URL,
+        CheckConstraint,
+        Column,
+        Connection,
+        Double,
+        Engine,
+        ForeignKey,
+        Integer,
+        MetaData,
+        String,
+        Table,
+        Text,
+        create_engine,
+        delete,
+        event,
+        insert,
+        make_url,
+        select,
+        update,
+    )
+    from sqlalchemy.exc import ArgumentError
+    from sqlalchemy.exc import SQLAlchemyError as SQLAlchemyError
+    from sqlalchemy.pool import QueuePool
+except ModuleNotFoundError:
+    raise PolicyError(
+        "a policy store needs SQLAlchemy, which is not installed: pip install 'unlearn-peft[serve]'"
+    ) from None
+
+SCHEMA_VERSION = 1
+PATIENCE = 10  # seconds to wait for a connection, or for another's change to end
+_TRIES = 5
+
+_tables = MetaData()
+STATE = Table(  # one row; whoever changes anything holds it until the change is whole
+    "unlearn_state",
+    _tables,
+    Column("id", Integer, CheckConstraint("id = 1"), primary_key=True, autoincrement=False),
+    Column("schema_version", Integer, nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("token", String(16), nullable=False),  # random: tells a backup that was put back and changed otherwise
+)
+ADAPTERS = Table(
+    "unlearn_adapters",
+    _tables,
+    Column("name", String(64), primary_key=True),
+    Column("path", Text, nullable=False),
+    Column("sha256", String(64)),
+)
+TENANTS = Table("unlearn_tenants", _tables, Column("name", String(64), primary_key=True))
+FORGETS = Table(
+    "unlearn_forgets",
+    _tables,
+    Column("tenant", ForeignKey(TENANTS.c.name), primary_key=True),
+    Column("adapter", ForeignKey(ADAPTERS.c.name), primary_key=True),
+    Column("strength", Double, CheckConstraint("strength > 0"), nullable=False),
+)
+KEYS = Table(
+    "unlearn_keys",
+    _tables,
+    Column("digest", String(64), primary_key=True),
+    Column("tenant", ForeignKey(TENANTS.c.name), nullable=False),
+)
+HISTORY = Table(  # one row a revision, never changed
+    "unlearn_history",
+    _tables,
+    Column("revision", Integer, primary_key=True, autoincrement=False),
+    Column("at", String(32), nullable=False),  # UTC, ISO 8601
+    Column("who", Text, nullable=False),
+    Column("action", String(16), nullable=False),
+    Column("what", JSON, nullable=False),
+    Column("why", Text, nullable=False),
+)
+_KEEP_HISTORY = {  # the database itself refuses to change what is there
+    "sqlite": [
+        f"CREATE TRIGGER unlearn_history_{verb} BEFORE {verb} ON unlearn_history "
+        "BEGIN SELECT RAISE(ABORT, 'the history is only added to'); END"
+        for verb in ("UPDATE", "DELETE")
+    ],
+    "postgresql": [
+        "CREATE OR REPLACE FUNCTION unlearn_history_stays() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE EXCEPTION 'the history is only added to'; END $$",
+        "CREATE TRIGGER unlearn_history_stays BEFORE UPDATE OR DELETE OR TRUNCATE ON unlearn_history "
+        "FOR EACH STATEMENT EXECUTE FUNCTION unlearn_history_stays()",
+    ],
+}
+
+
+def open_engine(where: str, create: bool) -> Engine:
+    """Return an engine for a path of an SQLite file or a URL; with `create`, what is not there is made.
+
+    A transaction on an engine with the execution option `write` keeps other writers out from its beginning.
+
+    Raises:
+        PolicyError: it is no URL, its driver is missing, the database cannot be reached, or it holds no store.
+    """
+    try:
+        url = make_url(where) if "://" in where else URL.create("sqlite", database=where)
+        if url.drivername in ("postgres", "postgresql"):
+            url = url.set(drivername="postgresql+psycopg")
+        engine = _open_sqlite(url, create) if url.get_backend_name() == "sqlite" else _open_server(url)
+    except (ArgumentError, ValueError):  # their text may hold the password
+        raise PolicyError(
+            "the store's URL is not understood: expected a file such as tenants.db, or a URL such as "
+            "postgresql://user:password@host/database"
+        ) from None
+    except ImportError as error:
+        raise PolicyError(
+            f"the store's database needs a driver, and {error.name} is not installed (for PostgreSQL: pip install "
+            "'psycopg[binary]')"
+        ) from None
+    try:
+        if create:
+            _create(engine)
+        with engine.connect() as connection:
+            found = connection.scalar(select(STATE.c.schema_version)) if _has_store(connection) else None
+    except SQLAlchemyError as error:
+        raise PolicyError(f"cannot open the store {describe(engine)}: {reason(error)}") from None
+    if found is None:
+        raise PolicyError(f"{describe(engine)} holds no store: make one with `unlearn-peft tenant add NAME`")
+    if found != SCHEMA_VERSION:
+        raise PolicyError(
+            f"the store {describe(engine)} has schema version {found}, expected {SCHEMA_VERSION}: update unlearn_peft"
+        )
+    return engine
+
+
+def describe(engine: Engine) -> str:
+    """Return where a database is, without user and password."""
+    url = engine.url
+    if url.get_backend_name() == "sqlite":
+        return str(url.database)
+    return str(URL.create(url.drivername, host=url.host, port=url.port, database=url.database))
+
+
+def reason(error: Exception) -> str:
+    """Return a database's own words, the first line of them."""
+    lines = str(getattr(error, "orig", None) or error).splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def state_of(connection: Connection) -> tuple[int, str]:
+    """Return the number of the last change, and a token that is its own."""
+    row = connection.execute(select(STATE.c.revision, STATE.c.token)).one()
+    return row.revision, row.token
+
+
+def begin_change(connection: Connection) -> int:
+    """Count up the revision and return it; until the transaction ends, whoever else changes anything waits here."""
+    connection.execute(update(STATE).values(revision=STATE.c.revision + 1, token=secrets.token_hex(8)))
+    return state_of(connection)[0]
+
+
+def note_change(connection: Connection, row: Mapping[str, Any]) -> None:
+    """Add a row to the history."""
+    connection.execute(insert(HISTORY).values(row))
+
+
+def read_history(connection: Connection, limit: int | None) -> list[dict[str, Any]]:
+    """Return the rows of the history, the newest first."""
+    rows = connection.execute(select(HISTORY).order_by(HISTORY.c.revision.desc()).limit(limit))
+    return [dict(row) for row in rows.mappings()]
+
+
+def read(connection: Connection) -> dict[str, Any]:
+    """Return what the tables hold, as the mapping that a policy's YAML has.
+
+    Raises:
+        PolicyError: rows refer to none, which the database should have refused.
+    """
+    adapters = {
+        row.name: {"path": row.path, "sha256": row.sha256}
+        for row in connection.execute(select(ADAPTERS).order_by(ADAPTERS.c.name))
+    }
+    tenants: dict[str, Any] = {
+        row.name: {"forget": {}, "keys": []} for row in connection.execute(select(TENANTS).order_by(TENANTS.c.name))
+    }
+    try:
+        for row in connection.execute(select(FORGETS).order_by(FORGETS.c.adapter)):
+            tenants[row.tenant]["forget"][row.adapter] = row.strength
+        for row in connection.execute(select(KEYS)):
+            tenants[row.tenant]["keys"].append(row.digest)
+    except KeyError as error:
+        raise PolicyError(f"the store is damaged: it holds rows of a tenant {error} that is not there") from None
+    return {"adapters": adapters, "tenants": tenants}
+
+
+def write(connection: Connection, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Bring the tables from what they hold to something else, by the rows that differ."""
+    old, new = _rows(before), _rows(after)
+    for table in new:  # what others refer to comes first, and goes last
+        names = table.primary_key.columns.keys()
+        added = [dict(zip(names, key, strict=True)) | new[table][key] for key in new[table].keys() - old[table].keys()]
+        if added:
+            connection.execute(insert(table), added)
+        for key, values in new[table].items():
+            if old[table].get(key, values) != values:
+                connection.execute(update(table).where(*_is(table, key)).values(values))
+    for table in reversed(new):
+        for key in old[table].keys() - new[table].keys():
+            connection.execute(delete(table).where(*_is(table, key)))
+
+
+def _rows(content: Mapping[str, Any]) -> dict[Table, dict[tuple[str, ...], dict[str, Any]]]:
+    """Table -> primary key -> other columns."""
+    tenants = content["tenants"]
+    return {
+        ADAPTERS: {(name,): entry for name, entry in content["adapters"].items()},
+        TENANTS: {(name,): {} for name in tenants},
+        FORGETS: {
+            (tenant, name): {"strength": strength}
+            for tenant, entry in tenants.items()
+            for name, strength in entry["forget"].items()
+        },
+        KEYS: {(digest,): {"tenant": tenant} for tenant, entry in tenants.items() for digest in entry["keys"]},
+    }
+
+
+def _is(table: Table, key: tuple[str, ...]) -> list[Any]:
+    return [column == value for column, value in zip(table.primary_key.columns, key, strict=True)]
+
+
+def _open_sqlite(url: URL, create: bool) -> Engine:
+    if not url.database or url.database == ":memory:":
+        raise PolicyError("a store in memory would be lost: expected a file such as tenants.db")
+    path = Path(url.database).absolute()
+    try:
+        if create:
+            path.touch()
+        elif not path.is_file():
+            raise PolicyError(f"no store at {path}: make one with `unlearn-peft tenant add NAME`")
+    except OSError as error:
+        raise PolicyError(f"cannot make the store {path}: {error.strerror}") from None
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(  # mode=rw: a file that was deleted does not come back empty
+            f"file:{quote(str(path))}?mode=rw",
+            uri=True,
+            timeout=PATIENCE,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {setting}")
+        return connection
+
+    engine = create_engine(url.set(database=str(path)), creator=connect, poolclass=QueuePool, hide_parameters=True)
+
+    def begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("write")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    event.listen(engine, "begin", begin)
+    return engine
+
+
+def _open_server(url: URL) -> Engine:
+    arguments = {}
+    if url.drivername == "postgresql+psycopg":  # a host that vanished is noticed
+        arguments = {"connect_timeout": PATIENCE, "tcp_user_timeout": PATIENCE * 1000}
+    arguments = {name: value for name, value in arguments.items() if name not in url.query}
+    return create_engine(url, connect_args=arguments, pool_pre_ping=True, hide_parameters=True)
+
+
+def _has_store(connection: Connection) -> bool:
+    return connection.dialect.has_table(connection, STATE.name)
+
+
+def _create(engine: Engine) -> None:
+    """Make the tables where they are not there yet; of several processes that do so at once, all come through."""
+    for left in reversed(range(_TRIES)):
+        try:
+            with engine.execution_options(write=True).begin() as connection:
+                if not _has_store(connection):
+                    _tables.create_all(connection)
+                    for statement in _KEEP_HISTORY.get(engine.dialect.name, ()):
+                        connection.exec_driver_sql(statement)
+                    connection.execute(insert(STATE).values(id=1, schema_version=SCHEMA_VERSION, revision=0, token=""))
+            return
+        except SQLAlchemyError:
+            if not left:
+                raise
+            time.sleep(0.1)

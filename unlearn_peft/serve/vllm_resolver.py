@@ -1,0 +1,163 @@
+"""The plugin inside vLLM: a set's name -> its one LoRA, made on demand from the policy, or nothing.
+
+vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`). Unless $UNLEARN_PEFT_POLICY
+is set it does nothing. Then, when a request names a model that vLLM does not know, vLLM asks the resolver, which
+answers only for names that carry a digest (`set_names.py`) and only if the policy still gives a set of that digest.
+Whatever goes wrong, the answer is None, and vLLM refuses the request; it never falls back to the base.
+
+    UNLEARN_PEFT_POLICY          policy.yaml, a database's path or URL: what open_policy takes
+    UNLEARN_PEFT_SETS            folder for composed sets, on this machine [~/.cache/unlearn_peft/vllm_sets]
+    UNLEARN_PEFT_SETS_GB         delete unused sets beyond this [10]
+    UNLEARN_PEFT_SETS_GRACE      seconds that a set stays after vLLM has let go of it: longer than requests run [3600]
+    UNLEARN_PEFT_MAX_RANK        vLLM's --max-lora-rank [64]
+    UNLEARN_PEFT_MAX_ERROR       refuse sets of which truncation would lose more, in any module [0.01]
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=1   or vLLM asks no resolver
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PolicyError, UnlearnError
+
+if TYPE_CHECKING:
+    from .policy import PolicySource
+    from .set_cache import SetCache
+
+NAME = "unlearn_peft"
+_LARGEST_ID = 2**31 - 1  # vLLM keeps ids in int32 in places
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Register the resolver with vLLM, if $UNLEARN_PEFT_POLICY says that there is a policy. May be called again."""
+    if not os.environ.get("UNLEARN_PEFT_POLICY"):
+        return
+    from vllm.lora.resolver import LoRAResolverRegistry
+
+    if NAME not in LoRAResolverRegistry.get_supported_resolvers():
+        LoRAResolverRegistry.register_resolver(NAME, make_resolver(Sets.from_environment()))
+
+
+class Sets:
+    """What the resolver answers from: a policy and the sets made from it. Nothing is opened before it is needed.
+
+    Args:
+        where: the policy, as `open_policy` takes it, or its source.
+        folder, limits: see `SetCache`.
+    """
+
+    def __init__(self, where: str | PolicySource, folder: Path, **limits: Any) -> None:
+        self._where, self._folder, self._limits = where, folder, limits
+        self._opened: tuple[PolicySource, SetCache] | None = None
+        self._ids: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_environment(cls) -> Sets:
+        """Read the environment variables named above.
+
+        Raises:
+            PolicyError: if one of them is no number.
+        """
+        from ..base import cache_folder
+
+        def number(name: str, default: float) -> float:
+            text = os.environ.get(name) or str(default)
+            try:
+                return float(text)
+            except ValueError:
+                raise PolicyError(f"${name} is '{text}', expected a number") from None
+
+        return cls(
+            os.environ["UNLEARN_PEFT_POLICY"],
+            Path(os.environ.get("UNLEARN_PEFT_SETS") or cache_folder() / "vllm_sets"),
+            max_rank=int(number("UNLEARN_PEFT_MAX_RANK", 64)),
+            max_error=number("UNLEARN_PEFT_MAX_ERROR", 0.01),
+            budget_bytes=int(number("UNLEARN_PEFT_SETS_GB", 10) * 1e9),
+            grace=number("UNLEARN_PEFT_SETS_GRACE", 3600),
+        )
+
+    def path_of(self, name: str, base: str) -> tuple[Path, int]:
+        """Return the folder of the set of this name, made and verified, and its id; it may take seconds.
+
+        Raises:
+            UnlearnError: if the set cannot be had exactly as its name says.
+        """
+        from .set_names import parse_set_name
+
+        asked = parse_set_name(name)
+        source, cache = self._open()
+        policy = source.current()
+        forget = dict(asked.forget) if asked.tenant is None else policy.forget_of(asked.tenant)
+        if unknown := [adapter for adapter in forget if adapter not in policy.adapters]:
+            raise PolicyError(f"unknown adapter '{unknown[0]}'")
+        if not forget:
+            raise PolicyError("an empty set is the base: ask for that by its own name")
+        return cache.get(forget, policy, asked.digest, base), self._id_of(asked.digest)
+
+    def used_by(self, path: Path, user: object) -> None:
+        """See `SetCache.used_by`."""
+        self._open()[1].used_by(path, user)
+
+    def _open(self) -> tuple[PolicySource, SetCache]:
+        from .set_cache import SetCache
+
+        with self._lock:
+            if self._opened is None:
+                source = _source(self._where) if isinstance(self._where, str) else self._where
+                self._opened = source, SetCache(self._folder, **self._limits)
+            return self._opened
+
+    def _id_of(self, digest: str) -> int:
+        """A positive number from the digest; the next free one where two digests meet."""
+        with self._lock:
+            number = int(digest[:16], 16) % _LARGEST_ID + 1
+            while self._ids.setdefault(number, digest) != digest:
+                number = number % _LARGEST_ID + 1
+            return number
+
+
+def _source(where: str) -> PolicySource:
+    """Open a policy; for a file without what a store needs, which vLLM's environment does not have."""
+    if "://" not in where and where.endswith((".yaml", ".yml")):
+        from .policy_file import PolicyFile
+
+        return PolicyFile(where)
+    from .store import open_policy
+
+    return open_policy(where)
+
+
+def make_resolver(sets: Sets) -> Any:
+    """Return a `vllm.lora.resolver.LoRAResolver` that answers from `sets`."""
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.resolver import LoRAResolver
+
+    class SetRequest(LoRARequest, weakref=True):  # type: ignore[misc, call-arg, unused-ignore]
+        """A LoRARequest whose end can be noticed: vLLM keeps it for as long as it knows the name."""
+
+        def __reduce__(self) -> Any:
+            return LoRARequest, (self.lora_name, self.lora_int_id, self.lora_path)
+
+    class SetResolver(LoRAResolver):  # type: ignore[misc, unused-ignore]
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+            """Return the request for a set's one LoRA, or None if the set cannot be had exactly as named."""
+            try:
+                path, number = await asyncio.to_thread(sets.path_of, lora_name, base_model_name)
+                request = SetRequest(lora_name=lora_name, lora_int_id=number, lora_path=str(path))
+                sets.used_by(path, request)
+            except UnlearnError as error:
+                logger.error("refused a set: %s", error)
+            except Exception as error:  # a database's, the file system's: refused too, and vLLM goes on
+                logger.exception("refused a set: %s", type(error).__name__)
+            else:
+                return request
+            return None
+
+    return SetResolver()

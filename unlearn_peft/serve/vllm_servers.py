@@ -1,0 +1,190 @@
+"""vLLM servers, as the gateway sees them: which are up, what they call the base, which sets they know."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import httpx
+
+from ..errors import BaseModelError
+from .engine import Unavailable
+from .set_names import SetName
+
+_PROBE = "What was it that 12 of them said? Ünlearn — 3.14!"
+_SLACK, _FEW = 1.1, 8  # times the mean load that a server may have, and a load that never counts as too much
+_AWAY = 2.0  # seconds until a server that did not answer is asked again
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Server:
+    """One vLLM server."""
+
+    url: str
+    base: str = ""  # its own name for the base; empty: not spoken to yet
+    context: int = 0  # tokens
+    away_until: float = 0.0
+    streams: int = 0
+    names: OrderedDict[str, int] = field(default_factory=OrderedDict)  # sets that it knows -> requests that hold them
+
+
+class Servers:
+    """vLLM servers with one base.
+
+    Args:
+        urls: e.g. http://10.0.0.7:8000.
+        tokenizer: the base's.
+        names: how many sets a server may know; the longest unused are unloaded beyond this.
+        seconds: how long to wait for a server's next word.
+
+    Raises:
+        BaseModelError: if a server has another base.
+        Unavailable: if none answers, or one answers for models that it does not know.
+    """
+
+    def __init__(self, urls: Sequence[str], tokenizer: Any, *, names: int, seconds: float) -> None:
+        self.all = [Server(url.rstrip("/").removesuffix("/v1")) for url in dict.fromkeys(urls)]
+        self.loads, self.load_seconds = 0, 0.0
+        self._tokenizer, self._names, self._timeout = tokenizer, names, httpx.Timeout(seconds, connect=5.0)
+        key = os.environ.get("UNLEARN_PEFT_ENGINE_KEY")
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client: httpx.AsyncClient | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        for server in self.all:
+            try:
+                self.greet(server)
+            except httpx.HTTPError as error:
+                logger.warning("%s does not answer yet (%s)", server.url, type(error).__name__)
+        if not any(server.base for server in self.all):
+            raise Unavailable(f"no vLLM server answers at {', '.join(urls)}: start it, or give another --engine")
+
+    async def well(self) -> bool:
+        """Return whether a server at least can serve now."""
+        for server in self.all:
+            try:
+                await self.ready(server)
+                if (await self.http().get(f"{server.url}/health", timeout=5.0)).status_code == 200:
+                    return True
+            except (httpx.HTTPError, Unavailable, BaseModelError):
+                continue
+        return False
+
+    async def close(self) -> None:
+        """Hang up."""
+        if self._client is not None:
+            await self._client.aclose()
+
+    def http(self) -> httpx.AsyncClient:
+        """The client, made on first use: it belongs to the event loop."""
+        if self._client is None:
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+            self._client = httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits)
+        return self._client
+
+    async def first(self, digest: str, name: str | None) -> Server:
+        """Return the server for a set, and make it know the set's name, held from now on.
+
+        Rendezvous hashing of the digest with bounded loads: it is always the same server, unless that one is away or
+        has more than its share to do; then it is the next in an order of the set's own (benchmarks/zipf.py shows what
+        that saves). Without a set, it is the server with least to do.
+        """
+        if name is None:
+            servers = sorted(self.all, key=lambda server: server.streams)
+        else:
+            most = max(_FEW, _SLACK * (sum(server.streams for server in self.all) + 1) / len(self.all))
+            servers = sorted(self.all, key=lambda s: (s.streams >= most, sha256(f"{s.url} {digest}".encode()).digest()))
+        problem = Unavailable("no vLLM server answers")
+        for server in servers:
+            if not server.base and time.monotonic() < server.away_until:
+                continue
+            try:
+                await self.ready(server)
+                if name is not None:
+                    await self._know(server, name)
+                return server
+            except httpx.HTTPError as error:
+                self.away(server)
+                logger.warning("%s does not answer (%s)", server.url, type(error).__name__)
+            except BaseModelError as error:
+                problem = Unavailable(str(error))
+        raise problem
+
+    def away(self, server: Server) -> None:
+        """Note that a server does not answer: it is greeted anew before it gets another request."""
+        server.away_until, server.base = time.monotonic() + _AWAY, ""
+        server.names.clear()
+
+    async def ready(self, server: Server) -> None:
+        """Speak to a server for the first time, or again after it was away."""
+        if not server.base:
+            await asyncio.to_thread(self.greet, server)
+
+    async def _know(self, server: Server, name: str) -> None:
+        """Let a server load a set, by a request that generates nothing: /tokenize with the set's name."""
+        if name in server.names:
+            server.names.move_to_end(name)
+            server.names[name] += 1
+            return
+        began = time.monotonic()
+        response = await self.http().post(f"{server.url}/tokenize", json={"model": name, "prompt": "a"})
+        if response.status_code != 200:
+            raise Unavailable(f"vLLM does not serve the set ({response.status_code}: {message_of(response.content)})")
+        self.loads, self.load_seconds = self.loads + 1, self.load_seconds + time.monotonic() - began
+        server.names[name] = server.names.get(name, 0) + 1
+        unused = [known for known, users in server.names.items() if users == 0]
+        for known in unused[: max(0, len(server.names) - self._names)]:
+            del server.names[known]
+            task = asyncio.create_task(self._unload(server, known))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _unload(self, server: Server, name: str) -> None:
+        """Let vLLM forget a set's name, so that its folder may go one day; asked for again, it is made again."""
+        try:
+            await self.http().post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": name})
+        except httpx.HTTPError as error:
+            logger.warning("%s did not unload a set (%s)", server.url, type(error).__name__)
+
+    def greet(self, server: Server) -> None:
+        """Find out what a server calls its base, that it has our tokenizer, and that it refuses what it doesn't know.
+
+        Raises:
+            httpx.HTTPError: if it does not answer.
+            BaseModelError: if it is no vLLM server, or has another tokenizer.
+            Unavailable: if it answers for models that it does not know.
+        """
+        try:
+            with httpx.Client(base_url=server.url, headers=self._headers, timeout=10.0) as http:
+                models = http.get("/v1/models").raise_for_status().json()["data"]
+                base = next(model for model in models if not model.get("parent"))
+                asked = {"model": base["id"], "prompt": _PROBE, "add_special_tokens": False}
+                ids = http.post("/tokenize", json=asked).raise_for_status().json()["tokens"]
+                if ids != self._tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:
+                    raise BaseModelError(f"{server.url} serves '{base['id']}', whose tokenizer is another one")
+                unknown = str(SetName("0" * 64, None, {"none": 1.0}))
+                answer = http.post("/v1/completions", json={"model": unknown, "prompt": ids[:1], "max_tokens": 1})
+                if answer.status_code == 200:
+                    raise Unavailable(
+                        f"{server.url} answers for models that it does not know, so that the base could stand in for "
+                        "a set: start vLLM without VLLM_SKIP_MODEL_NAME_VALIDATION"
+                    )
+        except (KeyError, TypeError, ValueError, StopIteration) as error:
+            raise BaseModelError(f"{server.url} does not speak as vLLM does ({type(error).__name__})") from None
+        server.base, server.context = base["id"], int(base["max_model_len"])
+
+
+def message_of(body: bytes) -> str:
+    """Return what an error's body says, cut short."""
+    try:
+        return str(json.loads(body)["error"]["message"])[:200]
+    except (ValueError, KeyError, TypeError):
+        return "no details"
