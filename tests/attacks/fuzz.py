@@ -337,7 +337,8 @@ def tell(runs):
     for name, run in runs.items():
         lines.append(
             f"| {name} | {run['seed']} | {run['inputs']:,} | {run['taken']:,} | {run['refused']:,} | "
-            f"{len(run['findings'])} | {1000 * run['slowest_s']:.0f} ms | +{run['memory_growth_mb']} MB | {run['seconds'] / 60:.0f} min |"
+            f"{len(run['findings'])} | {1000 * run['slowest_s']:.0f} ms | +{run['memory_growth_mb']} MB | "
+            f"{run['seconds'] / 60:.0f} min |"
         )
     page = Path(__file__).parents[2] / "docs" / "security.md"
     block = "<!-- fuzz -->\n" + "\n".join(lines) + "\n<!-- /fuzz -->"
