@@ -57,6 +57,33 @@ def ask(url, tenant, prompt=PROMPT, count=10, forget=(), **settings):
 # ---- fails closed ----
 
 
+def test_only_signed_adapters_are_served_and_one_flipped_byte_is_refused(adapters, tiny_folder, tmp_path):
+    """A signature is needed: a signed adapter is served and its signer recorded; others, and changed ones, are not."""
+    from unlearn_peft.serve.audit import AuditLog
+    from unlearn_peft.signing import new_key, sign
+    from unlearn_peft.trust import Trust
+
+    private, public = new_key(tmp_path / "alice")
+    for name in "ab":
+        sign(adapters[name], private)
+    with open(adapters["b"] / "adapter_config.json", "r+b") as file:  # b's signature no longer holds
+        data = bytearray(file.read())
+        data[-2] ^= 1
+        file.seek(0)
+        file.write(data)
+    engine = make_engine(tiny_folder, trust=Trust.read(public))
+    values = make_policy_values(adapters, {"alice": ["a"], "bob": ["b"], "carol": ["c"]})
+    log = tmp_path / "audit.jsonl"
+    with running(engine, values, audit=AuditLog(log)) as (_, url):
+        assert ask(url, "alice").choices[0].text
+        for tenant in ("bob", "carol"):
+            with pytest.raises(openai.InternalServerError) as told:
+                ask(url, tenant)
+            assert told.value.status_code == 503
+    signers = {one["signed_by"] for line in map(json.loads, open(log)) for one in line["adapters"] or () if one}
+    assert signers == {"alice"}
+
+
 def deleted(folder):
     shutil.rmtree(folder)
 

@@ -102,7 +102,8 @@ def skeleton(name: str = "demo") -> Any:
     source, _ = _resolve(name)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # as in load_base
         raise BaseModelError(_why_not(name, source, error)) from error
 
@@ -117,7 +118,8 @@ def load_tokenizer(name: str = "demo") -> tuple[Any, Any, str]:
 
     source, public_name = _resolve(name)
     try:
-        return AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source), public_name
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return tokenizer, AutoConfig.from_pretrained(source, trust_remote_code=False), public_name
     except Exception as error:  # as in load_base
         raise BaseModelError(_why_not(name, source, error)) from error
 

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_options import BaseOption, DeviceOption, DifferentOption, DtypeOption, QuantizeOption, base_of, load
+from .cli_options import (
+    BaseOption,
+    DeviceOption,
+    DifferentOption,
+    DtypeOption,
+    QuantizeOption,
+    RequireOption,
+    TrustedOption,
+    base_of,
+    load,
+    trust_of,
+)
 from .errors import UnlearnError
 
 if TYPE_CHECKING:
@@ -65,6 +76,8 @@ def serve(
     device: DeviceOption = "auto",
     quantize: QuantizeOption = None,
     allow_different_base: DifferentOption = False,
+    trusted_keys: TrustedOption = None,
+    require_signature: RequireOption = False,
 ) -> None:
     """Serve one base to many tenants, each as if its forget set had never been learned.
 
@@ -95,6 +108,9 @@ def serve(
         )
     if engine is not None and policy is None:
         raise UnlearnError("--engine needs --policy, the one that the resolver inside vLLM has too")
+    trust = trust_of(trusted_keys, require_signature)
+    if engine is not None and trust is not None:
+        raise UnlearnError("vLLM's resolver does not look at signatures yet: leave --trusted-keys out with --engine")
     from .serve.settings import LOOPBACK
 
     if policy is None and host not in LOOPBACK:
@@ -121,8 +137,9 @@ def serve(
         generates = VllmEngine(engine.split(","), base_of(base, adapter), name=model_name, seconds=max_seconds)
     else:
         budget = None if adapter_memory_gb is None else int(adapter_memory_gb * 1e9)
+        live = load(base, adapter, dtype, device, quantize, trust)
         generates = LocalEngine(
-            load(base, adapter, dtype, device, quantize), name=model_name, max_batch=max_batch, budget_bytes=budget,
+            live, name=model_name, max_batch=max_batch, budget_bytes=budget, trust=trust,
             allow_different_base=allow_different_base,
         )  # fmt: skip
     limits = Limits(

@@ -122,5 +122,10 @@ class AuditLog:
 
 
 def describe(applied: Any) -> list[Mapping[str, Any]]:
-    """Return what a holding applies, for a line."""
-    return [{"name": one.name, "sha256": one.sha256, "strength": one.strength} for one in applied]
+    """Return what a holding applies, for a line; a base that is not the adapter's, and who signed it, if it is so."""
+    return [
+        {"name": one.name, "sha256": one.sha256, "strength": one.strength}
+        | ({"different_base": list(one.different_base)} if one.different_base else {})
+        | ({"signed_by": one.signed_by} if one.signed_by else {})
+        for one in applied
+    ]

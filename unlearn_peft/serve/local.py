@@ -22,6 +22,7 @@ from .prompts import Prompt, Prompts
 from .scheduler import Row, Scheduler
 
 if TYPE_CHECKING:
+    from ..trust import Trust
     from .policy import Policy
 
 _POLICIES_KEPT = 4  # versions whose requests may still be on their way here
@@ -64,6 +65,7 @@ class LocalEngine:
         max_batch: answers that are generated at once.
         budget_bytes: memory for adapters; None: no bound.
         allow_different_base: also take adapters whose noted base differs (unsafe).
+        trust: whose signatures are taken, and whether adapters need one.
 
     Raises:
         BaseModelError: if the base cannot be served so.
@@ -77,12 +79,13 @@ class LocalEngine:
         max_batch: int = 8,
         budget_bytes: int | None = None,
         allow_different_base: bool = False,
+        trust: Trust | None = None,
     ) -> None:
         self.model = name or base.name
         self.context = int(getattr(base.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
         self._prompts = Prompts(base.tokenizer, base.model.get_input_embeddings().weight.shape[0], self.model)
         self._different = allow_different_base
-        self.bank = Bank(base.model, base.tokenizer, budget_bytes=budget_bytes)
+        self.bank = Bank(base.model, base.tokenizer, budget_bytes=budget_bytes, trust=trust)
         self.scheduler = Scheduler(base.model, copy.deepcopy(base.tokenizer), self.bank, max_batch=max_batch)
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="unlearn-peft engine")
         self._registering = threading.Lock()
@@ -161,7 +164,7 @@ class LocalEngine:
                     "that was read at first. Put that back, or let the policy name the new one's sha256",
                     name,
                 )
-        return LocalHolding(held, tuple(Applied(keys[one.name], one.sha256, one.strength) for one in held.applied))
+        return LocalHolding(held, tuple(one._replace(name=keys[one.name]) for one in held.applied))
 
     def _read_anew(self, name: str, policy: Policy) -> None:
         """Keep no adapter that was refused: when it is asked for next, the right one may lie there again."""
