@@ -38,11 +38,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Make a language model forget on demand, without touching its weights.\n\n"
-    "Train a forget adapter from a recipe, look at what it does, attach it, stack it, remove it.\n\n"
+    "Train a forget adapter from a recipe, look at what it does, attach it, stack it, serve it, remove it.\n\n"
     "  unlearn-peft train recipes/harry_potter.yaml --output out/hp\n\n"
     "  unlearn-peft generate --adapter out/hp --prompt 'Who wrote Harry Potter?'\n\n"
     "  unlearn-peft compare out/hp --probes recipes/data/harry_potter_probes.jsonl\n\n"
-    "  unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml",
+    "  unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml\n\n"
+    "  unlearn-peft serve --base demo --adapter out/hp",
 )
 
 
