@@ -1,6 +1,7 @@
 """Drive a headless Chromium over its debugging pipe (the DevTools protocol), with the standard library alone."""
 
 import base64
+import fcntl
 import json
 import os
 import queue
@@ -89,9 +90,8 @@ class Browser:
         self._read, to_write = os.pipe()
 
         def pipes():  # Chromium reads from 3 and writes to 4
-            kept = os.dup(to_read), os.dup(to_write)  # in case they are 3 or 4 themselves
-            os.dup2(kept[0], 13), os.dup2(kept[1], 14)
-            os.dup2(13, 3), os.dup2(14, 4)
+            kept = [fcntl.fcntl(pipe, fcntl.F_DUPFD, 100) for pipe in (to_read, to_write)]  # they may be 3 or 4 now
+            os.dup2(kept[0], 3), os.dup2(kept[1], 4)
 
         self.process = subprocess.Popen(
             [
