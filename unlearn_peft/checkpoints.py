@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import TrainingError
-from .files import whole_folder
+from .files import delete_whole, whole_folder
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Checkpoints:
             (temporary / "progress.json").write_text(json.dumps(progress))
         for old in self._steps():
             if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
+                delete_whole(old)
         return folder
 
     def latest(self) -> State | None:
@@ -93,7 +93,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Delete the run's state; the finished adapter has taken its place."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        delete_whole(self.folder)
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-[0-9]*"))

@@ -7,6 +7,7 @@ YAML text or keyword arguments come in; a `Recipe` goes out to data, adapters, o
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -233,7 +234,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', 'unreadable')}") from None
+        problem = re.sub(r"'[^']{2,}'", "'...'", str(getattr(error, "problem", "unreadable")))  # may quote an inline row
+        raise RecipeError(f"{path} is not valid YAML{where}: {problem}") from None
     if not isinstance(values, dict):
         raise RecipeError(
             f"{path} holds {type(values).__name__}, expected a mapping of fields such as 'forget: rows.jsonl'"
@@ -299,6 +301,8 @@ def _describe(item: dict[str, Any]) -> str:
         found = item["ctx"]["tag"]
         return f"unknown adapter kind '{found}'{did_you_mean(found, ['lora', 'head'])}; known: lora, head"
     found = "a list or mapping" if isinstance(item["input"], (dict, list)) else repr(item["input"])
+    if item["loc"] and (item["loc"][0] in DATA_FIELDS or "refusals" in item["loc"]):  # it may hold a row's text
+        found = f"a {type(item['input']).__name__}"
     return f"'{name}' is {found}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
