@@ -3,7 +3,7 @@
 `python tests/test_faults.py` writes the table; `pytest -m slow tests/test_faults.py` does all the kills.
 """
 
-import errno
+import itertools
 import json
 import multiprocessing
 import os
@@ -95,11 +95,11 @@ def left_in(folder, *names):
     return sorted(path.name for path in folder.iterdir() if path.name not in names)
 
 
-def points(killer, chance, count, job, *arguments):
+def points(killer, chance, job, *arguments):
     """Points to kill a job at: half of them at its dealings with the file system, half at any time."""
     events, seconds = killer.whole(job, *arguments)
-    for n in range(count):
-        yield {"at": chance.randint(1, events)} if n % 2 else {"after": chance.uniform(0, 0.9 * seconds)}
+    for n in itertools.count():
+        yield n, {"at": chance.randint(1, events)} if n % 2 else {"after": chance.uniform(0, 0.9 * seconds)}
 
 
 def told(record_property, what, count, **more):
@@ -114,7 +114,9 @@ def test_kills_while_training(killer, kills, tmp_path, record_property):
     for seed in (0, 1):
         killer.whole("train", tmp_path / f"want{seed}", seed, "")
         want[seed] = bits(tmp_path / f"want{seed}")
-    for n, point in enumerate(points(killer, chance, kills["train"], "train", tmp_path / "probe", 0, "")):
+    for n, point in points(killer, chance, "train", tmp_path / "probe", 0, ""):
+        if killed == kills["train"]:
+            break
         folder = tmp_path / str(n)
         folder.mkdir()
         replaces = n % 3 == 0
@@ -134,7 +136,6 @@ def test_kills_while_training(killer, kills, tmp_path, record_property):
         assert bits(folder / "out") == want[0], "a resumed run gives other bits"
         assert left_in(folder, "out") == [], "stale files"
     told(record_property, "training", killed, resumed=resumed, old_kept=old_kept, finished=done)
-    assert killed >= kills["train"] * 0.75
 
 
 @pytest.mark.parametrize("job", ["save", "stack", "export"])
@@ -146,7 +147,9 @@ def test_kills_while_writing_an_adapter(killer, kills, tmp_path, job, record_pro
         killer.whole(job, output, *version)
         want.append(bits(output))
     killed, found = 0, [0, 0, 0]
-    for n, point in enumerate(points(killer, chance, kills[job], job, output, *old)):
+    for n, point in points(killer, chance, job, output, *old):
+        if killed == kills[job]:
+            break
         place = output if n % 4 else tmp_path / f"fresh{n}"
         killed += killer(job, place, *(new if n % 2 else old), **point)["signal"] == signal.SIGKILL
         if place.exists():
@@ -158,7 +161,6 @@ def test_kills_while_writing_an_adapter(killer, kills, tmp_path, job, record_pro
         assert bits(place) == want[0]
         assert [name for name in left_in(tmp_path) if name.startswith(".")] == [], "stale temporaries"
     told(record_property, job, killed, old_or_new_whole=sum(found[:2]), nothing_yet=found[2])
-    assert killed >= kills[job] * 0.75
 
 
 def test_kills_while_a_policy_changes(killer, kills, tmp_path, record_property):
@@ -348,7 +350,9 @@ def test_a_folder_that_may_not_be_written(tmp_path, adapters, tiny, fields, kill
     before = bits(place / "out")
 
     def tries(try_):
-        for path in (tmp_path, *tmp_path.parents):  # pytest's folders are this user's alone
+        files = [file for folder in adapters.values() for file in folder.iterdir()]
+        paths = (tmp_path, *tmp_path.parents, *adapters["a"].parents, *adapters.values(), *files)
+        for path in paths:  # pytest's folders are this user's alone
             if path.stat().st_uid == 0 and path != Path("/"):
                 path.chmod(0o755)
         place.chmod(0o555)
@@ -483,7 +487,7 @@ def test_clock_jumps(tmp_path, monkeypatch, tiny, adapters):
     store = PolicyStore(tmp_path / "policy.db", create=True, grace=30)
     store.add("acme", who="test")
     path = tmp_path / "policy.yaml"
-    path.write_text("tenants: {t0: {}}\nadapters: {}\n")
+    path.write_text("tenants: {t0: {forget: [], keys: []}}\nadapters: {}\n")
     file, log, bank = PolicyFile(path), audit.AuditLog(tmp_path / "audit.jsonl"), Bank(tiny.model, tiny.tokenizer)
     sizes = []
     for name, folder in adapters.items():
@@ -495,7 +499,7 @@ def test_clock_jumps(tmp_path, monkeypatch, tiny, adapters):
         assert "acme" in store.current().tenants and store.problem is None, "confirmed just now, by the steady clock"
         store.add(f"more-{n}", who="test")
         assert f"more-{n}" in store.current().tenants
-        path.write_text(f"tenants: {{t{n}: {{}}}}\nadapters: {{}}\n")
+        path.write_text(f"tenants: {{t{n}: {{forget: [], keys: []}}}}\nadapters: {{}}\n")
         stamp = wall() + jump[0]
         os.utime(path, (stamp, stamp))  # a file of yesterday, or of tomorrow, is as new as any other
         assert list(file.current().tenants) == [f"t{n}"] and file.problem is None
@@ -644,6 +648,10 @@ def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, whe
         assert len(refused) >= 1 and (where in ("in a layer of a step",) or refused == {"joining"} or where == "in a mix")
         assert all(type(error).__name__ in str(end) for name, end in ends.items() if name in refused)
         assert scheduler.alive and finish(ask(["a", "b"])) == "length" == finish(ask([])), "the worker goes on"
+        for _ in range(500):
+            if not scheduler.running:
+                break
+            time.sleep(0.01)
         assert scheduler.running == 0 == scheduler.waiting
         pins = {name: one.pins for name, one in bank.residents._waiting.items()}
         assert pins == {"a": 1, "b": 1}, "the bank's own, and nobody else's"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -43,7 +44,9 @@ class Checkpoints:
         with whole_folder(folder, replace=True) as temporary:
             save_file(state.adapter, temporary / "adapter.safetensors")
             save_file(state.best, temporary / "best.safetensors")
-            torch.save(state.optimizer, temporary / "optimizer.pt")
+            optimizer = io.BytesIO()
+            torch.save(state.optimizer, optimizer)  # into a file it would hide that the disk is full
+            (temporary / "optimizer.pt").write_bytes(optimizer.getvalue())
             progress = {"step": state.step, "run": self.run_digest, **state.progress}
             (temporary / "progress.json").write_text(json.dumps(progress))
         for old in self._steps():

@@ -241,10 +241,11 @@ def _explained(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(_existing(target)).free
+            limit = " Files of this size are over a limit (ulimit -f)." if error.errno == errno.EFBIG else ""
             raise OutputError(
-                f"no disk space to write {target}: {free / 1e6:.0f} MB are free there. "
+                f"no disk space to write {target}: {free / 1e6:.0f} MB are free there.{limit} "
                 "Free some space or choose another place; what was there before is unchanged."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
@@ -254,7 +255,7 @@ def _explained(target: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # safetensors reports a full disk as its own error type, with the system's text inside.
-        if "No space left on device" in str(error) or "os error 28" in str(error):
+        if any(text in str(error) for text in ("No space left on device", "os error 28", "os error 27", "os error 122")):
             raise OutputError(
                 f"no disk space to write {target}. Free some space or choose another place; "
                 "what was there before is unchanged."
