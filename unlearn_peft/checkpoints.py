@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ class Checkpoints:
     def save(self, state: State) -> Path:
         """Write a step, then delete older ones; returns its folder."""
         folder = self.folder / f"step-{state.step:06d}"
+        if not self.folder.exists():
+            with suppress(OSError):  # whole_folder tells why
+                self.folder.mkdir(parents=True, mode=0o700)
         with whole_folder(folder, replace=True) as temporary:
             save_file(state.adapter, temporary / "adapter.safetensors")
             save_file(state.best, temporary / "best.safetensors")

@@ -84,9 +84,9 @@ def whole_file(target: Path, *, mode: int | None = None, replace: bool = True) -
             clear_stale(target)
             lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
             _lock(lock)
-            if mode is None and target.is_file():
-                os.chmod(temporary, target.stat().st_mode & 0o777)
+            kept = (target if mode is None and target.is_file() else temporary).stat().st_mode & 0o777
             yield temporary
+            os.chmod(temporary, kept)  # safetensors puts a file of its own into its place
             flush(temporary)
             if replace:
                 os.replace(temporary, target)
