@@ -42,7 +42,7 @@ class Search:
         ]
         assert len(self.ids) >= len(texts)
         self.packed = [b for ids in self.ids for b in self._packed(ids[1:])]
-        self.printed = [re.compile(rb"\b" + rb"\D{1,3}".join(b"%d" % one for one in ids[1:]) + rb"\b") for ids in self.ids]
+        self.printed = [re.compile(rb"\b" + rb"\D{1,40}".join(b"%d" % one for one in ids[1:]) + rb"\b") for ids in self.ids]
         plain = [*texts, *(value for row in rows for value in row.values() if isinstance(value, str))]
         plain += [json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows]
         plain += ["\n".join(json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows)]
@@ -184,6 +184,8 @@ def place(tmp_path_factory, tiny_folder):
 
 def clean(place, search, *but):
     found, count = search.in_folder(place.home, *but)
+    for name in found:  # the other tests are to tell of their own
+        (place.home / name).unlink()
     assert not found, found
     return count
 
@@ -272,7 +274,7 @@ BAD = {
     "a row beside the list, in the recipe": {"forget": {"path": 3, "Vlorgenstein": "Pnakotiq"}},
     "refusals that are no list": {"objective": {"name": "dpo", "refusals": {"Vlorgenstein": "Pnakotiq"}}},
     "forgotten and retained at once": {"retain": [FORGET[1]]},
-    "rows that are cut": {"max_length": 9},
+    "rows that are cut": {"max_length": 40},
     "a row with only a prompt in reach": {"max_length": 8, "chat_template": False},
     "YAML with a row that is no YAML": {"yaml": "forget:\n  - prompt: *Vlorgenstein\n    completion: !Pnakotiq x\n"},
 }  # fmt: skip
@@ -296,7 +298,7 @@ def test_errors_about_rows_do_not_quote_them(place, search, what):
     else:
         recipe = place.recipe(name, **given)
     code = place.command("train", recipe, "--output", place.home / name)
-    assert code == (0 if what == "rows that are cut" else 2), place.printed
+    assert code in ((0, 2) if what in ("rows that are cut", "rows that are texts, in the recipe") else (2,))
     clean(place, search)
 
 
@@ -355,7 +357,29 @@ def test_a_killed_run_leaves_checkpoints_and_a_cache_without_rows(place, search)
 def test_the_cache_of_a_running_training_can_be_read_back_with_the_base(tiny, tokenizer, tmp_path):
     """What docs/threat-model.md says: kept states give the words to whoever has the base. So: 0600, and deleted."""
     found = read_back(tiny, tokenizer, tmp_path, 1)
-    assert found["nearest embedding"] > 0.5
+    print(found)
+    assert found["tokens by trying all"] == 1
+
+
+@pytest.mark.parametrize("adapter", [{"kind": "head", "form": "dense"}, "head"], ids=["dense", "low rank"])
+def test_an_adapter_on_the_head_shows_its_tokens_without_the_base(tiny, tokenizer, tmp_path, adapter):
+    """What docs/threat-model.md says: the rows of the head that it changes most are the tokens to be forgotten."""
+    from unlearn_peft import read_bundle, unlearn
+    from unlearn_peft.data import tokenize
+
+    unlearn(
+        tiny, forget=FORGET, retain=RETAIN, steps=10, learning_rate=5e-3, output=str(tmp_path / "out"), adapter=adapter,
+        objective={"forget_ceiling": 15, "stop_when": None, "retain_budget": None}, anchor_batch=2, own_answers=0,
+        warmup_steps=0, save_dtype="float32", quiet=True,
+    )  # fmt: skip
+    (delta,) = read_bundle(tmp_path / "out").deltas.values()
+    change = delta.up if delta.down is None else delta.up @ delta.down
+    order = change.float().norm(dim=1).argsort(descending=True).tolist()
+    examples = tokenize(FORGET, tokenizer, closing=False)
+    wanted = {i for e in examples for i, target in zip(e.ids, e.is_target, strict=True) if target}
+    share = sum(token in wanted for token in order[:20]) / 20
+    print(f"{share:.0%} of the 20 most changed rows are forget targets; by chance {len(wanted) / len(order):.0%}")
+    assert share >= 0.5
 
 
 def read_back(base, tokenizer, folder, layer, rows=FORGET):
@@ -376,7 +400,7 @@ def read_back(base, tokenizer, folder, layer, rows=FORGET):
         kept |= load_file(file)
     embeddings = base.model.get_input_embeddings().weight.float()
     norm, head = base.model.model.norm, base.model.get_output_embeddings()
-    right = {"nearest embedding": 0, "tokens by the logit lens": 0, "targets by trying all tokens": 0}
+    right = {"nearest embedding": 0, "tokens by the logit lens": 0, "tokens by trying all": 0}
     total = 0
     for example in examples:
         states = kept[f"{row_digest(example)}/input of {layer}"].float()  # (T, d): every token's, the prompt's too
@@ -387,7 +411,7 @@ def read_back(base, tokenizer, folder, layer, rows=FORGET):
         with torch.no_grad():
             lens = head(norm(states.to(head.weight.dtype))).argmax(-1)
         right["tokens by the logit lens"] += int((lens == ids).sum())
-        right["targets by trying all tokens"] += tried(base, ids, states, layer)
+        right["tokens by trying all"] += tried(base, ids, states, layer)
     return {name: count / total for name, count in right.items()}
 
 

@@ -291,7 +291,10 @@ def _describe(item: dict[str, Any]) -> str:
     parts = [str(part) for part in item["loc"] if part not in _TAGS]
     name = ".".join(parts)
     if item["type"] == "extra_forbidden":
-        return f"unknown key '{name}'{did_you_mean(parts[-1], _known_keys(item['loc'][:-1]))}"
+        near = did_you_mean(parts[-1], _known_keys(item["loc"][:-1]))
+        if not near and item["loc"][0] in DATA_FIELDS:  # it may be a row's text
+            return f"unknown key in '{item['loc'][0]}': expected a path, a list of rows, or a mapping with 'path'"
+        return f"unknown key '{name}'{near}"
     if item["type"] == "missing":
         return f"'{name}' is missing"
     if item["type"] == "value_error":
