@@ -59,8 +59,8 @@ def prepare(base_folder, adapters):
     from unlearn_peft import load_base, unlearn
     from unlearn_peft.compose import stack
     from unlearn_peft.files import whole_file
-    from unlearn_peft.run import tokenized
     from unlearn_peft.recipe import make_recipe
+    from unlearn_peft.run import tokenized
     from unlearn_peft.save import save_adapter
     from unlearn_peft.serve.policy import make_policy
     from unlearn_peft.serve.policy_file import dump_policy
@@ -111,10 +111,21 @@ def prepare(base_folder, adapters):
                 temporary.write_text(dump_policy(make_policy({"adapters": {}, "tenants": tenants}, "tests")))
 
     def pull(*_):
-        raise NotImplementedError("when unlearn_peft has `pull`: pull(a local remote, output), see FAULTS in test_faults")
+        raise NotImplementedError(
+            "when unlearn_peft has `pull`: pull(a local remote, output), see FAULTS in test_faults"
+        )
 
     jobs = {"train": train, "save": save, "stack": stack_, "export": export, "store": store, "yaml": yaml, "pull": pull}
     return jobs
+
+
+def own_lock():
+    """Give this process a lock of its own for progress bars: tqdm's is shared with forks, and a killed one keeps it."""
+    import threading
+
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
 
 
 def run(job, ask, report):
@@ -128,6 +139,7 @@ def run(job, ask, report):
             if count == ask["at"]:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    own_lock()
     sys.addaudithook(hook)
     error, code = "", 0
     try:
@@ -141,6 +153,7 @@ def run(job, ask, report):
 def main():
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what jobs print goes to stderr
+    own_lock()
     jobs = prepare(sys.argv[1], sys.argv[2:])
     answers.write("ready\n")
     for line in sys.stdin:

@@ -449,7 +449,9 @@ def test_two_first_runs_use_one_secret(tmp_path):
     context = multiprocessing.get_context("fork")
     for round_ in range(10):
         barrier, answers = context.Barrier(4), context.Queue()
-        children = [context.Process(target=secret, args=(str(tmp_path / str(round_)), barrier, answers)) for _ in "1234"]
+        children = [
+            context.Process(target=secret, args=(str(tmp_path / str(round_)), barrier, answers)) for _ in "1234"
+        ]
         for child in children:
             child.start()
         found = {answers.get(timeout=30) for _ in children}
@@ -580,7 +582,9 @@ OUT_OF_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("where", ["in a layer of the first pass", "in a layer of a step", "when rows join", "in a mix"])
+@pytest.mark.parametrize(
+    "where", ["in a layer of the first pass", "in a layer of a step", "when rows join", "in a mix"]
+)
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, where, error):
     from unlearn_peft.bank import Bank
@@ -645,7 +649,9 @@ def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, whe
         assert hit == [where]
         refused = {name for name, end in ends.items() if isinstance(end, GenerationError)}
         assert all(end == "length" for name, end in ends.items() if name not in refused)
-        assert len(refused) >= 1 and (where in ("in a layer of a step",) or refused == {"joining"} or where == "in a mix")
+        assert len(refused) >= 1 and (
+            where in ("in a layer of a step",) or refused == {"joining"} or where == "in a mix"
+        )
         assert all(type(error).__name__ in str(end) for name, end in ends.items() if name in refused)
         assert scheduler.alive and finish(ask(["a", "b"])) == "length" == finish(ask([])), "the worker goes on"
         for _ in range(500):

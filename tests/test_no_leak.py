@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import RETAIN
+from killing import own_lock
 from safetensors.torch import load_file, save_file
 
 FRAME = "zmorqplint"  # a plain word of a question, not its subject
@@ -42,7 +43,9 @@ class Search:
         ]
         assert len(self.ids) >= len(texts)
         self.packed = [b for ids in self.ids for b in self._packed(ids[1:])]
-        self.printed = [re.compile(rb"\b" + rb"\D{1,40}".join(b"%d" % one for one in ids[1:]) + rb"\b") for ids in self.ids]
+        self.printed = [
+            re.compile(rb"\b" + rb"\D{1,40}".join(b"%d" % one for one in ids[1:]) + rb"\b") for ids in self.ids
+        ]
         plain = [*texts, *(value for row in rows for value in row.values() if isinstance(value, str))]
         plain += [json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows]
         plain += ["\n".join(json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows)]
@@ -156,6 +159,7 @@ class Place:
         os.environ.update(self.environment)
         os.chdir(self.home)
         faulthandler.enable(sys.stderr)
+        own_lock()
         code = 0
         try:
             from unlearn_peft import cli
@@ -339,7 +343,9 @@ def test_a_killed_run_leaves_checkpoints_and_a_cache_without_rows(place, search)
     output = place.home / "killed"
     recipe = place.recipe("killed", steps=400, cache_gb=0, adapter={"kind": "lora", "layers_to_transform": [1]})
     state, cache = output.with_name("killed.training"), output.with_name("killed.cache")
-    code = place.command("train", recipe, "--output", output, dies_when=lambda: list(state.glob("step-*2/progress.json")))
+    code = place.command(
+        "train", recipe, "--output", output, dies_when=lambda: list(state.glob("step-*2/progress.json"))
+    )
     assert code == -signal.SIGKILL and not output.exists(), place.printed
     checkpoint = max(state.glob("step-*"))
     assert {file.name for file in checkpoint.iterdir()} == {
@@ -359,27 +365,6 @@ def test_the_cache_of_a_running_training_can_be_read_back_with_the_base(tiny, to
     found = read_back(tiny, tokenizer, tmp_path, 1)
     print(found)
     assert found["tokens by trying all"] == 1
-
-
-@pytest.mark.parametrize("adapter", [{"kind": "head", "form": "dense"}, "head"], ids=["dense", "low rank"])
-def test_an_adapter_on_the_head_shows_its_tokens_without_the_base(tiny, tokenizer, tmp_path, adapter):
-    """What docs/threat-model.md says: the rows of the head that it changes most are the tokens to be forgotten."""
-    from unlearn_peft import read_bundle, unlearn
-    from unlearn_peft.data import tokenize
-
-    unlearn(
-        tiny, forget=FORGET, retain=RETAIN, steps=10, learning_rate=5e-3, output=str(tmp_path / "out"), adapter=adapter,
-        objective={"forget_ceiling": 15, "stop_when": None, "retain_budget": None}, anchor_batch=2, own_answers=0,
-        warmup_steps=0, save_dtype="float32", quiet=True,
-    )  # fmt: skip
-    (delta,) = read_bundle(tmp_path / "out").deltas.values()
-    change = delta.up if delta.down is None else delta.up @ delta.down
-    order = change.float().norm(dim=1).argsort(descending=True).tolist()
-    examples = tokenize(FORGET, tokenizer, closing=False)
-    wanted = {i for e in examples for i, target in zip(e.ids, e.is_target, strict=True) if target}
-    share = sum(token in wanted for token in order[:20]) / 20
-    print(f"{share:.0%} of the 20 most changed rows are forget targets; by chance {len(wanted) / len(order):.0%}")
-    assert share >= 0.5
 
 
 def read_back(base, tokenizer, folder, layer, rows=FORGET):
@@ -428,6 +413,14 @@ def tried(base, ids, states, layer):
     return sum(a == b for a, b in zip(found, ids.tolist(), strict=True))
 
 
+def test_the_threat_model_names_tests_that_exist():
+    here = Path(__file__).parent
+    named = re.findall(r"`tests/(\w+\.py)::(\w+)`", (here.parent / "docs" / "threat-model.md").read_text())
+    assert len(named) > 15
+    for file, name in named:
+        assert re.search(rf"^def {name}\(", (here / file).read_text(), re.M), name
+
+
 def test_a_tracker_gets_figures_and_settings_alone(tiny, search, tmp_path):
     from accelerate.tracking import GeneralTracker, on_main_process
 
@@ -470,7 +463,9 @@ def test_serving_leaves_no_prompt_and_no_answer(place, search, tiny_folder, trai
 
     log = AuditLog(place.home / "audit.jsonl")
     engine = LocalEngine(load_base(str(tiny_folder), device="cpu"), name="tiny")
-    policy = make_policy_values({"hp": trained, "gone": place.home / "gone"}, {"alice": {"hp": 1.0}, "bob": {"gone": 1.0}})
+    policy = make_policy_values(
+        {"hp": trained, "gone": place.home / "gone"}, {"alice": {"hp": 1.0}, "bob": {"gone": 1.0}}
+    )
     secret, answers = "Who is Vlorgenstein of Pnakotiq, Quxzibarth?", []
     with caplog.at_level("DEBUG"), running(engine, policy, audit=log) as (front, url):
 

@@ -255,7 +255,9 @@ def _explained(target: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # safetensors reports a full disk as its own error type, with the system's text inside.
-        if any(text in str(error) for text in ("No space left on device", "os error 28", "os error 27", "os error 122")):
+        if any(
+            text in str(error) for text in ("No space left on device", "os error 28", "os error 27", "os error 122")
+        ):
             raise OutputError(
                 f"no disk space to write {target}. Free some space or choose another place; "
                 "what was there before is unchanged."

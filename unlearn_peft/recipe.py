@@ -234,7 +234,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = re.sub(r"'[^']{2,}'", "'...'", str(getattr(error, "problem", "unreadable")))  # may quote an inline row
+        problem = re.sub(
+            r"'[^']{2,}'", "'...'", str(getattr(error, "problem", "unreadable"))
+        )  # may quote an inline row
         raise RecipeError(f"{path} is not valid YAML{where}: {problem}") from None
     if not isinstance(values, dict):
         raise RecipeError(
