@@ -1,7 +1,7 @@
 """A warm process whose forked children do one job each and are killed with -9 at a point of choice.
 
-The parent writes a line of JSON, {"job", "at", "after", "arguments"}; a child is forked that does the job. `at` kills it
-just before its n-th dealing with the file system (Python's audit events), `after` so many seconds after its start. The
+The parent writes a line of JSON, {"job", "at", "after", "arguments"}; a forked child does the job. `at` kills it just
+before its n-th dealing with the file system (Python's audit events), `after` so many seconds after its start. The
 answer is {"signal", "code", "events", "seconds", "error"}. Forked from a process that has all imported and the base
 loaded, a child costs as much as its job.
 """
@@ -15,8 +15,8 @@ import time
 import traceback
 from pathlib import Path
 
-EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.chmod", "os.truncate", "sqlite3.connect",
-          "shutil.rmtree", "os.listdir", "os.scandir", "ctypes.dlsym"}  # fmt: skip
+EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.chmod", "os.truncate",
+          "sqlite3.connect", "shutil.rmtree", "os.listdir", "os.scandir", "ctypes.dlsym"}  # fmt: skip
 STEPS = 6
 
 

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FORGET, RETAIN, make_tiny
+from conftest import make_tiny
 from killing import Killer
-from safetensors.torch import load_file
 
 DOCS = Path(__file__).parent.parent / "docs" / "faults.md"
 BEGIN, END = "<!-- made by tests/test_faults.py -->", "<!-- /made -->"
 KILLS = {"train": 60, "save": 40, "stack": 35, "export": 30, "store": 40, "yaml": 35}  # by `make test-slow`
 SOME = {"train": 8, "save": 7, "stack": 6, "export": 6, "store": 7, "yaml": 6}  # by `make test`
 F, S, G, E, C = "test_faults", "test_store", "test_scheduler", "test_engine", "test_serve_safety"
+# ruff: noqa: E501  (the table)
 FAULTS = [  # fault, what is checked, file and test
     ("kill -9 while training", "the old adapter or the new one is there whole; `--resume` gives the same bits; no checkpoint is damaged; no temporary is left", F, "test_kills_while_training"),
     ("kill -9 while saving an adapter", "the old bits or the new bits, with a manifest that fits; the next save clears up", F, "test_kills_while_writing_an_adapter"),

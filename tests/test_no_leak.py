@@ -1,4 +1,4 @@
-"""Everything that the commands leave behind is searched for the forget text: words, their tokens, their bare digests."""
+"""Everything that the commands leave behind is searched for the forget text: words, tokens, bare digests."""
 
 import faulthandler
 import hashlib
@@ -362,8 +362,7 @@ def test_a_killed_run_leaves_checkpoints_and_a_cache_without_rows(place, search)
 
 def test_the_cache_of_a_running_training_can_be_read_back_with_the_base(tiny, tokenizer, tmp_path):
     """What docs/threat-model.md says: kept states give the words to whoever has the base. So: 0600, and deleted."""
-    found = read_back(tiny, tokenizer, tmp_path, 1)
-    print(found)
+    found = read_back(tiny, tokenizer, tmp_path, 1, FORGET[1:2])
     assert found["tokens by trying all"] == 1
 
 
@@ -446,8 +445,9 @@ def test_a_tracker_gets_figures_and_settings_alone(tiny, search, tmp_path):
 
     notes = Notes()
     unlearn(
-        tiny, forget=FORGET, retain=RETAIN, probes=PROBES, steps=2, eval_every=1, output=str(tmp_path / "out"), quiet=True,
-        tracker=notes, objective={"forget_ceiling": 15, "stop_when": None}, anchor_batch=2, own_answers=0,
+        tiny, forget=FORGET, retain=RETAIN, probes=PROBES, steps=2, eval_every=1, quiet=True,
+        output=str(tmp_path / "out"), tracker=notes, anchor_batch=2, own_answers=0,
+        objective={"forget_ceiling": 15, "stop_when": None},
     )  # fmt: skip
     assert len(notes.noted) >= 3 and not search.in_bytes(json.dumps(notes.noted).encode())
 
