@@ -76,14 +76,12 @@ def whole_file(target: Path, *, mode: int | None = None, replace: bool = True) -
         OutputError: if the disk is full or the place is not writable.
     """
     target = target.absolute()
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    lock = -1
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_stale(target)
+        temporary, lock = _locked_file(target, 0o666 if mode is None else mode)
     try:
         with _explained(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            clear_stale(target)
-            lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
-            _lock(lock)
             kept = (target if mode is None and target.is_file() else temporary).stat().st_mode & 0o777
             yield temporary
             os.chmod(temporary, kept)  # safetensors puts a file of its own into its place
@@ -96,8 +94,7 @@ def whole_file(target: Path, *, mode: int | None = None, replace: bool = True) -
             flush(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
-        if lock >= 0:
-            os.close(lock)
+        os.close(lock)
 
 
 def delete_whole(folder: Path) -> None:
@@ -156,6 +153,17 @@ def _locked_folder(target: Path) -> tuple[Path, int]:
             if temporary.exists():
                 return temporary, lock
             os.close(lock)
+
+
+def _locked_file(target: Path, mode: int) -> tuple[Path, int]:
+    """Make a temporary file and lock it, likewise."""
+    while True:
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+        lock = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+        _lock(lock)
+        if temporary.exists():
+            return temporary, lock
+        os.close(lock)
 
 
 def _lock(handle: int, *, wait: bool = True) -> bool:
