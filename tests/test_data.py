@@ -86,7 +86,7 @@ def test_columns_can_be_renamed(write_rows):
         ([], "is empty"),
         ([{"prompt": "a"}], "no text in 'completion'"),
         ([{"prompt": "a", "completion": "  "}], "no text in 'completion'"),
-        ([{"foo": "secretword"}], "found foo"),
+        ([{"foo": "secretword"}], "found 1 with other names"),
         ([{"messages": [{"role": "user", "content": "secretword"}]}], "no assistant turn"),
     ],
 )

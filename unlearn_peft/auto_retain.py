@@ -105,8 +105,7 @@ def auto_retain(
         made = _read(path)
         if made is None:
             made = _make(base, forget, seed, chat_template)
-            with whole_file(path) as temporary:
-                temporary.touch(mode=0o600)
+            with whole_file(path, mode=0o600) as temporary:
                 temporary.write_text(json.dumps(asdict(made), ensure_ascii=False), encoding="utf-8")
     asked = {question_of(row) for row in never}
     kept = [question_of(row) not in asked for row in made.rows]

@@ -318,8 +318,8 @@ class Bank:
         with self.residents.lock:
             if any(one.bank is not self or one.released for one in held):
                 raise AdapterError("a set of adapters was released, or is another model's: hold it anew")
-            adapters = [self.residents.pin(part.adapter) for row in key for part in row]
             mix = self._mixes.pop(key, None) or Mix(key)
+            adapters = [self.residents.pin(part.adapter) for row in key for part in row]
             self._mixes[key] = mix
             while len(self._mixes) > _MIXES_KEPT:
                 self._mixes.popitem(last=False)

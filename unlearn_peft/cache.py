@@ -11,6 +11,7 @@ import hashlib
 import logging
 from array import array
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -79,7 +80,10 @@ class Cache:
         numbers = [int(path.stem[-5:]) for path in self.folder.glob(f"{self.part:04d}-*.safetensors")]
         path = self.folder / f"{self.part:04d}-{max(numbers, default=-1) + 1:05d}.safetensors"
         tensors = {f"{row}{_SEPARATOR}{name}": t for row, kept in self._waiting.items() for name, t in kept.items()}
-        with whole_file(path) as temporary:
+        if not self.folder.exists():
+            with suppress(OSError):  # whole_file tells why
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with whole_file(path, mode=0o600) as temporary:  # the rows' words can be read back from their states
             save_file(tensors, temporary, metadata={"key": self.key})
         self._waiting = {}
         self.look()

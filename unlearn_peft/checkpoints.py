@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import TrainingError
-from .files import whole_folder
+from .files import delete_whole, whole_folder
 
 
 @dataclass
@@ -40,15 +42,20 @@ class Checkpoints:
     def save(self, state: State) -> Path:
         """Write a step, then delete older ones; returns its folder."""
         folder = self.folder / f"step-{state.step:06d}"
+        if not self.folder.exists():
+            with suppress(OSError):  # whole_folder tells why
+                self.folder.mkdir(parents=True, mode=0o700)
         with whole_folder(folder, replace=True) as temporary:
             save_file(state.adapter, temporary / "adapter.safetensors")
             save_file(state.best, temporary / "best.safetensors")
-            torch.save(state.optimizer, temporary / "optimizer.pt")
+            optimizer = io.BytesIO()
+            torch.save(state.optimizer, optimizer)  # into a file it would hide that the disk is full
+            (temporary / "optimizer.pt").write_bytes(optimizer.getvalue())
             progress = {"step": state.step, "run": self.run_digest, **state.progress}
             (temporary / "progress.json").write_text(json.dumps(progress))
         for old in self._steps():
             if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
+                delete_whole(old)
         return folder
 
     def latest(self) -> State | None:
@@ -93,7 +100,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Delete the run's state; the finished adapter has taken its place."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        delete_whole(self.folder)
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-[0-9]*"))

@@ -22,6 +22,10 @@ from .recipe import DataSource, DataSpec
 _FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _ANCHORS = Path(__file__).parent / "anchors.jsonl"
 _NO_NAMES = set("who what which where when why how the a an in on it is name complete tell give write".split())
+_USUAL_COLUMNS = frozenset(
+    "prompt completion messages text question answer questions answers input output instruction response query content "
+    "chosen rejected context leak title label id".split()
+)
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 
@@ -187,7 +191,7 @@ def _load(spec: DataSpec, what: str) -> list[Row]:
     for ours, theirs in spec.columns.items():
         for row in rows:
             if theirs not in row:
-                raise DataError(f"the {what} set has no column '{theirs}': it has {', '.join(sorted(row))}")
+                raise DataError(f"the {what} set has no column '{theirs}': it has {_columns(row)}")
             row[ours] = row.pop(theirs)
     return rows
 
@@ -217,8 +221,14 @@ def _problem(row: Row, what: str) -> str | None:
         return f"no text in {' and '.join(repr(key) for key in lacking)}" if lacking else None
     if "text" in row:
         return "no text in 'text'" if empty(row["text"]) else None
-    found = ", ".join(sorted(map(str, row))) or "nothing"
-    return f"expected 'prompt' and 'completion', 'messages' or 'text'; found {found}"
+    return f"expected 'prompt' and 'completion', 'messages' or 'text'; found {_columns(row)}"
+
+
+def _columns(row: Row) -> str:
+    """Tell a row's columns; names that are not usual ones are only counted: a table without a header has text there."""
+    usual = sorted(_USUAL_COLUMNS & row.keys())
+    other = len(row) - len(usual)
+    return ", ".join([*usual, *([f"{other} with other names"] if other else [])]) or "nothing"
 
 
 def names_in(text: str) -> set[str]:

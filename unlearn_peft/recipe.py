@@ -7,6 +7,7 @@ YAML text or keyword arguments come in; a `Recipe` goes out to data, adapters, o
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -233,7 +234,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise RecipeError(f"{path} is not valid YAML{where}: {getattr(error, 'problem', 'unreadable')}") from None
+        problem = re.sub(
+            r"'[^']{2,}'", "'...'", str(getattr(error, "problem", "unreadable"))
+        )  # may quote an inline row
+        raise RecipeError(f"{path} is not valid YAML{where}: {problem}") from None
     if not isinstance(values, dict):
         raise RecipeError(
             f"{path} holds {type(values).__name__}, expected a mapping of fields such as 'forget: rows.jsonl'"
@@ -289,7 +293,10 @@ def _describe(item: dict[str, Any]) -> str:
     parts = [str(part) for part in item["loc"] if part not in _TAGS]
     name = ".".join(parts)
     if item["type"] == "extra_forbidden":
-        return f"unknown key '{name}'{did_you_mean(parts[-1], _known_keys(item['loc'][:-1]))}"
+        near = did_you_mean(parts[-1], _known_keys(item["loc"][:-1]))
+        if not near and item["loc"][0] in DATA_FIELDS:  # it may be a row's text
+            return f"unknown key in '{item['loc'][0]}': expected a path, a list of rows, or a mapping with 'path'"
+        return f"unknown key '{name}'{near}"
     if item["type"] == "missing":
         return f"'{name}' is missing"
     if item["type"] == "value_error":
@@ -299,6 +306,8 @@ def _describe(item: dict[str, Any]) -> str:
         found = item["ctx"]["tag"]
         return f"unknown adapter kind '{found}'{did_you_mean(found, ['lora', 'head'])}; known: lora, head"
     found = "a list or mapping" if isinstance(item["input"], (dict, list)) else repr(item["input"])
+    if item["loc"] and (item["loc"][0] in DATA_FIELDS or "refusals" in item["loc"]):  # it may hold a row's text
+        found = f"a {type(item['input']).__name__}"
     return f"'{name}' is {found}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 

@@ -217,8 +217,8 @@ def _locked(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: who locks a deleted file tries anew
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _refused(output: Path, error: OSError) -> OutputError:
@@ -296,7 +296,6 @@ def _digest_key() -> bytes:
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     path = home / "unlearn_peft" / "digest.key"
     if not path.is_file():
-        with whole_file(path) as temporary:
-            temporary.touch(mode=0o600)
+        with whole_file(path, mode=0o600, replace=False) as temporary:  # of several runs, one makes it for all
             temporary.write_text(secrets.token_hex(32))
     return path.read_text().encode()

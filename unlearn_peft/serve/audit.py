@@ -95,6 +95,8 @@ class AuditLog:
     def _open(self) -> None:
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._size = os.fstat(self._file).st_size
+        if self._size and not _ends_a_line(self.path):  # the machine went down in the middle of a line
+            self._size += os.write(self._file, b"\n")
 
     def _rotate(self) -> None:
         assert self._file is not None
@@ -119,6 +121,12 @@ class AuditLog:
 
     def _aside(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) == b"\n"
 
 
 def describe(applied: Any) -> list[Mapping[str, Any]]:
