@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .errors import BaseModelError
 from .files import whole_folder
+from .mapped import take_in
 from .quantized import let_gradients_pass, quantization
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -83,7 +84,7 @@ def load_base(name: str = "demo", dtype: str = "auto", device: str = "auto", qua
         let_gradients_pass(model)
     else:
         model.to(where)
-        _take_in(model)
+        take_in(model)
     freeze(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -303,17 +304,6 @@ def _digest(data: bytes) -> str:
 def _tokenizer_digest(tokenizer: Any) -> str:
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return _digest(json.dumps(vocabulary).encode())
-
-
-@torch.no_grad()
-def _take_in(model: nn.Module) -> None:
-    """Copy what is mapped from the base's file into memory of our own.
-
-    Transformers maps weights that are read as they are stored. A file that is then written to would change the base
-    that runs, and one that is cut short would end the process with SIGBUS.
-    """
-    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu"}.values():
-        tensor.data = tensor.data.clone()
 
 
 def _weights_digest(model: nn.Module) -> str | None:
