@@ -16,6 +16,7 @@ RANKS = {
     "engine": 7, "compose": 6, "export": 7, "generate": 7, "learner": 8, "train": 9, "own_answers": 8, "compare": 10,
     "auto_retain": 8, "card": 8, "evaluate": 10, "save": 10, "run": 11, "serve": 11, "cli_options": 12,
     "cli_evaluate": 13, "cli_export": 13, "cli_serve": 13, "cli_tenant": 13, "cli": 14,
+    "untrusted": 1, "adapter_config": 2, "trust": 2, "signing": 6, "cli_trust": 13,
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from .bank import Bank
 from .bundle import read_bundle
 from .errors import AdapterError
+from .trust import Trust
 
 
 def attach(
@@ -18,6 +19,7 @@ def attach(
     strength: float | Sequence[float] = 1.0,
     name: str | None = None,
     allow_different_base: bool = False,
+    trust: Trust | None = None,
 ) -> list[str]:
     """Attach one adapter or more to a live model; returns the names under which they can be detached.
 
@@ -26,7 +28,8 @@ def attach(
         adapters: adapter directories; a stack of them is the exact sum of their effects, in any order.
         strength: factor on the effect, one for all or one each; 1 is as trained, 0 is off.
         name: for a single adapter, another name than its folder's.
-        allow_different_base: attach even if the base's fingerprint differs (shapes must still fit).
+        allow_different_base: attach even if the base's fingerprint differs (shapes must still fit). This is logged.
+        trust: whose signatures are taken, and whether one is needed. None: signatures are not looked at.
 
     Raises:
         AdapterError: if any of them is refused; then none is attached.
@@ -38,7 +41,7 @@ def attach(
     before, names = bank.adapters, []
     try:
         for path, factor in zip(adapters, strengths, strict=True):
-            bundle = read_bundle(path)
+            bundle = read_bundle(path, trust=trust, also=lambda read: bank.misfits(read, allow_different_base))
             names.append(name if name and len(adapters) == 1 else bundle.name)
             bank.attach(bundle, names[-1], factor, allow_different_base=allow_different_base)
     except BaseException:
@@ -54,11 +57,13 @@ def detach(model: Any, *names: str) -> None:
         bank.detach(name)
 
 
-def swap(model: Any, old: str, new: str | Path, *, strength: float = 1.0, name: str | None = None) -> str:
+def swap(
+    model: Any, old: str, new: str | Path, *, strength: float = 1.0, name: str | None = None, trust: Trust | None = None
+) -> str:
     """Replace the adapter named `old` by the one in the folder `new`; if that is refused, `old` stays."""
     bank = Bank.of(model)
     before = bank.adapters
-    bundle = read_bundle(new)
+    bundle = read_bundle(new, trust=trust, also=bank.misfits)
     try:
         bank.detach(old)
         bank.attach(bundle, name or bundle.name, strength)
@@ -74,15 +79,18 @@ def attached(model: Any) -> dict[str, float]:
 
 
 @contextmanager
-def forgetting(model: Any, *adapters: str | Path, strength: float | Sequence[float] = 1.0) -> Iterator[Any]:
+def forgetting(
+    model: Any, *adapters: str | Path, strength: float | Sequence[float] = 1.0, trust: Trust | None = None
+) -> Iterator[Any]:
     """Attach inside a `with` block, and be as before after it.
 
-    `adapters` are directories, as for `attach`; `with forgetting(model, "a", "b"): ...` stacks two.
+    `adapters` are directories, as for `attach` (so are `strength` and `trust`); `with forgetting(model, "a", "b"): ...`
+    stacks two.
     """
     bank = Bank.of(model)
     before = bank.adapters
     try:
-        attach(model, *adapters, strength=strength)
+        attach(model, *adapters, strength=strength, trust=trust)
         yield model
     finally:
         bank.restore(before)

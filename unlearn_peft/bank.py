@@ -25,6 +25,7 @@ from .bundle import Bundle
 from .errors import AdapterError, did_you_mean
 from .gates import Mix, Part, Resident, tell_batch
 from .residents import BankStats, Entry, Residents
+from .trust import Trust
 
 _ATTRIBUTE = "_unlearn_peft_bank"
 _MIXES_KEPT = 4  # batches whose factors stay laid side by side, for the next step
@@ -42,11 +43,17 @@ class Attached:
 
 
 class Applied(NamedTuple):
-    """One adapter of a held set: what it is called, the digest of its files, and how strong it is."""
+    """One adapter of a held set: what it is called, the digest of its files, and how strong it is.
+
+    For an audit log: `different_base` names the parts of the base's fingerprint that are not those that it was trained
+    on (`allow_different_base` lets it be), `signed_by` the trusted signer.
+    """
 
     name: str
     sha256: str
     strength: float
+    different_base: tuple[str, ...] = ()
+    signed_by: str | None = None
 
 
 class Held:
@@ -54,7 +61,10 @@ class Held:
 
     def __init__(self, bank: Bank, parts: Mapping[str, Part]) -> None:
         self.bank, self.parts = bank, tuple(parts.values())
-        self.applied = tuple(Applied(name, p.adapter.bundle.identity, p.strength) for name, p in parts.items())
+        self.applied = tuple(
+            Applied(n, p.adapter.bundle.identity, p.strength, p.adapter.different_base, p.adapter.bundle.signed_by)
+            for n, p in parts.items()
+        )
         lines = sorted(f"{a.sha256} {a.strength!r}" for a in self.applied if a.strength)
         self.digest = hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
         self.released = False
@@ -84,11 +94,15 @@ class Bank:
         tokenizer: its tokenizer, for the base's fingerprint.
         budget_bytes: memory for adapters that were loaded by name; of those that no request holds, the one that was
             used longest ago goes first. None: no limit. What running batches lay side by side comes on top.
+        trust: who must have signed, or may sign, adapters that are loaded by name. None: signatures are not looked at.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any | None = None, *, budget_bytes: int | None = None) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.residents = Residents(self._fitted, self._first, self._last, budget_bytes)
+    def __init__(
+        self, model: nn.Module, tokenizer: Any | None = None, *, budget_bytes: int | None = None,
+        trust: Trust | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.tokenizer, self.trust = model, tokenizer, trust
+        self.residents = Residents(self._fitted, self.misfits, self._first, self._last, budget_bytes)
         self.adapters: dict[str, Attached] = {}  # on all rows
         self._default: Mix | None = None  # of these
         self._mixes: OrderedDict[tuple[tuple[Part, ...], ...], Mix] = OrderedDict()
@@ -128,7 +142,7 @@ class Bank:
         Raises:
             AdapterError: if the name is taken.
         """
-        self.residents.register(name, Entry(Path(path), sha256, allow_different_base))
+        self.residents.register(name, Entry(Path(path), sha256, allow_different_base, self.trust))
 
     def load(
         self, name: str, path: str | Path, *, sha256: str | None = None, allow_different_base: bool = False
@@ -153,7 +167,7 @@ class Bank:
         Raises:
             AdapterError: if the name is unknown, or the new adapter is refused; then the old one stays.
         """
-        self.residents.swap(name, Entry(Path(path), sha256, allow_different_base))
+        self.residents.swap(name, Entry(Path(path), sha256, allow_different_base, self.trust))
 
     def remove(self, name: str) -> None:
         """Forget a known adapter's name; its memory is free when the last request that holds it ends.
@@ -256,6 +270,10 @@ class Bank:
             for attached_ in before.values():
                 self.residents.unpin(attached_.adapter)
 
+    def misfits(self, bundle: Bundle, allow_different_base: bool = False) -> list[str]:
+        """Return what of an adapter does not fit the model."""
+        return bundle.misfits(**self._base(bundle, allow_different_base))[0]
+
     # ---- inside ----
 
     def _pinned(self, name: str) -> Resident:
@@ -266,9 +284,11 @@ class Bank:
 
     def _fitted(self, bundle: Bundle, allow_different_base: bool) -> Resident:
         with torch.inference_mode(False), torch.no_grad():
-            known = self._base_fingerprint() if bundle.manifest.get("base") else None
-            bundle.check_fits(self.model, self.tokenizer, allow_different_base=allow_different_base, known=known)
-            return Resident.on(self.model, bundle)
+            return Resident.on(self.model, bundle, bundle.check_fits(**self._base(bundle, allow_different_base)))
+
+    def _base(self, bundle: Bundle, allow: bool) -> dict[str, Any]:
+        known = self._base_fingerprint() if bundle.manifest.get("base") else None
+        return {"model": self.model, "tokenizer": self.tokenizer, "allow_different_base": allow, "known": known}
 
     def _base_fingerprint(self) -> dict[str, str | None]:
         """Return the base's fingerprint; taken anew when a weight was replaced or written to."""

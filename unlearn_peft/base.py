@@ -74,8 +74,8 @@ def load_base(name: str = "demo", dtype: str = "auto", device: str = "auto", qua
     settings = {"quantization_config": quantization(quantize, kind), "device_map": {"": where}} if quantize else {}
     source, public_name = _resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)  # else it may ask
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, trust_remote_code=False, **settings)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a bad source
         hint = f" It was to be quantised ({quantize}): does it load without?" if quantize else ""
         raise BaseModelError(_why_not(name, source, error) + hint) from error

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 
+from .adapter_config import DENSE, SCHEMA_VERSION, check_config, check_manifest, of_module
 from .base import fingerprint, mismatches
-from .errors import AdapterError, OutputError
+from .errors import AdapterError, OutputError, refuse, shown
 from .files import folder_bytes, whole_file, whole_folder
+from .trust import SIGNATURE, UNSIGNED, Trust
+from .untrusted import LARGEST, Weights, list_files, read_file, read_weights, sha256_of, strict_json
 
 WEIGHTS, CONFIG, MANIFEST, CARD, CURVES = (
     "adapter_model.safetensors",
@@ -32,16 +31,10 @@ WEIGHTS, CONFIG, MANIFEST, CARD, CURVES = (
     "README.md",
     "curves.png",
 )
-SCHEMA_VERSION = 1
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
-_PLAIN_LORA = {
-    "use_dora": False,
-    "modules_to_save": None,
-    "bias": "none",
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-}
-_MAX_JSON_BYTES = 10_000_000
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_COPY_AGAIN = "Copy it again from where it came from, or ask who made it"
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -68,6 +61,9 @@ class Bundle:
     manifest: dict[str, Any]
     digest: str  # sha256 of the weights file
     identity: str  # sha256 over weights file and config: equal if and only if the effect is the same
+    files: Mapping[str, str] = field(default_factory=dict)  # sha256 of each file, as it was read; what may be signed
+    signature: bytes | None = None  # of all of these, unverified
+    signed_by: str | None = None  # the trusted signer's name, if it was read with a `Trust`
 
     @property
     def name(self) -> str:
@@ -86,19 +82,51 @@ class Bundle:
         *,
         allow_different_base: bool = False,
         known: Mapping[str, Any] | None = None,
-    ) -> None:
+    ) -> tuple[str, ...]:
         """Check that the adapter was made for this base; `known` is the base's fingerprint, if it is known.
+
+        Returns:
+            the parts of the base's fingerprint that differ, which is only ever allowed with `allow_different_base`,
+            and logged.
 
         Raises:
             AdapterError: naming every module that is missing or has another shape, and every part of the
-                base's fingerprint that differs (skipped with `allow_different_base`).
+                base's fingerprint that differs (allowed with `allow_different_base`).
         """
+        problems, different = self.misfits(model, tokenizer, allow_different_base=allow_different_base, known=known)
+        trained_on = self.manifest.get("base", {}).get("name") or self.config.get("base_model_name_or_path")
+        if problems:
+            refuse(
+                f"the adapter {self.path} does not match this base (it was trained on {shown(trained_on)})",
+                problems,
+                "Load the base that it was trained on, or train an adapter for this one",
+            )
+        if different:
+            logger.warning(
+                "UNSAFE: the adapter %s was trained on %s, and this base differs in its %s. It is attached, as "
+                "different bases were allowed; nobody has measured what it forgets here, or what else it harms",
+                self.path,
+                shown(trained_on),
+                " and ".join(different),
+            )
+        return different
+
+    def misfits(
+        self,
+        model: Any,
+        tokenizer: Any | None = None,
+        *,
+        allow_different_base: bool = False,
+        known: Mapping[str, Any] | None = None,
+    ) -> tuple[list[str], tuple[str, ...]]:
+        """Return what does not fit a base, and the parts in which its fingerprint differs; see `check_fits`."""
         problems = []
         for name, delta in self.deltas.items():
             module = _submodule(model, name)
             weight = getattr(module, "weight", None)
-            if module is None or weight is None:
-                problems.append(f"module '{name}' does not exist in the base")
+            if module is None or weight is None or isinstance(module, nn.Embedding):
+                what = "does not exist" if module is None else "is no linear layer"
+                problems.append(f"module '{name}' {what} in the base")
                 continue
             expected = (
                 (module.out_features, module.in_features) if isinstance(module, nn.Linear) else tuple(weight.shape)
@@ -109,64 +137,79 @@ class Bundle:
             if found != expected:
                 problems.append(f"'{name}' has shape {expected} in the base, the adapter was made for {found}")
         noted = self.manifest.get("base", {}).get("fingerprint", {})
-        if noted and not allow_different_base:
-            for part in mismatches(noted, known or fingerprint(model, tokenizer)):
-                problems.append(f"the base's {part} is not the one that the adapter was trained on")
-        if problems:
-            trained_on = self.manifest.get("base", {}).get("name") or self.config.get("base_model_name_or_path")
-            raise AdapterError(
-                f"the adapter {self.path} does not match this base (it was trained on {trained_on}):\n"
-                + "\n".join(f"  - {p}" for p in problems[:12])
-                + (f"\n  ... and {len(problems) - 12} more" if len(problems) > 12 else "")
-                + "\nLoad the base that it was trained on, or train an adapter for this one."
-            )
+        different = tuple(mismatches(noted, known or fingerprint(model, tokenizer))) if noted else ()
+        if not allow_different_base:
+            problems += [f"the base's {part} is not the one that the adapter was trained on" for part in different]
+        return problems, different
 
 
-def read_bundle(path: str | Path) -> Bundle:
+def read_bundle(
+    path: str | Path, *, trust: Trust | None = None, also: Callable[[Bundle], Sequence[str]] | None = None
+) -> Bundle:
     """Read and check an adapter directory: safetensors only, sizes before allocation, all mismatches at once.
 
     Any LoRA that PEFT wrote will do; a `forget.json` is not needed, but where there is one its digests must hold.
+    Each file is read once, and what was checked is what is used, whatever happens to the files meanwhile.
+
+    Args:
+        path: the directory.
+        trust: whose signatures are taken, and whether one is needed. None: signatures are not looked at.
+        also: called where something is wrong, with as much of the adapter as could be read; returns what else is.
 
     Raises:
         AdapterError: naming everything that is wrong with it.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise AdapterError(f"no adapter at {path}: expected a folder with {CONFIG} and {WEIGHTS}")
-    weights = path / WEIGHTS
-    if not weights.is_file():
-        pickles = [file.name for pattern in _PICKLES for file in path.glob(pattern)]
+    names = list_files(path)
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if WEIGHTS not in names:
         if pickles:
             raise AdapterError(
-                f"{path} holds {', '.join(sorted(pickles))}: a pickle can run code when it is read, and is refused. "
-                f"Expected {WEIGHTS}: save it again with PEFT's save_pretrained."
+                f"{path} holds {', '.join(map(shown, pickles[:3]))}: a pickle can run code when it is read, and is "
+                f"refused. Expected {WEIGHTS}: save it again with PEFT's save_pretrained."
             )
         raise AdapterError(f"{path} holds no {WEIGHTS}: expected an adapter as `unlearn-peft train` or PEFT writes it")
-    config_bytes, manifest = _read(path / CONFIG), {}
-    config = _json(path / CONFIG, config_bytes)
-    if (path / MANIFEST).exists():
-        manifest = _json(path / MANIFEST, _read(path / MANIFEST))
-        if manifest.get("schema_version") != SCHEMA_VERSION:
-            raise AdapterError(
-                f"{path / MANIFEST} has schema version {manifest.get('schema_version')}, expected {SCHEMA_VERSION}: "
-                "update unlearn_peft"
-            )
-    # read once, not mapped: what was checked is what is used, whatever happens to the file meanwhile
-    data = _read(weights, None)
-    _check_header(weights, data)
-    digests = {name: hashlib.sha256(b).hexdigest() for name, b in ((WEIGHTS, data), (CONFIG, config_bytes))}
-    for name, noted in manifest.get("files", {}).items():
-        if name in digests and digests[name] != noted:
-            raise AdapterError(
-                f"{path / name} is not the file that was saved (its sha256 differs from the one in {MANIFEST}): "
-                "it was changed or damaged. Copy it again from where it came from."
-            )
+    problems = [
+        f"{shown(name)} lies beside {WEIGHTS}: a pickle that other programs may read instead, and that can run code"
+        for name in pickles
+        if name.startswith("adapter_model")
+    ]
+    files: dict[str, str] = {}
+    deltas: dict[str, Delta] = {}
     try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise AdapterError(f"{weights} cannot be read ({error}): it is truncated or damaged; copy it again") from None
-    identity = hashlib.sha256(f"{digests[WEIGHTS]} {digests[CONFIG]}".encode()).hexdigest()
-    return Bundle(path, config, _deltas(path, config, tensors), manifest, digests[WEIGHTS], identity)
+        weights = read_weights(path / WEIGHTS, problems)
+    except AdapterError as error:
+        problems.append(str(error))
+        weights = Weights({}, "unread")
+    files[WEIGHTS] = weights.sha256
+    config = _json(path / CONFIG, files, problems)
+    manifest = _json(path / MANIFEST, files, problems) if MANIFEST in names else None
+    if config is not None:
+        problems += (wrong := check_config(config))
+        if weights.tensors and not wrong:
+            deltas = _deltas(config, weights.tensors, problems)
+    if manifest is not None and (wrong := check_manifest(manifest)):
+        problems, manifest = problems + wrong, None
+    manifest = manifest or {}
+    problems += [
+        f"{name} is not the file that was saved (its sha256 differs from the one in {MANIFEST}): changed or damaged"
+        for name, noted in manifest.get("files", {}).items()
+        if name in (WEIGHTS, CONFIG) and files.get(name, noted) != noted
+    ]
+    signature = signed_by = None
+    if SIGNATURE in names:
+        signature = _beside(path / SIGNATURE, read_file, problems)
+        for name in names:
+            if name not in files and name not in UNSIGNED:
+                files[name] = _beside(path / name, sha256_of, problems if trust else []) or "unread"
+    if trust is not None:
+        untrusted, signed_by = trust.problems(files, signature)
+        problems += untrusted
+    identity = hashlib.sha256(f"{files[WEIGHTS]} {files.get(CONFIG)}".encode()).hexdigest()
+    bundle = Bundle(path, config or {}, deltas, manifest, files[WEIGHTS], identity, files, signature, signed_by)
+    if problems:
+        refuse(f"the adapter {path} is refused", [*problems, *(also(bundle) if also else ())], _COPY_AGAIN)
+    return bundle
 
 
 @contextmanager
@@ -188,11 +231,17 @@ def note_digest(path: Path, name: str) -> None:
     """Note in an adapter's manifest, if it has one, that a file beside the weights and config was changed on purpose.
 
     Raises:
-        OutputError: if the manifest cannot be written.
+        AdapterError: if the manifest cannot be read.
+        OutputError: if it cannot be written.
     """
+    if (path / SIGNATURE).exists():
+        logger.warning("%s was changed, so the signature of %s no longer holds: sign it again", name, path)
     if not (path / MANIFEST).is_file():
         return
-    manifest = _json(path / MANIFEST, _read(path / MANIFEST))
+    problems: list[str] = []
+    manifest = _json(path / MANIFEST, {}, problems) or {}
+    if problems := problems or check_manifest(manifest):
+        refuse(f"the adapter {path} is refused", problems)
     manifest["files"] = {**manifest.get("files", {}), name: sha256(path / name)}
     with whole_file(path / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
@@ -223,108 +272,69 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path, most: int | None = _MAX_JSON_BYTES) -> bytes:
-    """Return a file's bytes, if they are not more than `most`."""
+def _json(path: Path, files: dict[str, str], problems: list[str]) -> dict[str, Any] | None:
+    """Read a JSON file, and note its sha256 in `files`; what is wrong with it goes to `problems`."""
     try:
-        with path.open("rb") as stream:
-            data = stream.read(-1 if most is None else most + 1)
-    except FileNotFoundError:
-        raise AdapterError(f"no {path.name} in {path.parent}: expected an adapter as PEFT writes it") from None
-    except OSError as error:
-        raise AdapterError(f"{path} cannot be read ({error.strerror})") from None
-    if most is not None and len(data) > most:
-        raise AdapterError(f"{path} is larger than {most / 1e6:.0f} MB: this is no adapter's file")
-    return data
+        data = read_file(path)
+        files[path.name] = hashlib.sha256(data).hexdigest()
+        return strict_json(data)
+    except AdapterError as error:
+        problems.append(str(error))
+    except ValueError as error:
+        problems.append(f"{path.name} is not readable JSON ({error})")
+    return None
 
 
-def _json(path: Path, data: bytes) -> dict[str, Any]:
+def _beside(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | None:
     try:
-        values = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not readable JSON ({type(error).__name__})") from None
-    if not isinstance(values, dict):
-        raise AdapterError(f"{path} holds {type(values).__name__}, expected a JSON object")
-    return values
+        return read(path)
+    except AdapterError as error:
+        problems.append(str(error))
+    return None
 
 
-def _check_header(path: Path, data: bytes) -> None:
-    """Check the sizes that a safetensors file claims, before anything is allocated for them."""
-    size = len(data)
-    length = struct.unpack("<Q", data[:8])[0] if size >= 8 else -1
-    if not 0 < length <= size - 8:
-        raise AdapterError(f"{path} is truncated or no safetensors file ({size} bytes): copy it again")
-    try:
-        header = json.loads(data[8 : 8 + length])
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        raise AdapterError(f"{path} has a damaged safetensors header: copy it again") from None
-    if max(ends, default=0) != size - 8 - length:
-        raise AdapterError(
-            f"{path} is truncated: its header promises {max(ends, default=0)} bytes of tensors, the file holds "
-            f"{size - 8 - length}. Copy it again."
-        )
-
-
-def _deltas(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
-    kind = config.get("peft_type")
-    problems = [f"tensor '{name}' holds NaN or infinity" for name, tensor in tensors.items() if not _finite(tensor)]
-    deltas: dict[str, Delta] = {}
-    if kind == "DENSE_HEAD":
-        for key, tensor in tensors.items():
-            deltas[_module_name(key, ".dense_head_delta")] = Delta(tensor, None)
-    elif kind == "LORA":
-        for field, plain in _PLAIN_LORA.items():
-            if config.get(field, plain) not in (plain, None, []):
-                problems.append(f"'{field}' is {config[field]!r}, expected {plain!r}: use it through PEFT alone")
-        deltas = _lora_deltas(config, tensors, problems)
-    else:
-        problems.append(f"peft_type is {kind!r}, expected LORA or DENSE_HEAD")
-    if not tensors:
-        problems.append("it holds no tensors")
-    if problems:
-        raise AdapterError(f"the adapter {path} is refused:\n" + "\n".join(f"  - {p}" for p in problems[:12]))
+def _deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
+    if config["peft_type"] != DENSE:
+        return _lora_deltas(config, tensors, problems)
+    deltas = {}
+    for key, tensor in tensors.items():
+        module = key.removesuffix(".weight").removesuffix(".dense_head_delta").removeprefix("base_model.model.")
+        if tensor.dim() != 2 or not key.removesuffix(".weight").endswith(".dense_head_delta"):
+            problems.append(f"tensor '{key}' is no dense delta of two dimensions")
+        deltas[module] = Delta(tensor, None)
+    if len(deltas) < len(tensors):
+        problems.append("two tensors are for the same module")
     return deltas
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Look at an adapter's tensor on this thread alone: there are hundreds of small ones."""
-    if tensor.dtype == torch.bfloat16:  # unknown to NumPy: all bits of the exponent are set in NaN and infinity
-        return bool((tensor.view(torch.int16).numpy() & 0x7F80 != 0x7F80).all())
-    if tensor.dtype in (torch.float32, torch.float16):
-        return bool(np.isfinite(tensor.numpy()).all())
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
     deltas = {}
-    rank = config.get("r")
-    if not isinstance(rank, int) or rank < 1:
-        problems.append(f"rank r is {rank!r}, expected a whole number of at least 1")
-        return {}
     for key in sorted(tensors):
         if key.endswith(".lora_B.weight"):
-            if key.replace(".lora_B.", ".lora_A.") not in tensors:
+            if key.removesuffix(".lora_B.weight") + ".lora_A.weight" not in tensors:
                 problems.append(f"'{key}' has no lora_A beside it")
             continue
         if not key.endswith(".lora_A.weight"):
             problems.append(f"tensor '{key}' is no LoRA weight")
             continue
-        module, down, up = (
-            _module_name(key, ".lora_A.weight"),
-            tensors[key],
-            tensors.get(key.replace(".lora_A.", ".lora_B.")),
-        )
-        if up is None or up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0] or down.shape[0] < 1:
+        stem, down = key.removesuffix(".lora_A.weight"), tensors[key]
+        module, up = stem.removeprefix("base_model.model."), tensors.get(stem + ".lora_B.weight")
+        if up is None or up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
             shapes = f"{tuple(down.shape)} and {tuple(up.shape) if up is not None else None}"
             problems.append(f"'{module}': lora_A and lora_B have shapes {shapes}, expected (r, in) and (out, r)")
             continue
-        expected = _pattern(config.get("rank_pattern"), module, rank)
+        if up.dtype != down.dtype:
+            problems.append(f"'{module}': lora_A is {down.dtype}, lora_B {up.dtype}, expected one dtype")
+        expected = of_module(config.get("rank_pattern"), module, config.get("r", 8))
         if down.shape[0] != expected:
             problems.append(f"'{module}' has rank {down.shape[0]}, its config says {expected}")
-            continue
-        alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
-        root = down.shape[0] ** 0.5 if config.get("use_rslora") else down.shape[0]
-        deltas[module] = Delta(up, down, alpha / root)
+        alpha = float(of_module(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+        scale = alpha / (down.shape[0] ** 0.5 if config.get("use_rslora") else down.shape[0])
+        if abs(scale) > LARGEST:
+            problems.append(f"'{module}' is scaled by {scale:.3g}, expected at most {LARGEST:g}: see its lora_alpha")
+        if module in deltas:
+            problems.append(f"two tensors are for the module '{module}'")
+        deltas[module] = Delta(up, down, scale)
     return deltas
 
 
@@ -333,19 +343,3 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
-
-
-def _module_name(key: str, ending: str) -> str:
-    return (
-        key.removesuffix(".weight" if ending == ".dense_head_delta" else "")
-        .removesuffix(ending)
-        .removeprefix("base_model.model.")
-    )
-
-
-def _pattern(pattern: Any, module: str, default: Any) -> Any:
-    """PEFT's rank_pattern and alpha_pattern; only plain names count here, never a regular expression."""
-    for name, value in (pattern or {}).items():
-        if module == name or module.endswith("." + name):
-            return value
-    return default

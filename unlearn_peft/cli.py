@@ -21,11 +21,15 @@ from .cli_options import (
     DtypeOption,
     JsonOption,
     QuantizeOption,
+    RequireOption,
     StrengthOption,
+    TrustedOption,
     load,
+    trust_of,
 )
 from .cli_serve import serve
 from .cli_tenant import app as tenant
+from .cli_trust import add_trust
 from .errors import Interrupted, UnlearnError
 
 app = typer.Typer(
@@ -161,13 +165,18 @@ def generate(
     quantize: QuantizeOption = None,
     as_json: JsonOption = False,
     allow_different_base: DifferentOption = False,
+    trusted_keys: TrustedOption = None,
+    require_signature: RequireOption = False,
 ) -> None:
     """Answer prompts, with adapters attached or (without --adapter) by the base alone."""
     from .attaching import attach
     from .generate import answers
 
-    live = load(base, adapter, dtype, device, quantize)
-    names = attach(live, *(adapter or []), strength=strength or 1.0, allow_different_base=allow_different_base)
+    trust = trust_of(trusted_keys, require_signature)
+    live = load(base, adapter, dtype, device, quantize, trust)
+    names = attach(
+        live, *(adapter or []), strength=strength or 1.0, allow_different_base=allow_different_base, trust=trust
+    )
     for asked in prompt:
         (text,) = answers(
             live,
@@ -198,6 +207,8 @@ def compare(
     device: DeviceOption = "auto",
     quantize: QuantizeOption = None,
     as_json: JsonOption = False,
+    trusted_keys: TrustedOption = None,
+    require_signature: RequireOption = False,
 ) -> None:
     """Show answers before, with the adapters, and after their removal, side by side."""
     from .compare import compare as compare_
@@ -210,8 +221,9 @@ def compare(
     near = read_rows(DataSpec(path=str(neighbours)), "neighbours") if neighbours else []
     if not rows and not near:
         raise UnlearnError("nothing to compare: give --probes FILE, --neighbours FILE or --prompt TEXT")
-    live = load(base, adapter, dtype, device, quantize)
-    result = compare_(live, adapter, rows, near, strength or 1.0, max_new_tokens)
+    trust = trust_of(trusted_keys, require_signature)
+    live = load(base, adapter, dtype, device, quantize, trust)
+    result = compare_(live, adapter, rows, near, strength or 1.0, max_new_tokens, trust=trust)
     print(json.dumps(result, ensure_ascii=False)) if as_json else show(result)
 
 
@@ -221,11 +233,16 @@ app.add_typer(tenant, name="tenant")
 
 
 @app.command()
-def inspect(adapter: Path, as_json: JsonOption = False) -> None:
+def inspect(
+    adapter: Path,
+    as_json: JsonOption = False,
+    trusted_keys: TrustedOption = None,
+    require_signature: RequireOption = False,
+) -> None:
     """Tell what an adapter is: its kind, ranks, size, base and figures; every file is checked."""
     from .bundle import read_bundle
 
-    bundle = read_bundle(adapter)
+    bundle = read_bundle(adapter, trust=trust_of(trusted_keys, require_signature))
     ranks = sorted({delta.rank for delta in bundle.deltas.values() if delta.rank})
     facts: dict[str, Any] = {
         "path": str(bundle.path),
@@ -236,6 +253,7 @@ def inspect(adapter: Path, as_json: JsonOption = False) -> None:
         "bytes": bundle.bytes,
         "sha256": bundle.identity,
         "weights_sha256": bundle.digest,
+        "signature": bundle.signed_by or ("not verified" if bundle.signature else "none"),
         "metrics": bundle.manifest.get("metrics", {}),
         "recipe": bundle.manifest.get("recipe", {}),
     }
@@ -256,12 +274,14 @@ def stack(
     adapters: list[Path],
     output: Annotated[Path, typer.Option(help="The new adapter directory.")],
     strength: StrengthOption = None,
+    trusted_keys: TrustedOption = None,
+    require_signature: RequireOption = False,
 ) -> None:
     """Write one adapter whose effect is the exact sum of several (their ranks are concatenated)."""
     from .bundle import read_bundle
     from .compose import stack as stack_
 
-    path = stack_(adapters, output, strength)
+    path = stack_(adapters, output, strength, trust=trust_of(trusted_keys, require_signature))
     print(f"adapter: {path} ({read_bundle(path).bytes / 1e6:.2f} MB)")
 
 
@@ -276,12 +296,18 @@ def merge(
     strength: StrengthOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
+    trusted_keys: TrustedOption = None,
+    require_signature: RequireOption = False,
 ) -> None:
     """Write the base with adapters added to its weights. A tied lm_head is untied where a delta meets it."""
     from .compose import merge as merge_
 
-    path = merge_(load(base, adapters, dtype, device), adapters, output, strength)
+    trust = trust_of(trusted_keys, require_signature)
+    path = merge_(load(base, adapters, dtype, device, None, trust), adapters, output, strength, trust=trust)
     print(f"merged model: {path}")
+
+
+add_trust(app)
 
 
 def _part() -> None:

@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import BaseOption, DeviceOption, DtypeOption, JsonOption, StrengthOption, load
+from .cli_options import (
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    RequireOption,
+    StrengthOption,
+    TrustedOption,
+    load,
+    trust_of,
+)
 from .errors import UnlearnError
 from .evaluate.suites import Suite
 
@@ -58,6 +68,8 @@ def evaluate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
+    trusted_keys: TrustedOption = None,
+    require_signature: RequireOption = False,
 ) -> None:
     """Tell whether it is forgotten and what it cost: one table, one picture, one JSON file.
 
@@ -113,18 +125,20 @@ def evaluate(
     asked = [name.strip() for name in (lm_eval or "").split(",") if name.strip()]
     tasks = read_tasks(asked, lm_eval_path or (), lm_eval_limit) if asked else None
 
+    trust = trust_of(trusted_keys, require_signature)
+
     def attack(live: Any) -> list[Any]:
-        near = rows.get("neighbours", [])
-        return run_attacks(
-            Target(live, tuple(adapter), rows["forget"], rows["probes"], near, seed=seed, chat_template=chat_template),
-            names or (),
-        )
+        target = Target(
+            live, tuple(adapter), rows["forget"], rows["probes"], rows.get("neighbours", []), seed=seed,
+            chat_template=chat_template, trust=trust,
+        )  # fmt: skip
+        return run_attacks(target, names or ())
 
     ratios = truth_ratios(load_base(retrained, dtype, device), rows["forget"]) if retrained else None
     result = evaluate_(
-        load(base, adapter, dtype, device), adapter, rows, suite=suite, k=k, strength=strength or 1.0, seed=seed,
-        max_new_tokens=max_new_tokens, chat_template=chat_template, ability=tasks, retrained=ratios,
-        attacks=attack if names else None,
+        load(base, adapter, dtype, device, None, trust), adapter, rows, suite=suite, k=k, strength=strength or 1.0,
+        seed=seed, max_new_tokens=max_new_tokens, chat_template=chat_template, ability=tasks, retrained=ratios,
+        trust=trust, attacks=attack if names else None,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     written = write_report(result, folder, adapter)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from .trust import Trust
 
 BaseOption = Annotated[
     str | None,
@@ -23,23 +26,59 @@ QuantizeOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 DifferentOption = Annotated[
     bool,
-    typer.Option("--allow-different-base", help="Attach even where the base's fingerprint differs. Unsafe."),
+    typer.Option("--allow-different-base", help="Attach even where the base's fingerprint differs. Unsafe, and told."),
+]
+TrustedOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--trusted-keys",
+        envvar="UNLEARN_PEFT_TRUSTED_KEYS",
+        help="Public keys: a .pub file, a folder, or YAML (NAME: KEY.pub); repeatable. A signature must then hold.",
+    ),
+]
+RequireOption = Annotated[
+    bool,
+    typer.Option(
+        "--require-signature",
+        envvar="UNLEARN_PEFT_REQUIRE_SIGNATURE",
+        help="Refuse adapters that none of the --trusted-keys has signed.",
+    ),
 ]
 
 
-def load(base: str | None, adapters: list[Path] | None, dtype: str, device: str, quantize: str | None = None) -> Any:
+def trust_of(trusted: list[Path] | None, required: bool) -> Trust | None:
+    """Return whom to trust, as the two options say; None: signatures are not looked at.
+
+    Raises:
+        TrustError: if a signature is required and nobody is trusted, or keys cannot be read.
+    """
+    if not trusted and not required:
+        return None
+    from .trust import Trust
+
+    return Trust.read(*(trusted or ()), required=required)
+
+
+def load(
+    base: str | None,
+    adapters: list[Path] | None,
+    dtype: str,
+    device: str,
+    quantize: str | None = None,
+    trust: Trust | None = None,
+) -> Any:
     """Load the named base, or the one that the first adapter was trained on. Adapters are checked before."""
     from .base import load_base
 
-    return load_base(base_of(base, adapters), dtype, device, quantize)
+    return load_base(base_of(base, adapters, trust), dtype, device, quantize)
 
 
-def base_of(base: str | None, adapters: list[Path] | None) -> str:
+def base_of(base: str | None, adapters: list[Path] | None, trust: Trust | None = None) -> str:
     """Return the name of the base to load: as given, else the one that the first adapter was trained on."""
     from .base import DEMO_HUB_ID
     from .bundle import read_bundle
 
-    bundles = [read_bundle(path) for path in adapters or []]
+    bundles = [read_bundle(path, trust=trust) for path in adapters or []]
     if base is None and bundles:
         base = bundles[0].manifest.get("base", {}).get("name") or bundles[0].config.get("base_model_name_or_path")
     if base is None or base == DEMO_HUB_ID:

@@ -11,6 +11,7 @@ from .base import Base
 from .data import Row
 from .errors import AdapterError
 from .generate import answers, leaked, mean_kl, target_log_probabilities
+from .trust import Trust
 
 STATES = ("before", "with", "after")
 
@@ -22,6 +23,8 @@ def compare(
     neighbours: Sequence[Row] = (),
     strength: float | Sequence[float] = 1.0,
     max_new_tokens: int = 40,
+    *,
+    trust: Trust | None = None,
 ) -> dict[str, Any]:
     """Measure a base before, with and after adapters.
 
@@ -32,6 +35,7 @@ def compare(
         neighbours: rows that must survive, for the mean KL(with || before) over their completions, nats/token.
         strength: as `attach` takes it.
         max_new_tokens: length of the greedy answers.
+        trust: as `attach` takes it.
 
     Raises:
         AdapterError: if something is attached already, or an adapter is refused.
@@ -42,7 +46,7 @@ def compare(
     log_probabilities = {}
     for state in STATES:
         if state == "with":
-            attach(base, *adapters, strength=strength)
+            attach(base, *adapters, strength=strength, trust=trust)
         if state == "after":
             detach(base)
         texts[state] = answers(base, [row["prompt"] for row in probes], max_new_tokens=max_new_tokens)

@@ -18,22 +18,30 @@ from .base import Base, head_is_tied
 from .bundle import CONFIG, WEIGHTS, Bundle, Delta, new_bundle, read_bundle
 from .errors import AdapterError, OutputError
 from .files import whole_folder
+from .trust import Trust
 
 logger = logging.getLogger(__name__)
 
 
-def stack(adapters: Sequence[str | Path], output: str | Path, strengths: Sequence[float] | None = None) -> Path:
+def stack(
+    adapters: Sequence[str | Path],
+    output: str | Path,
+    strengths: Sequence[float] | None = None,
+    *,
+    trust: Trust | None = None,
+) -> Path:
     """Write one adapter whose effect is the exact sum of several: their ranks are concatenated.
 
     Args:
         adapters: LoRA adapter directories (`lora` and low-rank `head` mix freely) for the same base.
         output: the new adapter directory.
         strengths: factor on each one's effect; 1 each by default.
+        trust: whose signatures are taken, and whether one is needed. The stack itself is not signed.
 
     Raises:
         AdapterError: if one is dense, or their bases differ.
     """
-    bundles = [read_bundle(path) for path in adapters]
+    bundles = [read_bundle(path, trust=trust) for path in adapters]
     check_set(bundles, factors := list(strengths or [1.0] * len(bundles)))
     bundles, factors = in_order(bundles, factors)
     dense = [str(bundle.path) for bundle in bundles if any(delta.down is None for delta in bundle.deltas.values())]
@@ -110,7 +118,12 @@ def concatenated(parts: Sequence[tuple[Delta, float]]) -> tuple[Tensor, Tensor]:
 
 
 def merge(
-    base: Base, adapters: Sequence[str | Path], output: str | Path, strengths: Sequence[float] | None = None
+    base: Base,
+    adapters: Sequence[str | Path],
+    output: str | Path,
+    strengths: Sequence[float] | None = None,
+    *,
+    trust: Trust | None = None,
 ) -> Path:
     """Write the base with adapters added to its weights, as a plain model folder. `base` itself is changed: load anew.
 
@@ -126,7 +139,7 @@ def merge(
         raise OutputError(f"the output {output} is not empty: expected a new folder for the merged model")
     if base.quantized:
         raise AdapterError("nothing can be merged into a quantised base: load it without quantize")
-    bundles = [read_bundle(path) for path in adapters]
+    bundles = [read_bundle(path, trust=trust) for path in adapters]
     for bundle in bundles:
         bundle.check_fits(base.model, base.tokenizer)
     modules = dict(base.model.named_modules())

@@ -5,6 +5,7 @@ UnlearnError
  ├─ BaseModelError     a base model that cannot be found, read or used
  ├─ DataError          forget, retain or probe rows that cannot be used
  ├─ AdapterError       an adapter that cannot be read, trusted or attached
+ ├─ TrustError         a key that cannot be used, or what signs and verifies is missing
  ├─ OutputError        a place that cannot be written to
  ├─ PolicyError        who must have what forgotten: it cannot be told, or not be changed so
  └─ TrainingError      a run that cannot go on
@@ -13,8 +14,13 @@ UnlearnError
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from typing import NoReturn
+
+_SHOWN_ALIKE = 5
+_VARIES = re.compile(r"'[^']*'|\d+")  # names and numbers, in what is said of many tensors
 
 
 class UnlearnError(Exception):
@@ -39,6 +45,10 @@ class AdapterError(UnlearnError):
     adapter: str | None = None
 
 
+class TrustError(UnlearnError):
+    """A key that cannot be used, or the library that signs and verifies is missing."""
+
+
 class OutputError(UnlearnError):
     """A file or folder that cannot be written."""
 
@@ -59,3 +69,30 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `" (did you mean 'x'?)"` for the nearest known word, or an empty string."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Return a foreign value in ASCII, a text in quotes; cut short and without what a terminal would obey."""
+    if isinstance(value, str):
+        return ascii(value if len(value) <= most else value[:most] + "...")
+    text = ascii(value)
+    return text if len(text) <= most else text[:most] + "..."
+
+
+def refuse(what: str, problems: Sequence[str], advice: str = "") -> NoReturn:
+    """Raise one AdapterError that tells all problems.
+
+    Raises:
+        AdapterError: always; in one line where there is one problem.
+    """
+    if len(problems) == 1:
+        raise AdapterError(f"{what}: {problems[0]}" + (f". {advice}" if advice else ""))
+    kinds: dict[str, list[str]] = {}
+    for problem in problems:
+        kinds.setdefault(_VARIES.sub("", problem), []).append(problem)
+    lines = []
+    for alike in kinds.values():
+        lines += [f"  - {problem}" for problem in alike[:_SHOWN_ALIKE]]
+        if len(alike) > _SHOWN_ALIKE:
+            lines.append(f"  - ... and {len(alike) - _SHOWN_ALIKE} more like this")
+    raise AdapterError("\n".join([f"{what}:", *lines, *([advice] if advice else [])]))

@@ -34,10 +34,11 @@ class Resident:
 
     bundle: Bundle
     deltas: dict[str, Delta]  # by module name, where and as the module computes
+    different_base: tuple[str, ...] = ()  # in what its base differs from the one that it is on: allowed, but unsafe
     pins: int = 0  # how many hold it: requests, and its being attached
 
     @classmethod
-    def on(cls, model: nn.Module, bundle: Bundle) -> Resident:
+    def on(cls, model: nn.Module, bundle: Bundle, different_base: tuple[str, ...] = ()) -> Resident:
         """Return an adapter on the device of the layers that it changes, in the precision that they compute in."""
         deltas = {}
         for name, delta in bundle.deltas.items():
@@ -45,7 +46,7 @@ class Resident:
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
             down = None if delta.down is None else delta.down.to(weight.device, dtype)
             deltas[name] = Delta(delta.up.to(weight.device, dtype), down, delta.scale)
-        return cls(bundle, deltas)
+        return cls(bundle, deltas, different_base)
 
     @property
     def bytes(self) -> int:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from .bundle import Bundle, read_bundle
 from .errors import AdapterError, did_you_mean
 from .gates import Resident
+from .trust import Trust
 
 
 class BankStats(NamedTuple):
@@ -38,6 +39,7 @@ class Entry:
     path: Path
     sha256: str | None = None
     allow_different_base: bool = False
+    trust: Trust | None = None
 
 
 class Residents:
@@ -45,6 +47,7 @@ class Residents:
 
     Args:
         fit: puts a bundle on the base's device, or refuses it.
+        misfits: what of a bundle does not fit the base; for telling it beside what else is wrong.
         first: what to do when an adapter is needed that was not before.
         last: what to do when it is needed no more.
         budget_bytes: memory for all; of those that only wait here, the one that was used longest ago goes first.
@@ -53,12 +56,13 @@ class Residents:
     def __init__(
         self,
         fit: Callable[[Bundle, bool], Resident],
+        misfits: Callable[[Bundle, bool], list[str]],
         first: Callable[[Resident], None],
         last: Callable[[Resident], None],
         budget_bytes: int | None,
     ) -> None:
         self.lock = RLock()
-        self._fit, self._first, self._last, self._budget = fit, first, last, budget_bytes
+        self._fit, self._misfits, self._first, self._last, self._budget = fit, misfits, first, last, budget_bytes
         self._entries: dict[str, Entry] = {}
         self._waiting: OrderedDict[str, Resident] = OrderedDict()  # in memory; the latest used last
         self._reading: dict[str, Lock] = {}
@@ -165,7 +169,9 @@ class Residents:
 
     def _read(self, name: str, entry: Entry) -> Resident:
         began = time.monotonic()
-        bundle = read_bundle(entry.path)
+        bundle = read_bundle(
+            entry.path, trust=entry.trust, also=lambda read: self._misfits(read, entry.allow_different_base)
+        )
         if entry.sha256 is not None and bundle.identity != entry.sha256:
             raise AdapterError(
                 f"the adapter '{name}' in {entry.path} has the digest {bundle.identity}, expected {entry.sha256}: it "

@@ -21,6 +21,7 @@ from ..data import Row, read_rows
 from ..errors import AdapterError, DataError
 from ..generate import answers, leaked
 from ..recipe import DataSpec, load_recipe
+from ..trust import Trust
 from .ability import PREFIX, Ability
 from .score import CONFIDENCE, RESAMPLES, Array, Score
 from .suite import SETS, measure, take_reference
@@ -182,6 +183,7 @@ def evaluate(
     batch_size: int = 8,
     ability: Ability | None = None,
     retrained: Array | None = None,
+    trust: Trust | None = None,
     attacks: Callable[[Base], Sequence[AttackResult]] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
@@ -200,6 +202,7 @@ def evaluate(
         batch_size: rows at a time.
         ability: tasks of lm-evaluation-harness, run on the base and with the adapters.
         retrained: truth ratios of the forget set under a model that never saw it, for the suite `tofu`.
+        trust: as `attach` takes it.
         attacks: called once with the bare base before the last measurement, which so also tells what an attack left
             behind, e.g. `lambda base: run_attacks(Target(base, adapters, ...))`.
         progress: is told what is being done, a line at a time.
@@ -216,9 +219,11 @@ def evaluate(
     check(suite, given)
     if attached(base):
         raise AdapterError("adapters are attached already: detach them, so that 'before' is the base")
-    with forgetting(base, *adapters, strength=strength):  # refused, it is to be told now and not after minutes
+    with forgetting(
+        base, *adapters, strength=strength, trust=trust
+    ):  # refused, it is to be told now and not after minutes
         strengths = list(attached(base).values())
-    bundles = [read_bundle(path) for path in adapters]
+    bundles = [read_bundle(path, trust=trust) for path in adapters]
     reference = take_reference(base, given, chat_template=chat_template, batch_size=batch_size)
     prompts = [row["prompt"] for row in given.get("probes", [])]
     scores: dict[str, list[Score]] = {}
@@ -239,7 +244,7 @@ def evaluate(
 
     progress("measuring the base (1 of 3) ...")
     look("before")
-    with forgetting(base, *adapters, strength=strength):
+    with forgetting(base, *adapters, strength=strength, trust=trust):
         progress("measuring with the adapters (2 of 3) ...")
         look("with")
     if attacks:

@@ -22,6 +22,7 @@ from ...bundle import Bundle, read_bundle
 from ...data import Row, read_rows
 from ...errors import AdapterError, DataError
 from ...generate import answers, leaked
+from ...trust import Trust
 from ..rows import alone
 from ..score import Array, Score, score
 
@@ -42,6 +43,7 @@ class Target:
         max_new_tokens: length of each answer.
         chat_template: whether the base is asked in its chat template.
         batch_size: prompts at a time.
+        trust: whose signatures are taken, see `attach`.
 
     Raises:
         AdapterError: if there is no adapter, or something is attached already.
@@ -58,6 +60,7 @@ class Target:
     max_new_tokens: int = 40
     chat_template: bool = True
     batch_size: int = 8
+    trust: Trust | None = None
 
     def __post_init__(self) -> None:
         if not self.adapters or isinstance(self.adapters, str):
@@ -70,7 +73,7 @@ class Target:
     @cached_property
     def bundles(self) -> list[Bundle]:
         """The adapters, read and checked once."""
-        return [read_bundle(path) for path in self.adapters]
+        return [read_bundle(path, trust=self.trust) for path in self.adapters]
 
 
 @dataclass(frozen=True)

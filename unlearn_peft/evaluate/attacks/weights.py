@@ -115,7 +115,7 @@ def interference(target: Target) -> Attacked:
     comparison carries the second adapter alone. `details` tells how many probes leak with the second that didn't
     without it.
     """
-    others = {f"other {n}": [read_bundle(path)] for n, path in enumerate(target.others, 1)}
+    others = {f"other {n}": [read_bundle(path, trust=target.trust)] for n, path in enumerate(target.others, 1)}
     what = f"{len(others)} other forget adapters, stacked one at a time"
     if not others:
         others = {"random": random_like(target.bundles, target.seed)}

@@ -1,0 +1,190 @@
+"""What an adapter says of itself: `adapter_config.json` and `forget.json`, as values that can be relied on.
+
+JSON objects come in; findings go out. Only what this package computes in the same way as PEFT passes. What other
+programs would do with the rest (import a class, run a regular expression) is refused here, too, as the same folder
+will be given to them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import shown
+from .untrusted import LARGEST
+
+LORA, DENSE = "LORA", "DENSE_HEAD"
+SCHEMA_VERSION = 1
+_MOST_RANK = 1 << 20
+_PLAIN = {  # another value changes what the adapter does, in a way that only PEFT knows
+    "use_dora": False, "modules_to_save": None, "bias": "none", "lora_bias": False, "fan_in_fan_out": False,
+    "trainable_token_indices": None, "alora_invocation_tokens": None, "layer_replication": None,
+    "target_parameters": None, "use_qalora": False, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
+    "monteclora_config": None, "megatron_config": None,
+}  # fmt: skip
+_HARMLESS = {  # no matter what it is: of training, or checked below
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
+_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base's weights, too
+_TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+_NAME = re.compile(r"\^?[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")  # ^: PEFT's mark of a whole name
+_LONGEST_PATTERN = 2_000
+_SLOW = re.compile(r"\)[*+?{]|\\[1-9]|\(\?[^:!=]|[*+}]\+")  # repeated groups, references, what is not just (?: (?! (?=
+_REPEATS = re.compile(r"[*+{]")
+_MOST_REPEATS = 4  # of one regular expression: on names of 60 letters, tens of milliseconds each at worst
+
+
+def check_config(config: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with an `adapter_config.json`."""
+    kind = config.get("peft_type")
+    if kind not in (LORA, DENSE):
+        return [f"peft_type is {shown(kind)}, expected {LORA} or {DENSE}"]
+    problems = []
+    for field, plain in _PLAIN.items():
+        value = config.get(field, plain)
+        if not (value is None or value == [] or value == {} or (value == plain and type(value) is type(plain))):
+            problems.append(f"'{field}' is {shown(value)}, expected {plain!r}: use it through PEFT alone")
+    for field in config.keys() - _PLAIN.keys() - _HARMLESS:
+        value = config[field]
+        if value and (isinstance(value, (bool, str, list, dict))):
+            problems.append(f"{shown(field)} is unknown and may change what the adapter does, it is {shown(value)}")
+    for field in ("base_model_name_or_path", "revision"):
+        if not _is_text(config.get(field)):
+            problems.append(f"'{field}' is {shown(config[field])}, expected a name")
+    if config.get("task_type") not in _TASKS:
+        problems.append(f"'task_type' is {shown(config['task_type'])}, expected CAUSAL_LM")
+    problems += _check_code(config)
+    for field in ("target_modules", "exclude_modules", "layers_pattern"):
+        problems += _check_names(field, config.get(field))
+    layers = config.get("layers_to_transform")
+    if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, list) else [layers])):
+        problems.append(f"'layers_to_transform' is {shown(layers)}, expected whole numbers")
+    return problems + (_check_lora(config) if kind == LORA else [])
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a `forget.json`."""
+    version = manifest.get("schema_version")
+    if type(version) is not int or version != SCHEMA_VERSION:
+        return [f"forget.json has schema version {shown(version)}, expected {SCHEMA_VERSION}: update unlearn_peft"]
+    problems = []
+    base, history = manifest.get("base", {}), manifest.get("history", {})
+    for place, value, kind in (
+        *((key, manifest.get(key, {}), dict) for key in ("base", "files", "metrics", "recipe", "history", "versions")),
+        ("data_digests", manifest.get("data_digests", {}), dict),
+        ("stack_of", manifest.get("stack_of", []), list),
+        *((f"history.{key}", _inner(history, key, []), list) for key in ("steps", "evaluations")),
+        ("base.fingerprint", _inner(base, "fingerprint", {}), dict),
+        ("data_digests.hmac_sha256", _inner(manifest.get("data_digests", {}), "hmac_sha256", {}), dict),
+    ):
+        if not isinstance(value, kind):
+            problems.append(
+                f"forget.json: '{place}' is {shown(value)}, expected {'a list' if kind is list else 'a table'}"
+            )
+        elif place in ("files", "base.fingerprint") and not all(map(_is_digest, value.values())):
+            problems.append(f"forget.json: '{place}' holds something else than digests")
+    if not _is_text(_inner(base, "name", None)):
+        problems.append(f"forget.json: 'base.name' is {shown(base['name'])}, expected a name")
+    return problems
+
+
+def of_module(pattern: Any, module: str, default: Any) -> Any:
+    """Return a module's value in PEFT's `rank_pattern` or `alpha_pattern`, whose keys are plain names here."""
+    for name, value in (pattern or {}).items():
+        if module == name.removeprefix("^") or (module.endswith("." + name)):
+            return value
+    return default
+
+
+def _check_lora(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for field, among, check, expected in (
+        ("r", "rank_pattern", _is_rank, "a whole number of at least 1"),
+        ("lora_alpha", "alpha_pattern", _is_alpha, "a number"),
+    ):
+        what = "rank r" if field == "r" else field
+        value = config.get(field, 8)
+        if not check(value):
+            problems.append(f"{what} is {shown(value) if isinstance(value, str) else value}, expected {expected}")
+        pattern = config.get(among)
+        if pattern is not None and not isinstance(pattern, dict):
+            problems.append(f"'{among}' is {shown(pattern)}, expected a table of names")
+            continue
+        for name, value in (pattern or {}).items():
+            if not _is_name(name):
+                problems.append(f"'{among}' has the key {shown(name)}, expected a module's name")
+            if not check(value):
+                problems.append(f"'{among}' gives {shown(name)} {shown(value)}, expected {expected}")
+    if not isinstance(config.get("use_rslora", False), (bool, type(None))):
+        problems.append(f"'use_rslora' is {shown(config['use_rslora'])}, expected true or false")
+    beginning = config.get("init_lora_weights", True)
+    if not any(beginning is known or (isinstance(known, str) and beginning == known) for known in _BEGINNINGS):
+        problems.append(f"'init_lora_weights' is {shown(beginning)}, which changes the base: use it through PEFT alone")
+    return problems
+
+
+def _check_code(config: Mapping[str, Any]) -> list[str]:
+    """Refuse what makes PEFT import code: `auto_mapping` beyond transformers' own classes, another Megatron."""
+    problems, mapping = [], config.get("auto_mapping")
+    if mapping is not None:
+        library, name = _inner(mapping, "parent_library", None), _inner(mapping, "base_model_class", None)
+        if not isinstance(mapping, dict) or not _own_class(library, name):
+            problems.append(
+                f"'auto_mapping' is {shown(mapping)}, expected a class of transformers: it would be imported"
+            )
+    if config.get("megatron_core", "megatron.core") not in ("megatron.core", None):
+        problems.append(f"'megatron_core' is {shown(config['megatron_core'])}: it would be imported")
+    return problems
+
+
+def _own_class(library: Any, name: Any) -> bool:
+    if library is None and name is None:
+        return True
+    named = isinstance(library, str) and re.fullmatch(r"transformers(\.[A-Za-z0-9_]+)*", library)
+    return bool(named) and isinstance(name, str) and name.isidentifier()
+
+
+def _check_names(field: str, value: Any) -> list[str]:
+    """Names, or one regular expression that cannot take long. This package follows neither."""
+    if value is None or (isinstance(value, str) and _is_name(value)):
+        return []
+    if isinstance(value, str):
+        slow = len(value) > _LONGEST_PATTERN or _SLOW.search(value) or len(_REPEATS.findall(value)) > _MOST_REPEATS
+        try:
+            re.compile("" if slow else value)
+        except (re.error, OverflowError, RecursionError):
+            return [f"'{field}' is {shown(value)}, which is no regular expression"]
+        return [f"'{field}' is {shown(value)}, a regular expression that may run for ever"] if slow else []
+    if not isinstance(value, list):
+        return [f"'{field}' is {shown(value)}, expected names"]
+    wrong = [name for name in value if not (isinstance(name, str) and _is_name(name))]
+    return [f"'{field}' holds {shown(wrong[0])}, expected a module's name"] if wrong else []
+
+
+def _is_name(text: str) -> bool:
+    return len(text) <= 500 and _NAME.fullmatch(text) is not None
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _MOST_RANK
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= LARGEST * _MOST_RANK and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and len(value) <= 4096 and value.isprintable())
+
+
+def _is_digest(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _inner(table: Any, key: str, default: Any) -> Any:
+    return table.get(key, default) if isinstance(table, dict) else default
