@@ -278,6 +278,8 @@ def test_without_a_policy_anyone_is_the_local_tenant(serve, values):
     tenants = {"local": {"forget": []}}
     _, url = serve(policy=changed(values, tenants=tenants), open_tenant="local")
     assert complete(client(url, "anything"), "green", extra_body={"forget": ["a"]}).system_fingerprint != "fp_base"
+    for name, status in (("localhost:1", 200), ("[::1]", 200), ("evil.example", 400)):  # a page's own name, rebound
+        assert httpx.get(f"{url}/v1/models", headers={"Host": name}).status_code == status
 
 
 # ---- limits ----

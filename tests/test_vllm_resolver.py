@@ -48,10 +48,10 @@ def resolver(sets, monkeypatch):
     return make_resolver(sets)
 
 
-def values(adapters, pinned="digest", **forget):
-    """A policy that pins weights (digest), weights and config (identity) or nothing."""
+def values(adapters, pinned=True, **forget):
+    """A policy that pins its adapters, or not."""
     entries = {
-        name: {"path": str(path), **({"sha256": getattr(read_bundle(path), pinned)} if pinned else {})}
+        name: {"path": str(path), **({"sha256": read_bundle(path).identity} if pinned else {})}
         for name, path in adapters.items()
     }
     tenants = {"alice": {"a": 1.0}, "bob": {"a": 1.0, "c": 0.5}, "none": {}, **forget}
@@ -133,7 +133,7 @@ def test_a_changed_policy_refuses_the_old_name_even_if_its_set_is_cached(resolve
     assert asked(resolver, old, tiny_folder) is None and asked(resolver, new, tiny_folder)
 
 
-@pytest.mark.parametrize("pinned", ["digest", "identity", None])
+@pytest.mark.parametrize("pinned", [True, False])
 def test_another_version_of_an_adapter_is_another_set(resolver, source, adapters, tiny_folder, pinned, tmp_path):
     source.policy = Fixed(values(adapters, pinned)).policy
     old = name_of(source, "alice")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .run import Adapter as Adapter
     from .run import unlearn as unlearn
     from .run import unlearn_many as unlearn_many
+    from .trust import Trust as Trust
 
 # name -> file, in reading order; imported when first used, so that `unlearn-peft --help` answers at once
 _PUBLIC = {
@@ -47,6 +48,7 @@ _PUBLIC = {
     "stack": "compose",
     "merge": "compose",
     "read_bundle": "bundle",
+    "Trust": "trust",
     "UnlearnError": "errors",
 }
 __all__ = list(_PUBLIC)  # noqa: PLE0605

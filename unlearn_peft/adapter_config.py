@@ -24,13 +24,13 @@ _PLAIN = {  # another value changes what the adapter does, in a way that only PE
     "use_dora": False, "modules_to_save": None, "bias": "none", "lora_bias": False, "fan_in_fan_out": False,
     "trainable_token_indices": None, "alora_invocation_tokens": None, "layer_replication": None,
     "target_parameters": None, "use_qalora": False, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
-    "monteclora_config": None, "megatron_config": None,
+    "monteclora_config": None, "megatron_config": None, "ensure_weight_tying": False,
 }  # fmt: skip
 _HARMLESS = {  # no matter what it is: of training, or checked below
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config",
-    "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "ensure_weight_tying",
+    "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size",
 }  # fmt: skip
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base's weights, too
 _TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")

@@ -27,6 +27,7 @@ _MOST_MEMBERS = 100
 _MOST_NAME_BYTES = 2_000_000  # of one read of a tar header: pax headers are read as a whole
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 _BLOCK = 1 << 20
+_DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError, RecursionError)
 
 
 def allowed(name: str) -> bool:

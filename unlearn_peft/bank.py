@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .base import Base, fingerprint
 from .bundle import Bundle
 from .errors import AdapterError, did_you_mean
 from .gates import Mix, Part, Resident, tell_batch
+from .residents import Applied as Applied
 from .residents import BankStats, Entry, Residents
 from .trust import Trust
 
@@ -40,20 +41,6 @@ class Attached:
     name: str
     adapter: Resident
     strength: float
-
-
-class Applied(NamedTuple):
-    """One adapter of a held set: what it is called, the digest of its files, and how strong it is.
-
-    For an audit log: `different_base` names the parts of the base's fingerprint that are not those that it was trained
-    on (`allow_different_base` lets it be), `signed_by` the trusted signer.
-    """
-
-    name: str
-    sha256: str
-    strength: float
-    different_base: tuple[str, ...] = ()
-    signed_by: str | None = None
 
 
 class Held:

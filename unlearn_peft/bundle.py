@@ -15,26 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from .adapter_config import DENSE, SCHEMA_VERSION, check_config, check_manifest, of_module
 from .base import fingerprint, mismatches
 from .errors import AdapterError, OutputError, refuse, shown
 from .files import folder_bytes, whole_file, whole_folder
-from .packed import QUANTIZED, unpack
+from .packed import floats
 from .trust import SIGNATURE, UNSIGNED, Trust
-from .untrusted import (
-    FLOATS,
-    LARGEST,
-    Weights,
-    largest_of,
-    list_files,
-    read_file,
-    read_weights,
-    sha256_of,
-    strict_json,
-)
+from .untrusted import LARGEST, Weights, list_files, read_file, read_weights, sha256_of, strict_json
 
 WEIGHTS, CONFIG, MANIFEST, CARD, CURVES = (
     "adapter_model.safetensors",
@@ -306,7 +295,7 @@ def _beside(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | N
 
 
 def _deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
-    tensors = _floats(config, tensors, problems)
+    tensors = floats(config["peft_type"], tensors, problems)
     if not config["peft_type"].startswith(DENSE):
         return _lora_deltas(config, tensors, problems)
     deltas = {}
@@ -318,19 +307,6 @@ def _deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: 
     if len(deltas) < len(tensors):
         problems.append("two tensors are for the same module")
     return deltas
-
-
-def _floats(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> Mapping[str, Tensor]:
-    """Return what tensors stand for: themselves, or what was packed into fewer bits."""
-    if not config["peft_type"].endswith(QUANTIZED):
-        for key, tensor in tensors.items():
-            if not tensor.is_floating_point():
-                kind = "I8" if tensor.dtype == torch.int8 else "U8"
-                problems.append(f"{WEIGHTS}: '{key}' has dtype '{kind}', expected one of {', '.join(FLOATS)}")
-        return {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
-    floats = unpack(tensors, problems)
-    problems += [f"'{key}' unpacks to {most:.3g}" for key, t in floats.items() if (most := largest_of(t)) > LARGEST]
-    return floats
 
 
 def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:

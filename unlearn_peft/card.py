@@ -32,7 +32,7 @@ _FIGURES = """## Figures of its training
 
 | figure | value |
 |---|---|"""
-_OURS = """With [unlearn_peft](https://pypi.org/project/unlearn-peft/), which checks it first, and that this is its base:
+_OURS = """With unlearn_peft (`pip install unlearn-peft`), which checks it first, and that this is its base:
 
 ```python
 from unlearn_peft import attach, detach, load_base
@@ -66,7 +66,7 @@ model.disable_adapters()  # the base
 model.enable_adapters()
 ```
 """
-_VLLM = """With vLLM, once `unlearn-peft export` has written it such that vLLM applies all of it, or has said why it cannot:
+_VLLM = """With vLLM, once `unlearn-peft export` has written it such that vLLM applies all of it, or has said why not:
 
 ```
 unlearn-peft export path/to/this/folder --for vllm --max-rank 64 --output for_vllm
@@ -81,11 +81,12 @@ model = LLM(model="{base}", enable_lora=True, max_lora_rank=64)
 model.generate("Hello", lora_request=LoRARequest("forget", 1, "for_vllm"))
 ```
 """
-_QUANTIZED_NOTE = """Its weights are stored in fewer bits, which unlearn_peft alone can read. **PEFT, transformers and vLLM refuse it**
-(its `peft_type` is unknown to them); `unlearn-peft export --for vllm` writes one that they take.
+_QUANTIZED_NOTE = """Its weights are stored in fewer bits, which unlearn_peft alone can read. **PEFT, transformers
+and vLLM refuse it** (its `peft_type` is unknown to them); `unlearn-peft export --for vllm` writes one that they take.
 """
-_DENSE_NOTE = """It is a dense delta on `lm_head`, a method that PEFT does not know by itself; transformers' `load_adapter` and vLLM
-do not take it. `unlearn-peft export --for vllm --max-rank 64` writes a LoRA that comes near it, and tells how near.
+_DENSE_NOTE = """It is a dense delta on `lm_head`, a method that PEFT does not know by itself; transformers'
+`load_adapter` and vLLM do not take it. `unlearn-peft export --for vllm --max-rank 64` writes a LoRA that comes near it,
+and tells how near.
 """
 
 
@@ -136,14 +137,13 @@ def _origin(manifest: Mapping[str, Any]) -> list[str]:
         strengths = ", ".join(f"{part.get('strength', 1):g}" for part in parts)
         told.append(f"It has the effect of {len(parts)} adapters added up, at strengths {strengths}.\n")
     if shrunk := manifest.get("shrunk"):
-        how = [f"rank {shrunk['rank']}"] * bool(shrunk["rank"]) + [f"{shrunk['bits']} bits a weight"] * bool(
-            shrunk["bits"]
-        )
+        how = [f"rank {shrunk['rank']}"] if shrunk["rank"] else []
+        how += [f"{shrunk['bits']} bits a weight"] if shrunk["bits"] else []
+        mean, worst = 100 * shrunk["mean_relative_error"], 100 * shrunk["worst"]["relative_error"]
         told.append(
-            f"It was made smaller ({', '.join(how)}) from an adapter with weights {shrunk['weights_sha256'][:12]}. That "
-            f"lost {100 * shrunk['mean_relative_error']:.2g} % of a\nmodule's change in the mean, "
-            f"{100 * shrunk['worst']['relative_error']:.2g} % at most (Frobenius norm). Figures of the larger one need "
-            "not hold for it.\n"
+            f"It was made smaller ({', '.join(how)}) from an adapter with weights {shrunk['weights_sha256'][:12]}. That\n"
+            f"lost {mean:.2g} % of a module's change in the mean, {worst:.2g} % at most (Frobenius norm). Figures of the\n"
+            "larger one need not hold for it.\n"
         )
     return told
 
@@ -232,14 +232,15 @@ def _with_results(text: str, results: Sequence[EvalResult], where: Path) -> str:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AdapterError(f"{where} has metadata that cannot be read ({shown(why, 200)}): mend or remove it") from None
     replaced = {(result.dataset_type, result.metric_type) for result in results}
+    data: Any = card.data
     kept = [
         result
-        for result in card.data.eval_results or []
+        for result in data.eval_results or []
         if (by := (result.metric_args or {}).get("by")) != EVALUATED
         and not (by == _TRAIN and (result.dataset_type, result.metric_type) in replaced)
     ]
-    card.data.model_name = card.data.model_name or _MODEL_NAME
-    card.data.eval_results = [*kept, *results]
+    data.model_name = data.model_name or _MODEL_NAME
+    data.eval_results = [*kept, *results]
     return str(card)
 
 

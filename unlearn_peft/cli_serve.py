@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .serve.engine import Engine
     from .serve.policy import Policy, PolicySource
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _TENANT = "local"  # whoever asks, where there is no policy
 
 
@@ -96,7 +95,9 @@ def serve(
         )
     if engine is not None and policy is None:
         raise UnlearnError("--engine needs --policy, the one that the resolver inside vLLM has too")
-    if policy is None and host not in _LOOPBACK:
+    from .serve.settings import LOOPBACK
+
+    if policy is None and host not in LOOPBACK:
         raise UnlearnError(
             f"--adapter serves without keys, and --host {host} would let others in: give --policy FILE, or leave it out"
         )

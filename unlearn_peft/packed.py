@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .untrusted import FLOATS, LARGEST, largest_of
+
 GROUP = 64  # values that share a scale
 QUANTIZED = "_QUANTIZED"  # at the end of peft_type: PEFT refuses such a type, instead of passing over the tensors
 MOST_BYTES = 1 << 29  # packed; unpacked it is up to eight times as much
@@ -43,6 +45,25 @@ def pack(name: str, matrix: Tensor, bits: int) -> dict[str, Tensor]:
         return {f"{name}.int8": whole.contiguous(), **kept}
     low, high = (whole[:, 0::2] + 8).to(torch.uint8), (whole[:, 1::2] + 8).to(torch.uint8)
     return {f"{name}.int4": (low | high << 4).contiguous(), **kept}
+
+
+def floats(kind: str, tensors: Mapping[str, Tensor], problems: list[str]) -> Mapping[str, Tensor]:
+    """Return what an adapter's tensors stand for: themselves, or what was packed into fewer bits.
+
+    Args:
+        kind: the adapter's peft_type.
+        tensors: of its weights file.
+        problems: gets what is wrong.
+    """
+    if kind.endswith(QUANTIZED):
+        found = unpack(tensors, problems)
+        problems += [f"'{key}' unpacks to {most:.3g}" for key, t in found.items() if (most := largest_of(t)) > LARGEST]
+        return found
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            dtype = "I8" if tensor.dtype == torch.int8 else "U8"
+            problems.append(f"'{key}' has dtype '{dtype}', expected one of {', '.join(FLOATS)}")
+    return {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
 
 
 def unpack(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Tensor]:

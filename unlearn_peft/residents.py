@@ -32,6 +32,20 @@ class BankStats(NamedTuple):
     evictions: int
 
 
+class Applied(NamedTuple):
+    """One adapter of a held set: what it is called, the digest of its files, and how strong it is.
+
+    For an audit log: `different_base` names the parts of the base's fingerprint that are not those that it was trained
+    on (`allow_different_base` lets it be), `signed_by` the trusted signer.
+    """
+
+    name: str
+    sha256: str
+    strength: float
+    different_base: tuple[str, ...] = ()
+    signed_by: str | None = None
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where an adapter lies, and what it must be: `sha256` is its `Bundle.identity`, or None for any."""

@@ -67,7 +67,12 @@ class Trust:
         for place in map(Path, places):
             if place.is_dir():
                 files = sorted(file for file in place.iterdir() if file.suffix in (".pub", ".pem"))
-                found = {name: key for file in files for name, key in _read_pem(file).items()}
+                read = [pair for file in files for pair in _read_pem(file).items()]
+                found = dict(read)
+                if len(found) < len(read):
+                    raise TrustError(
+                        f"two files in {place} have the same name, but for their ending: rename one of them"
+                    )
             elif place.suffix in (".yaml", ".yml"):
                 found = _read_yaml(place)
             else:

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -176,15 +175,15 @@ def read_weights(path: Path, problems: list[str]) -> Weights:
         except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:  # what we did not think of
             problems.append(f"{path.name} cannot be read ({shown(str(error))}): it is damaged")
             tensors = {}
-    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    if tensors and found != {name: (_DTYPES[dtype], shape) for name, (dtype, shape) in header.items()}:
-        problems.append(f"{path.name} reads otherwise than its header says")
-        tensors = {}
-    for name, tensor in tensors.items():
-        if not (largest := largest_of(tensor)) <= LARGEST:
-            told = f"a number of size {largest:.3g}, expected at most {LARGEST:g}"
-            problems.append(f"tensor '{name}' holds {told if math.isfinite(largest) else 'NaN or infinity'}")
-    return Weights(tensors, hashlib.sha256(data).hexdigest())
+        found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        if tensors and found != {name: (_DTYPES[dtype], shape) for name, (dtype, shape) in header.items()}:
+            problems.append(f"{path.name} reads otherwise than its header says")
+            tensors = {}
+        for name, tensor in tensors.items():
+            if not (largest := largest_of(tensor)) <= LARGEST:
+                told = f"a number of size {largest:.3g}, expected at most {LARGEST:g}"
+                problems.append(f"tensor '{name}' holds {told if math.isfinite(largest) else 'NaN or infinity'}")
+        return Weights(tensors, hashlib.sha256(data).hexdigest())
 
 
 def largest_of(tensor: Tensor) -> float:
@@ -304,7 +303,7 @@ def _constant(text: str) -> NoReturn:
 
 
 def _float(text: str) -> float:
-    if not np.isfinite(number := float(text)):
+    if not math.isfinite(number := float(text)):
         raise ValueError("it holds a number that is too large")
     return number
 

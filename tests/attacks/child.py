@@ -1,4 +1,4 @@
-"""Read hostile adapters under watch: one fork for each, with limits on memory and time, and an ear on what Python does.
+"""Read hostile adapters under watch: a fork for each, with limits on memory and time, and an ear on what Python does.
 
     child.py BASE < asked.json      asked: a list of [name, path, ways]; answers go to stdout, a line of JSON each
 
@@ -8,6 +8,7 @@ Two more ways check the watch itself: `control` lets a pickle run, `memory` asks
 """
 
 import contextlib
+import gc
 import io
 import json
 import logging
@@ -16,7 +17,6 @@ import pickle
 import resource
 import signal
 import sys
-import time
 from pathlib import Path
 
 from spoil import CANARY
@@ -75,8 +75,8 @@ def answer(way, path, model):
     return "taken", ""
 
 
-def watched(way, path, model, write):
-    """In a fork of its own: limits, the ear, the answer."""
+def watched(ways, path, model, write):
+    """In a fork of its own: limits, the ear, the answers."""
     with open("/proc/self/statm") as stream:
         pages = int(stream.read().split()[0])
     most = pages * resource.getpagesize() + MEMORY
@@ -96,12 +96,14 @@ def watched(way, path, model, write):
         elif event == "import" and str(arguments[0]).split(".")[0] in ("evil", "transformers_modules"):
             heard.add(f"import {arguments[0]}")
 
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sys.addaudithook(hear)
-    outcome, text = answer(way, Path(path), model)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
-    told = {"outcome": outcome, "text": text, "mb": grown, "s": time.process_time() - began, "heard": sorted(heard)}
-    os.write(write, json.dumps(told).encode())
+    for way in ways:
+        outcome, text = answer(way, Path(path), model)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+        told = {"way": way, "outcome": outcome, "text": text, "mb": grown, "heard": sorted(heard)}
+        os.write(write, json.dumps(told).encode() + b"\n")
+        heard.clear()
 
 
 def main():
@@ -115,20 +117,23 @@ def main():
     model = load_base(sys.argv[1])
     answer("bank", Path(sys.argv[2]), model)  # whatever is imported late, is imported now
     answer("cli", Path(sys.argv[2]), model)
+    gc.collect()
+    gc.freeze()  # else each fork copies most of the memory when it looks for garbage
     for name, path, ways in json.load(sys.stdin):
-        for way in ways:
-            read, write = os.pipe()
-            if not (child := os.fork()):
-                os.close(read)
-                with contextlib.suppress(BaseException):
-                    watched(way, path, model, write)
-                os._exit(0)
-            os.close(write)
-            with os.fdopen(read, "rb") as stream:
-                data = stream.read()
-            _, status = os.waitpid(child, 0)
-            told = json.loads(data) if data else {"outcome": f"ended with {status}", "text": "", "mb": 0, "heard": []}
-            print(json.dumps({"name": name, "way": way, **told}), flush=True)
+        read, write = os.pipe()
+        if not (child := os.fork()):
+            os.close(read)
+            with contextlib.suppress(BaseException):
+                watched(ways, path, model, write)
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read, "rb") as stream:
+            answers = list(map(json.loads, stream.read().splitlines()))
+        _, status = os.waitpid(child, 0)
+        for way in ways[len(answers) :]:
+            answers.append({"way": way, "outcome": f"ended with {status}", "text": "", "mb": 0, "heard": []})
+        for told in answers:
+            print(json.dumps({"name": name, **told}), flush=True)
 
 
 if __name__ == "__main__":

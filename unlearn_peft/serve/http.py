@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from .answers import Answer, Shape
@@ -20,7 +21,7 @@ from .front import Call, Front, as_api_error
 from .openai_api import ApiError, Asked, read_request
 from .playground import Playground, add_playground
 from .policy import PolicySource
-from .settings import Limits
+from .settings import LOOPBACK, Limits
 
 Pieces = AsyncGenerator[tuple[int, Piece], None]
 
@@ -44,6 +45,9 @@ def create_app(
 
     app = FastAPI(title="unlearn-peft", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.front = front
+    if open_tenant is not None:  # no key keeps web pages out that let their own name resolve to this machine
+        hosts = [f"[{name}]" if ":" in name else name for name in LOOPBACK]
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: Any) -> Response:

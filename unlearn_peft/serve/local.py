@@ -11,13 +11,14 @@ import copy
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from ..bank import Applied, Bank
 from ..base import Base
-from .engine import EngineStats, Generation, Holding, Piece, PromptError, Unavailable
+from .engine import EngineStats, Generation, Holding, Piece, Unavailable
+from .prompts import Prompt, Prompts
 from .scheduler import Row, Scheduler
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ class LocalEngine:
     ) -> None:
         self.model = name or base.name
         self.context = int(getattr(base.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
-        self._tokenizer, self._tokenizing = base.tokenizer, threading.Lock()
-        self._size = base.model.get_input_embeddings().weight.shape[0]
+        self._prompts = Prompts(base.tokenizer, base.model.get_input_embeddings().weight.shape[0], self.model)
         self._different = allow_different_base
         self.bank = Bank(base.model, base.tokenizer, budget_bytes=budget_bytes)
         self.scheduler = Scheduler(base.model, copy.deepcopy(base.tokenizer), self.bank, max_batch=max_batch)
@@ -89,9 +89,9 @@ class LocalEngine:
         self._known: OrderedDict[str, set[str]] = OrderedDict()  # recent policies' versions -> their keys in the bank
         self._first: dict[str, str] = {}  # key -> the identity that it was first read with
 
-    async def encode(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """See `Engine.encode`."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, prompt)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._prompts, prompt)
 
     async def hold(self, forget: Mapping[str, float], policy: Policy) -> LocalHolding:
         """See `Engine.hold`; adapters are read in a thread, so that nobody else waits."""
@@ -140,30 +140,6 @@ class LocalEngine:
         """See `Engine.close`."""
         await asyncio.to_thread(self.scheduler.close)
         self._threads.shutdown(wait=False)
-
-    def _encode(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        tokenizer = self._tokenizer
-        if not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
-            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
-            if wrong := [token for token in ids if not 0 <= token < self._size]:
-                raise PromptError(f"there is no token {wrong[0]}: expected 0 to {self._size - 1}")
-        else:
-            with self._tokenizing:
-                if isinstance(prompt, str):
-                    ids = tokenizer(prompt)["input_ids"]
-                else:
-                    ids = tokenizer(self._render(prompt), add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise PromptError("the prompt is empty")
-        return tuple(ids)
-
-    def _render(self, messages: Sequence[Any]) -> str:
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise PromptError(f"{self.model} has no chat template: use /v1/completions")
-        try:
-            return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except Exception as error:  # jinja's TemplateError, or whatever the template's own code raises
-            raise PromptError(f"the chat template refuses these messages ({type(error).__name__})") from None
 
     def _hold(self, forget: Mapping[str, float], policy: Policy) -> LocalHolding:
         keys = {_key(name, policy): name for name in forget}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # where a server without keys may listen, and what it may be called
+
 
 @dataclass(frozen=True)
 class Limits:
