@@ -141,9 +141,9 @@ def _origin(manifest: Mapping[str, Any]) -> list[str]:
         how += [f"{shrunk['bits']} bits a weight"] if shrunk["bits"] else []
         mean, worst = 100 * shrunk["mean_relative_error"], 100 * shrunk["worst"]["relative_error"]
         told.append(
-            f"It was made smaller ({', '.join(how)}) from an adapter with weights {shrunk['weights_sha256'][:12]}. That\n"
-            f"lost {mean:.2g} % of a module's change in the mean, {worst:.2g} % at most (Frobenius norm). Figures of the\n"
-            "larger one need not hold for it.\n"
+            f"It was made smaller ({', '.join(how)}) from an adapter with weights {shrunk['weights_sha256'][:12]}.\n"
+            f"That lost {mean:.2g} % of a module's change in the mean, {worst:.2g} % at most (Frobenius norm).\n"
+            "Figures of the larger one need not hold for it.\n"
         )
     return told
 
@@ -204,15 +204,11 @@ def put_evaluation(
         with whole_file(folder / name) as temporary:
             shutil.copyfile(picture, temporary)
         note_digest(folder, name)
-    block = "\n\n".join(
-        [section.strip(), *(f"![figures]({name})" for name in pictures or {} if f"]({name})" not in text)]
-    )
-    block = f"{_BEGIN}\n{block}\n{_END}\n"
     earlier = re.search(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", text, re.DOTALL)
-    if earlier:
-        text = text[: earlier.start()] + block + text[earlier.end() :]
-    else:
-        text = f"{text.rstrip()}\n\n{block}".lstrip()
+    before, after = (text[: earlier.start()], text[earlier.end() :]) if earlier else (f"{text.rstrip()}\n\n", "")
+    here = [f"![figures]({name})" for name in pictures or {} if f"]({name})" not in before + after]
+    text = before + "\n\n".join([f"{_BEGIN}\n{section.strip()}", *here]) + f"\n{_END}\n" + after
+    text = text if earlier else text.lstrip()
     if results:
         text = _with_results(text, results, card)
     with whole_file(card) as temporary:

@@ -153,7 +153,8 @@ def push(
 def _from_hub(
     source: Source, home: Path, offline: bool, insecure: bool, most: int, endpoint: str | None, token: str | None
 ) -> tuple[Path, str]:
-    from huggingface_hub import HfApi, constants, hf_hub_url
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     server = (endpoint or constants.ENDPOINT).rstrip("/")
     key = hashlib.sha256(server.encode()).hexdigest()[:8]  # two hubs may have one name for two things
@@ -171,7 +172,7 @@ def _from_hub(
             )
         return home / commit, commit
     check_url(server, insecure)
-    headers = {name: str(value) for name, value in HfApi(token=token)._build_hf_headers().items()}
+    headers = {name: str(value) for name, value in build_hf_headers(token=token).items()}
     commit, wanted = _listed(source, revision, server, headers, insecure, most)
     place = home / commit
     if not place.is_dir():

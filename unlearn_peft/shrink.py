@@ -159,9 +159,10 @@ def _config(bundle: Bundle, ranks: dict[str, int], bits: int | None) -> dict[str
 
 
 def _manifest(bundle: Bundle, made: Shrunk, rank: int | None, bits: int | None, lora: bool) -> dict[str, Any]:
-    kept = {
-        key: bundle.manifest[key] for key in ("base", "recipe", "data_digests", "stack_of") if key in bundle.manifest
-    }
+    kept: dict[str, Any] = {}
+    for key in ("base", "recipe", "data_digests", "stack_of"):
+        if key in bundle.manifest:
+            kept[key] = bundle.manifest[key]
     module, error = made.worst
     return {
         **kept,
