@@ -3,7 +3,7 @@
     python benchmarks/adapter_size.py [ADAPTER] [--samples 8]
 
 Shrinks the demo's adapter (out/harry_potter, `make demo`) in every way that `unlearn-peft shrink` knows, measures each
-on the demo's rows, prints a table, and writes it into docs/adapter_size.md and docs/adapter_size.png. Minutes on a core.
+on the demo's rows, prints a table, and writes it into docs/adapter_size.md and docs/adapter_size.png. It takes minutes.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from unlearn_peft import forgetting, load_base, read_bundle
-from unlearn_peft.data import read_rows, tokenize
+from unlearn_peft.data import read_rows
+from unlearn_peft.evaluate.rows import row_tokens
 from unlearn_peft.generate import answers, leaked, mean_kl, sampled, target_log_probabilities
 from unlearn_peft.recipe import load_recipe
 from unlearn_peft.shrink import shrink
@@ -22,6 +23,7 @@ from unlearn_peft.shrink import shrink
 ROOT = Path(__file__).parent.parent
 PAGE, PICTURE = ROOT / "docs" / "adapter_size.md", ROOT / "docs" / "adapter_size.png"
 RANKS = (16, 8, 4, 2, 1)
+WAYS = ((None, RANKS), (8, RANKS[:3]), (4, RANKS))  # bits, ranks
 TITLES = (
     "rank", "bits", "weights, kB", "forget loss, nats/token", "greedy leaks", "sampled leaks",
     "neighbour KL, nats/token", "error, mean", "error, worst",
@@ -30,13 +32,10 @@ TITLES = (
 
 def measure(base, rows, reference, samples):
     """Return what the model does now: forget loss, leaking answers, KL to the base on the neighbours."""
-    told = target_log_probabilities(base, rows["forget"], "forget")
-    examples = tokenize(rows["forget"], base.tokenizer, what="forget")
-    targets = [torch.tensor([i for i, on in zip(e.ids, e.is_target, strict=True) if on]) for e in examples]
-    losses = [-p.gather(1, ids[:, None])[:, 0] for p, ids in zip(told, targets, strict=True)]
+    losses = [-row.answer(row.log_p) for row in row_tokens(base, rows["forget"], what="forget")]  # as `eval` has it
     prompts, words = [row["prompt"] for row in rows["probes"]], [row["leak"] for row in rows["probes"]]
-    greedy = answers(base, prompts, max_new_tokens=40)
-    several = sampled(base, prompts, count=samples, max_new_tokens=40)
+    greedy = answers(base, prompts, max_new_tokens=40, batch_size=6)
+    several = sampled(base, prompts, count=samples, max_new_tokens=40, batch_size=6)
     return {
         "loss": float(torch.cat(losses).mean()),
         "greedy": sum(bool(leaked(text, some)) for text, some in zip(greedy, words, strict=True)),
@@ -61,8 +60,8 @@ def main():
     found = [{"rank": "-", "bits": "-", "bytes": 0, "errors": (0, 0), **measure(base, rows, reference, given.samples)}]
     print("base", found[0], flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for bits in (None, 8, 4):
-            for rank in (rank for rank in RANKS if rank <= full):
+        for bits, ranks in WAYS:
+            for rank in (rank for rank in ranks if rank <= full):
                 place, errors = Path(folder) / f"{rank}-{bits}", (0.0, 0.0)
                 if bits is None and rank == full:
                     place = given.adapter
