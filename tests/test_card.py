@@ -162,7 +162,7 @@ def test_stacks_and_exports_have_cards_too(adapter, tmp_path):
     assert "2 adapters added up, at strengths" in (tmp_path / "s" / "README.md").read_text()
 
 
-# --- results of an evaluation -------------------------------------------------------------------------------------------
+# --- results of an evaluation -----------------------------------------------------------------------------------------
 
 
 def result(value, by="unlearn-peft eval", name="forget_loss"):

@@ -190,7 +190,7 @@ def _blocks(answer: Any, most: int) -> Iterator[bytes]:
     promised = answer.headers.get("content-length", "")
     if promised.isdigit() and int(promised) > most:
         raise AdapterError(f"{where} has {int(promised):,} bytes (still to come), expected at most {most:,}")
-    for block in answer.iter_raw(_BLOCK):
+    for block in answer.iter_raw():  # as it comes: what has come is to be kept
         most -= len(block)
         if most < 0:
             raise AdapterError(f"{where} sends more bytes than expected: stopped")
