@@ -1,6 +1,6 @@
 """How small can a forget adapter get? Size against what is forgotten and what that costs.
 
-    python benchmarks/adapter_size.py [ADAPTER] [--samples 8]
+    python benchmarks/adapter_size.py [ADAPTER] [--samples 4]
 
 Shrinks the demo's adapter (out/harry_potter, `make demo`) in every way that `unlearn-peft shrink` knows, measures each
 on the demo's rows, prints a table, and writes it into docs/adapter_size.md and docs/adapter_size.png. It takes minutes.
@@ -23,7 +23,7 @@ from unlearn_peft.shrink import shrink
 ROOT = Path(__file__).parent.parent
 PAGE, PICTURE = ROOT / "docs" / "adapter_size.md", ROOT / "docs" / "adapter_size.png"
 RANKS = (16, 8, 4, 2, 1)
-WAYS = ((None, RANKS), (8, RANKS[:3]), (4, RANKS))  # bits, ranks
+WAYS = ((None, RANKS), (8, RANKS[:2]), (4, RANKS))  # bits, ranks
 TITLES = (
     "rank", "bits", "weights, kB", "forget loss, nats/token", "greedy leaks", "sampled leaks",
     "neighbour KL, nats/token", "error, mean", "error, worst",
@@ -49,7 +49,7 @@ def measure(base, rows, reference, samples):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("adapter", nargs="?", default=ROOT / "out" / "harry_potter", type=Path)
-    parser.add_argument("--samples", type=int, default=8, help="answers sampled for each probe")
+    parser.add_argument("--samples", type=int, default=4, help="answers sampled for each probe")
     given = parser.parse_args()
     recipe = load_recipe(ROOT / "recipes" / "harry_potter.yaml")
     rows = {name: read_rows(getattr(recipe, name), name) for name in ("forget", "probes", "neighbours")}

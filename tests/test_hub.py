@@ -112,7 +112,7 @@ def test_a_cut_download_goes_on_where_it_broke(hub, adapter):
     hub.lies["cut once"] = 50
     pulled = pull(f"hub:{NAME}")
     assert files_of(pulled.path) == files_of(adapter)
-    assert [asked for _, _, asked, _ in hub.asked if asked] == ["bytes=50-"]
+    assert {asked for _, _, asked, _ in hub.asked if asked} == {"bytes=50-"}
 
 
 def test_a_download_goes_on_in_the_next_process_and_nothing_appears_before(hub, adapter, tmp_path):
