@@ -119,6 +119,8 @@ def draw(found, base, count):
                 axes.annotate(f"r{row['rank']}", spot, xytext=(3, 4), textcoords="offset points", fontsize=7)
         axes.axhline(factor * base[key], color="grey", ls=":", label="base alone")
         axes.set(xscale="log", xlabel="weights file, kB", title=title)
+        axes.set_xticks(ticks := (125, 250, 500, 1000, 2000), labels=[str(tick) for tick in ticks])
+        axes.minorticks_off()
         axes.title.set_fontsize(10)
         axes.grid(alpha=0.3)
     panels[0].legend(frameon=False, fontsize=8)
