@@ -332,12 +332,13 @@ def write(folder, before, files):
 
 def tell(runs):
     """Write a table of runs into docs/security.md."""
-    names = ("seed", "inputs", "taken", "refused", "findings", "slowest input", "memory", "time")
+    names = ("run", "seed", "inputs", "taken", "refused", "findings", "slowest input", "memory", "time")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for run in runs:
+    for name, run in runs.items():
         lines.append(
-            f"| {run['seed']} | {run['inputs']:,} | {run['taken']:,} | {run['refused']:,} | {len(run['findings'])} | "
-            f"{1000 * run['slowest_s']:.0f} ms | +{run['memory_growth_mb']} MB | {run['seconds'] / 60:.0f} min |"
+            f"| {name} | {run['seed']} | {run['inputs']:,} | {run['taken']:,} | {run['refused']:,} | "
+            f"{len(run['findings'])} | {1000 * run['slowest_s']:.0f} ms | +{run['memory_growth_mb']} MB | "
+            f"{run['seconds'] / 60:.0f} min |"
         )
     page = Path(__file__).parents[2] / "docs" / "security.md"
     block = "<!-- fuzz -->\n" + "\n".join(lines) + "\n<!-- /fuzz -->"
@@ -354,7 +355,7 @@ def main():
     parser.add_argument("--page", type=Path, nargs="+", help="write what these runs found into docs/security.md")
     given = parser.parse_args()
     if given.page:
-        return tell([json.loads(path.read_text()) for path in given.page])
+        return tell({path.stem: json.loads(path.read_text()) for path in given.page})
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
