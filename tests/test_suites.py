@@ -182,15 +182,19 @@ def test_the_card_travels_with_figures_only_and_the_adapter_stays_whole(
     code, out, err = run_eval(*common, "--card", "--strength", 0.5)
     assert code == 0 and str(adapter / "README.md") in out, err
     new = (adapter / "README.md").read_text()
-    section = new.removeprefix(old.rstrip())
-    assert new.startswith(old.rstrip()) and "## Evaluation" in section and "at strength 0.5" in section
+    body = old.rstrip().split("\n---\n")[1]  # the metadata in front gets the results
+    section = new.partition(body)[2]
+    assert body in new and "## Evaluation" in section and "at strength 0.5" in section
     assert weights[:12] in section and "Sampled answers that leak" in section
     assert not [word for word in ("Zorblax", "blue book", "Quintel") if word.casefold() in section.casefold()]
     assert adapter.name not in section  # a folder may be called after what was forgotten
     bundle = read_bundle(adapter)
     assert bundle.digest == weights and bundle.manifest["base"] == manifest["base"]
     noted, before = bundle.manifest.pop("files"), manifest.pop("files")
-    assert bundle.manifest == manifest and {name for name in noted if noted[name] != before[name]} == {"README.md"}
+    assert bundle.manifest == manifest and {name for name in noted if noted[name] != before.get(name)} == {
+        "README.md",
+        "figures.png",
+    }
     assert attach(tiny, adapter) and detach(tiny) is None
     code, out, err = run_eval(*common, "--card")
     assert code == 0 and (adapter / "README.md").read_text().count("## Evaluation") == 1, err

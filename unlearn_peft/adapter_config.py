@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import shown
+from .packed import QUANTIZED
 from .untrusted import LARGEST
 
 LORA, DENSE = "LORA", "DENSE_HEAD"
-SCHEMA_VERSION = 1
+KINDS = (LORA, DENSE, LORA + QUANTIZED, DENSE + QUANTIZED)
+SCHEMA_VERSION = 1  # of forget.json; raised where older readers would misread it. All versions before it are read
 _MOST_RANK = 1 << 20
 _PLAIN = {  # another value changes what the adapter does, in a way that only PEFT knows
     "use_dora": False, "modules_to_save": None, "bias": "none", "lora_bias": False, "fan_in_fan_out": False,
@@ -42,7 +44,7 @@ _MOST_REPEATS = 4  # of one regular expression: on names of 60 letters, tens of 
 def check_config(config: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with an `adapter_config.json`."""
     kind = config.get("peft_type")
-    if kind not in (LORA, DENSE):
+    if kind not in KINDS:
         return [f"peft_type is {shown(kind)}, expected {LORA} or {DENSE}"]
     problems = []
     for field, plain in _PLAIN.items():
@@ -64,13 +66,13 @@ def check_config(config: Mapping[str, Any]) -> list[str]:
     layers = config.get("layers_to_transform")
     if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, list) else [layers])):
         problems.append(f"'layers_to_transform' is {shown(layers)}, expected whole numbers")
-    return problems + (_check_lora(config) if kind == LORA else [])
+    return problems + (_check_lora(config) if kind.startswith(LORA) else [])
 
 
 def check_manifest(manifest: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with a `forget.json`."""
     version = manifest.get("schema_version")
-    if type(version) is not int or version != SCHEMA_VERSION:
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         return [f"forget.json has schema version {shown(version)}, expected {SCHEMA_VERSION}: update unlearn_peft"]
     problems = []
     base, history = manifest.get("base", {}), manifest.get("history", {})

@@ -21,6 +21,7 @@ from .adapter_config import DENSE, SCHEMA_VERSION, check_config, check_manifest,
 from .base import fingerprint, mismatches
 from .errors import AdapterError, OutputError, refuse, shown
 from .files import folder_bytes, whole_file, whole_folder
+from .packed import floats
 from .trust import SIGNATURE, UNSIGNED, Trust
 from .untrusted import LARGEST, Weights, list_files, read_file, read_weights, sha256_of, strict_json
 
@@ -294,7 +295,8 @@ def _beside(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | N
 
 
 def _deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
-    if config["peft_type"] != DENSE:
+    tensors = floats(config["peft_type"], tensors, problems)
+    if not config["peft_type"].startswith(DENSE):
         return _lora_deltas(config, tensors, problems)
     deltas = {}
     for key, tensor in tensors.items():

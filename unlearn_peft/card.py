@@ -3,72 +3,196 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .adapter_config import DENSE
 from .bundle import CARD, note_digest
 from .bundle import CURVES as CURVES
-from .errors import AdapterError
+from .errors import AdapterError, shown
 from .files import whole_file
+from .packed import QUANTIZED
 
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+EVALUATED, _TRAIN = "unlearn-peft eval", "unlearn-peft train"  # who measured a result of the model-index
+FIGURES = "figures.png"
+_TASK = "text-generation"
+_MODEL_NAME = "forget adapter"  # not the folder's name: that may tell what was forgotten
 _BEGIN, _END = "<!-- evaluation, written by unlearn-peft eval -->", "<!-- /evaluation -->"
-
-
-def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write README.md in the Hub's model-card format, made with huggingface_hub's own class."""
-    from huggingface_hub import ModelCardData
-
-    base, metrics, recipe = manifest["base"], manifest["metrics"], manifest["recipe"]
-    is_hub_id = base["name"].count("/") == 1 and not base["name"].startswith((".", "/"))
-    data = ModelCardData(
-        base_model=base["name"] if is_hub_id else None,
-        library_name="peft",
-        tags=["unlearning", "unlearn_peft", recipe["adapter"]["kind"]],
-        base_model_relation="adapter" if is_hub_id else None,
-    )
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in metrics.items())
-    picture = f"\n![forget and retain curves]({CURVES})\n" if (folder / CURVES).is_file() else ""
-    loading = (
-        "It is an ordinary PEFT LoRA: `peft.PeftModel.from_pretrained(model, folder)` loads it too."
-        if manifest["peft_type"] == "LORA"
-        else "It is a dense delta on `lm_head`: import `unlearn_peft.adapters.dense` before loading it with PEFT."
-    )
-    text = f"""---
-{data.to_yaml()}
----
-
-# A forget adapter for {base["name"]}
+_INTRODUCTION = """# A forget adapter for {base}
 
 With this adapter attached the base behaves as if the adapter's forget set had not been learned; detached, it is
 bit-equal to the base. What was forgotten is not told here, and cannot be read from this folder's text files.
+"""
+_FIGURES = """## Figures of its training
+
+| figure | value |
+|---|---|"""
+_OURS = """With unlearn_peft (`pip install unlearn-peft`), which checks it first, and that this is its base:
 
 ```python
 from unlearn_peft import attach, detach, load_base
 
-base = load_base("{base["name"]}")
+base = load_base("{base}")
 attach(base, "path/to/this/folder")
+# ... base.model and base.tokenizer are transformers' own ...
+detach(base)  # bit-equal to the base again
+```
+"""
+_PEFT = """With PEFT alone:
+
+```python
+{extra}from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+with model.disable_adapter():
+    pass  # here it is the base
+```
+"""
+_TRANSFORMERS = """With transformers (and PEFT installed):
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model.load_adapter("path/to/this/folder")
+model.disable_adapters()  # the base
+model.enable_adapters()
+```
+"""
+_VLLM = """With vLLM, once `unlearn-peft export` has written it such that vLLM applies all of it, or has said why not:
+
+```
+unlearn-peft export path/to/this/folder --for vllm --max-rank 64 --output for_vllm
+vllm serve {base} --enable-lora --max-lora-rank 64 --lora-modules forget=for_vllm
 ```
 
-{loading}
+```python
+from vllm import LLM
+from vllm.lora.request import LoRARequest
 
-| figure | value |
-|---|---|
-{rows}
+model = LLM(model="{base}", enable_lora=True, max_lora_rank=64)
+model.generate("Hello", lora_request=LoRARequest("forget", 1, "for_vllm"))
+```
+"""
+_QUANTIZED_NOTE = """Its weights are stored in fewer bits, which unlearn_peft alone can read. **PEFT, transformers
+and vLLM refuse it** (its `peft_type` is unknown to them); `unlearn-peft export --for vllm` writes one that they take.
+"""
+_DENSE_NOTE = """It is a dense delta on `lm_head`, a method that PEFT does not know by itself; transformers'
+`load_adapter` and vLLM do not take it. `unlearn-peft export --for vllm --max-rank 64` writes a LoRA that comes near it,
+and tells how near.
+"""
 
-Losses and KL are means in nats/token. Objective: {recipe["objective"]["name"]}, {metrics["best_step"]} steps,
-learning rate {recipe["learning_rate"]:g}, retain weight {recipe["retain_weight"]:g}.
-{picture}"""
-    (folder / CARD).write_text(text, encoding="utf-8")
+
+def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write README.md in the Hub's model-card format, made with huggingface_hub's own classes.
+
+    Args:
+        folder: where the plots lie, if there are any.
+        manifest: what goes into `forget.json`; a recipe and figures are told where it has them.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    base, kind = manifest.get("base", {}).get("name"), manifest["peft_type"]
+    is_hub_id = bool(base) and base.count("/") == 1 and not base.startswith((".", "/"))
+    recipe, metrics = manifest.get("recipe", {}), manifest.get("metrics", {})
+    dense = kind.startswith(DENSE)
+    tags = ["unlearning", "unlearn_peft", recipe.get("adapter", {}).get("kind", "dense" if dense else "lora")]
+    results = _trained(metrics)
+    data = ModelCardData(
+        base_model=base if is_hub_id else None,
+        base_model_relation="adapter" if is_hub_id else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=tags + (["quantized"] if kind.endswith(QUANTIZED) else []),
+        model_name=_MODEL_NAME if results else None,
+        eval_results=results or None,
+    )
+    named = base or "a language model"
+    parts = [_INTRODUCTION.format(base=named), *_origin(manifest), "## How to attach it\n", *_snippets(named, kind)]
+    if metrics:
+        parts.append(_FIGURES)
+        parts.append("\n".join(f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in metrics.items()))
+        parts.append(
+            f"\nLosses and KL are means in nats/token. Objective: {recipe['objective']['name']}, "
+            f"{metrics['best_step']} steps,\nlearning rate {recipe['learning_rate']:g}, retain weight "
+            f"{recipe['retain_weight']:g}.\n"
+        )
+    pictures = ((CURVES, "forget and retain curves"), (FIGURES, "figures of the evaluation"))
+    parts += [f"![{told}]({name})\n" for name, told in pictures if (folder / name).is_file()]
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts))
+    card.save(folder / CARD)
 
 
-def put_evaluation(folder: Path, section: str) -> Path:
+def _origin(manifest: Mapping[str, Any]) -> list[str]:
+    """Say what else it was made from, and what that took away."""
+    told = []
+    if parts := manifest.get("stack_of"):
+        strengths = ", ".join(f"{part.get('strength', 1):g}" for part in parts)
+        told.append(f"It has the effect of {len(parts)} adapters added up, at strengths {strengths}.\n")
+    if shrunk := manifest.get("shrunk"):
+        how = [f"rank {shrunk['rank']}"] if shrunk["rank"] else []
+        how += [f"{shrunk['bits']} bits a weight"] if shrunk["bits"] else []
+        mean, worst = 100 * shrunk["mean_relative_error"], 100 * shrunk["worst"]["relative_error"]
+        told.append(
+            f"It was made smaller ({', '.join(how)}) from an adapter with weights {shrunk['weights_sha256'][:12]}.\n"
+            f"That lost {mean:.2g} % of a module's change in the mean, {worst:.2g} % at most (Frobenius norm).\n"
+            "Figures of the larger one need not hold for it.\n"
+        )
+    return told
+
+
+def _snippets(base: str, kind: str) -> list[str]:
+    """Return how to attach it, with everything that can: a test runs each of these."""
+    parts = [_OURS.format(base=base)]
+    if kind.endswith(QUANTIZED):
+        return [*parts, _QUANTIZED_NOTE]
+    dense = kind.startswith(DENSE)
+    extra = "import unlearn_peft.adapters.dense  # so that PEFT knows the method\n" if dense else ""
+    parts.append(_PEFT.format(base=base, extra=extra))
+    if dense:
+        return [*parts, _DENSE_NOTE]
+    return [*parts, _TRANSFORMERS.format(base=base), _VLLM.format(base=base)]
+
+
+def _trained(metrics: Mapping[str, Any]) -> list[EvalResult]:
+    """Return the figures of training for the model-index: the whole forget set, and what was held."""
+    from huggingface_hub import EvalResult
+
+    names = {"forget_loss": "forget", "answer_probability": "forget", "held_out_kl": "held_out", "retain_kl": "retain"}
+    args = {"by": _TRAIN}
+    return [
+        EvalResult(
+            task_type=_TASK, dataset_type=rows, dataset_name=f"{rows.replace('_', ' ')} rows (not told)",
+            metric_type=name, metric_value=round(metrics[name], 6), metric_name=name.replace("_", " "),
+            metric_args={**args, "base": round(metrics[f"{name}_base"], 6)} if f"{name}_base" in metrics else args,
+        )
+        for name, rows in names.items()
+        if name in metrics
+    ]  # fmt: skip
+
+
+def put_evaluation(
+    folder: Path, section: str, results: Sequence[EvalResult] = (), pictures: Mapping[str, Path] | None = None
+) -> Path:
     """Put a section into the adapter's card, in place of an earlier evaluation; all else in it stays. Returns its path.
 
     The manifest gets the card's new digest.
 
+    Args:
+        folder: the adapter's directory.
+        section: markdown.
+        results: for the card's model-index, in place of those of an earlier evaluation, or of training.
+        pictures: PNG files by the name that they get beside the card.
+
     Raises:
-        AdapterError: if the card is no text.
+        AdapterError: if the card is no text, or its metadata cannot be read.
         OutputError: if the folder cannot be written to.
     """
     card = folder / CARD
@@ -76,16 +200,44 @@ def put_evaluation(folder: Path, section: str) -> Path:
         text = card.read_text(encoding="utf-8") if card.exists() else ""
     except UnicodeDecodeError:
         raise AdapterError(f"{card} is no text in UTF-8: mend or remove it, and a new one is made") from None
-    block = f"{_BEGIN}\n{section.strip()}\n{_END}\n"
+    for name, picture in (pictures or {}).items():
+        with whole_file(folder / name) as temporary:
+            shutil.copyfile(picture, temporary)
+        note_digest(folder, name)
     earlier = re.search(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", text, re.DOTALL)
-    if earlier:
-        text = text[: earlier.start()] + block + text[earlier.end() :]
-    else:
-        text = f"{text.rstrip()}\n\n{block}".lstrip()
+    before, after = (text[: earlier.start()], text[earlier.end() :]) if earlier else (f"{text.rstrip()}\n\n", "")
+    here = [f"![figures]({name})" for name in pictures or {} if f"]({name})" not in before + after]
+    text = before + "\n\n".join([f"{_BEGIN}\n{section.strip()}", *here]) + f"\n{_END}\n" + after
+    text = text if earlier else text.lstrip()
+    if results:
+        text = _with_results(text, results, card)
     with whole_file(card) as temporary:
         temporary.write_text(text, encoding="utf-8")
     note_digest(folder, CARD)
     return card
+
+
+def _with_results(text: str, results: Sequence[EvalResult], where: Path) -> str:
+    """Return a card's text with other results of this package in its model-index; those of others stay."""
+    import yaml
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard(text if text.startswith("---") else f"---\n---\n\n{text}")
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AdapterError(f"{where} has metadata that cannot be read ({shown(why, 200)}): mend or remove it") from None
+    replaced = {(result.dataset_type, result.metric_type) for result in results}
+    data: Any = card.data
+    kept = [
+        result
+        for result in data.eval_results or []
+        if (by := (result.metric_args or {}).get("by")) != EVALUATED
+        and not (by == _TRAIN and (result.dataset_type, result.metric_type) in replaced)
+    ]
+    data.model_name = data.model_name or _MODEL_NAME
+    data.eval_results = [*kept, *results]
+    return str(card)
 
 
 def draw_curves(

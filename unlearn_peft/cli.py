@@ -13,6 +13,7 @@ import typer
 
 from .cli_evaluate import evaluate
 from .cli_export import export
+from .cli_hub import add_hub
 from .cli_options import (
     AdapterOption,
     BaseOption,
@@ -309,6 +310,7 @@ def merge(
 
 
 add_trust(app)
+add_hub(app)
 
 
 def _part() -> None:

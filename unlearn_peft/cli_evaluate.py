@@ -98,7 +98,7 @@ def evaluate(
     from .evaluate.attacks import Target, check_names, run_attacks
     from .evaluate.evaluation import evaluate as evaluate_
     from .evaluate.evaluation import read_measured
-    from .evaluate.report import check_folder, markdown_section, show, write_report
+    from .evaluate.report import PICTURE, check_folder, eval_results, markdown_section, show, write_report
     from .evaluate.suites import check
     from .evaluate.tofu import truth_ratios
 
@@ -143,7 +143,8 @@ def evaluate(
     )  # fmt: skip
     written = write_report(result, folder, adapter)
     if card:
-        written.append(put_evaluation(adapter[0], markdown_section(result)))
+        pictures = {PICTURE: folder / PICTURE} if (folder / PICTURE).is_file() else {}
+        written.append(put_evaluation(adapter[0], markdown_section(result), eval_results(result), pictures))
     if as_json:
         print(json.dumps(result.figures(), ensure_ascii=False))
     else:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .base import Base, head_is_tied
 from .bundle import CONFIG, WEIGHTS, Bundle, Delta, new_bundle, read_bundle
+from .card import write_card
 from .errors import AdapterError, OutputError
 from .files import whole_folder
 from .trust import Trust
@@ -72,6 +73,7 @@ def stack(
     with new_bundle(Path(output), manifest) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_card(folder, manifest)
     return Path(output)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .base import DTYPES, skeleton
 from .bundle import CONFIG, WEIGHTS, Bundle, Delta, new_bundle, read_bundle
+from .card import write_card
 from .compose import check_set, concatenated, in_order, parts_of
 from .errors import AdapterError, BaseModelError
 from .files import folder_bytes
@@ -119,9 +120,11 @@ def export_vllm(
         "base_model_name_or_path": bundles[0].config.get("base_model_name_or_path"),
     }  # fmt: skip
     made = Export(Path(output), rank, errors)
-    with new_bundle(made.path, _manifest(bundles, factors, made, max_rank, dtype)) as folder:
+    manifest = _manifest(bundles, factors, made, max_rank, dtype)
+    with new_bundle(made.path, manifest) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_card(folder, manifest)
     return made
 
 

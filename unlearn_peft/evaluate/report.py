@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import CONFIG, CURVES
+from ..card import EVALUATED
 from ..errors import OutputError
 from ..files import whole_file
 from . import wording
+from .ability import PREFIX
 from .evaluation import STATES, Evaluation
 from .picture import draw, drawable, panels
 from .score import Score
@@ -134,6 +136,42 @@ def markdown_section(evaluation: Evaluation) -> str:
         lines += [_line(*row) for row in wording.attack_rows(evaluation.attacks)]
     lines += ["", *(f"- {note}" for note in wording.notes(evaluation)), ""]
     return "\n".join(lines)
+
+
+def eval_results(evaluation: Evaluation) -> list[Any]:
+    """Return the figures with the adapter, the base's beside them, as huggingface_hub's `EvalResult`."""
+    from huggingface_hub import EvalResult
+
+    results = []
+    for name in evaluation.names:
+        now, base = evaluation.score(name, "with"), evaluation.score(name, "before")
+        if now is None:
+            continue
+        rows = _rows_of(name)
+        args: dict[str, Any] = {
+            "by": EVALUATED, "unit": now.unit, "n": now.n, "low": round(now.low, 6), "high": round(now.high, 6),
+            "higher_is_better": now.higher_is_better, **({"base": round(base.value, 6)} if base else {}),
+        }  # fmt: skip
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=rows,
+                dataset_name=f"{rows.replace('_', ' ')} rows (not told)",
+                metric_type=name,
+                metric_name=wording.label(name),
+                metric_value=round(now.value, 6),
+                metric_args=args,
+            )  # fmt: skip
+        )
+    return results
+
+
+def _rows_of(name: str) -> str:
+    """Return which rows a figure is about; of a harness task, its name."""
+    if name.startswith(PREFIX):
+        return name.removeprefix(PREFIX).partition(":")[0].partition(",")[0]
+    sets = ("forget", "retain", "neighbours", "free_text", "real_authors", "world_facts")
+    return next((rows for rows in sets if name.startswith(rows)), "probes" if "leak" in name else "answers")
 
 
 def show(evaluation: Evaluation) -> None:

@@ -1,0 +1,179 @@
+"""Smaller adapters: what they lose, who can read them, and packed weights that lie."""
+
+import json
+
+import pytest
+import torch
+from conftest import logits
+from safetensors.torch import load_file, save_file
+
+from unlearn_peft import attach, detach, read_bundle, unlearn
+from unlearn_peft.errors import AdapterError
+from unlearn_peft.export import export_vllm
+from unlearn_peft.packed import pack, unpack
+from unlearn_peft.shrink import shrink
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture
+def adapter(tiny, make_adapter):
+    return make_adapter(tiny, "a", r=8)
+
+
+def changes(path):
+    """Each module's whole change, as a matrix."""
+    return {
+        name: delta.scale * (delta.up.float() if delta.down is None else delta.up.float() @ delta.down.float())
+        for name, delta in read_bundle(path).deltas.items()
+    }
+
+
+def with_it(tiny, path):
+    attach(tiny, path)
+    changed = logits(tiny)
+    detach(tiny)
+    return changed
+
+
+@pytest.mark.parametrize("bits, most", [(8, 0.01), (4, 0.17)])
+@pytest.mark.parametrize("shape", [(8, 32), (3, 64), (2, 200), (1, 2), (5, 33)])
+@pytest.mark.parametrize("side", ["lora_A", "lora_B", "dense_head_delta"])
+def test_a_packed_matrix_comes_back_nearly(bits, most, shape, side):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    problems = []
+    stored = pack(f"m.{side}", matrix.T if side == "lora_B" else matrix, bits)
+    found = unpack(stored, problems)[f"m.{side}.weight"]
+    assert not problems and found.is_contiguous()
+    assert (found - (matrix.T if side == "lora_B" else matrix)).norm() / matrix.norm() < most
+    assert sum(t.numel() * t.element_size() for t in stored.values()) <= matrix.numel() + 2 * sum(shape) * 2
+    assert torch.equal(
+        unpack(pack(f"m.{side}", torch.zeros(2, 64), bits), [])[f"m.{side}.weight"].abs().max(), torch.tensor(0.0)
+    )
+
+
+@pytest.mark.parametrize("how", [{"bits": 8}, {"bits": 4}, {"rank": 4}, {"rank": 2, "bits": 8}, {"rank": 1, "bits": 4}])
+def test_what_is_lost_is_told_truly_and_it_attaches(tiny, adapter, tmp_path, how):
+    made = shrink(adapter, tmp_path / "small", **how)
+    before, after = changes(adapter), changes(made.path)
+    assert before.keys() == after.keys() == made.errors.keys()
+    for name, error in made.errors.items():
+        assert error == pytest.approx(
+            float((after[name] - before[name]).norm() / before[name].norm()), rel=1e-3, abs=1e-6
+        )
+    assert made.worst[1] == max(made.errors.values())
+    manifest = read_bundle(made.path).manifest["shrunk"]
+    assert manifest["worst"]["relative_error"] == made.worst[1]
+    assert manifest["weights_sha256"] == read_bundle(adapter).digest
+    full, small = with_it(tiny, adapter), with_it(tiny, made.path)
+    assert (small - full).norm() < (logits(tiny) - full).norm()  # nearer to the adapter than the base is
+    if how == {"bits": 8}:
+        assert made.worst[1] < 0.02 and (small - full).norm() < 0.02 * (logits(tiny) - full).norm()
+
+
+def test_ranks_are_cut_as_well_as_can_be_and_peft_reads_it(tiny, adapter, tmp_path):
+    from peft import PeftModel
+
+    made = shrink(adapter, tmp_path / "small", rank=3)
+    for name, whole in changes(adapter).items():
+        values = torch.linalg.svdvals(whole)
+        assert made.errors[name] == pytest.approx(float(values[3:].norm() / values.norm()), rel=1e-3)
+    expected = with_it(tiny, made.path)
+    tiny.model = PeftModel.from_pretrained(tiny.model, made.path)
+    assert torch.allclose(logits(tiny), expected, atol=1e-4)
+    assert shrink(adapter, tmp_path / "same", rank=64).worst[1] < 1e-5
+
+
+def test_others_refuse_packed_weights_instead_of_passing_over_them(tiny, adapter, tmp_path):
+    from peft import PeftModel
+
+    made = shrink(adapter, tmp_path / "small", bits=4)
+    with pytest.raises(KeyError, match="LORA_QUANTIZED"):
+        PeftModel.from_pretrained(tiny.model, made.path)
+    with pytest.raises(KeyError, match="LORA_QUANTIZED"):
+        tiny.model.load_adapter(str(made.path))
+    exported = export_vllm([made.path], tmp_path / "vllm").path
+    assert torch.allclose(with_it(tiny, exported), with_it(tiny, made.path), atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [{"bits": 8}, {"bits": 4}, {"rank": 16}, {"rank": 16, "bits": 8}])
+def test_a_dense_head_is_packed_or_becomes_a_lora(tiny, fields, tmp_path, how):
+    path = unlearn(tiny, **{**fields, "adapter": {"kind": "head", "form": "dense"}}).path
+    made = shrink(path, tmp_path / "small", **how)
+    (before,), (after,) = changes(path).values(), changes(made.path).values()
+    assert made.worst[1] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-2, abs=1e-6)
+    assert made.worst[1] < (0.9 if "rank" in how else 0.2)
+    with_it(tiny, made.path)
+
+
+def test_what_cannot_be_done_is_told(adapter, tmp_path):
+    for how, told in (
+        ({}, "nothing to do"), ({"bits": 5}, "expected 8 or 4"), ({"rank": 0}, "at least 1"),
+        ({"rank": 1, "max_error": 0.01}, "more than 0.01"),
+    ):  # fmt: skip
+        with pytest.raises(AdapterError, match=told):
+            shrink(adapter, tmp_path / "small", **how)
+    assert not (tmp_path / "small").exists()
+
+
+# --- packed weights that lie ------------------------------------------------------------------------------------------
+
+
+def edit(change):
+    def spoil(path):
+        tensors = load_file(path / WEIGHTS)
+        change(tensors, sorted(key for key in tensors if key.endswith("int4"))[0].removesuffix(".int4"))
+        save_file(tensors, path / WEIGHTS)
+
+    return spoil
+
+
+def config(**values):
+    def spoil(path):
+        old = json.loads((path / CONFIG).read_text())
+        (path / CONFIG).write_text(json.dumps({**old, **values}))
+
+    return spoil
+
+
+HOSTILE = {
+    "no scales": (edit(lambda t, n: t.pop(f"{n}.scales")), "expected one for 64 values"),
+    "no values": (edit(lambda t, n: t.pop(f"{n}.int4")), "has no values beside it"),
+    "few scales": (edit(lambda t, n: t.update({f"{n}.scales": torch.ones(1, 1).half()})), "expected one for 64 values"),
+    "wide scales": (edit(lambda t, n: t.update({f"{n}.scales": t[f"{n}.scales"].float()})), "another dtype than F16"),
+    "NaN": (edit(lambda t, n: t[f"{n}.scales"].fill_(float("nan"))), "NaN or infinity"),
+    "huge": (edit(lambda t, n: t[f"{n}.scales"].fill_(9000)), "unpacks to"),
+    "floats": (edit(lambda t, n: t.update({f"{n}.int4": t[f"{n}.int4"].float()})), "is no packed weight"),
+    "int8 in U8": (edit(lambda t, n: t.update({f"{n}.int8": t.pop(f"{n}.int4")})), "is no packed weight"),
+    "twice": (
+        edit(lambda t, n: t.update({f"{n}.int8": torch.zeros(len(t[f"{n}.int4"]), 32, dtype=torch.int8)})),
+        "packed twice",
+    ),
+    "vector": (edit(lambda t, n: t.update({f"{n}.int4": t[f"{n}.int4"].view(-1)})), "expected one for 64 values"),
+    "alien": (edit(lambda t, n: t.update({"evil.int8": torch.zeros(1, 64, dtype=torch.int8)})), "expected one for 64"),
+    "no LoRA": (
+        edit(lambda t, n: t.update({"x.int8": torch.ones(1, 2).to(torch.int8), "x.scales": torch.ones(1, 1).half()})),
+        "is no LoRA weight",
+    ),
+    "rank lied": (config(r=7), "says 7"),
+    "said to be plain": (config(peft_type="LORA"), "has dtype 'U8'"),
+    "said to be dense": (config(peft_type="DENSE_HEAD_QUANTIZED"), "no dense delta"),
+    "another kind": (config(peft_type="IA3_QUANTIZED"), "peft_type is 'IA3_QUANTIZED'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_packed_weights_that_lie_are_refused(adapter, tmp_path, name):
+    path = shrink(adapter, tmp_path / "small", bits=4).path
+    (path / "forget.json").unlink()
+    spoil, told = HOSTILE[name]
+    spoil(path)
+    with pytest.raises(AdapterError, match=told):
+        read_bundle(path)
+
+
+def test_too_much_to_unpack_is_refused(adapter, tmp_path, monkeypatch):
+    path = shrink(adapter, tmp_path / "small", bits=4).path
+    monkeypatch.setattr("unlearn_peft.packed.MOST_BYTES", 100)
+    with pytest.raises(AdapterError, match="bytes of packed weights"):
+        read_bundle(path)
