@@ -10,9 +10,9 @@ import unlearn_peft
 PACKAGE = Path(unlearn_peft.__file__).parent
 RANKS = {
     "errors": 0, "files": 1, "mapped": 1, "functions": 1, "objective_settings": 1, "quantized": 1, "recipe": 2,
-    "base": 2, "data": 3, "objectives": 3, "adapters": 4, "batch": 4, "cache": 4, "layers": 4, "pieces": 4, "specific": 4,
-    "refusals": 4, "schedule": 4, "sharded": 4, "compiled": 4, "bundle": 5, "forward": 5, "trunk": 5, "checkpoints": 5,
-    "signals": 5, "frozen": 6, "gates": 6, "residents": 7, "bank": 8, "attaching": 9,
+    "base": 2, "data": 3, "objectives": 3, "adapters": 4, "batch": 4, "cache": 4, "layers": 4, "pieces": 4,
+    "specific": 4, "refusals": 4, "schedule": 4, "sharded": 4, "compiled": 4, "bundle": 5, "forward": 5, "trunk": 5,
+    "checkpoints": 5, "signals": 5, "frozen": 6, "gates": 6, "residents": 7, "bank": 8, "attaching": 9,
     "engine": 7, "compose": 7, "export": 8, "generate": 7, "learner": 8, "train": 9, "own_answers": 8, "compare": 10,
     "auto_retain": 8, "card": 6, "evaluate": 10, "save": 10, "run": 11, "serve": 11, "cli_options": 12,
     "cli_evaluate": 13, "cli_export": 13, "cli_serve": 13, "cli_tenant": 13, "cli": 14,

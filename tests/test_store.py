@@ -25,6 +25,7 @@ from sqlalchemy import event
 
 from unlearn_peft.errors import PolicyError
 from unlearn_peft.serve import store as store_module
+from unlearn_peft.serve import tables
 from unlearn_peft.serve.policy import key_digest, make_policy
 from unlearn_peft.serve.policy_file import dump_policy, parse_policy, read_policy
 from unlearn_peft.serve.store import PolicyStore, open_policy
@@ -392,6 +393,7 @@ def test_writers_of_many_threads(filled, where):
 
 def change_much(where, name, rounds, told):
     """Change the store, in a process of its own, and note in the file `told` what was confirmed."""
+    tables.PATIENCE = 120  # four writers without a pause, on a busy machine
     store = PolicyStore(where, create=True)
     with told.open("w", buffering=1) as stream:
         for n in range(rounds):
