@@ -13,8 +13,9 @@ all; a ratio is the median over the turns, of tokens per second:
 - crowd: as singles, with 1,000 adapters registered and 64 resident.
 
 Adapters have random weights: what is computed does not depend on them. Then, for one adapter (the demo's if `make demo`
-has run, else a random one of its shape): attaching it from disk, swapping it for one that is read from disk, and
-removing it, in ms, median of 21.
+has run, else a random one of its shape), in ms, median of 21: attaching it from disk, swapping it for one that is read
+from disk (attach_ms and swap_ms are mostly reading and verifying), removing it, and changing from one resident adapter
+to another (switch_ms: what the first token after that costs more than the next).
 """
 
 import argparse
@@ -148,18 +149,25 @@ def changes(base, adapter, folder):
 
     found = (adapter / "adapter_config.json").is_file()
     path = adapter if found else random_adapter(base.model, folder / "demo", ("q_proj", "v_proj"), 16, 0)
-    bank, took = Bank(base.model, base.tokenizer), {"attach_ms": [], "swap_ms": [], "remove_ms": []}
+    bank = Bank(base.model, base.tokenizer)
+    took = {"attach_ms": [], "swap_ms": [], "remove_ms": [], "switch_ms": []}
     bank.load("warm", path)  # the base's fingerprint is taken once
 
-    def timed(name, act, *args):
+    def timed(act, *args):
         began = time.perf_counter()
         act(*args)
-        took[name].append(1000 * (time.perf_counter() - began))
+        return 1000 * (time.perf_counter() - began)
 
-    for _ in range(21):
-        timed("attach_ms", bank.load, "new", path)
-        timed("swap_ms", bank.swap, "new", path)
-        timed("remove_ms", bank.remove, "new")
+    def step(sets):
+        with torch.no_grad(), bank.rows(sets):
+            base.model(torch.zeros(1, 1, dtype=torch.long))
+
+    for n in range(21):
+        took["attach_ms"].append(timed(bank.load, "new", path))
+        took["swap_ms"].append(timed(bank.swap, "new", path))
+        sets = [{"new": 1 + n / 100}]  # never the same set twice: nothing of it is laid out already
+        took["switch_ms"].append(timed(step, sets) - timed(step, sets))
+        took["remove_ms"].append(timed(bank.remove, "new"))
     return {name: median(values) for name, values in took.items()} | {"adapter": str(path) if found else "random"}
 
 

@@ -119,10 +119,13 @@ class _Layer:
         rows, some = self.rows, self.down if self.down is not None else self.dense[0][0]
         if rows > 1 and x.dim() != 3:
             _check_flat(name, x)
-        x = x.reshape(rows, -1, x.shape[-1]).to(some.dtype)  # (rows, T, in): what repeats a row stands beside it
-        found = output.reshape(rows, -1, output.shape[-1])
-        if output.requires_grad or output.dtype != some.dtype:
-            found = found.to(some.dtype, copy=True)
+        found = output
+        if x.dim() != 3 or x.shape[0] != rows:  # (rows, T, in): what repeats a row stands beside it
+            x, found = x.reshape(rows, -1, x.shape[-1]), output.reshape(rows, -1, output.shape[-1])
+        if x.dtype != some.dtype:
+            x = x.to(some.dtype)
+        if output.requires_grad or output.dtype != some.dtype or not found.is_contiguous():
+            found = found.to(some.dtype, copy=True, memory_format=torch.contiguous_format)
         if self.up is not None and self.down is not None:
             if self.gate is None:
                 found.baddbmm_(torch.bmm(x, self.down), self.up)
