@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,13 @@ def _sign(path: Path, choose: Callable[[Any], Any], check: Callable[[Bundle], An
     config.set_hashing_config(how.set_ignored_paths(paths=UNSIGNED, ignore_git_paths=False))
     try:
         choose(config)
+        with tempfile.TemporaryDirectory(prefix="unlearn_peft_") as elsewhere:  # all that lies in `path` is signed
+            config.sign(path, Path(elsewhere) / SIGNATURE)
+            signature = (Path(elsewhere) / SIGNATURE).read_bytes()
+        if claimed(signature) != digests:
+            raise AdapterError(f"the adapter {path} changed while it was signed: it is not signed, try again")
         with whole_file(path / SIGNATURE) as temporary:
-            config.sign(path, temporary)
-            if claimed(temporary.read_bytes()) != digests:
-                raise AdapterError(f"the adapter {path} changed while it was signed: it is not signed, try again")
+            temporary.write_bytes(signature)
     except (AdapterError, OutputError):
         raise
     except Exception as error:  # the libraries' own, of many kinds
