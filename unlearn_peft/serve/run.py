@@ -23,7 +23,12 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, *, ready: Callable[[str], None] = lambda url: None) -> None:
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="on"))
+        # clients must be the first to let an idle connection go, or one of their requests meets a closed one; most of
+        # them (httpx) do after 5 s, proxies after 60
+        config = uvicorn.Config(
+            app, log_level="warning", timeout_graceful_shutdown=2, timeout_keep_alive=75, lifespan="on"
+        )
+        super().__init__(config)
         self.front: Front = app.state.front
         self._ready, self._told, self._deadline = ready, False, 0.0
 
