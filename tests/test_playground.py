@@ -14,6 +14,7 @@ from serving import KEYS, Fixed, make_adapters, make_policy_values, running
 
 from unlearn_peft import load_base
 from unlearn_peft.bank import Applied
+from unlearn_peft.bundle import read_bundle
 from unlearn_peft.errors import PolicyError
 from unlearn_peft.serve.audit import AuditLog
 from unlearn_peft.serve.engine import Candidate, EngineStats, Piece, TokenLogprobs, Unavailable
@@ -259,6 +260,15 @@ def test_cards_take_a_folder_for_hostile(tmp_path):
     before = card("odd", AdapterEntry(path=str(folder)))
     (folder / "adapter_model.safetensors").write_bytes(b"changed")
     assert card("odd", AdapterEntry(path=str(folder)))["sha256"] != before["sha256"] and before["as_policy"] is None
+
+
+def test_a_card_tells_whether_the_adapter_is_the_one_that_the_policy_pins(tmp_path, tiny_folder):
+    folder = make_adapters(tmp_path, tiny_folder, seeds=(1,))["a"]
+    pinned = AdapterEntry(path=str(folder), sha256=read_bundle(folder).identity)
+    assert card("a", pinned)["as_policy"] is True and card("a", pinned)["sha256"] == pinned.sha256
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 1'))
+    assert card("a", pinned)["as_policy"] is False
 
 
 def test_the_page_is_self_contained_and_strict(tmp_path):

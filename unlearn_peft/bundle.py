@@ -23,7 +23,7 @@ from .errors import AdapterError, OutputError, refuse, shown
 from .files import folder_bytes, whole_file, whole_folder
 from .packed import floats
 from .trust import SIGNATURE, UNSIGNED, Trust
-from .untrusted import LARGEST, Weights, list_files, read_file, read_weights, sha256_of, strict_json
+from .untrusted import LARGEST, Weights, list_files, read_file, read_weights, sha256_of, sha256_of_stream, strict_json
 
 WEIGHTS, CONFIG, MANIFEST, CARD, CURVES = (
     "adapter_model.safetensors",
@@ -206,7 +206,7 @@ def read_bundle(
     if trust is not None:
         untrusted, signed_by = trust.problems(files, signature)
         problems += untrusted
-    identity = hashlib.sha256(f"{files[WEIGHTS]} {files.get(CONFIG)}".encode()).hexdigest()
+    identity = identity_of(files[WEIGHTS], files.get(CONFIG))
     bundle = Bundle(path, config or {}, deltas, manifest, files[WEIGHTS], identity, files, signature, signed_by)
     if problems:
         refuse(f"the adapter {path} is refused", [*problems, *(also(bundle) if also else ())], _COPY_AGAIN)
@@ -264,13 +264,15 @@ def check_output(path: Path) -> None:
         )
 
 
+def identity_of(weights: str, config: str | None) -> str:
+    """Return `Bundle.identity` from the sha256 of the two files."""
+    return hashlib.sha256(f"{weights} {config}".encode()).hexdigest()
+
+
 def sha256(path: Path) -> str:
     """Return the sha256 of a file, in hex."""
     with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return sha256_of_stream(stream)
 
 
 def _json(path: Path, files: dict[str, str], problems: list[str]) -> dict[str, Any] | None:

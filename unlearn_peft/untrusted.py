@@ -110,7 +110,7 @@ def sha256_of(path: Path, most: int = MOST_WEIGHT_BYTES) -> str:
         AdapterError: see `opened`.
     """
     with opened(path, most) as (stream, _):
-        return _streamed(stream)
+        return sha256_of_stream(stream)
 
 
 def strict_json(data: bytes, *, values: bool = True) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def read_weights(path: Path, problems: list[str]) -> Weights:
         stream.seek(0)
         if wrong:
             problems.append(wrong)
-            return Weights({}, _streamed(stream))
+            return Weights({}, sha256_of_stream(stream))
         data = _whole(path, stream, size)
         if data[: len(head)] != head:
             raise AdapterError(f"{path} changed while it was read: try again when nobody writes to it")
@@ -282,7 +282,8 @@ def _whole(path: Path, stream: IO[bytes], size: int) -> bytes:
     return data
 
 
-def _streamed(stream: IO[bytes]) -> str:
+def sha256_of_stream(stream: IO[bytes]) -> str:
+    """Return the sha256 of the rest of an open file, in hex, without holding it in memory."""
     digest = hashlib.sha256()
     while block := stream.read(1 << 20):
         digest.update(block)

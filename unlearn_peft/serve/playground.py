@@ -23,14 +23,14 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from ..bundle import CONFIG, CURVES, MANIFEST, WEIGHTS, sha256
+from ..bundle import CONFIG, CURVES, MANIFEST, WEIGHTS, identity_of, sha256
+from ..card import FIGURES
 from ..errors import PolicyError
 from .front import Call, Front
 from .openai_api import ApiError
 from .policy import AdapterEntry
 
-FIGURES = "figures.png"  # of `unlearn-peft eval`, whose default place is ADAPTER.eval beside the adapter
-PICTURES = (CURVES, FIGURES)
+PICTURES = (CURVES, FIGURES)  # the second of `unlearn-peft eval`, whose default place is ADAPTER.eval beside it
 _PAGE = Path(__file__).parent / "page"
 _FILES = {"playground.css": "text/css"} | dict.fromkeys(("playground.js", "server.js", "tokens.js"), "text/javascript")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -115,7 +115,8 @@ def card(name: str, entry: AdapterEntry) -> dict[str, Any]:
     config, manifest = _json(folder / CONFIG), _json(folder / MANIFEST)
     ranks = [config.get("r"), *_mapping(config.get("rank_pattern")).values()]
     targets, recipe = config.get("target_modules"), _mapping(manifest.get("recipe"))
-    metrics, digest = _mapping(manifest.get("metrics")), _digest(folder / WEIGHTS)
+    metrics, weights, settings = _mapping(manifest.get("metrics")), _digest(folder / WEIGHTS), _digest(folder / CONFIG)
+    digest = None if weights is None or settings is None else identity_of(weights, settings)
     return {
         "name": name,
         "sha256": digest,
