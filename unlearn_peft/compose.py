@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
@@ -57,12 +57,9 @@ def stack(
         tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = up.to(parts[0][0].up.dtype).contiguous()
         ranks[name] = down.shape[0]
-    most = max(ranks.values())
-    other = {name: rank for name, rank in ranks.items() if rank != most}
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "r": most, "lora_alpha": most,
-        "target_modules": sorted(ranks), "rank_pattern": other, "alpha_pattern": other, "bias": "none",
-        "base_model_name_or_path": bundles[0].config.get("base_model_name_or_path"),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "target_modules": sorted(ranks),
+        "base_model_name_or_path": bundles[0].config.get("base_model_name_or_path"), **scaled_by_one(ranks),
     }  # fmt: skip
     manifest = {
         "base": bundles[0].manifest.get("base", {}),
@@ -70,11 +67,29 @@ def stack(
         "stack_of": [{"weights_sha256": b.digest, "strength": f} for b, f in zip(bundles, factors, strict=True)],
         "versions": {"unlearn-peft": version("unlearn-peft")},
     }
-    with new_bundle(Path(output), manifest) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_made(Path(output), tensors, config, manifest)
+    return Path(output)
+
+
+def scaled_by_one(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return the part of a LoRA's config that says its ranks, by module, where scalings are folded into the factors."""
+    most = max(ranks.values())
+    other = {name: rank for name, rank in ranks.items() if rank != most}
+    return {"r": most, "lora_alpha": most, "rank_pattern": other, "alpha_pattern": other, "bias": "none"}
+
+
+def write_made(
+    output: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> None:
+    """Write an adapter that was made from others, with its card, whole or not at all.
+
+    Raises:
+        OutputError: if `output` holds something else than an adapter, or cannot be written.
+    """
+    with new_bundle(output, manifest) as folder:
+        save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_card(folder, manifest)
-    return Path(output)
 
 
 def check_set(bundles: Sequence[Bundle], factors: Sequence[float]) -> None:

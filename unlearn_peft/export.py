@@ -10,7 +10,6 @@ the weights and applies nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .base import DTYPES, skeleton
-from .bundle import CONFIG, WEIGHTS, Bundle, Delta, new_bundle, read_bundle
-from .card import write_card
-from .compose import check_set, concatenated, in_order, parts_of
+from .bundle import Bundle, Delta, read_bundle
+from .compose import check_set, concatenated, in_order, parts_of, write_made
 from .errors import AdapterError, BaseModelError
 from .files import folder_bytes
 
@@ -121,10 +118,7 @@ def export_vllm(
     }  # fmt: skip
     made = Export(Path(output), rank, errors)
     manifest = _manifest(bundles, factors, made, max_rank, dtype)
-    with new_bundle(made.path, manifest) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        write_card(folder, manifest)
+    write_made(made.path, tensors, config, manifest)
     return made
 
 

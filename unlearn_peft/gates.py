@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -48,7 +49,7 @@ class Resident:
             deltas[name] = Delta(delta.up.to(weight.device, dtype), down, delta.scale)
         return cls(bundle, deltas, different_base)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Memory that its tensors take."""
         tensors = [t for delta in self.deltas.values() for t in (delta.up, delta.down) if t is not None]

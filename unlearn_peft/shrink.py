@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,12 +9,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapter_config import DENSE, LORA
-from .bundle import CONFIG, WEIGHTS, Bundle, Delta, new_bundle, read_bundle
-from .card import write_card
+from .bundle import WEIGHTS, Bundle, Delta, read_bundle
+from .compose import scaled_by_one, write_made
 from .errors import AdapterError
 from .export import truncated
 from .files import folder_bytes
@@ -106,10 +104,7 @@ def shrink(
             f"'{made.worst[0]}' would lose {made.worst[1]:.3g} of its change, more than {max_error:g}: keep more ranks "
             "or bits"
         )
-    with new_bundle(made.path, manifest := _manifest(bundle, made, rank, bits, bool(ranks))) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(_config(bundle, ranks, bits), indent=2, sort_keys=True) + "\n")
-        write_card(folder, manifest)
+    write_made(made.path, tensors, _config(bundle, ranks, bits), _manifest(bundle, made, rank, bits, bool(ranks)))
     return made
 
 
@@ -151,11 +146,7 @@ def _config(bundle: Bundle, ranks: dict[str, int], bits: int | None) -> dict[str
         "target_modules": sorted(bundle.deltas),
         "base_model_name_or_path": bundle.config.get("base_model_name_or_path"),
     }  # fmt: skip
-    if ranks:
-        most = max(ranks.values())
-        other = {name: rank for name, rank in ranks.items() if rank != most}
-        config |= {"r": most, "lora_alpha": most, "rank_pattern": other, "alpha_pattern": other, "bias": "none"}
-    return config
+    return config | scaled_by_one(ranks) if ranks else config
 
 
 def _manifest(bundle: Bundle, made: Shrunk, rank: int | None, bits: int | None, lora: bool) -> dict[str, Any]:
