@@ -400,7 +400,7 @@ def change_much(where, name, rounds, told):
             tenant = f"{name}-{n}"
             stream.write(f"{store.add(tenant, who=name)}\n")
             stream.write(f"{store.adapter(f'own-{name}', f'/srv/{n}', None, who=name)}\n")
-            stream.write(f"{store.forget(tenant, f'own-{name}', 1 + n, who=name)}\n")
+            stream.write(f"{store.forget(tenant, f'own-{name}', 1 + n % 16, who=name)}\n")
             stream.write(f"{store.add_key(tenant, who=name)}\n")
             if n % 3:
                 stream.write(f"{store.remove(f'{name}-{n - 1}', who=name)}\n")
