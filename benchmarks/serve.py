@@ -13,9 +13,9 @@ all; a ratio is the median over the turns, of tokens per second:
 - crowd: as singles, with 1,000 adapters registered and 64 resident.
 
 Adapters have random weights: what is computed does not depend on them. Then, for one adapter (the demo's if `make demo`
-has run, else a random one of its shape), in ms, median of 21: attaching it from disk, swapping it for one that is read
-from disk (attach_ms and swap_ms are mostly reading and verifying), removing it, and changing from one resident adapter
-to another (switch_ms: what the first token after that costs more than the next).
+has run, else a random one of its shape), in ms, median of 21: attaching it from disk (attach_ms: mostly reading and
+verifying), swapping it for one that was read before (swap_ms) or is read now (swap_from_disk_ms), removing it, and
+asking for another set of resident ones in the next batch (switch_ms: what its first token costs more than the second).
 """
 
 import argparse
@@ -145,17 +145,17 @@ def crowded(base, paths):
 
 def changes(base, adapter, folder):
     """Return how long it takes to attach an adapter from disk, to swap, and to remove, in ms."""
-    from unlearn_peft import Bank
+    from unlearn_peft import Bank, attach, detach, read_bundle, swap
 
     found = (adapter / "adapter_config.json").is_file()
     path = adapter if found else random_adapter(base.model, folder / "demo", ("q_proj", "v_proj"), 16, 0)
-    bank = Bank(base.model, base.tokenizer)
-    took = {"attach_ms": [], "swap_ms": [], "remove_ms": [], "switch_ms": []}
-    bank.load("warm", path)  # the base's fingerprint is taken once
+    bank, read = Bank.of(base), read_bundle(path)
+    took = {name: [] for name in ("attach_ms", "swap_ms", "swap_from_disk_ms", "remove_ms", "switch_ms")}
+    bank.load("resident", path)  # the base's fingerprint is taken once
 
-    def timed(act, *args):
+    def timed(act, *args, **named):
         began = time.perf_counter()
-        act(*args)
+        act(*args, **named)
         return 1000 * (time.perf_counter() - began)
 
     def step(sets):
@@ -163,11 +163,12 @@ def changes(base, adapter, folder):
             base.model(torch.zeros(1, 1, dtype=torch.long))
 
     for n in range(21):
-        took["attach_ms"].append(timed(bank.load, "new", path))
-        took["swap_ms"].append(timed(bank.swap, "new", path))
-        sets = [{"new": 1 + n / 100}]  # never the same set twice: nothing of it is laid out already
+        took["attach_ms"].append(timed(attach, base, path, name="one"))
+        took["swap_ms"].append(timed(swap, base, "one", read, name="two"))
+        took["swap_from_disk_ms"].append(timed(swap, base, "two", path, name="three"))
+        took["remove_ms"].append(timed(detach, base, "three"))
+        sets = [{"resident": 1 + n / 100}]  # never the same set twice: nothing of it is laid out already
         took["switch_ms"].append(timed(step, sets) - timed(step, sets))
-        took["remove_ms"].append(timed(bank.remove, "new"))
     return {name: median(values) for name, values in took.items()} | {"adapter": str(path) if found else "random"}
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .bank import Bank
-from .bundle import read_bundle
+from .bundle import Bundle, read_bundle
 from .errors import AdapterError
 from .trust import Trust
 
 
 def attach(
     model: Any,
-    *adapters: str | Path,
+    *adapters: str | Path | Bundle,
     strength: float | Sequence[float] = 1.0,
     name: str | None = None,
     allow_different_base: bool = False,
@@ -25,7 +26,8 @@ def attach(
 
     Args:
         model: a transformers model or a `Base`.
-        adapters: adapter directories; a stack of them is the exact sum of their effects, in any order.
+        adapters: adapter directories, or what `read_bundle` read of one before; a stack of them is the exact sum of
+            their effects, in any order.
         strength: factor on the effect, one for all or one each; 1 is as trained, 0 is off.
         name: for a single adapter, another name than its folder's.
         allow_different_base: attach even if the base's fingerprint differs (shapes must still fit). This is logged.
@@ -41,7 +43,7 @@ def attach(
     before, names = bank.adapters, []
     try:
         for path, factor in zip(adapters, strengths, strict=True):
-            bundle = read_bundle(path, trust=trust, also=lambda read: bank.misfits(read, allow_different_base))
+            bundle = _read(path, bank, trust, allow_different_base)
             names.append(name if name and len(adapters) == 1 else bundle.name)
             bank.attach(bundle, names[-1], factor, allow_different_base=allow_different_base)
     except BaseException:
@@ -58,12 +60,21 @@ def detach(model: Any, *names: str) -> None:
 
 
 def swap(
-    model: Any, old: str, new: str | Path, *, strength: float = 1.0, name: str | None = None, trust: Trust | None = None
+    model: Any,
+    old: str,
+    new: str | Path | Bundle,
+    *,
+    strength: float = 1.0,
+    name: str | None = None,
+    trust: Trust | None = None,
 ) -> str:
-    """Replace the adapter named `old` by the one in the folder `new`; if that is refused, `old` stays."""
+    """Replace the adapter named `old` by the one in the folder `new`; if that is refused, `old` stays.
+
+    Most of the time goes into reading and checking files: what `read_bundle` read before is there at once.
+    """
     bank = Bank.of(model)
     before = bank.adapters
-    bundle = read_bundle(new, trust=trust, also=bank.misfits)
+    bundle = _read(new, bank, trust)
     try:
         bank.detach(old)
         bank.attach(bundle, name or bundle.name, strength)
@@ -80,11 +91,11 @@ def attached(model: Any) -> dict[str, float]:
 
 @contextmanager
 def forgetting(
-    model: Any, *adapters: str | Path, strength: float | Sequence[float] = 1.0, trust: Trust | None = None
+    model: Any, *adapters: str | Path | Bundle, strength: float | Sequence[float] = 1.0, trust: Trust | None = None
 ) -> Iterator[Any]:
     """Attach inside a `with` block, and be as before after it.
 
-    `adapters` are directories, as for `attach` (so are `strength` and `trust`); `with forgetting(model, "a", "b"): ...`
+    `adapters` are directories or bundles, as for `attach` (so are `strength` and `trust`); `with forgetting(model, "a", "b"): ...`
     stacks two.
     """
     bank = Bank.of(model)
@@ -94,3 +105,9 @@ def forgetting(
         yield model
     finally:
         bank.restore(before)
+
+
+def _read(adapter: str | Path | Bundle, bank: Bank, trust: Trust | None, allow_different_base: bool = False) -> Bundle:
+    if not isinstance(adapter, Bundle):
+        return read_bundle(adapter, trust=trust, also=lambda read: bank.misfits(read, allow_different_base))
+    return adapter if trust is None else replace(adapter, signed_by=trust.check(adapter))
