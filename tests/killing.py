@@ -53,9 +53,12 @@ class Killer:
 def prepare(base_folder, adapters):
     """Load everything, and return the jobs by name."""
     sys.path.insert(0, str(Path(__file__).parent))
+    import filelock  # noqa: F401  (with the next: what `pull` imports when it is called, so that children need not)
+    import huggingface_hub.utils  # noqa: F401
     from conftest import FORGET, RETAIN
 
     import unlearn_peft.export
+    import unlearn_peft.hub
     from unlearn_peft import load_base, unlearn
     from unlearn_peft.compose import stack
     from unlearn_peft.files import whole_file
@@ -72,6 +75,7 @@ def prepare(base_folder, adapters):
         learning_rate=5e-3, eval_every=3, own_answers=0, warmup_steps=0, forget_batch=3, retain_batch=4,
         save_dtype="float32", checkpoint_every=1, cache_gb=0, quiet=True,
     )  # fmt: skip
+    unlearn_peft.download._library()
     base, other = (load_base(base_folder, device="cpu") for _ in range(2))
     trained = {}
     for seed in (0, 1):  # what is saved: kept on a base of its own, learnt in this process
@@ -110,10 +114,9 @@ def prepare(base_folder, adapters):
             with whole_file(Path(where)) as temporary:
                 temporary.write_text(dump_policy(make_policy({"adapters": {}, "tenants": tenants}, "tests")))
 
-    def pull(*_):
-        raise NotImplementedError(
-            "when unlearn_peft has `pull`: pull(a local remote, output), see FAULTS in test_faults"
-        )
+    def pull(name, output, cache, endpoint):
+        os.environ["UNLEARN_PEFT_CACHE"] = cache
+        unlearn_peft.hub.pull(name, output, offline=False, endpoint=endpoint)
 
     jobs = {"train": train, "save": save, "stack": stack_, "export": export, "store": store, "yaml": yaml, "pull": pull}
     return jobs

@@ -23,8 +23,8 @@ from killing import Killer
 
 DOCS = Path(__file__).parent.parent / "docs" / "faults.md"
 BEGIN, END = "<!-- made by tests/test_faults.py -->", "<!-- /made -->"
-KILLS = {"train": 60, "save": 40, "stack": 35, "export": 30, "store": 40, "yaml": 35}  # by `make test-slow`
-SOME = {"train": 4, "save": 5, "stack": 7, "export": 6, "store": 8, "yaml": 10}  # by `make test`
+KILLS = {"train": 60, "save": 40, "stack": 35, "export": 30, "store": 40, "yaml": 35, "pull": 45}  # by `make test-slow`
+SOME = {"train": 4, "save": 5, "stack": 7, "export": 6, "store": 8, "yaml": 10, "pull": 6}  # by `make test`
 F, S, G, E, C = "test_faults", "test_store", "test_scheduler", "test_engine", "test_serve_safety"
 # ruff: noqa: E501  (the table)
 FAULTS = [  # fault, what is checked, file and test
@@ -34,6 +34,7 @@ FAULTS = [  # fault, what is checked, file and test
     ("kill -9 while exporting for vLLM", "the same", F, "test_kills_while_writing_an_adapter"),
     ("kill -9 while the policy store changes", "each confirmed change is there, at most one more; tables and history agree; SQLite's own check passes; the next change works", F, "test_kills_while_a_policy_changes"),
     ("kill -9 while a policy file is replaced", "the old or the new file, whole; a server that reads it goes on", F, "test_kills_while_a_policy_file_is_replaced"),
+    ("kill -9 while pulling, from the Hub (a stand-in), a mirror and an archive", "the old bits or the new bits, or nothing where nothing was; `NAME.source.json` never tells of another adapter; the next pull gives the right bits and clears up, in the cache too", F, "test_kills_while_pulling"),
     ("kill -9 of four writers of one store at once", "as above, SQLite and PostgreSQL", S, "test_a_writer_that_is_killed_leaves_the_store_whole"),
     ("kill -9 while a checkpoint is deleted", "a finished run leaves no damaged checkpoint that a later `--resume` trips over", F, "test_a_checkpoint_is_never_seen_half_deleted"),
     ("a file system that cannot swap two folders", "a crash between the two renames leaves the old adapter beside; the next writer puts it back", F, "test_a_folder_that_was_moved_aside_comes_back"),
@@ -161,6 +162,51 @@ def test_kills_while_writing_an_adapter(killer, kills, tmp_path, job, record_pro
         assert bits(place) == want[0]
         assert [name for name in left_in(tmp_path) if name.startswith(".")] == [], "stale temporaries"
     told(record_property, job, killed, old_or_new_whole=sum(found[:2]), nothing_yet=found[2])
+
+
+@pytest.mark.parametrize("kind", ["hub", "mirror", "archive"])
+def test_kills_while_pulling(killer, kills, adapters, tmp_path, kind, record_property):
+    from fake_hub import Running
+
+    from unlearn_peft.archive import pack
+    from unlearn_peft.bundle import sha256
+
+    def name_of(version, path):
+        if kind == "hub":
+            files = {file.name: file.read_bytes() for file in path.iterdir()}
+            return f"hub:acme/{version}@{server.hub.commit(f'acme/{version}', files)}"
+        archive = tmp_path / "remote" / f"{version}.tar.gz"
+        archive.parent.mkdir(exist_ok=True)
+        pack(path, archive)
+        server.hub.mirror[archive.name] = archive.read_bytes()
+        return f"{server.url}/mirror/{archive.name}#sha256={sha256(archive)}" if kind == "mirror" else archive
+
+    chance, (old, new), server = random.Random(5), adapters.values(), Running()
+    wants = {bits(old): name_of("old", old), bits(new): name_of("new", new)}
+    names, place = list(wants.values()), tmp_path / "place"
+    found, killed, most = [0, 0, 0], 0, kills["pull"] // 3
+    arguments = names[0], place / "out", tmp_path / "cache", server.url
+    killer.whole("pull", *arguments)
+    for n, point in points(killer, chance, "pull", *arguments[:2], tmp_path / "another", server.url):
+        if killed == most:
+            break
+        output, cache = place / (f"fresh{n}" if n % 4 == 0 else "out"), tmp_path / f"cache{n // 3}"
+        arguments = names[n % 2], output, cache, server.url
+        killed += killer("pull", *arguments, **point)["signal"] == signal.SIGKILL
+        if output.exists():
+            found[list(wants).index(bits(output))] += 1
+        else:
+            assert output.name != "out", "the adapter is lost"
+            found[2] += 1
+        if (note := place / f"{output.name}.source.json").exists():
+            assert json.loads(note.read_text())["identity"] == bits(output)
+        killer.whole("pull", *arguments)
+        assert bits(output) == list(wants)[n % 2]
+        left = [path for where in (place, cache) for path in where.rglob(".*") if not path.name == ".downloads"]
+        left += [path for path in cache.rglob("*") if ".downloads" in path.parts and path.is_file()]
+        assert [path for path in left if path.suffix != ".lock"] == [], "stale temporaries"
+    server.stop()
+    told(record_property, f"pull, {kind}", killed, old_or_new_whole=sum(found[:2]), nothing_yet=found[2])
 
 
 def test_kills_while_a_policy_changes(killer, kills, tmp_path, record_property):

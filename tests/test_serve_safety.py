@@ -340,6 +340,57 @@ def test_the_command_without_a_policy(tmp_path, tiny_folder, adapters):
         assert process.wait(20) in (0, 130)
 
 
+def test_one_command_from_a_signed_adapter_to_an_answer_and_none_when_a_byte_is_flipped(
+    tmp_path, tiny_folder, adapters
+):
+    """As a user does it, each step a command of its own; docs/security.md names this test."""
+
+    def command(*arguments):
+        line = [sys.executable, "-m", "unlearn_peft.cli", *map(str, arguments)]
+        return subprocess.run(
+            line, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+
+    def ask_for(url, *forget, key="no key at all"):
+        model = client(url, key).models.list().data[0].id
+        answer = client(url, key).completions.create(
+            model=model, prompt=PROMPT, max_tokens=10, temperature=0,
+            extra_body={"ignore_eos": True, **({"forget": forget} if forget else {})},
+        )  # fmt: skip
+        return answer.choices[0].text
+
+    adapter, weights = adapters["a"], adapters["a"] / "adapter_model.safetensors"
+    assert command("keys", "new", tmp_path / "me").returncode == 0
+    assert command("sign", adapter, "--key", tmp_path / "me.pem").returncode == 0
+    needs = "--base", tiny_folder, "--require-signature", "--trusted-keys", tmp_path / "me.pub", "--port", 0
+    process, url = start("--adapter", adapter, *needs)  # the one command
+    try:
+        assert same(ask_for(url, "a"), greedy_text(tiny_folder, {adapter: 1.0}, PROMPT, 10))
+    finally:
+        process.terminate()
+        process.wait(20)
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    refused = command("serve", "--adapter", adapter, *needs)
+    assert refused.returncode == 2 and refused.stderr.count("error: ") == 1
+    assert "adapter_model.safetensors is not the file that was signed" in refused.stderr
+    path = tmp_path / "policy.yaml"  # with a policy it starts, for the tenants that do not need this one
+    path.write_text(yaml.safe_dump(make_policy_values(adapters, {"alice": ["a"], "bob": []})))
+    process, url = start("--policy", path, *needs)
+    try:
+        assert ask_for(url, key="bob")
+        with pytest.raises(openai.InternalServerError) as told:
+            ask_for(url, key="alice")
+        assert (told.value.status_code, told.value.body["adapter"]) == (503, "a")
+        data[-3] ^= 1
+        weights.write_bytes(data)  # flipped back
+        assert ask_for(url, key="alice")
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
 def test_wrong_commands(monkeypatch, capsys, tmp_path):
     import importlib.util
 

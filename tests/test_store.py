@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import event
@@ -26,11 +28,14 @@ from sqlalchemy import event
 from unlearn_peft.errors import PolicyError
 from unlearn_peft.serve import store as store_module
 from unlearn_peft.serve import tables
+from unlearn_peft.serve.edits import fingerprint
 from unlearn_peft.serve.policy import key_digest, make_policy
 from unlearn_peft.serve.policy_file import dump_policy, parse_policy, read_policy
 from unlearn_peft.serve.store import PolicyStore, open_policy
 
 ME = {"who": "tester", "why": "a test"}
+HOW = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+PEMS = [ec.generate_private_key(ec.SECP256R1()).public_key().public_bytes(*HOW).decode() for _ in range(2)]
 
 
 class Postgres:
@@ -113,6 +118,11 @@ def content_of(policy):
     """What the history must lead to: of each key the first digits of its digest."""
     tenants = {
         name: {"forget": entry.forget, "keys": sorted(key[:12] for key in entry.keys)}
+        | (
+            {"trusted_keys": {n: fingerprint(pem) for n, pem in trusted.items()}}
+            if (trusted := entry.trusted_keys)
+            else {}
+        )
         for name, entry in policy.tenants.items()
     }
     return {"adapters": {name: entry.model_dump() for name, entry in policy.adapters.items()}, "tenants": tenants}
@@ -142,6 +152,15 @@ def replay(history):
                 tenants[what["tenant"]]["keys"].append(what["key"])
             case "revoke":
                 tenants[what["tenant"]]["keys"].remove(what["key"])
+            case "trust":
+                entry = tenants[what["tenant"]]
+                entry["trusted_keys"] = {**entry.get("trusted_keys", {}), **what["trusted_keys"]}
+            case "untrust":
+                trusted = tenants[what["tenant"]]["trusted_keys"]
+                for name, mark in what["trusted_keys"].items():
+                    assert trusted.pop(name) == mark
+                if not trusted:
+                    del tenants[what["tenant"]]["trusted_keys"]
             case "import":
                 adapters, tenants = what["adapters"], what["tenants"]
     for entry in tenants.values():
@@ -188,18 +207,25 @@ def test_each_change_and_its_history(store, where):
     assert other.current().tenant_of(third) is None and list(other.current().tenants) == ["acme"]
     assert other.current().model_dump() == {
         "adapters": {"news": {"path": "/srv/newer", "sha256": "b" * 64}},
-        "tenants": {"acme": {"forget": {"news": 2.0}, "keys": ()}},
+        "tenants": {"acme": {"forget": {"news": 2.0}, "keys": (), "trusted_keys": None}},
     }
+    store.trust("acme", {"x": PEMS[0], "y": PEMS[1]}, **ME)
+    assert other.current().tenants["acme"].trusted_keys == {"x": PEMS[0], "y": PEMS[1]}
+    store.untrust("acme", "x", **ME)
+    assert_whole(where)
+    store.untrust("acme", None, **ME)
+    assert other.current().trust_of("acme") is None
     history = assert_whole(where)
     assert [c.action for c in reversed(history)] == [
         "adapter", "adapter", "add", "add", "forget", "forget", "forget", "unforget", "unadapter", "key", "key",
-        "revoke", "revoke", "adapter", "key", "remove",
+        "revoke", "revoke", "adapter", "key", "remove", "trust", "untrust", "untrust",
     ]  # fmt: skip
+    history = history[3:]
     assert history[13].who == "ann" and history[13].why == "contract 12" and history[13].what == {"tenant": "acme"}
     assert history[15].what == {"adapter": "hp", "path": str(Path("out/hp").absolute()), "sha256": "a" * 64,
                                 "before": None}  # fmt: skip
     assert history[9].what == {"tenant": "acme", "adapter": "news", "strength": 2, "before": 0.1 + 0.2}
-    assert [c.revision for c in store.history(3)] == [16, 15, 14]
+    assert [c.revision for c in store.history(3)] == [19, 18, 17]
     other.close()
 
 
@@ -276,9 +302,13 @@ def policies(draw):
     tenants = draw(st.dictionaries(st.sampled_from("tuv"), sets, max_size=3))
     owners = draw(st.lists(st.sampled_from(sorted(tenants)), max_size=4)) if tenants else []
     keys = {name: [key_digest(str(n)) for n, owner in enumerate(owners) if owner == name] for name in tenants}
+    signers = st.none() | st.dictionaries(st.sampled_from("xy"), st.sampled_from(PEMS), min_size=1)
     values = {
         "adapters": {name: {"path": path} for name, path in adapters.items()},
-        "tenants": {name: {"forget": forget, "keys": keys[name]} for name, forget in tenants.items()},
+        "tenants": {
+            name: {"forget": forget, "keys": keys[name], "trusted_keys": draw(signers)}
+            for name, forget in tenants.items()
+        },
     }
     return make_policy(values, "x")
 
@@ -555,13 +585,13 @@ def test_what_is_no_store(tmp_path, where):
     sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE x (y)").connection.close()
     newer = PolicyStore(where, create=True)
     with newer._engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 2")
+        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 3")
     newer.close()
     told = {
         tmp_path / "none.db": "no store at",
         tmp_path / "text.db": "file is not a database",
         tmp_path / "other.db": "holds no store",
-        where: "has schema version 2, expected 1: update",
+        where: "has schema version 3, expected at most 2: update",
         "sqlite://": "would be lost",
         "postgresql://ann:geheim@127.0.0.1:1/x": "cannot open the store postgresql+psycopg://127.0.0.1:1/x: conn",
         "postgresql://ann:geheim@h:port/x": "the store's URL is not understood",
@@ -651,7 +681,7 @@ def test_the_command_line(tenant, tiny, make_adapter, tmp_path):
 def test_help_teaches_and_stays_light(tenant):
     code = "import sys, unlearn_peft.cli; print([m for m in ('sqlalchemy', 'pydantic', 'yaml') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
-    for command in ("", "add", "remove", "list", "show", "forget", "unforget", "adapter", "unadapter", "key", "history",
-                    "import", "export"):  # fmt: skip
+    for command in ("", "add", "remove", "list", "show", "forget", "unforget", "adapter", "unadapter", "key", "trust",
+                    "untrust", "history", "import", "export"):  # fmt: skip
         code, shown, _ = tenant(*command.split(), "--help")
         assert code == 0 and f"unlearn-peft tenant {command}" in shown, f"an example for {command}"

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .compose import stack as stack
     from .errors import UnlearnError as UnlearnError
     from .generate import answers as answers
+    from .hub import pull as pull
+    from .hub import push as push
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
     from .run import Adapter as Adapter
@@ -48,6 +50,8 @@ _PUBLIC = {
     "stack": "compose",
     "merge": "compose",
     "read_bundle": "bundle",
+    "pull": "hub",
+    "push": "hub",
     "Trust": "trust",
     "UnlearnError": "errors",
 }

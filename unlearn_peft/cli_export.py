@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import BaseOption, JsonOption, base_of
+from .cli_options import BaseOption, JsonOption, RequireOption, TrustedOption, base_of, trust_of
 from .errors import UnlearnError
 
 
@@ -24,6 +24,8 @@ def export(
     base: BaseOption = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     as_json: JsonOption = False,
+    trusted_keys: TrustedOption = None,
+    require_signature: RequireOption = False,
 ) -> None:
     """Write one LoRA with the effect of a set of adapters, for another engine.
 
@@ -37,9 +39,11 @@ def export(
 
     if for_ != "vllm":
         raise UnlearnError(f"unknown engine '{for_}': expected --for vllm")
+    trust = trust_of(trusted_keys, require_signature)
     made = export_vllm(
-        adapters, output, strength, max_rank=max_rank, base=base_of(base, adapters), dtype=dtype, max_error=max_error
-    )
+        adapters, output, strength, max_rank=max_rank, base=base_of(base, adapters, trust), dtype=dtype,
+        max_error=max_error, trust=trust,
+    )  # fmt: skip
     if as_json:
         worst = made.worst and {"module": made.worst[0], "relative_error": made.worst[1]}
         facts = {"path": str(made.path), "rank": made.rank, "bytes": made.bytes, "worst": worst}

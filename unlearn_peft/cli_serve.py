@@ -109,8 +109,6 @@ def serve(
     if engine is not None and policy is None:
         raise UnlearnError("--engine needs --policy, the one that the resolver inside vLLM has too")
     trust = trust_of(trusted_keys, require_signature)
-    if engine is not None and trust is not None:
-        raise UnlearnError("vLLM's resolver does not look at signatures yet: leave --trusted-keys out with --engine")
     from .serve.settings import LOOPBACK
 
     if policy is None and host not in LOOPBACK:
@@ -134,7 +132,9 @@ def serve(
     if engine is not None:
         from .serve.vllm import VllmEngine
 
-        generates = VllmEngine(engine.split(","), base_of(base, adapter), name=model_name, seconds=max_seconds)
+        generates = VllmEngine(
+            engine.split(","), base_of(base, adapter), name=model_name, seconds=max_seconds, trust=trust
+        )
     else:
         budget = None if adapter_memory_gb is None else int(adapter_memory_gb * 1e9)
         live = load(base, adapter, dtype, device, quantize, trust)

@@ -88,7 +88,7 @@ def list_(store: StoreOption = _STORE, as_json: JsonOption = False) -> None:
 
 @app.command()
 def show(name: TenantArgument, store: StoreOption = _STORE, as_json: JsonOption = False) -> None:
-    """Show what a tenant has forgotten, and the first digits of its keys' sha256.
+    """Show what a tenant has forgotten, whose signatures it trusts, and the first digits of its keys' sha256.
 
     unlearn-peft tenant show acme
     """
@@ -102,6 +102,8 @@ def show(name: TenantArgument, store: StoreOption = _STORE, as_json: JsonOption 
     print(f"tenant {name} forgets {_set(facts['forget'])}")
     for key in facts["keys"]:
         print(f"key {key}...")
+    for key, digest in facts.get("trusted_keys", {}).items():
+        print(f"trusts {key} ({digest}...)")
 
 
 @app.command()
@@ -200,6 +202,48 @@ def key(
 
 
 @app.command()
+def trust(
+    name: TenantArgument,
+    keys: Annotated[list[Path], typer.Argument(help="Public keys: .pub files, folders, or YAML (NAME: KEY.pub).")],
+    store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Apply no adapter for a tenant that none of these keys has signed.
+
+    A request that needs one without such a signature is refused (503). The keys themselves go into the store, under
+    their files' names, so that all servers have the same; those that the tenant trusts already stay.
+
+      unlearn-peft tenant trust acme keys/alice.pub --why 'contract 12'
+    """
+    from .trust import Identity, Trust
+
+    signers = Trust.read(*keys).signers
+    pems = {key: one.decode() for key, one in signers.items() if not isinstance(one, Identity)}
+    if other := [key for key in signers if key not in pems]:
+        raise PolicyError(f"'{other[0]}' is an identity of Sigstore: a policy takes public keys only")
+    revision = _open(store).trust(name, pems, who=_who(who), why=why)
+    _told(f"tenant '{name}' trusts {', '.join(pems)}", revision, as_json)
+
+
+@app.command()
+def untrust(
+    name: TenantArgument,
+    key: Annotated[str | None, typer.Argument(help="The key's name, as `show` tells it.")] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Take all keys away: adapters need no signature then, for this tenant.")
+    ] = False,
+    store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Take a trusted key away from a tenant; the last one goes only with --all.
+
+    unlearn-peft tenant untrust acme alice --why 'key lost'
+    """
+    if (key is None) != every:
+        raise PolicyError("which key? Give its name, or --all to ask for no signatures any more")
+    revision = _open(store).untrust(name, key, who=_who(who), why=why)
+    _told(f"tenant '{name}' " + ("asks for no signatures" if every else f"no longer trusts '{key}'"), revision, as_json)
+
+
+@app.command()
 def history(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the newest.")] = None,
     store: StoreOption = _STORE, as_json: JsonOption = False,
@@ -277,7 +321,11 @@ def _told(text: str, revision: int, as_json: bool) -> None:
 
 
 def _tenant(entry: Any) -> dict[str, Any]:
-    return {"forget": entry.forget, "keys": [digest[:12] for digest in entry.keys]}
+    from .serve.edits import fingerprint
+
+    trusted = {name: fingerprint(pem) for name, pem in (entry.trusted_keys or {}).items()}
+    facts = {"forget": entry.forget, "keys": [digest[:12] for digest in entry.keys]}
+    return {**facts, **({"trusted_keys": trusted} if trusted else {})}
 
 
 def _set(forget: dict[str, float]) -> str:

@@ -24,6 +24,7 @@ from .bundle import Bundle, Delta, read_bundle
 from .compose import check_set, concatenated, in_order, parts_of, write_made
 from .errors import AdapterError, BaseModelError
 from .files import folder_bytes
+from .trust import Trust
 
 # From vLLM 0.32.0: MaxLoRARanks in vllm/config/lora.py, the limit in vllm/lora/layers/logits_processor.py, and of the
 # classes in vllm/model_executor/models/registry.py those with `lm_head` among their `embedding_modules`, and those
@@ -69,6 +70,7 @@ def export_vllm(
     base: str | None = None,
     dtype: str = "float32",
     max_error: float | None = None,
+    trust: Trust | None = None,
 ) -> Export:
     """Write one LoRA with the effect of a set of adapters, such that vLLM loads it and applies all of it.
 
@@ -82,12 +84,13 @@ def export_vllm(
         base: the base as `load_base` takes it; only its config is read. With None, modules are not checked.
         dtype: of the weights; vLLM turns them into its own anyway.
         max_error: refuse to leave more than this out of any module (relative, Frobenius norm); None: no limit.
+        trust: whose signatures are taken, and whether one is needed. None: signatures are not looked at.
 
     Raises:
         AdapterError: telling at once all that vLLM could not load, or would pass over.
         OutputError: if the output cannot be written.
     """
-    bundles, factors = _checked(adapters, strengths, max_rank, base, dtype)
+    bundles, factors = _checked(adapters, strengths, max_rank, base, dtype, trust)
     errors: dict[str, float] = {}
     factored: dict[str, tuple[Tensor, Tensor]] = {}
     for name, parts in parts_of(bundles, factors).items():
@@ -160,7 +163,12 @@ def vllm_problems(model: Any, deltas: Mapping[str, Delta]) -> list[str]:
 
 
 def _checked(
-    adapters: Sequence[str | Path], strengths: Sequence[float] | None, max_rank: int, base: str | None, dtype: str
+    adapters: Sequence[str | Path],
+    strengths: Sequence[float] | None,
+    max_rank: int,
+    base: str | None,
+    dtype: str,
+    trust: Trust | None,
 ) -> tuple[list[Bundle], list[float]]:
     """Return the set in order of content, without what has strength 0, or tell all that is wrong with it."""
     problems = []
@@ -171,7 +179,7 @@ def _checked(
     bundles = []
     for path in adapters:
         try:
-            bundles.append(read_bundle(path))
+            bundles.append(read_bundle(path, trust=trust))
         except AdapterError as error:
             problems.append(str(error))
     factors = [float(factor) for factor in strengths or [1.0] * len(adapters)]

@@ -55,15 +55,15 @@ def pull(
     endpoint: str | None = None,
     token: str | None = None,
 ) -> Pulled:
-    """Get an adapter, check all of it, and only then let its folder appear.
+    """Get an adapter, check all of it, and only then let its folder appear; `.path` is what `attach` takes.
 
     Args:
-        name: see `sources.parse`.
+        name: `hub:OWNER/NAME[@REVISION]`, `https://...#sha256=...`, an archive (.tar, .tar.gz) or a folder.
         output: the new folder; None: the cache, from which it is taken the next time.
         offline: ask no server. None: as `HF_HUB_OFFLINE` says.
         trust: whose signatures are taken, and whether one is needed.
         insecure: allow HTTP, and archives from a server without a sha256.
-        max_bytes: for all files together, looked at before anything is downloaded, and again while it is.
+        max_bytes: for all files together, looked at before they are downloaded, and while they are.
         endpoint: of the Hub; None: as `HF_ENDPOINT` says.
         token: for the Hub; None: as `hf auth login` left it.
 
@@ -118,7 +118,7 @@ def push(
 
     Args:
         adapter: its directory. Only the files that an adapter may have are sent.
-        name: see `sources.parse`; of the Hub, the revision is a branch that exists.
+        name: as for `pull`, but no address; of the Hub, the revision is a branch that exists.
         private: for a repository that is made now.
         message: of the commit.
         endpoint: see `pull`.
@@ -181,13 +181,13 @@ def _from_hub(
         for file, expected in wanted.items():
             url = hf_hub_url(source.where, file, revision=commit, endpoint=server)
             fetch(url, downloads / file, expected, headers=headers, insecure=insecure)
-        try:
-            with whole_folder(place) as folder:
+        with whole_folder(place) as folder:
+            try:
                 for file in wanted:
                     shutil.copyfile(downloads / file, folder / file)
                 _read(folder, f"hub:{source.where}@{commit}", None)
-        finally:
-            shutil.rmtree(downloads, ignore_errors=True)
+            finally:  # before the folder appears: a kill leaves nothing that nobody would look for again
+                shutil.rmtree(downloads, ignore_errors=True)
     with whole_file(known) as temporary:
         temporary.write_text(json.dumps({**_revisions(known), revision: commit}, indent=2) + "\n")
     return place, commit
@@ -242,7 +242,9 @@ def _listed(
 
 def _from_https(source: Source, home: Path, offline: bool, insecure: bool, most: int) -> tuple[Path, str]:
     url, sha256 = source.where, source.sha256
+    archive = home / ".downloads" / (sha256 or hashlib.sha256(url.encode()).hexdigest()) / "adapter.tar.gz"
     if sha256 and (home / f"sha256-{sha256}").is_dir():
+        archive.unlink(missing_ok=True)  # of one that was killed
         return home / f"sha256-{sha256}", sha256
     if sha256 is None and not insecure:
         raise AdapterError(
@@ -252,7 +254,6 @@ def _from_https(source: Source, home: Path, offline: bool, insecure: bool, most:
     if offline:
         raise AdapterError(f"{shown(url)} is not in the cache, and no server may be asked (--offline)")
     check_url(url, insecure)
-    archive = home / ".downloads" / (sha256 or hashlib.sha256(url.encode()).hexdigest()) / "adapter.tar.gz"
     archive.unlink(missing_ok=True)
     try:
         fetch(url, archive, Expected(most, sha256=sha256), insecure=insecure)
@@ -306,13 +307,15 @@ def _copy(place: Path, files: dict[str, str], output: Path, name: str, trust: Tr
     with whole_folder(output, replace=True) as folder:
         for file in files:
             shutil.copyfile(place / file, folder / file)
-        return _read(folder, name, trust)
+        bundle = _read(folder, name, trust)
+        _note_of(output).unlink(missing_ok=True)  # at no moment does it tell of another adapter
+        return bundle
 
 
 def _noted(place: Path) -> dict[str, str]:
     """Return the digests of the files that were pulled into a folder of the cache; empty if they are not known."""
     try:
-        files = strict_json(place.with_name(f"{place.name}.source.json").read_bytes())["files"]
+        files = strict_json(_note_of(place).read_bytes())["files"]
         return {str(name): str(digest) for name, digest in files.items()}
     except (OSError, ValueError, KeyError, AttributeError):
         return {}
@@ -321,9 +324,13 @@ def _noted(place: Path) -> dict[str, str]:
 def _note(pulled: Pulled) -> None:
     """Write down beside a folder where it is from. Not in it: a signature covers all that is there."""
     facts = {**asdict(pulled), "path": pulled.path.absolute().name, "pulled": datetime.now(timezone.utc).isoformat()}
-    path = pulled.path.absolute()
-    with whole_file(path.with_name(f"{path.name}.source.json")) as temporary:
+    with whole_file(_note_of(pulled.path)) as temporary:
         temporary.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+
+def _note_of(place: Path) -> Path:
+    path = place.absolute()
+    return path.with_name(f"{path.name}.source.json")
 
 
 def _revisions(path: Path) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def remove(content: Content, tenant: str) -> Content:
     """Remove a tenant with its keys."""
     entry = _known(content, "tenant", tenant)
     del content["tenants"][tenant]
-    return {"tenant": tenant, "forget": entry["forget"], "keys": _prefixes(entry["keys"])}
+    return {"tenant": tenant, **_noted(entry)}
 
 
 def forget(content: Content, tenant: str, adapter: str, strength: float) -> Content:
@@ -83,11 +84,54 @@ def revoke_key(content: Content, tenant: str, which: str) -> Content:
     return {"tenant": tenant, "key": found[0][:_PREFIX]}
 
 
+def trust(content: Content, tenant: str, keys: Mapping[str, str]) -> Content:
+    """Have a tenant trust these public keys (name -> PEM), and no adapter without a signature by one that it trusts."""
+    entry = _known(content, "tenant", tenant)
+    trusted = entry.get("trusted_keys") or {}
+    if other := [name for name, pem in keys.items() if trusted.get(name, pem) != pem]:
+        raise PolicyError(
+            f"tenant '{tenant}' trusts another key called {shown(other[0])}: take that away first (untrust), or rename "
+            "the file of this one"
+        )
+    entry["trusted_keys"] = {**trusted, **keys}
+    return {"tenant": tenant, "trusted_keys": _fingerprints(keys)}
+
+
+def untrust(content: Content, tenant: str, name: str | None) -> Content:
+    """Take a trusted key away from a tenant; None: all, so that it asks for no signatures any more."""
+    entry = _known(content, "tenant", tenant)
+    trusted = entry.get("trusted_keys") or {}
+    if name is not None and name not in trusted:
+        raise PolicyError(f"tenant '{tenant}' trusts no key called {shown(name)}{did_you_mean(name, trusted)}")
+    if not trusted:
+        raise PolicyError(f"tenant '{tenant}' has no trusted keys: it asks for no signatures anyway")
+    if name is not None and len(trusted) == 1:
+        raise PolicyError(
+            f"{shown(name)} is the last key that tenant '{tenant}' trusts: without any, adapters would be applied that "
+            "nobody has signed. Let it trust another first, or take all away (--all) if that is what you want"
+        )
+    taken = trusted if name is None else {name: trusted[name]}
+    entry["trusted_keys"] = {key: pem for key, pem in trusted.items() if key not in taken} or None
+    return {"tenant": tenant, "trusted_keys": _fingerprints(taken), "all": name is None}
+
+
 def replace(content: Content, policy: Policy) -> Content:
     """Put a whole policy into the place of all that is there."""
     content |= policy.model_dump()
-    tenants = {name: {"forget": entry.forget, "keys": _prefixes(entry.keys)} for name, entry in policy.tenants.items()}
+    tenants = {name: _noted(entry) for name, entry in content["tenants"].items()}
     return {"adapters": content["adapters"], "tenants": tenants}
+
+
+def _noted(entry: Content) -> Content:
+    """What the history notes of a tenant."""
+    trusted = entry.get("trusted_keys")
+    more = {"trusted_keys": _fingerprints(trusted)} if trusted else {}
+    return {"forget": entry["forget"], "keys": _prefixes(entry["keys"]), **more}
+
+
+def fingerprint(pem: str) -> str:
+    """Return the first digits of a public key's sha256, which `sha256sum KEY.pub` tells, too."""
+    return hashlib.sha256(pem.encode()).hexdigest()[:_PREFIX]
 
 
 def _checked(name: str) -> str:
@@ -102,6 +146,10 @@ def _known(content: Content, kind: str, name: str) -> Content:
     if name not in entries:
         raise PolicyError(f"no {kind} {shown(name)}{did_you_mean(name, entries)}")
     return entries[name]
+
+
+def _fingerprints(keys: Mapping[str, str]) -> dict[str, str]:
+    return {name: fingerprint(pem) for name, pem in keys.items()}
 
 
 def _prefixes(digests: Iterable[str]) -> list[str]:

@@ -14,6 +14,7 @@ from ..errors import UnlearnError
 
 if TYPE_CHECKING:
     from ..bank import Applied
+    from ..trust import Trust
     from .policy import Policy
 
 
@@ -136,8 +137,11 @@ class Engine(Protocol):
             PromptError: if there is no such token, no chat template, or the template refuses the messages.
         """
 
-    async def hold(self, forget: Mapping[str, float], policy: Policy) -> Holding:
+    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> Holding:
         """Make sure that everything in `forget` (names of `policy.adapters` -> strength) is loaded, verified and kept.
+
+        With `trust`, the tenant's own, all of it must be signed so, whatever the engine itself asks for; `applied` then
+        names who signed.
 
         Raises:
             Unavailable: naming the adapter that cannot be.

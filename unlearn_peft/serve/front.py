@@ -257,8 +257,10 @@ class Front:
         if call.bare and (asked.forget or not self.shows_base):
             raise ApiError(403, "the base alone is not shown so", code="base_not_shown")
         forget = {} if call.bare else call.policy.forget_of(call.tenant, asked.forget)
-        holding = await self.in_time(call, self.engine.hold(forget, call.policy))
-        if {one.name: one.strength for one in holding.applied} != forget:
+        trust = call.policy.trust_of(call.tenant)
+        holding = await self.in_time(call, self.engine.hold(forget, call.policy, trust))
+        unsigned = trust is not None and any(one.signed_by not in trust.signers for one in holding.applied)
+        if unsigned or {one.name: one.strength for one in holding.applied} != forget:
             holding.release()
             raise Unavailable("the engine holds another set than the one asked for", ", ".join(forget))
         call.applied, call.set_digest = describe(holding.applied), holding.digest

@@ -13,10 +13,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bank import Applied, Bank
 from ..base import Base
+from ..bundle import read_bundle
+from ..errors import UnlearnError
 from .engine import EngineStats, Generation, Holding, Piece, Unavailable
 from .prompts import Prompt, Prompts
 from .scheduler import Row, Scheduler
@@ -96,9 +99,9 @@ class LocalEngine:
         """See `Engine.encode`."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._prompts, prompt)
 
-    async def hold(self, forget: Mapping[str, float], policy: Policy) -> LocalHolding:
+    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> LocalHolding:
         """See `Engine.hold`; adapters are read in a thread, so that nobody else waits."""
-        holding = asyncio.get_running_loop().run_in_executor(self._threads, self._hold, forget, policy)
+        holding = asyncio.get_running_loop().run_in_executor(self._threads, self._hold, forget, policy, trust)
         try:
             return await asyncio.shield(holding)
         except asyncio.CancelledError:  # the client has gone; the thread goes on, and nobody else would let go
@@ -144,7 +147,7 @@ class LocalEngine:
         await asyncio.to_thread(self.scheduler.close)
         self._threads.shutdown(wait=False)
 
-    def _hold(self, forget: Mapping[str, float], policy: Policy) -> LocalHolding:
+    def _hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None) -> LocalHolding:
         keys = {_key(name, policy): name for name in forget}
         try:
             self._register(policy)
@@ -153,8 +156,10 @@ class LocalEngine:
             key = getattr(error, "adapter", None) or ""
             name = keys.get(key, ", ".join(forget))
             raise Unavailable(str(error).replace(key, name) if key else str(error), name) from error
+        applied = []
         for one, part in zip(held.applied, held.parts, strict=True):
             name, bundle = keys[one.name], part.adapter.bundle
+            applied.append(one._replace(name=name))
             named = policy.adapters[name].sha256 in (None, bundle.identity)
             if not named or self._first.setdefault(one.name, bundle.identity) != bundle.identity:
                 held.release()
@@ -164,7 +169,16 @@ class LocalEngine:
                     "that was read at first. Put that back, or let the policy name the new one's sha256",
                     name,
                 )
-        return LocalHolding(held, tuple(one._replace(name=keys[one.name]) for one in held.applied))
+            if trust is None:
+                continue
+            try:
+                applied[-1] = applied[-1]._replace(signed_by=trust.check(bundle))
+            except Exception as error:
+                held.release()
+                if _well_signed(bundle.path, trust):  # it has been mended since it was read
+                    self._read_anew(name, policy)
+                raise Unavailable(str(error), name) from error
+        return LocalHolding(held, tuple(applied))
 
     def _read_anew(self, name: str, policy: Policy) -> None:
         """Keep no adapter that was refused: when it is asked for next, the right one may lie there again."""
@@ -195,6 +209,13 @@ class LocalEngine:
 def _let_go(done: asyncio.Future[LocalHolding]) -> None:
     if not done.cancelled() and done.exception() is None:
         done.result().release()
+
+
+def _well_signed(folder: Path, trust: Trust) -> bool:
+    try:
+        return read_bundle(folder, trust=trust).signed_by is not None
+    except UnlearnError:
+        return False
 
 
 def _key(name: str, policy: Policy) -> str:

@@ -1,5 +1,7 @@
 """Who must have what forgotten: adapters, tenants, what each tenant has forgotten, and the keys that name a tenant.
 
+A tenant may also name the public keys that it trusts: then no adapter is applied for it that none of them has signed.
+
 A mapping comes in, from a YAML file (`policy_file.py`) or a database (`store.py`); a frozen `Policy` goes out, asked
 for anew at every request.
 
@@ -10,13 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import importlib.util
 import json
 import re
 import secrets
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from pydantic import (
     AfterValidator,
@@ -30,12 +35,16 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import PolicyError, did_you_mean
+from ..errors import PolicyError, TrustError, did_you_mean
+
+if TYPE_CHECKING:
+    from ..trust import Trust
 
 _NAME = re.compile(r"(?!.*\.\.)(?!\.$)[A-Za-z0-9._-]{1,64}")
 MAX_STRENGTH = 16.0  # far beyond what still gives text; more could overflow
 _STRENGTHS = f"a number above 0, at most {MAX_STRENGTH:g} (1 is as trained)"
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+_PEM = re.compile(r"\s*-----BEGIN PUBLIC KEY-----\s([A-Za-z0-9+/=\s]{1,2000})-----END PUBLIC KEY-----\s*")
 
 
 def check_name(name: str) -> str:
@@ -65,9 +74,35 @@ def _check_digest(text: str) -> str:
     return text.lower()
 
 
+@lru_cache(maxsize=1000)
+def _check_public_key(text: str) -> str:
+    """Return a public key in PEM in one form, checked as far as what is installed can do it.
+
+    Where nothing can verify (inside vLLM, say), the policy still serves those who trust no keys; others are refused.
+    """
+    if "PRIVATE KEY" in text:
+        raise ValueError("this is a private key: those sign, and stay secret. Give the public one (.pub)")
+    if not (found := _PEM.fullmatch(text)):
+        raise ValueError(
+            "expected one public key in PEM (-----BEGIN PUBLIC KEY-----...), itself and not its file's name, since all "
+            "servers must have the same: `unlearn-peft tenant trust` takes files"
+        )
+    lines = textwrap.wrap("".join(found[1].split()), 64)
+    pem = "\n".join(["-----BEGIN PUBLIC KEY-----", *lines, "-----END PUBLIC KEY-----", ""])
+    if importlib.util.find_spec("model_signing") is not None:
+        from ..trust import public_pem
+
+        try:
+            public_pem(pem.encode(), "it")
+        except TrustError as error:
+            raise ValueError(str(error)) from None
+    return pem
+
+
 Name = Annotated[str, AfterValidator(check_name)]
 Strength = Annotated[float, BeforeValidator(_check_strength)]
 Digest = Annotated[str, AfterValidator(_check_digest)]
+PublicKey = Annotated[str, AfterValidator(_check_public_key)]
 
 
 class _Frozen(BaseModel):
@@ -89,10 +124,15 @@ class AdapterEntry(_Frozen):
 
 
 class TenantEntry(_Frozen):
-    """What a tenant must have forgotten (adapter -> strength), and the sha256 of each of its API keys."""
+    """What a tenant must have forgotten (adapter -> strength), and the sha256 of each of its API keys.
+
+    `trusted_keys` are public keys in PEM, by the name that is told: an adapter is applied for this tenant only if one
+    of them has signed it. None: the tenant asks for no signature.
+    """
 
     forget: dict[Name, Strength]
     keys: tuple[Digest, ...] = ()
+    trusted_keys: dict[Name, PublicKey] | None = None
 
     @field_validator("forget", mode="before")
     @classmethod
@@ -110,6 +150,13 @@ class TenantEntry(_Frozen):
     @classmethod
     def _sort(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(sorted(keys))
+
+    @field_validator("trusted_keys")
+    @classmethod
+    def _some(cls, trusted: dict[str, str] | None) -> dict[str, str] | None:
+        if trusted is not None and not trusted:
+            raise ValueError("expected a public key or more; leave it out to ask for no signatures")
+        return trusted
 
 
 class Policy(_Frozen):
@@ -154,6 +201,17 @@ class Policy(_Frozen):
             if hmac.compare_digest(known, digest):
                 found = tenant
         return found
+
+    def trust_of(self, tenant: str) -> Trust | None:
+        """Return whose signatures alone the adapters of a tenant's requests may bear; None: it asks for none.
+
+        Raises:
+            PolicyError: unknown tenant.
+        """
+        if tenant not in self.tenants:
+            raise PolicyError(f"unknown tenant {shown(tenant)}")
+        trusted = self.tenants[tenant].trusted_keys
+        return None if trusted is None else _trust(tuple(sorted(trusted.items())))
 
     def forget_of(self, tenant: str, extra: Mapping[str, float] | Sequence[str] = ()) -> dict[str, float]:
         """Return what must be forgotten for a request of this tenant: adapter -> strength.
@@ -214,6 +272,14 @@ def make_policy(values: Any, origin: str, folder: Path | None = None) -> Policy:
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         told = "\n".join(f"  - {line}" for line in problems[:20])
         raise PolicyError(f"{origin} cannot be used:\n{told}{more}") from None
+
+
+@lru_cache(maxsize=1000)
+def _trust(trusted: tuple[tuple[str, str], ...]) -> Trust:
+    """One object for the same keys: it remembers which signatures held."""
+    from ..trust import Trust
+
+    return Trust({name: pem.encode() for name, pem in trusted})
 
 
 def new_key() -> str:

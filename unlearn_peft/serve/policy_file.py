@@ -4,6 +4,7 @@
       hp: {path: adapters/hp, sha256: 015a...}  # as `unlearn-peft inspect` tells it; may be left out
     tenants:
       acme: {forget: [hp], keys: [9f86...]}     # or forget: {hp: 0.5}; keys: the sha256 of each API key
+                                                # and perhaps trusted_keys: {alice: -----BEGIN PUBLIC KEY-----...}
 
 `recipes/serve/policy.yaml` explains each line.
 """
@@ -118,7 +119,17 @@ def parse_policy(data: bytes, origin: str, folder: Path) -> Policy:
 
 def dump_policy(policy: Policy) -> str:
     """Return a policy as YAML; it reads back to the same version."""
-    return yaml.safe_dump(policy.model_dump(mode="json", exclude_none=True), sort_keys=False)
+    return yaml.dump(policy.model_dump(mode="json", exclude_none=True), Dumper=_Dumper, sort_keys=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a text of several lines, as public keys are, as such."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Loader(yaml.SafeLoader):

@@ -14,18 +14,23 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..bundle import CONFIG, WEIGHTS, read_bundle
-from ..errors import AdapterError
+from ..errors import AdapterError, TrustError, refuse
 from ..export import export_vllm
 from ..files import folder_bytes
+from ..untrusted import list_files
 from .policy import Policy
 from .set_names import set_digest
+
+if TYPE_CHECKING:
+    from ..trust import Trust
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +57,17 @@ class SetCache:
         self._guard = threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def get(self, forget: Mapping[str, float], policy: Policy, digest: str, base: str) -> Path:
+    def get(
+        self, forget: Mapping[str, float], policy: Policy, digest: str, base: str, trusts: Sequence[Trust] = ()
+    ) -> Path:
         """Return the folder of a set, made now if it is not there or not whole. It is kept for `grace` seconds.
 
         Raises:
-            AdapterError: if an adapter cannot be used or is not the one that the policy pins, if the set is another
-                than `digest` says, or cannot be cut down to the rank limit without losing too much.
+            AdapterError: if an adapter cannot be used, is not the one that the policy pins or is not signed as each of
+                `trusts` asks for, if the set is another than `digest` says, or cannot be cut down to the rank limit
+                without losing too much.
         """
-        wanted = [(content_of(name, policy), strength) for name, strength in forget.items()]
+        wanted = [(content_of(name, policy, trusts).identity, strength) for name, strength in forget.items()]
         if set_digest(wanted) != digest:
             raise AdapterError("the policy or an adapter has changed: this is no longer the set that was asked for")
         path = self.folder / f"{digest}-r{self.max_rank}-{sha256(base.encode()).hexdigest()[:8]}"
@@ -168,29 +176,65 @@ def digest_of(forget: Mapping[str, float], policy: Policy) -> str:
     Raises:
         AdapterError: if an adapter that is not pinned cannot be read; `adapter` names it.
     """
-    return set_digest((content_of(name, policy), strength) for name, strength in forget.items())
+    return set_digest((content_of(name, policy).identity, strength) for name, strength in forget.items())
 
 
-def content_of(name: str, policy: Policy) -> str:
-    """Return the digest of an adapter's content: what the policy pins, or else the identity of what lies on the disk.
+class Content(NamedTuple):
+    """What an adapter is: its identity, and who signed it, if that was asked for."""
+
+    identity: str
+    signed_by: str | None = None
+
+
+def content_of(name: str, policy: Policy, trusts: Sequence[Trust] = ()) -> Content:
+    """Return an adapter's content: what the policy pins, or else the identity of what lies on the disk.
+
+    With `trusts`, what lies on the disk is read in any case: it must be what the policy pins, and signed as each of
+    them asks for. The last one that knows who signed gives the name. Whoever applies this identity then applies weights
+    and a config that were signed, wherever they are read again.
 
     Raises:
-        AdapterError: if it is not pinned and cannot be read; `adapter` names it.
+        AdapterError: if it cannot be read (pinned ones are only read with `trusts`), or is refused; `adapter` names it.
     """
     entry = policy.adapters[name]
-    if entry.sha256 is not None:
-        return entry.sha256
+    if entry.sha256 is not None and not trusts:
+        return Content(entry.sha256)
     try:
-        marks = [(Path(entry.path) / file).stat() for file in (WEIGHTS, CONFIG)]
-        return _identity(entry.path, tuple((m.st_ino, m.st_size, m.st_mtime_ns, m.st_ctime_ns) for m in marks))
+        if not trusts:
+            return Content(_read(entry.path, _marks(entry.path, (WEIGHTS, CONFIG))).identity)
+        read = _read(entry.path, _marks(entry.path, list_files(Path(entry.path))))
+        if entry.sha256 not in (None, read.identity):
+            raise AdapterError(f"the adapter in {entry.path} is not the one that the policy pins")
+        signed_by = None
+        for trust in trusts:
+            problems, signer = trust.problems(dict(read.files), read.signature)
+            if problems:
+                refuse(f"the adapter {entry.path} is not to be trusted", problems)
+            signed_by = signer or signed_by
+        return Content(read.identity, signed_by)
     except OSError as error:
         problem = AdapterError(f"no adapter at {entry.path} ({error.strerror})")
     except AdapterError as error:
         problem = error
+    except TrustError as error:  # what verifies is missing, or Sigstore cannot be reached
+        problem = AdapterError(f"whether the adapter {entry.path} is to be trusted cannot be told: {error}")
     problem.adapter = name
     raise problem
 
 
+class _Read(NamedTuple):
+    identity: str
+    files: tuple[tuple[str, str], ...]  # name, sha256
+    signature: bytes | None
+
+
+def _marks(path: str, names: Iterable[str]) -> tuple[tuple[str | int, ...], ...]:
+    """What changes when one of these files does."""
+    found = [(name, (Path(path) / name).stat()) for name in names]
+    return tuple((name, m.st_ino, m.st_size, m.st_mtime_ns, m.st_ctime_ns) for name, m in found)
+
+
 @lru_cache(maxsize=10_000)
-def _identity(path: str, _marks: tuple[tuple[int, ...], ...]) -> str:
-    return read_bundle(path).identity
+def _read(path: str, _: tuple[tuple[str | int, ...], ...]) -> _Read:
+    bundle = read_bundle(path)
+    return _Read(bundle.identity, tuple(sorted(bundle.files.items())), bundle.signature)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -211,6 +211,24 @@ class PolicyStore:
             why: the reason.
         """
         return self._change("revoke", who, why, edits.revoke_key, tenant, which)
+
+    def trust(self, tenant: str, keys: Mapping[str, str], *, who: str, why: str = "") -> int:
+        """Have a tenant trust public keys, and no adapter that none of its keys has signed; return the revision.
+
+        Args:
+            tenant: its name.
+            keys: PEM by name, beside those that it trusts already.
+            who: who does it.
+            why: the reason.
+        """
+        return self._change("trust", who, why, edits.trust, tenant, keys)
+
+    def untrust(self, tenant: str, name: str | None, *, who: str, why: str = "") -> int:
+        """Take a trusted key away from a tenant, by its name; None: all. Return the revision.
+
+        The last one goes only with all: what follows is that no signature is asked for.
+        """
+        return self._change("untrust", who, why, edits.untrust, tenant, name)
 
     def replace(self, policy: Policy, *, who: str, why: str = "") -> int:
         """Put a whole policy, from a file say, into the place of all that is there; return the revision."""

@@ -47,7 +47,7 @@ except ModuleNotFoundError:
         "a policy store needs SQLAlchemy, which is not installed: pip install 'unlearn-peft[serve]'"
     ) from None
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 has no table of trusted keys: read as it is, and gets one when the first key is trusted
 PATIENCE = 10  # seconds to wait for a connection, or for another's change to end
 _TRIES = 5
 
@@ -80,6 +80,13 @@ KEYS = Table(
     _tables,
     Column("digest", String(64), primary_key=True),
     Column("tenant", ForeignKey(TENANTS.c.name), nullable=False),
+)
+TRUSTED = Table(
+    "unlearn_trusted_keys",
+    _tables,
+    Column("tenant", ForeignKey(TENANTS.c.name), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("pem", Text, nullable=False),
 )
 HISTORY = Table(  # one row a revision, never changed
     "unlearn_history",
@@ -138,10 +145,7 @@ def open_engine(where: str, create: bool) -> Engine:
         raise PolicyError(f"cannot open the store {describe(engine)}: {reason(error)}") from None
     if found is None:
         raise PolicyError(f"{describe(engine)} holds no store: make one with `unlearn-peft tenant add NAME`")
-    if found != SCHEMA_VERSION:
-        raise PolicyError(
-            f"the store {describe(engine)} has schema version {found}, expected {SCHEMA_VERSION}: update unlearn_peft"
-        )
+    _check_version(engine, found)
     return engine
 
 
@@ -186,8 +190,11 @@ def read(connection: Connection) -> dict[str, Any]:
     """Return what the tables hold, as the mapping that a policy's YAML has.
 
     Raises:
-        PolicyError: rows refer to none, which the database should have refused.
+        PolicyError: rows refer to none, which the database should have refused; or a newer version of this package
+            has changed the tables.
     """
+    version = connection.execute(select(STATE.c.schema_version)).scalar_one()
+    _check_version(connection.engine, version)
     adapters = {
         row.name: {"path": row.path, "sha256": row.sha256}
         for row in connection.execute(select(ADAPTERS).order_by(ADAPTERS.c.name))
@@ -200,6 +207,8 @@ def read(connection: Connection) -> dict[str, Any]:
             tenants[row.tenant]["forget"][row.adapter] = row.strength
         for row in connection.execute(select(KEYS)):
             tenants[row.tenant]["keys"].append(row.digest)
+        for row in connection.execute(select(TRUSTED).order_by(TRUSTED.c.name)) if version > 1 else ():
+            tenants[row.tenant].setdefault("trusted_keys", {})[row.name] = row.pem
     except KeyError as error:
         raise PolicyError(f"the store is damaged: it holds rows of a tenant {error} that is not there") from None
     return {"adapters": adapters, "tenants": tenants}
@@ -208,6 +217,9 @@ def read(connection: Connection) -> dict[str, Any]:
 def write(connection: Connection, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """Bring the tables from what they hold to something else, by the rows that differ."""
     old, new = _rows(before), _rows(after)
+    if new[TRUSTED] and connection.scalar(select(STATE.c.schema_version)) == 1:
+        TRUSTED.create(connection)
+        connection.execute(update(STATE).values(schema_version=SCHEMA_VERSION))
     for table in new:  # what others refer to comes first, and goes last
         names = table.primary_key.columns.keys()
         added = [dict(zip(names, key, strict=True)) | new[table][key] for key in new[table].keys() - old[table].keys()]
@@ -233,6 +245,11 @@ def _rows(content: Mapping[str, Any]) -> dict[Table, dict[tuple[str, ...], dict[
             for name, strength in entry["forget"].items()
         },
         KEYS: {(digest,): {"tenant": tenant} for tenant, entry in tenants.items() for digest in entry["keys"]},
+        TRUSTED: {
+            (tenant, name): {"pem": pem}
+            for tenant, entry in tenants.items()
+            for name, pem in (entry.get("trusted_keys") or {}).items()
+        },
     }
 
 
@@ -280,6 +297,14 @@ def _open_server(url: URL) -> Engine:
         arguments = {"connect_timeout": PATIENCE, "tcp_user_timeout": PATIENCE * 1000}
     arguments = {name: value for name, value in arguments.items() if name not in url.query}
     return create_engine(url, connect_args=arguments, pool_pre_ping=True, hide_parameters=True)
+
+
+def _check_version(engine: Engine, found: int) -> None:
+    if not 1 <= found <= SCHEMA_VERSION:
+        raise PolicyError(
+            f"the store {describe(engine)} has schema version {found}, expected at most {SCHEMA_VERSION}: update "
+            "unlearn_peft"
+        )
 
 
 def _has_store(connection: Connection) -> bool:

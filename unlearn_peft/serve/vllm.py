@@ -42,6 +42,7 @@ from .text import TextStream, TokenBytes
 from .vllm_servers import Server, Servers, message_of
 
 if TYPE_CHECKING:
+    from ..trust import Trust
     from .policy import Policy
 
 
@@ -71,6 +72,8 @@ class VllmEngine:
         name: the public name; the base's own by default.
         names: how many sets a server may know; the longest unused are unloaded beyond this.
         seconds: how long to wait for a server's next word.
+        trust: whose signatures are taken, and whether adapters need one; looked at here, where the adapters must lie at
+            the same paths then. What is signed is named by its digest, so that vLLM applies that or refuses.
 
     Raises:
         BaseModelError: if the base cannot be read, or is not the one that the servers have.
@@ -85,9 +88,10 @@ class VllmEngine:
         name: str | None = None,
         names: int = 1000,
         seconds: float = 300.0,
+        trust: Trust | None = None,
     ) -> None:
         tokenizer, config, public = load_tokenizer(base)
-        self.model = name or public
+        self.model, self._trust = name or public, trust
         self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
         self._prompts = Prompts(copy.deepcopy(tokenizer), config.get_text_config().vocab_size, self.model)
         self._servers = Servers(urls, tokenizer, names=names, seconds=seconds)
@@ -97,10 +101,11 @@ class VllmEngine:
         """See `Engine.encode`."""
         return await asyncio.to_thread(self._prompts, prompt)
 
-    async def hold(self, forget: Mapping[str, float], policy: Policy) -> SetHolding:
+    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> SetHolding:
         """See `Engine.hold`; a server makes and loads the set before this returns."""
+        trusts = [one for one in (self._trust, trust) if one is not None]
         try:
-            applied = await asyncio.to_thread(_applied, forget, policy)
+            applied = await asyncio.to_thread(_applied, forget, policy, trusts)
         except AdapterError as error:
             raise Unavailable(f"the adapter '{error.adapter}' cannot be used: {error}", error.adapter) from error
         if not forget:
@@ -229,8 +234,11 @@ class VllmEngine:
         return Candidate(number, self._bytes(number), logprob)
 
 
-def _applied(forget: Mapping[str, float], policy: Policy) -> tuple[Applied, ...]:
-    return tuple(Applied(name, content_of(name, policy), strength) for name, strength in forget.items())
+def _applied(forget: Mapping[str, float], policy: Policy, trusts: Sequence[Trust]) -> tuple[Applied, ...]:
+    contents = {name: content_of(name, policy, trusts) for name in forget}
+    return tuple(
+        Applied(n, contents[n].identity, strength, (), contents[n].signed_by) for n, strength in forget.items()
+    )
 
 
 def _culprit(forget: Mapping[str, float], policy: Policy) -> tuple[str | None, str]:

@@ -11,6 +11,8 @@ Whatever goes wrong, the answer is None, and vLLM refuses the request; it never 
     UNLEARN_PEFT_SETS_GRACE      seconds that a set stays after vLLM has let go of it: longer than requests run [3600]
     UNLEARN_PEFT_MAX_RANK        vLLM's --max-lora-rank [64]
     UNLEARN_PEFT_MAX_ERROR       refuse sets of which truncation would lose more, in any module [0.01]
+    UNLEARN_PEFT_TRUSTED_KEYS    public keys, as --trusted-keys takes them, joined by ':'; a signature must then hold
+    UNLEARN_PEFT_REQUIRE_SIGNATURE=1     refuse adapters that none of these has signed
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1   or vLLM asks no resolver
 """
 
@@ -26,10 +28,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PolicyError, UnlearnError
 
 if TYPE_CHECKING:
+    from ..trust import Trust
     from .policy import PolicySource
     from .set_cache import SetCache
 
 NAME = "unlearn_peft"
+_YES, _NO = ("1", "true", "t", "yes", "y", "on"), ("", "0", "false", "f", "no", "n", "off")  # as the commands have it
 _LARGEST_ID = 2**31 - 1  # vLLM keeps ids in int32 in places
 logger = logging.getLogger(__name__)
 
@@ -49,11 +53,12 @@ class Sets:
 
     Args:
         where: the policy, as `open_policy` takes it, or its source.
+        trust: whose signatures are taken, and whether adapters need one. None: as the tenant's policy says alone.
         folder, limits: see `SetCache`.
     """
 
-    def __init__(self, where: str | PolicySource, folder: Path, **limits: Any) -> None:
-        self._where, self._folder, self._limits = where, folder, limits
+    def __init__(self, where: str | PolicySource, folder: Path, *, trust: Trust | None = None, **limits: Any) -> None:
+        self._where, self._folder, self._trust, self._limits = where, folder, trust, limits
         self._opened: tuple[PolicySource, SetCache] | None = None
         self._ids: dict[int, str] = {}
         self._lock = threading.Lock()
@@ -63,9 +68,11 @@ class Sets:
         """Read the environment variables named above.
 
         Raises:
-            PolicyError: if one of them is no number.
+            PolicyError: if one of them is no number, or no yes or no.
+            TrustError: if keys cannot be read.
         """
         from ..base import cache_folder
+        from ..trust import Trust
 
         def number(name: str, default: float) -> float:
             text = os.environ.get(name) or str(default)
@@ -74,9 +81,15 @@ class Sets:
             except ValueError:
                 raise PolicyError(f"${name} is '{text}', expected a number") from None
 
+        trusted = [place for place in os.environ.get("UNLEARN_PEFT_TRUSTED_KEYS", "").split(os.pathsep) if place]
+        required = os.environ.get("UNLEARN_PEFT_REQUIRE_SIGNATURE", "").lower()
+        if required not in (*_YES, *_NO):
+            raise PolicyError(f"$UNLEARN_PEFT_REQUIRE_SIGNATURE is '{required}', expected 1 or 0")
+        asks = trusted or required in _YES
         return cls(
             os.environ["UNLEARN_PEFT_POLICY"],
             Path(os.environ.get("UNLEARN_PEFT_SETS") or cache_folder() / "vllm_sets"),
+            trust=Trust.read(*trusted, required=required in _YES) if asks else None,
             max_rank=int(number("UNLEARN_PEFT_MAX_RANK", 64)),
             max_error=number("UNLEARN_PEFT_MAX_ERROR", 0.01),
             budget_bytes=int(number("UNLEARN_PEFT_SETS_GB", 10) * 1e9),
@@ -99,7 +112,9 @@ class Sets:
             raise PolicyError(f"unknown adapter '{unknown[0]}'")
         if not forget:
             raise PolicyError("an empty set is the base: ask for that by its own name")
-        return cache.get(forget, policy, asked.digest, base), self._id_of(asked.digest)
+        own = None if asked.tenant is None else policy.trust_of(asked.tenant)
+        trusts = [trust for trust in (self._trust, own) if trust is not None]
+        return cache.get(forget, policy, asked.digest, base, trusts), self._id_of(asked.digest)
 
     def used_by(self, path: Path, user: object) -> None:
         """See `SetCache.used_by`."""
