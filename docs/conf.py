@@ -11,6 +11,7 @@ copyright = "MIT licence"  # noqa: A001
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 root_doc = "index"
+smartquotes = False  # options begin with two hyphens
 
 myst_heading_anchors = 4  # headings are link targets, named as GitHub names them
 nb_execution_mode = "off"  # a test executes the notebook
@@ -27,3 +28,12 @@ html_title = project
 html_show_sphinx = False
 html_copy_source = False
 html_theme_options = {"source_edit_link": ""}
+
+
+def setup(app):
+    """Show a default that is made anew each time in a form that the parser of signatures takes."""
+
+    def shown(app, what, name, of, options, signature, returns):
+        return signature and signature.replace("<factory>", "..."), returns
+
+    app.connect("autodoc-process-signature", shown)

@@ -117,8 +117,9 @@ def recipe_page():
     shared = set(objective_settings.ObjectiveSettings.model_fields) - {"name"}
     parts = [
         f"# Recipes\n\n{MADE.strip()}",
-        "A recipe is a flat YAML file; `unlearn(...)` takes the same fields as keywords, and `--set field=value` on "
-        "the command line overrides one (`--set adapter.r=16`). Unknown fields are refused. Only `forget` must be given.",
+        "A recipe is a flat YAML file; `unlearn(...)` takes the same fields as keywords, and on the command line "
+        "`--set field=value` overrides one (`--set adapter.r=16`). Unknown fields are refused. Only `forget` must be "
+        "given.",
         inspect.getdoc(recipe.Recipe),
         table(recipe.Recipe),
         "## Rows",
