@@ -27,7 +27,6 @@ html_theme = "furo"
 html_title = project
 html_show_sphinx = False
 html_copy_source = False
-html_theme_options = {"source_edit_link": ""}
 
 
 def setup(app):
