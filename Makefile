@@ -1,4 +1,4 @@
-# make demo | make test | make test-slow | make test-vllm | make check
+# make demo | make test | make test-slow | make test-vllm | make check | make docs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= out/harry_potter
 
-.PHONY: readme demo test test-slow test-vllm check install clean
+.PHONY: readme demo test test-slow test-vllm check docs install clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # what only tests need (--lm-eval: 31 packages, 190 MB; --quantize: 70 MB), so that the demo does without
 $(VENV)/.for-tests: $(VENV)/.installed
-	@$(PIP_INSTALL) --editable '.[lm-eval,quantized]'
+	@$(PIP_INSTALL) --editable '.[lm-eval,quantized,docs]'
 	@touch $@
 
 demo: install
@@ -56,6 +56,15 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install $(VENV)/.for-docs
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --builder html docs out/docs
+	@echo "the pages: out/docs/index.html"
+
+$(VENV)/.for-docs: $(VENV)/.installed
+	@$(PIP_INSTALL) --editable '.[docs]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .venv-vllm out build *.egg-info

@@ -1,6 +1,8 @@
-"""Run what README.md shows and write what it prints into it: no figure is typed by hand.
+"""Run what README.md and docs/results.md show, and write what it prints into them: no figure is typed by hand.
 
     python benchmarks/readme.py [demo] [eval] [seed] [tofu] [frontier]
+
+README.md has the demo, cut short; docs/results.md has all blocks, whole.
 
 By default demo, eval and seed: about half an hour on 2 cores. (`eval` measures the adapter that `demo` made.) tofu and
 frontier show what benchmarks/tofu_smollm2.py and benchmarks/frontier.py have kept so far: run these before.
@@ -13,6 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
 CLI = ["-m", "unlearn_peft.cli"]
 DATA = "recipes/data/harry_potter_"
 BLOCKS = {
@@ -36,19 +39,36 @@ def main():
         for command in BLOCKS[name]:
             called = " ".join(command).replace(" ".join(CLI), "unlearn-peft")
             shown.append((called, run(command)))
-        readme = (ROOT / "README.md").read_text()
-        block = f"<!-- {name} -->\n{told(name, shown)}\n<!-- /{name} -->"
-        readme = re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _, block=block: block, readme, flags=re.DOTALL)
-        (ROOT / "README.md").write_text(readme)
+        block = told(name, shown)
+        put(RESULTS, name, block)
         if name == "demo":
+            put(README, name, shortened(block))
             shutil.copy(ROOT / "out" / "readme" / "curves.png", ROOT / "docs" / "curves.png")
+
+
+def put(page, name, block):
+    """Write a block between its two markers, which the page must have once."""
+    block = f"<!-- {name} -->\n{block}\n<!-- /{name} -->"
+    text, count = re.subn(f"<!-- {name} -->.*<!-- /{name} -->", lambda _: block, page.read_text(), flags=re.DOTALL)
+    if count != 1:
+        sys.exit(f"{page}: expected the markers <!-- {name} --> and <!-- /{name} --> once")
+    page.write_text(text)
+
+
+def shortened(block, rows=2):
+    """Return the demo's block with the first rows of its table alone, and a line that says so."""
+    line = re.compile(r"^├.*┤\n", re.MULTILINE)
+    parts = line.split(block)
+    table, bottom, after = re.split(r"^(└.*┘\n)", parts[-1], flags=re.MULTILINE)
+    parts[-1] = table
+    return line.search(block)[0].join(parts[:rows]) + f"{bottom}({rows} of {len(parts)} prompts shown)\n{after}"
 
 
 def told(name, shown):
     """Return commands with what they print; of those that print Markdown, or write it into a card, the Markdown."""
     if name == "eval":
         card = (ROOT / "out" / "readme" / "README.md").read_text()
-        return re.search(r"<!-- evaluation[^\n]*\n(.*?)\n<!-- /evaluation", card, re.DOTALL)[1].replace("## ", "#### ")
+        return re.search(r"<!-- evaluation[^\n]*\n(.*?)\n<!-- /evaluation", card, re.DOTALL)[1].replace("## ", "### ")
     if name in ("tofu", "frontier"):
         return "\n".join(line for _, text in shown for line in text.splitlines() if line.startswith("|"))
     return "```\n" + "\n".join(f"$ {called}\n{text}\n" for called, text in shown) + "```"
@@ -62,7 +82,7 @@ def run(command):
             print(line, end="", flush=True)
             lines.append(line)
     if process.returncode:
-        sys.exit(f"{' '.join(command)} ended with {process.returncode}: README.md is as it was")
+        sys.exit(f"{' '.join(command)} ended with {process.returncode}: its block is as it was")
     return "".join(lines).rstrip()
 
 

@@ -50,7 +50,7 @@ class Base:
 
     @property
     def quantized(self) -> str | None:
-        """How its weights are quantised, as transformers describes it; None: they are not."""
+        """How its weights are quantised, as transformers describes it, or None."""
         config = getattr(self.model.config, "quantization_config", None)
         return None if config is None else str(config)
 

@@ -83,7 +83,7 @@ def serve(
 
     The server speaks OpenAI's API (chat, completions, streaming). Each tenant
     is known by its API key; the policy says what must be forgotten for it
-    (docs/serving.md shows one):
+    (docs/how-to/serve.md shows one):
 
       unlearn-peft serve --base demo --policy policy.yaml --audit audit.jsonl
 
@@ -93,7 +93,7 @@ def serve(
 
       unlearn-peft serve --base demo --adapter out/hp
 
-    With --engine, vLLM servers generate (docs/scaling.md says how they are
+    With --engine, vLLM servers generate (docs/how-to/vllm.md says how they are
     started); tenants, policy, limits and audit stay here:
 
       unlearn-peft serve --policy policy.db --engine http://gpu1:8000,http://gpu2:8000

@@ -21,7 +21,7 @@ _ENDS = re.compile(r"\n\n|\nQuestion|Question:")  # where MUSE cuts an answer of
 
 
 def answer_probability(tokens: Sequence[RowTokens]) -> Array:
-    """Return P(answer | question)^(1/|answer|) of each row: the geometric mean of its tokens' probabilities.
+    """Return `P(answer | question)^(1/|answer|)` of each row: the geometric mean of its tokens' probabilities.
 
     TOFU (Maini et al. 2024, arXiv:2401.06121); as in its code and open-unlearning's, the end-of-turn
     marker is a part of the answer (where a row has one).

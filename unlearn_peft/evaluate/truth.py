@@ -22,7 +22,7 @@ SETS, PARTS = ("retain", "real_authors", "world_facts"), ("probability", "rouge"
 
 
 def truth_ratio(right: ArrayLike, wrong: ArrayLike, *, mean: Literal["geometric", "arithmetic"] = "geometric") -> Array:
-    """Return how likely wrong answers are beside a right one: mean P(wrong)^(1/|wrong|) / P(right)^(1/|right|).
+    """Return how likely wrong answers are beside a right one: `mean P(wrong)^(1/|wrong|) / P(right)^(1/|right|)`.
 
     Args:
         right: mean loss of the paraphrased right answer of each question, (n,).
