@@ -60,7 +60,8 @@ def test_what_is_printed_comes_under_each_command(tutorial, tmp_path, monkeypatc
     page = tmp_path / "page.md"
     page.write_text(
         "`one.txt`:\n\n```\na demo\n```\n\n"
-        "```console\n$ cat one.txt\nold\n$ false || printf '10%%|#\\r100%%|##\\nb\\n' >&2\n```\n\nbetween\n\n```console\n$ true\nold\n```\n"
+        "```console\n$ cat one.txt\nold\n$ false || printf '10%%|#\\r100%%|##\\nb\\n' >&2\n```\n\n"
+        "between\n\n```console\n$ true\nold\n```\n"
     )
     command = ["tutorial.py", "--page", page, "--folder", tmp_path / "work"]
     monkeypatch.setattr(sys, "argv", [*map(str, command)])
