@@ -12,7 +12,6 @@ import argparse
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -61,7 +60,7 @@ def run_block(block, folder, base):
             shown.append(f"$ {command}\n{told}\n" if told else f"$ {command}\n")
     finally:
         for server in servers:
-            os.killpg(server.pid, signal.SIGTERM)
+            server.terminate()
             server.wait()
     return "\n".join(shown)
 
