@@ -81,18 +81,13 @@ def start(command, folder, base, servers):
     """Start a server and wait until it is ready; returns what it has printed by then."""
     log = folder / "server.log"
     with log.open("wb") as output:
-        servers.append(
-            subprocess.Popen(
-                ["bash", "-c", "exec " + other_base(command.removesuffix("&"), base)],
-                cwd=folder,
-                env=environment(),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-        )
+        exact = f"exec {other_base(command.removesuffix('&'), base)}"
+        server = subprocess.Popen(
+            ["bash", "-c", exact], cwd=folder, env=environment(), stdout=output, stderr=subprocess.STDOUT
+        )  # fmt: skip
+    servers.append(server)
     end = time.monotonic() + SECONDS
-    while time.monotonic() < end and servers[-1].poll() is None:
+    while time.monotonic() < end and server.poll() is None:
         if url := re.search(r"http://[\d.:]+", log.read_text()):
             try:
                 with urllib.request.urlopen(f"{url[0]}/readyz", timeout=5):
