@@ -77,7 +77,7 @@ def run_attacks(target: Target, names: str | Sequence[str] = "all", *, quiet: bo
         for name, attack in progress:
             progress.set_postfix_str(name)
             result = attack(target)
-            if not isinstance(result, Attacked):
+            if name not in ATTACKS and not isinstance(result, Attacked):
                 raise UnlearnError(f"the attack '{name}' returned {type(result).__name__}, expected an Attacked")
             if held := attached(target.base):
                 raise AdapterError(f"the attack '{name}' left attached: {', '.join(held)}. Use `under` and `alone`")
