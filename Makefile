@@ -30,7 +30,7 @@ demo: install
 	@du -sh $(OUT) | awk '{print "the adapter: " $$2 " (" $$1 ")"}'
 
 test: install $(VENV)/.for-tests
-	$(BIN)/python -m pytest --ignore=tests/test_no_leak.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/test_no_leak.py
 	$(BIN)/python -m pytest tests/test_no_leak.py  # forks: by itself, as children of a process with threads may crash
 
 test-slow: install

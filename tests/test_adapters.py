@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import logits
 
-from unlearn_peft import attach, attached, detach, forgetting, load_base, merge, read_bundle, stack, swap
+from unlearn_peft import Trust, attach, attached, detach, forgetting, load_base, merge, read_bundle, stack, swap
 from unlearn_peft.base import head_is_tied
 from unlearn_peft.errors import AdapterError
 
@@ -115,6 +116,15 @@ def test_swap_and_refusals_leave_things_as_they_were(tiny, make_adapter, tmp_pat
         attach(tiny, b, strength=[1, 2])
     assert attached(tiny) == {"a": 1.0}
     assert swap(tiny, "a", b) == "b" and attached(tiny) == {"b": 1.0}
+    with_b, read = logits(tiny), read_bundle(a)
+    with pytest.raises(AdapterError, match="no adapter named 'a' is attached"):
+        swap(tiny, "a", read)
+    with pytest.raises(AdapterError, match="it has no signature"):
+        swap(tiny, "b", read, trust=Trust({}))
+    assert attached(tiny) == {"b": 1.0} and torch.equal(logits(tiny), with_b)
+    shutil.rmtree(a)  # what was read needs its files no more
+    assert swap(tiny, "b", read) == "a" and attached(tiny) == {"a": 1.0}
+    assert not torch.equal(logits(tiny), with_b)
     detach(tiny)
 
 

@@ -362,8 +362,26 @@ def test_numbers_are_told_in_three_digits(number, told):
     assert wording.number(number) == told
 
 
+def test_drawing_leaves_a_notebooks_backend_alone(tmp_path):
+    from matplotlib import pyplot
+
+    from unlearn_peft.card import draw_curves
+
+    before = pyplot.get_backend()
+    try:
+        pyplot.switch_backend("svg")
+        assert draw_curves(
+            tmp_path / "curves.png", [{"step": 1, "forget_loss": 1.0, "retain_kl": 0.0}],
+            [{"step": 0, "forget_set_loss": 1.0, "specific_loss": 1.0, "retain_kl": 0.0}], 0,
+        )  # fmt: skip
+        picture.draw(tmp_path / "figures.png", made_up())
+        assert picture.panels(made_up()) and pyplot.get_backend() == "svg" and not pyplot.get_fignums()
+    finally:
+        pyplot.switch_backend(before)
+
+
 def test_without_matplotlib_the_page_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(picture, "_pyplot", lambda: None)
+    monkeypatch.setattr(picture, "_matplotlib", lambda: None)
     written = write_report(made_up(), tmp_path / "out")
     assert [path.name for path in written] == ["evaluation.json", "report.html"]
     assert "matplotlib is not installed" in (tmp_path / "out" / "report.html").read_text()

@@ -17,7 +17,7 @@ RANKS = {
     "auto_retain": 8, "card": 6, "evaluate": 10, "save": 10, "run": 11, "serve": 11, "cli_options": 12,
     "cli_evaluate": 13, "cli_export": 13, "cli_serve": 13, "cli_tenant": 13, "cli": 14,
     "untrusted": 1, "adapter_config": 3, "trust": 2, "signing": 6, "cli_trust": 13,
-    "packed": 2, "archive": 3, "download": 2, "sources": 4, "hub": 6, "shrink": 9, "cli_hub": 13,
+    "dotted": 1, "packed": 2, "archive": 3, "download": 2, "sources": 4, "hub": 6, "shrink": 9, "cli_hub": 13,
 }  # fmt: skip
 
 

@@ -73,14 +73,8 @@ def swap(
     Most of the time goes into reading and checking files: what `read_bundle` read before is there at once.
     """
     bank = Bank.of(model)
-    before = bank.adapters
     bundle = _read(new, bank, trust)
-    try:
-        bank.detach(old)
-        bank.attach(bundle, name or bundle.name, strength)
-    except BaseException:
-        bank.restore(before)
-        raise
+    bank.attach(bundle, name or bundle.name, strength, instead_of=old)
     return name or bundle.name
 
 

@@ -226,25 +226,28 @@ class Bank:
 
     # ---- one set for all rows ----
 
-    def attach(self, bundle: Bundle, name: str, strength: float = 1.0, *, allow_different_base: bool = False) -> None:
-        """Check the adapter against the model, then add it for all rows; a name that is taken is refused."""
+    def attach(
+        self, bundle: Bundle, name: str, strength: float = 1.0, *, allow_different_base: bool = False,
+        instead_of: str | None = None,
+    ) -> None:  # fmt: skip
+        """Check the adapter against the model, then add it for all rows (in place of `instead_of`), or change nothing."""
         with self.residents.lock:
-            if name in self.adapters:
-                raise AdapterError(
-                    f"an adapter named '{name}' is attached already: detach or swap it, or give another name"
-                )
+            others = self.adapters if instead_of is None else self._without(instead_of)
+            if name in others:
+                raise AdapterError(f"an adapter named '{name}' is attached already: swap it, or give another name")
             adapter = self._fitted(bundle, allow_different_base)
-            self.restore({**self.adapters, name: Attached(name, adapter, float(strength))})
+            self.restore({**others, name: Attached(name, adapter, float(strength))})
 
     def detach(self, name: str) -> None:
         """Remove one adapter from all rows."""
         with self.residents.lock:
-            if name not in self.adapters:
-                near = did_you_mean(name, self.adapters)
-                raise AdapterError(
-                    f"no adapter named '{name}' is attached{near}; attached: {', '.join(self.adapters) or 'none'}"
-                )
-            self.restore({key: value for key, value in self.adapters.items() if key != name})
+            self.restore(self._without(name))
+
+    def _without(self, name: str) -> dict[str, Attached]:
+        if name not in self.adapters:
+            near, there = did_you_mean(name, self.adapters), ", ".join(self.adapters) or "none"
+            raise AdapterError(f"no adapter named '{name}' is attached{near}; attached: {there}")
+        return {key: value for key, value in self.adapters.items() if key != name}
 
     def restore(self, adapters: dict[str, Attached]) -> None:
         """Go back to an earlier set of adapters for all rows (a former value of `.adapters`)."""

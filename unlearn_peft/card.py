@@ -245,13 +245,11 @@ def draw_curves(
 ) -> bool:
     """Draw forget loss and retain KL over the steps; returns False where matplotlib (extra `report`) is not there."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # and no pyplot: a caller's backend stays as it is
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
     steps = [h["step"] for h in history]
     left.plot(steps, [h["forget_loss"] for h in history], color="#c0392b", lw=1, alpha=0.5, label="batch")
     evaluated = [e["step"] for e in evaluations]
@@ -277,7 +275,6 @@ def draw_curves(
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return True
 
 

@@ -49,7 +49,15 @@ def evaluate(
         str | None, typer.Option(help="A model that never saw the forget rows, for the forget quality of --suite tofu.")
     ] = None,
     attacks: Annotated[
-        str | None, typer.Option(help="Try to get it back: all, or names with commas. Needs forget rows and probes.")
+        str | None,
+        typer.Option(
+            help="Try to get it back: all, or names with commas, your own as file.py:function. Needs forget rows and "
+            "probes."
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="A metric of your own: module:function or file.py:function, which runs; repeatable."),
     ] = None,
     lm_eval: Annotated[
         str | None, typer.Option(help="General ability: tasks of lm-evaluation-harness (or YAML files), with commas.")
@@ -95,9 +103,10 @@ def evaluate(
     from .card import put_evaluation
     from .compare import show as show_answers
     from .evaluate.ability import read_tasks
-    from .evaluate.attacks import Target, check_names, run_attacks
+    from .evaluate.attacks import Target, find_attacks, run_attacks
     from .evaluate.evaluation import evaluate as evaluate_
     from .evaluate.evaluation import read_measured
+    from .evaluate.own import find_metrics
     from .evaluate.report import PICTURE, check_folder, eval_results, markdown_section, show, write_report
     from .evaluate.suites import check
     from .evaluate.tofu import truth_ratios
@@ -117,9 +126,10 @@ def evaluate(
     check(suite, rows)
     if retrained and suite is not Suite.TOFU:
         raise UnlearnError("--retrained is for the forget quality of --suite tofu: choose that, or leave it out")
-    names = attacks.split(",") if attacks and attacks != "all" else attacks
-    if names:  # told now and not after minutes
-        check_names(names)
+    names = [name.strip() for name in (attacks or "").split(",") if name.strip()]
+    own = find_metrics(metric or ())  # with what follows, told now and not after minutes
+    if names:
+        find_attacks(names)
         if lacking := [name for name in ("forget", "probes") if not rows.get(name)]:
             raise UnlearnError(f"--attacks needs {' and '.join(lacking)} rows: name them, or a --recipe that does")
     asked = [name.strip() for name in (lm_eval or "").split(",") if name.strip()]
@@ -132,13 +142,13 @@ def evaluate(
             live, tuple(adapter), rows["forget"], rows["probes"], rows.get("neighbours", []), seed=seed,
             chat_template=chat_template, trust=trust,
         )  # fmt: skip
-        return run_attacks(target, names or ())
+        return run_attacks(target, names)
 
     ratios = truth_ratios(load_base(retrained, dtype, device), rows["forget"]) if retrained else None
     result = evaluate_(
         load(base, adapter, dtype, device, None, trust), adapter, rows, suite=suite, k=k, strength=strength or 1.0,
         seed=seed, max_new_tokens=max_new_tokens, chat_template=chat_template, ability=tasks, retrained=ratios,
-        trust=trust, attacks=attack if names else None,
+        trust=trust, metrics=own, attacks=attack if names else None,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     written = write_report(result, folder, adapter)

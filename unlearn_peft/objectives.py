@@ -17,17 +17,15 @@ To add one: a function of the shape of `ga_kl`, a line in `OBJECTIVES` and its s
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .dotted import load_function
 from .errors import RecipeError
 from .functions import reverse_kl
 
@@ -312,24 +310,4 @@ def find_objective(name: str) -> Objective:
     """
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    place, _, function = name.rpartition(":")
-    try:
-        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        found = getattr(module, function)
-    except (ImportError, AttributeError, OSError) as error:
-        raise RecipeError(
-            f"cannot load the objective '{name}' ({type(error).__name__}: {error}): expected one of "
-            f"{', '.join(OBJECTIVES)}, or 'module:function' or 'file.py:function'"
-        ) from error
-    if not callable(found):
-        raise RecipeError(f"the objective '{name}' is {type(found).__name__}, expected a function")
-    return found  # type: ignore[no-any-return]
-
-
-def _load_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_function(name, "objective", OBJECTIVES, RecipeError)

@@ -23,6 +23,7 @@ from ..generate import answers, leaked
 from ..recipe import DataSpec, load_recipe
 from ..trust import Trust
 from .ability import PREFIX, Ability
+from .own import Metric, own_scores
 from .score import CONFIDENCE, RESAMPLES, Array, Score
 from .suite import SETS, measure, take_reference
 from .suites import Suite, beside_quick, check
@@ -184,6 +185,7 @@ def evaluate(
     ability: Ability | None = None,
     retrained: Array | None = None,
     trust: Trust | None = None,
+    metrics: Sequence[Metric] = (),
     attacks: Callable[[Base], Sequence[AttackResult]] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
@@ -203,6 +205,7 @@ def evaluate(
         ability: tasks of lm-evaluation-harness, run on the base and with the adapters.
         retrained: truth ratios of the forget set under a model that never saw it, for the suite `tofu`.
         trust: as `attach` takes it.
+        metrics: functions of your own, from a base and these rows to one `Score` or some; called in each state.
         attacks: called once with the bare base before the last measurement, which so also tells what an attack left
             behind, e.g. `lambda base: run_attacks(Target(base, adapters, ...))`.
         progress: is told what is being done, a line at a time.
@@ -238,6 +241,7 @@ def evaluate(
             *beside_quick(suite, base, given, retrained, **how),
             *able,
         ]
+        scores[state] += own_scores(metrics, base, given, [score.name for score in scores[state]])
         texts[state] = answers(
             base, prompts, max_new_tokens=max_new_tokens, chat_template=chat_template, batch_size=batch_size
         )

@@ -27,13 +27,12 @@ _VARIABLES = {COLOURS["before"]: "before", COLOURS["with"]: "with", COLOURS["aft
 
 def panels(evaluation: Evaluation) -> list[tuple[str, str]] | None:
     """Return label and inline SVG of each main figure; None where matplotlib is not there."""
-    pyplot = _pyplot()
-    if pyplot is None:
+    if _matplotlib() is None:
         return None
     names, points = main_figures(evaluation), frontier(evaluation)
-    found = [(label(name), _svg(pyplot, 1.45, partial(_draw, evaluation=evaluation, name=name))) for name in names]
+    found = [(label(name), _svg(1.45, partial(_draw, evaluation=evaluation, name=name))) for name in names]
     if points:
-        found.append((FRONTIER, _svg(pyplot, 2.2, partial(_draw_frontier, points=points))))
+        found.append((FRONTIER, _svg(2.2, partial(_draw_frontier, points=points))))
     return found
 
 
@@ -48,18 +47,17 @@ def frontier(evaluation: Evaluation) -> list[tuple[str, float, float]]:
 
 def drawable(evaluation: Evaluation) -> bool:
     """Return whether there is something to draw, and matplotlib to draw it with."""
-    return bool(main_figures(evaluation)) and _pyplot() is not None
+    return bool(main_figures(evaluation)) and _matplotlib() is not None
 
 
 def draw(path: Path, evaluation: Evaluation) -> None:
     """Draw all panels into one PNG on white, see `drawable`."""
-    pyplot, names, points = _pyplot(), main_figures(evaluation), frontier(evaluation)
+    names, points = main_figures(evaluation), frontier(evaluation)
     count = len(names) + bool(points)
     columns = min(count, 3)
     lines = -(-count // columns)
-    figure, grid = pyplot.subplots(
-        lines, columns, figsize=(4 * columns, 1.8 * lines), layout="constrained", squeeze=False
-    )
+    figure = _matplotlib().figure.Figure(figsize=(4 * columns, 1.8 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False)
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     for n, axes in enumerate(grid.flat):
         if n < len(names):
@@ -71,7 +69,6 @@ def draw(path: Path, evaluation: Evaluation) -> None:
         else:
             axes.set_axis_off()
     figure.savefig(path, dpi=130, format="png")
-    pyplot.close(figure)
 
 
 def _title(axes: Any, text: str) -> None:
@@ -123,14 +120,14 @@ def _frame(axes: Any, unit: str, grid: Any) -> None:
         side.set_visible(False)
 
 
-def _svg(pyplot: Any, height: float, draw_into: Callable[[Any], None]) -> str:
+def _svg(height: float, draw_into: Callable[[Any], None]) -> str:
     style = {"svg.fonttype": "none", "svg.hashsalt": "unlearn_peft", "font.family": "sans-serif", "font.size": 9}
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(figsize=(3.5, height), layout="constrained")
-        draw_into(axes)
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context(style):
+        figure = matplotlib.figure.Figure(figsize=(3.5, height), layout="constrained")
+        draw_into(figure.subplots())
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        pyplot.close(figure)
     return _inline(stream.getvalue())
 
 
@@ -146,12 +143,10 @@ def _inline(svg: str) -> str:
     return svg
 
 
-def _pyplot() -> Any:
+def _matplotlib() -> Any:
+    """Return the package, or None; not pyplot, which would change the backend of the notebook that this runs in."""
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError:
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return matplotlib

@@ -1,17 +1,17 @@
 """Attacks on forgetting: each says what it costs and what share of the probes' answers it brings back.
 
 An attack is a function from a `Target` (and its own settings) to `Attacked`; a new one is a function and a line in
-`ATTACKS`. Beside each share stands that of the bare base under the same attack: where the base itself does not give
-the answer, the attack shows nothing.
+`ATTACKS`, or is named by the path to its function. Beside each share stands that of the bare base under the same
+attack: where the base itself does not give the answer, the attack shows nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
 
 from ...attaching import attached
+from ...dotted import load_function
 from ...errors import AdapterError, UnlearnError, did_you_mean
 from .asking import few_shot, jailbreak, multilingual, paraphrase, prefix, sampling
 from .reading import adapter_diff, logit_lens
@@ -37,45 +37,52 @@ ATTACKS: dict[str, Attack] = {
 }
 
 
-def check_names(names: str | Sequence[str]) -> list[str]:
-    """Return the attacks that these names mean; `all` means all.
+def find_attacks(names: str | Sequence[str]) -> dict[str, Attack]:
+    """Return the attacks that these names mean; `all` means all of the package's own.
 
     Raises:
-        UnlearnError: if a name is unknown.
+        UnlearnError: if a name is unknown, or a path leads to no function.
     """
-    chosen = list(ATTACKS) if names == "all" else [names] if isinstance(names, str) else list(names)
-    unknown = [name for name in chosen if name not in ATTACKS]
+    given = [names] if isinstance(names, str) else list(names)
+    chosen = list(dict.fromkeys(one for name in given for one in (ATTACKS if name == "all" else [name])))
+    unknown = [name for name in chosen if name not in ATTACKS and ":" not in name]
     if unknown:
         told = ", ".join(f"'{name}'{did_you_mean(name, ATTACKS)}" for name in unknown)
-        raise UnlearnError(f"unknown attacks: {told}; known: {', '.join(ATTACKS)}")
-    return chosen
+        raise UnlearnError(
+            f"unknown attacks: {told}; known: {', '.join(ATTACKS)}, or your own as 'module:function' or "
+            "'file.py:function'"
+        )
+    return {name: ATTACKS[name] if name in ATTACKS else load_function(name, "attack") for name in chosen}
 
 
-def run_attacks(
-    target: Target, names: Literal["all"] | Sequence[str] = "all", *, quiet: bool = False
-) -> list[Attacked]:
+def run_attacks(target: Target, names: str | Sequence[str] = "all", *, quiet: bool = False) -> list[Attacked]:
     """Run attacks one after another, each with its default budget; the base is afterwards as it was before.
 
     Args:
         target: what is attacked.
-        names: keys of `ATTACKS`, or `all`.
+        names: keys of `ATTACKS`, `all`, or paths to functions of your own.
         quiet: no progress bar.
 
     Raises:
-        UnlearnError: if a name is unknown; then nothing is run.
-        AdapterError: if something is attached to the base.
+        UnlearnError: if a name is unknown, then nothing is run; or if an attack of your own returns something else.
+        AdapterError: if something is attached to the base, before the first attack or after one of your own.
     """
     from tqdm import tqdm
 
-    chosen = check_names(names)
+    chosen = find_attacks(names)
     if attached(target.base):
         raise AdapterError("adapters are attached already: detach them, an attack puts its own on and off")
     found = []
-    with tqdm(chosen, unit="attack", desc="attacking", disable=quiet) as progress:
-        for name in progress:
+    with tqdm(chosen.items(), unit="attack", desc="attacking", disable=quiet) as progress:
+        for name, attack in progress:
             progress.set_postfix_str(name)
-            found.append(ATTACKS[name](target))
+            result = attack(target)
+            if name not in ATTACKS and not isinstance(result, Attacked):
+                raise UnlearnError(f"the attack '{name}' returned {type(result).__name__}, expected an Attacked")
+            if held := attached(target.base):
+                raise AdapterError(f"the attack '{name}' left attached: {', '.join(held)}. Use `under` and `alone`")
+            found.append(result)
     return found
 
 
-__all__ = ["ATTACKS", "Attack", "Attacked", "Target", "check_names", "run_attacks"]
+__all__ = ["ATTACKS", "Attack", "Attacked", "Target", "find_attacks", "run_attacks"]
