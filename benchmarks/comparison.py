@@ -32,10 +32,13 @@ SERVED = {  # sides of serve.py
     "one_by_one": "a set of three a row, one row after the other: what is left where a batch has one set",
     "crowd": "unlearn_peft, an adapter a row, of 1,000 known and 64 in memory",
 }
-CHANGES = {
-    "attach_ms": "attach from disk, verified", "swap_ms": "swap for one from disk",
-    "remove_ms": "remove", "switch_ms": "change from one in memory to another",
-}  # fmt: skip
+CHANGES = {  # figures of serve.py
+    "attach_ms": "attach from disk, verified",
+    "swap_from_disk_ms": "swap for one from disk, verified",
+    "swap_ms": "swap for one that was read before",
+    "remove_ms": "remove",
+    "switch_ms": "ask for another set of those in memory",
+}
 REQUESTS = 100  # sets that differ, to be kept
 
 
