@@ -89,8 +89,8 @@ def forgetting(
 ) -> Iterator[Any]:
     """Attach inside a `with` block, and be as before after it.
 
-    `adapters` are directories or bundles, as for `attach` (so are `strength` and `trust`); `with forgetting(model, "a", "b"): ...`
-    stacks two.
+    `adapters` are directories or bundles, as for `attach` (so are `strength` and `trust`);
+    `with forgetting(model, "a", "b"): ...` stacks two.
     """
     bank = Bank.of(model)
     before = bank.adapters

@@ -230,7 +230,7 @@ class Bank:
         self, bundle: Bundle, name: str, strength: float = 1.0, *, allow_different_base: bool = False,
         instead_of: str | None = None,
     ) -> None:  # fmt: skip
-        """Check the adapter against the model, then add it for all rows (in place of `instead_of`), or change nothing."""
+        """Check the adapter against the model, then add it for all rows (in place of `instead_of`), or do nothing."""
         with self.residents.lock:
             others = self.adapters if instead_of is None else self._without(instead_of)
             if name in others:
