@@ -15,6 +15,8 @@ from statistics import median
 from floor import Shape
 from performance import MISSING, ROOT, write
 
+from unlearn_peft.files import folder_bytes
+
 WAYS = {  # sides of train.py, see train_sides.py
     "original": "the original experiment: dense `lm_head`, a second model as the reference, SGD",
     "full": "full fine-tuning, a second model as the reference, AdamW",
@@ -49,18 +51,13 @@ def main():
     parser.add_argument("--doc", type=Path, default=ROOT / "docs" / "comparison.md")
     given = parser.parse_args()
     parts = {name: read(given.kept / "performance" / f"{name}.json") for name in ("rates", "chat", "text")}
-    write(given.doc, told(parts, read(given.kept / "serve.json"), folder_bytes(given.adapter)))
+    size = folder_bytes(given.adapter) if (given.adapter / "adapter_config.json").is_file() else None
+    write(given.doc, told(parts, read(given.kept / "serve.json"), size))
 
 
 def read(path):
     """Return what a benchmark kept, or None."""
     return json.loads(path.read_text()) if path.is_file() else None
-
-
-def folder_bytes(folder):
-    """Return the size of an adapter directory, or None."""
-    files = [path for path in folder.rglob("*") if path.is_file()] if (folder / "adapter_config.json").is_file() else []
-    return sum(path.stat().st_size for path in files) or None
 
 
 def told(parts, served, adapter_bytes):
