@@ -24,6 +24,7 @@ from .base import Base, fingerprint
 from .bundle import Bundle
 from .errors import AdapterError, did_you_mean
 from .gates import Mix, Part, Resident, tell_batch
+from .layers import parameters
 from .residents import Applied as Applied
 from .residents import BankStats, Entry, Residents
 from .trust import Trust
@@ -282,10 +283,8 @@ class Bank:
 
     def _base_fingerprint(self) -> dict[str, str | None]:
         """Return the base's fingerprint; taken anew when a weight was replaced or written to."""
-        state = (
-            [(p.data_ptr(), p._version) for p in self.model.parameters() if not p.is_inference()],
-            id(self.tokenizer),
-        )
+        weights = [(p.data_ptr(), p._version) for p in parameters(self.model) if not p.is_inference()]
+        state = weights, id(self.tokenizer)
         if self._fingerprint is None or self._fingerprint[0] != state:
             self._fingerprint = state, fingerprint(self.model, self.tokenizer)
         return self._fingerprint[1]

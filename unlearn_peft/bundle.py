@@ -21,6 +21,7 @@ from .adapter_config import DENSE, SCHEMA_VERSION, check_config, check_manifest,
 from .base import fingerprint, mismatches
 from .errors import AdapterError, OutputError, refuse, shown
 from .files import folder_bytes, whole_file, whole_folder
+from .layers import submodule
 from .packed import floats
 from .trust import SIGNATURE, UNSIGNED, Trust
 from .untrusted import LARGEST, Weights, list_files, read_file, read_weights, sha256_of, sha256_of_stream, strict_json
@@ -123,7 +124,7 @@ class Bundle:
         """Return what does not fit a base, and the parts in which its fingerprint differs; see `check_fits`."""
         problems = []
         for name, delta in self.deltas.items():
-            module = _submodule(model, name)
+            module = submodule(model, name)
             weight = getattr(module, "weight", None)
             if module is None or weight is None or isinstance(module, nn.Embedding):
                 what = "does not exist" if module is None else "is no linear layer"
@@ -340,10 +341,3 @@ def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], probl
             problems.append(f"two tensors are for the module '{module}'")
         deltas[module] = Delta(up, down, scale)
     return deltas
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None

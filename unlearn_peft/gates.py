@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from .bundle import Bundle, Delta
 from .errors import AdapterError
+from .layers import submodule
 
 _BY_ROW_UP_TO = 2  # times the numbers that gates would read; batched products need no second pass over them
 _BATCH: ContextVar[tuple[int, int] | None] = ContextVar("unlearn_peft_batch", default=None)  # rows, tokens of a row
@@ -33,27 +34,41 @@ _BATCH: ContextVar[tuple[int, int] | None] = ContextVar("unlearn_peft_batch", de
 class Resident:
     """An adapter on the base's device, read and checked. Two versions of one adapter are two objects."""
 
-    bundle: Bundle
+    bundle: Bundle  # without its deltas, which the file holds in its own precision
     deltas: dict[str, Delta]  # by module name, where and as the module computes
     different_base: tuple[str, ...] = ()  # in what its base differs from the one that it is on: allowed, but unsafe
     pins: int = 0  # how many hold it: requests, and its being attached
+    _laid: set[str] = field(default_factory=set)
 
     @classmethod
     def on(cls, model: nn.Module, bundle: Bundle, different_base: tuple[str, ...] = ()) -> Resident:
         """Return an adapter on the device of the layers that it changes, in the precision that they compute in."""
         deltas = {}
         for name, delta in bundle.deltas.items():
-            weight = cast(Tensor, model.get_submodule(name).weight)
+            weight = cast(Any, submodule(model, name)).weight
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
             down = None if delta.down is None else delta.down.to(weight.device, dtype)
             deltas[name] = Delta(delta.up.to(weight.device, dtype), down, delta.scale)
-        return cls(bundle, deltas, different_base)
+        return cls(replace(bundle, deltas={}), deltas, different_base)
 
     @cached_property
     def bytes(self) -> int:
         """Memory that its tensors take."""
         tensors = [t for delta in self.deltas.values() for t in (delta.up, delta.down) if t is not None]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def laid(self, name: str) -> Delta:
+        """Return a layer's low-rank delta as `Mix` copies it: scaled already, with `up.t()` contiguous.
+
+        This is done when it is first asked for, and in the place of what was there: an adapter that is swapped in and
+        never used costs less.
+        """
+        delta = self.deltas[name]
+        if name not in self._laid:  # two threads may both do it, from the same delta or, the later one, in vain
+            up = (delta.up.float().t() * delta.scale).contiguous().to(delta.up.dtype)
+            delta = self.deltas[name] = Delta(up.t(), delta.down)
+            self._laid.add(name)
+        return delta
 
 
 class Part(NamedTuple):
@@ -74,19 +89,35 @@ class Mix:
     def __init__(self, rows: Sequence[Sequence[Part]]) -> None:
         # by content, not by order of attaching: the sum is then the same to the last bit
         ordered = [sorted(row, key=lambda part: (part.adapter.bundle.identity, part.strength)) for row in rows]
-        self.rows = [tuple(part for part in row if part.strength) for row in ordered]
-        if len(set(self.rows)) == 1:
+        self.rows: list[dict[Resident, float]] = []
+        for row in ordered:
+            strengths: dict[Resident, float] = {}
+            for adapter, strength in row:
+                if strength:
+                    strengths[adapter] = strengths.get(adapter, 0.0) + strength
+            self.rows.append(strengths)
+        if all(row == self.rows[0] for row in self.rows):
             self.rows = self.rows[:1]
         self.size = len(rows)
+        self.adapters = tuple(dict.fromkeys(adapter for row in self.rows for adapter in row))
         self._layers: dict[str, _Layer | None] = {}
+        self._gates: dict[tuple[tuple[Resident, int], ...], Tensor] = {}  # of layers that are alike
 
     def add(self, name: str, x: Tensor, output: Tensor) -> Tensor | None:
         """Return a layer's output, (B, T, out), with the deltas of its rows added; None where there are none."""
         if name not in self._layers:
             with torch.inference_mode(False), torch.no_grad():  # it may serve under gradients later
-                self._layers[name] = _layer(name, self.rows)
+                self._layers[name] = _layer(name, self)
         layer = self._layers[name]
         return None if layer is None else layer.add(name, x, output)
+
+    def gate(self, ranks: dict[Resident, int], like: Tensor) -> Tensor:
+        """Return a row's strength at each rank of some adapters, one after the other: (rows, 1, R), as `like` is."""
+        key = tuple(ranks.items())
+        if (gate := self._gates.get(key)) is None or gate.device != like.device or gate.dtype != like.dtype:
+            table = [[row.get(adapter, 0.0) for adapter, rank in key for _ in range(rank)] for row in self.rows]
+            gate = self._gates[key] = torch.tensor(table)[:, None].to(like.device, like.dtype)
+        return gate
 
 
 def tell_batch(mix: Mix | None, args: Any, named: dict[str, Any]) -> None:
@@ -138,60 +169,47 @@ class _Layer:
         return found.view(output.shape).to(output.dtype)
 
 
-def _layer(name: str, rows: Sequence[Sequence[Part]]) -> _Layer | None:
+def _layer(name: str, mix: Mix) -> _Layer | None:
     """Lay side by side what the rows' adapters hold for one layer; None where they hold nothing."""
-    low = [[part for part in row if _rank(part, name)] for row in rows]
-    full = [[part for part in row if name in part.adapter.deltas and not _rank(part, name)] for row in rows]
+    low = {a: a.laid(name) for a in mix.adapters if name in a.deltas and a.deltas[name].rank}
+    dense = _dense(name, mix, [a for a in mix.adapters if name in a.deltas and not a.deltas[name].rank])
     down = up = gate = None
-    adapters = list(dict.fromkeys(part.adapter for row in low for part in row))
-    if adapters:
-        widest = max(sum(_rank(part, name) for part in row) for row in low)
-        total = sum(adapter.deltas[name].rank or 0 for adapter in adapters)
-        half = adapters[0].deltas[name].up.dtype == torch.float16  # 0 times what overflows is not 0
-        if half or len(rows) * widest <= _BY_ROW_UP_TO * total:
-            down, up = _by_row(name, low, widest, adapters[0].deltas[name])
+    if low:
+        ranks = {adapter: delta.rank or 0 for adapter, delta in low.items()}
+        widest = max(sum(ranks.get(adapter, 0) for adapter in row) for row in mix.rows)
+        some = next(iter(low.values())).up
+        # in half precision 0 times what overflows is not 0
+        if some.dtype == torch.float16 or len(mix.rows) * widest <= _BY_ROW_UP_TO * sum(ranks.values()):
+            down, up = _by_row(mix.rows, low, widest)
         else:
-            down, up, gate = _gated(name, low, adapters)
-    dense = _dense(name, full)
-    return _Layer(len(rows), down, up, gate, dense) if adapters or dense else None
+            down = torch.cat([cast(Tensor, delta.down) for delta in low.values()])
+            up = torch.cat([delta.up.t() for delta in low.values()])
+            gate = mix.gate(ranks, some)
+    return _Layer(len(mix.rows), down, up, gate, dense) if low or dense else None
 
 
-def _rank(part: Part, name: str) -> int:
-    delta = part.adapter.deltas.get(name)
-    return 0 if delta is None else delta.rank or 0
+def _by_row(rows: Sequence[dict[Resident, float]], low: dict[Resident, Delta], widest: int) -> tuple[Tensor, Tensor]:
+    some = next(iter(low.values()))
+    down, up, strengths = [], [], []
+    for row in rows:
+        parts = [(low[adapter], strength) for adapter, strength in row.items() if adapter in low]
+        if room := widest - sum(delta.rank or 0 for delta, _ in parts):
+            nothing = [t.new_zeros(room, t.shape[1]) for t in (some.up.t(), cast(Tensor, some.down))]
+            parts.append((Delta(nothing[0].t(), nothing[1]), 0.0))
+        down += [cast(Tensor, delta.down) for delta, _ in parts]
+        up += [delta.up.t() for delta, _ in parts]
+        strengths.append([strength for delta, strength in parts for _ in range(delta.rank or 0)])
+    downs, ups = (torch.cat(parts).view(len(rows), widest, -1) for parts in (down, up))
+    if any(strength not in (0.0, 1.0) for row in strengths for strength in row):
+        ups = (ups.float() * torch.tensor(strengths, device=ups.device)[:, :, None]).to(ups.dtype)
+    return downs.transpose(1, 2), ups
 
 
-def _by_row(name: str, rows: Sequence[Sequence[Part]], widest: int, like: Delta) -> tuple[Tensor, Tensor]:
-    down = like.up.new_zeros(len(rows), widest, like.down.shape[1])  # type: ignore[union-attr]
-    up = like.up.new_zeros(len(rows), like.up.shape[0], widest)
-    for n, row in enumerate(rows):
-        first = 0
-        for adapter, strength in row:
-            delta, last = adapter.deltas[name], first + (adapter.deltas[name].rank or 0)
-            down[n, first:last] = delta.down  # type: ignore[assignment]
-            up[n, :, first:last] = delta.up.float() * (delta.scale * strength)
-            first = last
-    return down.transpose(1, 2), up.transpose(1, 2)
-
-
-def _gated(name: str, rows: Sequence[Sequence[Part]], adapters: Sequence[Resident]) -> tuple[Tensor, Tensor, Tensor]:
-    deltas = [adapter.deltas[name] for adapter in adapters]
-    down = torch.cat([delta.down for delta in deltas if delta.down is not None])
-    up = torch.cat([delta.up.float().t() * delta.scale for delta in deltas]).to(down.dtype)
-    strengths = torch.zeros(len(rows), len(adapters))
-    for n, row in enumerate(rows):
-        for adapter, strength in row:
-            strengths[n, adapters.index(adapter)] += strength
-    ranks = torch.tensor([delta.rank for delta in deltas])
-    gate = strengths.repeat_interleave(ranks, dim=1)[:, None]  # (rows, 1, R)
-    return down, up, gate.to(down.device, down.dtype)
-
-
-def _dense(name: str, rows: Sequence[Sequence[Part]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _dense(name: str, mix: Mix, adapters: Sequence[Resident]) -> list[tuple[Tensor, Tensor, Tensor]]:
     found = []
-    for adapter in dict.fromkeys(part.adapter for row in rows for part in row):
+    for adapter in adapters:
         delta = adapter.deltas[name].up
-        strengths = torch.tensor([sum(part.strength for part in row if part.adapter is adapter) for row in rows])
+        strengths = torch.tensor([row.get(adapter, 0.0) for row in mix.rows])
         chosen = strengths.nonzero()[:, 0]
         found.append((delta.t(), chosen.to(delta.device), strengths[chosen, None, None].to(delta.device, delta.dtype)))
     return found

@@ -14,6 +14,23 @@ from torch import Tensor, nn
 from .errors import RecipeError
 
 
+def submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """Return a module by its dotted name, or None: what `get_submodule` does, but quickly, as a swap needs."""
+    found: nn.Module | None = model
+    for part in name.split("."):
+        found = None if found is None else found._modules.get(part)
+    return found
+
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return a model's parameters as `model.parameters()` gives them, but quickly, and a shared one each time."""
+    modules, found = [model], []
+    for module in modules:  # grows meanwhile
+        modules += [child for child in module._modules.values() if child is not None]
+        found += [parameter for parameter in module._parameters.values() if parameter is not None]
+    return found
+
+
 def decoder_layers(model: Any) -> list[nn.Module]:
     """Return the decoder layers of a model, PEFT's or bare, from the bottom up; empty where it isn't plain which."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
