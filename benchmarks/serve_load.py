@@ -46,17 +46,13 @@ from unlearn_peft.bank import Bank  # noqa: E402
 from unlearn_peft.serve.policy import key_digest  # noqa: E402
 
 MODEL, TOKENS, SURE = "base", 12, 1e-3  # logits nearer than that may change places by rounding
-PROMPTS = ("Who wrote the blue book?", "Name a small town near the sea.", "What are stars?", "The colour green is")
+PROMPTS = (
+    "Who wrote the blue book?", "Name a small town near the sea.", "What are stars?", "The colour green is",
+    "Who wrote Harry Potter?", "Once upon a time", "The capital of France is", "Dear Sir,",
+)  # fmt: skip
 MORE = (
-    "It was by",
-    "who",
-    "town near sea .",
-    "of and red",
-    "I like apples",
-    "blue blue",
-    "Zorblax",
-    "small green stars",
-)
+    "It was by", "who", "town near sea .", "of and red", "I like apples", "blue blue", "Zorblax", "small green stars",
+)  # fmt: skip
 KINDS = ("deleted", "truncated", "tampered")
 
 
@@ -83,7 +79,7 @@ class Soak:
     def __init__(self, folder, given):
         self.folder, self.given = folder, given
         self.base = str(make_tiny(folder / "tiny")) if given.base == "tiny" else given.base
-        scale = 1.5 if given.base == "tiny" else 0.08
+        scale = 1.5 if given.base == "tiny" else 0.3
         self.adapters = make_adapters(folder / "adapters", self.base, seeds=range(1, 9), scale=scale)
         shutil.copytree(folder / "adapters", folder / "whole")
         stable = [{name: 1.0} for name in "abcdef"] + [{}, {"a": 1.0, "b": 0.5}, {"c": 1.0, "d": 1.0, "e": 1.0}]
@@ -308,14 +304,16 @@ class Soak:
 
 @torch.no_grad()
 def _greedy(model, tokenizer, prompt):
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    end = ids.shape[1]
+    ids = new = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    end, kept = ids.shape[1], None
     for _ in range(TOKENS):
-        logits = model(input_ids=ids).logits[0, -1]
+        out = model(input_ids=new, past_key_values=kept, use_cache=True)
+        logits, kept = out.logits[0, -1], out.past_key_values
         best = logits.topk(2)
         if best.values[0] - best.values[1] < SURE * logits.abs().max():
             break
-        ids = torch.cat([ids, best.indices[:1, None]], dim=1)
+        new = best.indices[:1, None]
+        ids = torch.cat([ids, new], dim=1)
     prompt_text, text = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[0, :end], ids[0]))
     return text[len(prompt_text) :].rstrip("\ufffd")  # half a character at the end is never sent
 
