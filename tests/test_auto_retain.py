@@ -1,10 +1,9 @@
 """The retain set that is made from the base's own answers: the same each time, and silent about what is forgotten."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from commands import cli
 from conftest import FORGET, RETAIN
 
 from unlearn_peft import auto_retain as made_by
@@ -161,11 +160,9 @@ def test_where_everything_names_the_target_it_says_what_to_do(tiny, fields, monk
 def test_the_command_writes_rows_that_a_recipe_can_name(tiny_folder, tmp_path, write_rows):
     write_rows("forget.jsonl", FORGET)
     (tmp_path / "r.yaml").write_text(f"base: {tiny_folder}\nforget: forget.jsonl\ndevice: cpu\n")
-    command = [sys.executable, "-m", "unlearn_peft.cli", "retain", str(tmp_path / "r.yaml")]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True)
-    written = subprocess.run(
-        [*command, "--output", str(tmp_path / "o.jsonl")], capture_output=True, text=True, check=True
-    )
+    printed = cli("retain", tmp_path / "r.yaml")
+    written = cli("retain", tmp_path / "r.yaml", "--output", tmp_path / "o.jsonl")
+    assert printed.returncode == written.returncode == 0, printed.stderr + written.stderr
     assert (tmp_path / "o.jsonl").read_text() == printed.stdout
     rows = [json.loads(line) for line in printed.stdout.splitlines()]
     assert rows and all(row.keys() == {"prompt", "completion"} for row in rows)

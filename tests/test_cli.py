@@ -1,19 +1,12 @@
 """The command line as a user meets it: exit codes, one clear error, JSON for machines."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
+from commands import cli
 from conftest import FORGET, RETAIN
-
-
-def cli(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "unlearn_peft.cli", *map(str, arguments)],
-        capture_output=True, text=True, timeout=300, env={**os.environ, **environment},
-    )  # fmt: skip
 
 
 @pytest.fixture
@@ -90,8 +83,9 @@ def test_wrong_bases_and_adapters(recipe, tmp_path, tiny_folder):
 
 
 def test_help_names_every_command():
-    out = cli("--help").stdout
+    command = [sys.executable, "-m", "unlearn_peft.cli"]  # a process as users start it, nothing imported beforehand
+    out = subprocess.run([*command, "--help"], capture_output=True, text=True).stdout
     listed = [words[1] for line in out.splitlines() if len(words := line.split()) > 2 and words[0] in ("│", "|")]
     verbs = ("train", "retain", "generate", "compare", "eval", "inspect", "stack", "merge")
     assert [verb for verb in listed if verb in verbs] == list(verbs)
-    assert cli("--no-such").returncode == 2
+    assert subprocess.run([*command, "--no-such"], capture_output=True).returncode == 2
