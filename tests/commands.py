@@ -1,12 +1,15 @@
-"""The command line in a process of its own, without waiting ten seconds for each to import torch.
+"""Commands in processes of their own, without waiting ten seconds for each to import torch.
 
-A fork server imports what commands need, once; each command is a fork of it. What a command sees is as in a shell:
-arguments, environment, exit code, two streams. What is read from the environment while libraries are imported (Hugging
-Face's `HF_*`) is that of the tests, whatever a call says: a test of such things starts a real process.
+A fork server imports what commands need, once; each process is a fork of it. What runs there is as in a shell:
+arguments, environment, signals, exit code, two streams. What is read from the environment while libraries are imported
+(Hugging Face's `HF_*`) is that of the tests, whatever a call says: a test of such things starts a real process.
 """
 
+import contextlib
 import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,30 +20,83 @@ _FORKS.set_forkserver_preload(["torch", "transformers", "peft", "datasets", "unl
 _SECONDS = 300
 
 
+class Command:
+    """`unlearn-peft ARGUMENTS` (or a script with these), running."""
+
+    def __init__(self, *arguments, script=None, **environment):
+        self.words = [str(script or "unlearn-peft"), *map(str, arguments)]
+        self.folder = tempfile.TemporaryDirectory()
+        self._streams = [Path(self.folder.name, name) for name in ("out", "err")]
+        for stream in self._streams:
+            stream.touch()
+        environment = {**os.environ, **environment}
+        self.process = _FORKS.Process(target=_run, args=(self.words, script, environment, os.getcwd(), self._streams))
+        self.process.start()
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    @property
+    def stdout(self):
+        return self._streams[0].read_text()
+
+    @property
+    def stderr(self):
+        return self._streams[1].read_text()
+
+    def wait(self, seconds=_SECONDS):
+        """Return the exit code; a process that takes longer is killed, and an error."""
+        self.process.join(seconds)
+        if self.returncode is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(self.words, seconds, self.stdout, self.stderr)
+        return self.returncode
+
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+
+
 def cli(*arguments, **environment):
-    """Run `unlearn-peft ARGUMENTS`; returns what `subprocess.run(capture_output=True, text=True)` would."""
-    words = ["unlearn-peft", *map(str, arguments)]
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        child = _FORKS.Process(target=_run, args=(words, {**os.environ, **environment}, os.getcwd(), out, err))
-        child.start()
-        child.join(_SECONDS)
-        if child.exitcode is None:
-            child.kill()
-            raise subprocess.TimeoutExpired(words, _SECONDS, out.read_text(), err.read_text())
-        return subprocess.CompletedProcess(words, child.exitcode, out.read_text(), err.read_text())
+    """Run `unlearn-peft ARGUMENTS` to its end."""
+    command = Command(*arguments, **environment)
+    command.wait()
+    return command
 
 
-def _run(words, environment, folder, out, err):
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+def together(count, *arguments, script, **environment):
+    """Run a script in processes that know of each other, as `torchrun` starts them; returns them, ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    each = [{**shared, "RANK": n, "LOCAL_RANK": n, "OMP_NUM_THREADS": 1} for n in range(count)]
+    environments = [{**{name: str(value) for name, value in one.items()}, **environment} for one in each]
+    commands = [Command(*arguments, script=script, **one) for one in environments]
+    try:
+        for command in commands:
+            command.wait()
+    finally:
+        for command in commands:
+            with contextlib.suppress(ValueError):
+                command.kill()
+    return commands
+
+
+def _run(words, script, environment, folder, streams):
+    for number, path in enumerate(streams, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = words
     import torch
 
-    from unlearn_peft import cli
-
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    cli.main()
+    if script is None:
+        from unlearn_peft import cli
+
+        cli.main()
+    else:
+        runpy.run_path(str(script), run_name="__main__")

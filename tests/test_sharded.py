@@ -5,7 +5,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_train import _cli, _recipe, assert_same
+from commands import cli, together
+from test_train import RMU, _recipe, assert_same
 
 from unlearn_peft import read_bundle
 from unlearn_peft.errors import RecipeError
@@ -56,7 +57,6 @@ def and_look(base, *rest, **more):
 Training.one_step, run.train = one_step, and_look
 main()
 """
-RMU = {"objective": {"name": "rmu", "hidden_layer": 0, "retain_budget": None}, "adapter": {"layers": "all"}}
 DENSE = {"adapter": {"kind": "head", "form": "dense"}}
 slow = pytest.mark.slow
 
@@ -79,20 +79,19 @@ def test_two_processes_that_share_the_base_out_give_the_same_adapter_as_one(tmp_
         pytest.skip("DeepSpeed is not installed")
     recipe = _recipe(tmp_path, tiny_folder, steps=6, **more)
     train = ("train", recipe, *(f"--set={value}" for value in sets))
-    one = _cli(*train, "--output", tmp_path / "one")
-    assert one.wait(300) == 0, one.stderr.read()
+    one = cli(*train, "--output", tmp_path / "one", OMP_NUM_THREADS="1")
+    assert one.returncode == 0, one.stderr
     (tmp_path / "half.py").write_text(SCRIPT.format(way=way, told=TOLD[way]))
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "half.py")
     settings = {
         f"ACCELERATE_USE_{way}": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
     }  # fmt: skip
-    stopped = _cli(*train, "--output", tmp_path / "two", launch=launch, **settings, STOP_AT="3")
-    _, errors = stopped.communicate(timeout=300)
-    assert stopped.returncode and "--resume" in errors and not (tmp_path / "two").exists(), errors
-    two = _cli(*train, "--output", tmp_path / "two", "--resume", launch=launch, **settings)
-    _, errors = two.communicate(timeout=300)
-    assert two.returncode == 0, errors
+    train, half = (*train, "--output", tmp_path / "two"), tmp_path / "half.py"
+    stopped = together(2, *train, script=half, **settings, STOP_AT="3")
+    assert all(one.returncode for one in stopped) and not (tmp_path / "two").exists(), stopped[0].stderr
+    assert any("--resume" in one.stderr for one in stopped), stopped[0].stderr
+    for one in together(2, *train, "--resume", script=half, **settings):
+        assert one.returncode == 0, one.stderr
     assert_same(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=5e-4)
     found, expected = (read_bundle(tmp_path / name).manifest for name in ("two", "one"))
     losses = [[step["forget_loss"] for step in m["history"]["steps"]] for m in (found, expected)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import Command, cli, together
 from conftest import FORGET, RETAIN, logits
 from safetensors.torch import load_file
 
@@ -19,6 +20,9 @@ FREE = {
     "stop_when": None,
     "retain_budget": None,
 }  # a random model starts at 6 nats: the ceiling must be above
+
+
+RMU = {"objective": {"name": "rmu", "hidden_layer": 0, "retain_budget": None}, "adapter": {"layers": "all"}}
 
 
 def weights(path):
@@ -228,47 +232,46 @@ def _recipe(folder, base, steps, objective=None, **more):
     return folder / "recipe.yaml"
 
 
-def _cli(*arguments, launch=(), **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, *map(str, launch or ("-m", "unlearn_peft.cli")), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def test_resume_after_kill_9_gives_the_same_result(tmp_path, tiny_folder):
     recipe = _recipe(tmp_path, tiny_folder, steps=60)
-    whole = _cli("train", recipe, "--output", tmp_path / "whole")
-    assert whole.wait(120) == 0, whole.stderr.read()
-    killed = _cli("train", recipe, "--output", tmp_path / "killed")
+    whole = cli("train", recipe, "--output", tmp_path / "whole", OMP_NUM_THREADS="1")
+    assert whole.returncode == 0, whole.stderr
+    killed = Command("train", recipe, "--output", tmp_path / "killed", OMP_NUM_THREADS="1")
     state = tmp_path / "killed.training"
     deadline = time.monotonic() + 100
-    while not list(state.glob("step-*1[0-9]")) and time.monotonic() < deadline and killed.poll() is None:
+    while not list(state.glob("step-*1[0-9]")) and time.monotonic() < deadline and killed.returncode is None:
         time.sleep(0.01)
     killed.kill()
-    killed.wait()
     assert list(state.glob("step-*")) and not (tmp_path / "killed").exists(), "killed before it was done"
-    resumed = _cli("train", recipe, "--output", tmp_path / "killed", "--resume")
-    assert resumed.wait(120) == 0, resumed.stderr.read()
+    resumed = cli("train", recipe, "--output", tmp_path / "killed", "--resume", OMP_NUM_THREADS="1")
+    assert resumed.returncode == 0, resumed.stderr
     assert_same(tmp_path / "whole", tmp_path / "killed", rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "more",
-    [{}, {"objective": {"name": "rmu", "hidden_layer": 0, "retain_budget": None}, "adapter": {"layers": "all"}}],
-    ids=["ga_kl", "rmu, with a layer that gets no gradient"],
+    ("launcher", "more"),
+    [
+        pytest.param("forks", {}, id="ga_kl"),
+        pytest.param("forks", RMU, id="rmu, with a layer that gets no gradient"),
+        pytest.param("torchrun", {}, id="ga_kl, started by torchrun", marks=pytest.mark.slow),
+    ],
 )
-def test_two_processes_give_the_same_adapter_as_one(tmp_path, tiny_folder, more):
+def test_two_processes_give_the_same_adapter_as_one(tmp_path, tiny_folder, launcher, more):
     recipe = _recipe(tmp_path, tiny_folder, steps=6, **more)
-    one = _cli("train", recipe, "--output", tmp_path / "one")
-    assert one.wait(300) == 0, one.stderr.read()
+    one = cli("train", recipe, "--output", tmp_path / "one", OMP_NUM_THREADS="1")
+    assert one.returncode == 0, one.stderr
     # not `accelerate launch --cpu --num_processes 2`: that starts one process, and says nothing
     (tmp_path / "half.py").write_text(
         "from accelerate import PartialState\nfrom unlearn_peft.cli import main\n"
         "assert PartialState(cpu=True).num_processes == 2\nmain()\n"
     )
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "half.py")
-    two = _cli("train", recipe, "--output", tmp_path / "two", launch=launch)
-    out, errors = two.communicate(timeout=500)
-    assert two.returncode == 0, errors
+    train, half = ("train", recipe, "--output", tmp_path / "two"), tmp_path / "half.py"
+    if launcher == "torchrun":
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", half, *train]
+        done = [subprocess.run(launch, capture_output=True, text=True, timeout=500)]
+    else:
+        done = together(2, *train, script=half)
+    assert not any(one.returncode for one in done), [one.stderr for one in done]
     # sums of two halves round otherwise, and AdamW's first steps magnify that where a gradient is nearly nothing
     assert_same(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=5e-4)
     steps = [json.loads((tmp_path / n / "forget.json").read_text())["history"]["steps"] for n in ("one", "two")]
