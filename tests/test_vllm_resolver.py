@@ -11,12 +11,13 @@ import threading
 
 import pytest
 import torch
+from conftest import logits
 from fake_vllm import install_vllm
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import Fixed, make_adapters
 
-from unlearn_peft import read_bundle
+from unlearn_peft import forgetting, read_bundle
 from unlearn_peft.errors import AdapterError, PolicyError
 from unlearn_peft.serve import vllm_resolver
 from unlearn_peft.serve.set_cache import SetCache, digest_of
@@ -79,8 +80,8 @@ def test_a_name_says_what_it_means(forget):
 
 
 @pytest.mark.parametrize("name", [
-    "acme", "acme@", f"acme@{DIGEST[:-1]}", "set:a=1.0", f"set:@{DIGEST}", f"set:a@{DIGEST}", f"set:a=0@{DIGEST}",
-    f"set:a=-1@{DIGEST}", f"set:a=1+a=1@{DIGEST}", f"set:a=1e999@{DIGEST}", f"set:../a=1@{DIGEST}",
+    "acme", "acme@", f"acme@{DIGEST[:-1]}", "set:a=1.0", "set:@", f"set:+@{DIGEST}", f"set:a@{DIGEST}",
+    f"set:a=0@{DIGEST}", f"set:a=-1@{DIGEST}", f"set:a=1+a=1@{DIGEST}", f"set:a=1e999@{DIGEST}", f"set:../a=1@{DIGEST}",
     f"set:{'a' * 20_000}=1@{DIGEST}", f"acme@{DIGEST.upper()}", f"set:a=1 @{DIGEST}",
 ])  # fmt: skip
 def test_names_that_are_none(name):
@@ -113,9 +114,28 @@ def test_a_tenants_name_becomes_its_composed_set(resolver, source, adapters, tin
     assert kind.__name__ == "LoRARequest" and fields == (first.lora_name, first.lora_int_id, first.lora_path)
 
 
+def test_the_empty_set_is_an_adapter_of_zeros(resolver, source, tiny, tiny_folder):
+    """And not the bare base: vLLM gives rows without a LoRA another's, on CPUs."""
+    found = asked(resolver, name_of(source, "none"), tiny_folder)
+    assert found.lora_path == asked(resolver, str(SetName(set_digest([]), None, {})), tiny_folder).lora_path
+    assert found.lora_path == asked(resolver, name_of(source, "none"), tiny_folder).lora_path
+    bare = logits(tiny)
+    with forgetting(tiny, found.lora_path):
+        assert torch.equal(logits(tiny), bare)
+    (delta,) = read_bundle(found.lora_path).deltas.values()
+    assert delta.rank == 1 and not delta.up.any() and not delta.down.any()
+
+
 def test_whatever_cannot_be_had_exactly_is_nothing(resolver, source, adapters, tiny_folder, caplog):
     good = name_of(source, "alice")
-    for name in ("alice", f"alice@{DIGEST}", f"nobody@{DIGEST}", f"none@{set_digest([])}", f"set:zz=1@{DIGEST}"):
+    for name in (
+        "alice",
+        f"alice@{DIGEST}",
+        f"nobody@{DIGEST}",
+        f"none@{DIGEST}",
+        f"set:@{DIGEST}",
+        f"set:zz=1@{DIGEST}",
+    ):
         assert asked(resolver, name, tiny_folder) is None
     assert asked(resolver, good, "/no/such/base") is None
     source.policy = PolicyError("the database is away")

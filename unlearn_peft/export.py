@@ -10,7 +10,7 @@ the weights and applies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -114,14 +114,37 @@ def export_vllm(
         tensors[f"{key}.lora_B.weight"] = torch.nn.functional.pad(up, (0, empty)).to(DTYPES[dtype]).contiguous()
     if wild := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise AdapterError(f"'{wild[0]}' overflows in {dtype}: use --dtype float32 or bfloat16, or smaller strengths")
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "r": rank, "lora_alpha": rank,
-        "target_modules": sorted(factored), "bias": "none",
-        "base_model_name_or_path": bundles[0].config.get("base_model_name_or_path"),
-    }  # fmt: skip
+    config = _config(factored, rank, bundles[0].config.get("base_model_name_or_path"))
     made = Export(Path(output), rank, errors)
     manifest = _manifest(bundles, factors, made, max_rank, dtype)
     write_made(made.path, tensors, config, manifest)
+    return made
+
+
+def export_nothing(output: str | Path, base: str) -> Export:
+    """Write a LoRA for vLLM that changes nothing, all zeros on one linear layer: the empty set, as a set.
+
+    vLLM 0.32.0 gives a row without a LoRA that of the last place on CPUs (its PyTorch kernels take the index -1 as
+    Python does), so that a row with nothing to forget needs a LoRA of its own.
+
+    Args:
+        output: see `export_vllm`.
+        base: the same; it must be given.
+
+    Raises:
+        AdapterError: if vLLM takes no LoRA on this base.
+        BaseModelError: if its config cannot be read.
+        OutputError: if the output cannot be written.
+    """
+    model = skeleton(base)
+    if problems := vllm_problems(model, {}):
+        raise AdapterError(problems[0])
+    head = model.get_output_embeddings()
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head)
+    sizes = {"A": (1, layer.in_features), "B": (layer.out_features, 1)}
+    tensors = {f"base_model.model.{name}.lora_{side}.weight": torch.zeros(size) for side, size in sizes.items()}
+    made = Export(Path(output), 1, {})
+    write_made(made.path, tensors, _config([name], 1, base), _manifest([], [], made, 1, "float32"))
     return made
 
 
@@ -215,6 +238,13 @@ def _low_rank(delta: Delta) -> Delta:
     return delta if delta.down is not None else Delta(delta.up, torch.eye(delta.up.shape[1]), delta.scale)
 
 
+def _config(modules: Iterable[str], rank: int, base: str | None) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "r": rank, "lora_alpha": rank,
+        "target_modules": sorted(modules), "bias": "none", "base_model_name_or_path": base,
+    }  # fmt: skip
+
+
 def _manifest(
     bundles: Sequence[Bundle], factors: Sequence[float], made: Export, max_rank: int, dtype: str
 ) -> dict[str, Any]:
@@ -224,7 +254,7 @@ def _manifest(
     ]
     worst = made.worst
     return {
-        "base": bundles[0].manifest.get("base", {}),
+        "base": bundles[0].manifest.get("base", {}) if bundles else {},
         "peft_type": "LORA",
         "stack_of": parts,
         "export": {

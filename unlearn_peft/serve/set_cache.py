@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..bundle import CONFIG, WEIGHTS, read_bundle
 from ..errors import AdapterError, TrustError, refuse
-from ..export import export_vllm
+from ..export import export_nothing, export_vllm
 from ..files import folder_bytes
 from ..untrusted import list_files
 from .policy import Policy
@@ -73,10 +73,13 @@ class SetCache:
         path = self.folder / f"{digest}-r{self.max_rank}-{sha256(base.encode()).hexdigest()[:8]}"
         with self._making(path):
             if not self._whole(path, wanted):
-                export_vllm(
-                    [policy.adapters[name].path for name in forget], path, list(forget.values()),
-                    max_rank=self.max_rank, base=base, max_error=self.max_error,
-                )  # fmt: skip
+                if not forget:
+                    export_nothing(path, base)
+                else:
+                    export_vllm(
+                        [policy.adapters[name].path for name in forget], path, list(forget.values()),
+                        max_rank=self.max_rank, base=base, max_error=self.max_error,
+                    )  # fmt: skip
                 if not self._whole(path, wanted):  # its manifest says what was really read
                     shutil.rmtree(path, ignore_errors=True)
                     raise AdapterError("an adapter is not the one that the policy pins")

@@ -3,7 +3,7 @@
 vLLM asks a resolver once for a name and keeps what it got (OpenAIServingModels.lora_requests), and its prefix cache is
 keyed by that name: a bare tenant's name would go on meaning what it first meant, whatever the policy says later.
 
-    set:acme=0.5+hp=1@DIGEST     adapters of the policy, with strengths
+    set:acme=0.5+hp=1@DIGEST     adapters of the policy, with strengths; set:@DIGEST is the empty set
     tenant:NAME@DIGEST           what the policy has a tenant forget; NAME@DIGEST is the same
 
 The digest is of contents and strengths (`set_digest`); whoever resolves the name computes it again and refuses if the
@@ -57,7 +57,7 @@ def parse_set_name(text: str) -> SetName:
     if not what.startswith("set:"):
         return SetName(digest, what.removeprefix("tenant:"), {})
     forget: dict[str, float] = {}
-    for part in re.split(r"\+(?=[^+=]*=)", what.removeprefix("set:")):
+    for part in re.split(r"\+(?=[^+=]*=)", what.removeprefix("set:")) if what != "set:" else ():
         match = _PART.fullmatch(part)
         try:
             strength = float(match[2]) if match else 0.0

@@ -3,7 +3,8 @@
 Each request asks vLLM for a model whose name says exactly what must be forgotten and in which version
 (`set_names.py`); our resolver inside vLLM makes that model or refuses. The answer's own word for its model must be that
 name. A set's requests go to the same server as long as it is up (rendezvous hashing), so that each set is resident on
-one server rather than on all.
+one server rather than on all. To forget nothing is a set too, an adapter of zeros: vLLM 0.32.0 answers requests for the
+bare base with another request's adapter on CPUs (https://github.com/vllm-project/vllm/pull/48421).
 
 Tokens are made and read here, with the base's own tokenizer, as in the embedded engine: vLLM gets and gives ids.
 """
@@ -108,11 +109,8 @@ class VllmEngine:
             applied = await asyncio.to_thread(_applied, forget, policy, trusts)
         except AdapterError as error:
             raise Unavailable(f"the adapter '{error.adapter}' cannot be used: {error}", error.adapter) from error
-        if not forget:
-            server = await self._servers.first("", None)
-            return SetHolding((), "", server, server.base)
-        digest = set_digest((one.sha256, one.strength) for one in applied)
-        name = str(SetName(digest, None, forget))
+        version = set_digest((one.sha256, one.strength) for one in applied)
+        name, digest = str(SetName(version, None, forget)), version if forget else ""
         if len(name) > LONGEST:
             raise Unavailable(f"{len(forget)} adapters are too many for one request to vLLM")
         try:
@@ -199,8 +197,7 @@ class VllmEngine:
             if moved:
                 raise Unavailable("no vLLM server answers") from None
             if holding.server is server:
-                holding.server = await self._servers.first(holding.digest, holding.model if holding.digest else None)
-                holding.model = holding.model if holding.digest else holding.server.base
+                holding.server = await self._servers.first(holding.digest, holding.model)
             async for choice in self._chunks(request, holding, moved=True):
                 yield choice
         except (httpx.HTTPError, ValueError) as error:

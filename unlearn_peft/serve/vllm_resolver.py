@@ -110,8 +110,6 @@ class Sets:
         forget = dict(asked.forget) if asked.tenant is None else policy.forget_of(asked.tenant)
         if unknown := [adapter for adapter in forget if adapter not in policy.adapters]:
             raise PolicyError(f"unknown adapter '{unknown[0]}'")
-        if not forget:
-            raise PolicyError("an empty set is the base: ask for that by its own name")
         own = None if asked.tenant is None else policy.trust_of(asked.tenant)
         trusts = [trust for trust in (self._trust, own) if trust is not None]
         return cache.get(forget, policy, asked.digest, base, trusts), self._id_of(asked.digest)

@@ -90,14 +90,14 @@ class Servers:
             self._client = httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits)
         return self._client
 
-    async def first(self, digest: str, name: str | None) -> Server:
+    async def first(self, digest: str, name: str) -> Server:
         """Return the server for a set, and make it know the set's name, held from now on.
 
         Rendezvous hashing of the digest with bounded loads: it is always the same server, unless that one is away or
         has more than its share to do; then it is the next in an order of the set's own (benchmarks/zipf.py shows what
-        that saves). Without a set, it is the server with least to do.
+        that saves). Without a digest, it is the server with least to do.
         """
-        if name is None:
+        if not digest:
             servers = sorted(self.all, key=lambda server: server.streams)
         else:
             most = max(_FEW, _SLACK * (sum(server.streams for server in self.all) + 1) / len(self.all))
@@ -108,8 +108,7 @@ class Servers:
                 continue
             try:
                 await self.ready(server)
-                if name is not None:
-                    await self._know(server, name)
+                await self._know(server, name)
                 return server
             except httpx.HTTPError as error:
                 self.away(server)
