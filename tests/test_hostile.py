@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent / "attacks"))
 from fuzz import fuzz  # noqa: E402
@@ -28,9 +29,18 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and /pro
 
 
 @pytest.fixture(scope="session")
-def answers(tiny_folder, tmp_path_factory):
-    """All answers, by name and way; and that no canary sang and nothing was written beside."""
-    home = tmp_path_factory.mktemp("hostile")
+def answers(tiny_folder, tmp_path_factory, worker_id):
+    """All answers, by name and way: a minute's work, which one of pytest-xdist's workers does for all."""
+    shared = tmp_path_factory.getbasetemp() if worker_id == "master" else tmp_path_factory.getbasetemp().parent
+    kept = shared / "hostile.jsonl"
+    with FileLock(f"{kept}.lock"):
+        if not kept.is_file():
+            kept.write_text(_answers(tiny_folder, tmp_path_factory.mktemp("hostile")))
+    return {(told["name"], told["way"]): told for told in map(json.loads, kept.read_text().splitlines())}
+
+
+def _answers(tiny_folder, home):
+    """One JSON object a line; and that no canary sang and nothing was written beside."""
     made = make(home / "adapters")
     canary, trap = home / "canary", home / "trap"
     trap.mkdir()
@@ -48,11 +58,10 @@ def answers(tiny_folder, tmp_path_factory):
         env={**os.environ, CANARY: str(canary), "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = {(told["name"], told["way"]): told for told in map(json.loads, done.stdout.splitlines())}
     assert not canary.exists() and (home / "canary.control").is_file()
     (home / "canary.control").unlink()
     assert _tree(home) - _tree(home / "good") == before - _tree(home / "good")
-    return found
+    return done.stdout
 
 
 def _tree(folder):
