@@ -144,7 +144,8 @@ def _checked(name: str) -> str:
 def _known(content: Content, kind: str, name: str) -> Content:
     entries: dict[str, Content] = content[f"{kind}s"]
     if name not in entries:
-        raise PolicyError(f"no {kind} {shown(name)}{did_you_mean(name, entries)}")
+        near = did_you_mean(name, entries) or ": `unlearn-peft tenant list` tells what there is, `--help` how to add"
+        raise PolicyError(f"no {kind} {shown(name)}{near}")
     return entries[name]
 
 

@@ -171,4 +171,7 @@ def _signature(found: os.stat_result) -> tuple[int, ...]:
 
 
 def _unreadable(path: Path, error: OSError) -> str:
-    return f"cannot read the policy {path}: {error.strerror or error}"
+    told = f"cannot read the policy {path}: {error.strerror or error}"
+    if isinstance(error, FileNotFoundError):
+        told += ". Expected a policy.yaml, or a .db that `unlearn-peft tenant add` begins"
+    return told
