@@ -5,7 +5,6 @@ arguments, environment, signals, exit code, two streams. What is read from the e
 (Hugging Face's `HF_*`) is that of the tests, whatever a call says: a test of such things starts a real process.
 """
 
-import contextlib
 import multiprocessing
 import os
 import runpy
@@ -67,21 +66,23 @@ def cli(*arguments, **environment):
 
 def together(count, *arguments, script, **environment):
     """Run a script in processes that know of each other, as `torchrun` starts them; returns them, ended."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    each = [{**shared, "RANK": n, "LOCAL_RANK": n, "OMP_NUM_THREADS": 1} for n in range(count)]
-    environments = [{**{name: str(value) for name, value in one.items()}, **environment} for one in each]
-    commands = [Command(*arguments, script=script, **one) for one in environments]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = {name: str(value) for name, value in shared.items()} | {"OMP_NUM_THREADS": "1", **environment}
+    commands = [Command(*arguments, script=script, **shared, RANK=str(n), LOCAL_RANK=str(n)) for n in range(count)]
     try:
         for command in commands:
             command.wait()
     finally:
         for command in commands:
-            with contextlib.suppress(ValueError):
-                command.kill()
+            command.kill()
     return commands
+
+
+def free_port():
+    """Return a port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _run(words, script, environment, folder, streams):

@@ -6,7 +6,6 @@ vLLM has an environment of its own (.venv-vllm, or $UNLEARN_PEFT_VLLM_PYTHON) an
 import asyncio
 import os
 import random
-import socket
 import subprocess
 import time
 from contextlib import aclosing
@@ -16,6 +15,7 @@ import httpx
 import pytest
 import torch
 import yaml
+from commands import free_port
 
 from unlearn_peft import forgetting, read_bundle
 from unlearn_peft.base import cache_folder
@@ -75,9 +75,7 @@ def url(smol, policy_path):
     if not PYTHON.exists():
         pytest.fail(f"no vLLM at {PYTHON}: run `make test-vllm`")
     model = next(cache_folder().glob("SmolLM2-135M-Instruct*"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     log = policy_path.with_name("vllm.log")
     environment = {
         **os.environ, "UNLEARN_PEFT_POLICY": str(policy_path), "UNLEARN_PEFT_SETS": str(log.parent / "sets"),

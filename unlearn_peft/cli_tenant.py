@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_options import JsonOption
-from .errors import AdapterError, PolicyError, did_you_mean
+from .errors import AdapterError, PolicyError
 
 if TYPE_CHECKING:
     from .serve.store import PolicyStore
@@ -92,9 +92,11 @@ def show(name: TenantArgument, store: StoreOption = _STORE, as_json: JsonOption 
 
     unlearn-peft tenant show acme
     """
+    from .serve.edits import unknown
+
     tenants = _open(store).current().tenants
     if name not in tenants:
-        raise PolicyError(f"no tenant '{name}'{did_you_mean(name, tenants)}")
+        raise unknown("tenant", name, tenants)
     facts = {"tenant": name, **_tenant(tenants[name])}
     if as_json:
         print(json.dumps(facts))

@@ -101,7 +101,7 @@ class Mix:
         self.size = len(rows)
         self.adapters = tuple(dict.fromkeys(adapter for row in self.rows for adapter in row))
         self._layers: dict[str, _Layer | None] = {}
-        self._gates: dict[tuple[tuple[Resident, int], ...], Tensor] = {}  # of layers that are alike
+        self._gates: dict[Any, Tensor] = {}  # of layers that are alike
 
     def add(self, name: str, x: Tensor, output: Tensor) -> Tensor | None:
         """Return a layer's output, (B, T, out), with the deltas of its rows added; None where there are none."""
@@ -113,11 +113,11 @@ class Mix:
 
     def gate(self, ranks: dict[Resident, int], like: Tensor) -> Tensor:
         """Return a row's strength at each rank of some adapters, one after the other: (rows, 1, R), as `like` is."""
-        key = tuple(ranks.items())
-        if (gate := self._gates.get(key)) is None or gate.device != like.device or gate.dtype != like.dtype:
-            table = [[row.get(adapter, 0.0) for adapter, rank in key for _ in range(rank)] for row in self.rows]
-            gate = self._gates[key] = torch.tensor(table)[:, None].to(like.device, like.dtype)
-        return gate
+        key = tuple(ranks.items()), like.device, like.dtype
+        if key not in self._gates:
+            table = [[row.get(a, 0.0) for a, rank in ranks.items() for _ in range(rank)] for row in self.rows]
+            self._gates[key] = torch.tensor(table)[:, None].to(like.device, like.dtype)
+        return self._gates[key]
 
 
 def tell_batch(mix: Mix | None, args: Any, named: dict[str, Any]) -> None:

@@ -144,9 +144,14 @@ def _checked(name: str) -> str:
 def _known(content: Content, kind: str, name: str) -> Content:
     entries: dict[str, Content] = content[f"{kind}s"]
     if name not in entries:
-        near = did_you_mean(name, entries) or ": `unlearn-peft tenant list` tells what there is, `--help` how to add"
-        raise PolicyError(f"no {kind} {shown(name)}{near}")
+        raise unknown(kind, name, entries)
     return entries[name]
+
+
+def unknown(kind: str, name: str, entries: Iterable[str]) -> PolicyError:
+    """Return the error for a tenant or adapter that the policy does not have."""
+    near = did_you_mean(name, entries) or ": `unlearn-peft tenant list` tells what there is, `--help` how to add"
+    return PolicyError(f"no {kind} {shown(name)}{near}")
 
 
 def _fingerprints(keys: Mapping[str, str]) -> dict[str, str]:
