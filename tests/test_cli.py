@@ -89,3 +89,5 @@ def test_help_names_every_command():
     verbs = ("train", "retain", "generate", "compare", "eval", "inspect", "stack", "merge")
     assert [verb for verb in listed if verb in verbs] == list(verbs)
     assert subprocess.run([*command, "--no-such"], capture_output=True).returncode == 2
+    whole = f"from unlearn_peft.cli import app; app(['--help'], prog_name='python -m {command[2]}')"
+    assert out == subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True).stdout

@@ -15,7 +15,7 @@ RANKS = {
     "checkpoints": 5, "signals": 5, "frozen": 6, "gates": 6, "residents": 7, "bank": 8, "attaching": 9,
     "engine": 7, "compose": 7, "export": 8, "generate": 7, "learner": 8, "train": 9, "own_answers": 8, "compare": 10,
     "auto_retain": 8, "card": 6, "evaluate": 10, "save": 10, "run": 11, "serve": 11, "cli_options": 12,
-    "cli_evaluate": 13, "cli_export": 13, "cli_serve": 13, "cli_tenant": 13, "cli": 14,
+    "cli_evaluate": 13, "cli_export": 13, "cli_help": 13, "cli_serve": 13, "cli_tenant": 13, "cli": 14,
     "untrusted": 1, "adapter_config": 3, "trust": 2, "signing": 6, "cli_trust": 13,
     "dotted": 1, "packed": 2, "archive": 3, "download": 2, "sources": 4, "hub": 6, "shrink": 9, "cli_hub": 13,
 }  # fmt: skip

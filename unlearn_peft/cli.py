@@ -13,6 +13,7 @@ import typer
 
 from .cli_evaluate import evaluate
 from .cli_export import export
+from .cli_help import show_help
 from .cli_hub import add_hub
 from .cli_options import (
     AdapterOption,
@@ -331,7 +332,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app()
+        show_help(app) if sys.argv[1:] == ["--help"] else app()
     except Interrupted as error:
         print(f"\n{error}", file=sys.stderr)
         sys.exit(130)
