@@ -91,3 +91,14 @@ def test_help_names_every_command():
     assert subprocess.run([*command, "--no-such"], capture_output=True).returncode == 2
     whole = f"from unlearn_peft.cli import app; app(['--help'], prog_name='python -m {command[2]}')"
     assert out == subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True).stdout
+
+
+def test_the_quick_help_leaves_half_of_rich_out_and_no_trace():
+    code = (
+        "import sys; from unlearn_peft import cli_help, cli; cli_help._import_rich()\n"
+        "print([m for m in ('typer.rich_utils', *cli_help._UNUSED, 'pygments', 'markdown_it') if m in sys.modules])\n"
+        "from rich.markdown import Markdown; from rich.traceback import Traceback\n"
+        "print(Markdown('x').markup, len(cli.app.registered_commands[0].callback.__annotations__) > 1)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines() == ["['typer.rich_utils']", "x True"]
