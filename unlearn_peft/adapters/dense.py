@@ -22,6 +22,7 @@ def _add_peft_type() -> None:
     """PEFT's table of methods is a closed enum; its documentation asks third parties to add their entry."""
     member = str.__new__(PeftType, METHOD)
     member._name_, member._value_ = METHOD, METHOD
+    type.__setattr__(PeftType, METHOD, member)  # from Python 3.12 on, members are found as attributes
     PeftType._member_names_.append(METHOD)
     PeftType._member_map_[METHOD] = member
     PeftType._value2member_map_[METHOD] = member
