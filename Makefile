@@ -1,4 +1,4 @@
-# make demo | make test | make test-slow | make test-vllm | make check | make docs
+# make demo | make test | make test-slow | make test-vllm | make test-cuda | make check | make docs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= out/harry_potter
 
-.PHONY: readme demo test test-slow test-vllm check docs install clean
+.PHONY: readme demo test test-slow test-vllm test-cuda check docs install clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -51,6 +51,9 @@ out/harry_potter/forget.json: | install
 
 test-vllm: install .venv-vllm/.installed out/harry_potter/forget.json
 	$(BIN)/python -m pytest -m vllm -s tests/test_vllm.py
+
+test-cuda: install $(VENV)/.for-tests
+	UNLEARN_PEFT_TEST_DEVICE=cuda $(BIN)/python -m pytest -m cuda tests/test_cuda.py
 
 check: install
 	$(BIN)/ruff check .

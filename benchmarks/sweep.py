@@ -76,7 +76,7 @@ def random_base(config, vocabulary):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     freeze(model)
-    return Base(model, SimpleNamespace(pad_token_id=0), "random")
+    return Base(model, SimpleNamespace(pad_token_id=0, get_vocab=dict), "random")
 
 
 def random_sets(base, count):

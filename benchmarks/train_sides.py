@@ -128,8 +128,8 @@ def plain_steps(base, rows, model, reference, optimizer):
 
     def step():
         number = next(numbers)
-        forget = collate([sets.forget[n] for n in forget_order.at(number)], pad)
-        retain = collate([sets.retain[n] for n in retain_order.at(number)], pad)
+        forget = collate([sets.forget[n] for n in forget_order.at(number)], pad).to(base.device)
+        retain = collate([sets.retain[n] for n in retain_order.at(number)], pad).to(base.device)
         loss = F.cross_entropy(logits(model, forget), forget.ids[:, 1:][forget.targets[:, 1:]])
         with torch.no_grad():
             expected = F.log_softmax(logits(reference, retain), dim=-1)

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+if os.environ.get("UNLEARN_PEFT_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests on every machine; test_cuda.py is for the GPU
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["UNLEARN_PEFT_DIGEST_KEY"] = "tests"

@@ -13,10 +13,10 @@ from unlearn_peft.errors import AdapterError, BaseModelError
 from unlearn_peft.quantized import WAYS
 
 
-def quantized(folder, way, dtype="float32"):
+def quantized(folder, way, dtype="float32", device="cpu"):
     if importlib.util.find_spec(WAYS[way]) is None:
         pytest.skip(f"{WAYS[way]} is not installed: pip install 'unlearn-peft[quantized]'")
-    return load_base(str(folder), dtype, "cpu", way)
+    return load_base(str(folder), dtype, device, way)
 
 
 def stored(model):

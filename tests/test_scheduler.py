@@ -29,8 +29,8 @@ def adapters(tmp_path_factory, tiny_folder):
 class Runner:
     """A scheduler over the tiny model, and what came of each row."""
 
-    def __init__(self, folder, adapters, wrap=lambda bank: bank, **settings):
-        self.base = load_base(str(folder), device="cpu")
+    def __init__(self, folder, adapters, wrap=lambda bank: bank, device="cpu", **settings):
+        self.base = load_base(str(folder), "float32", device)
         self.bank = Bank(self.base.model, self.base.tokenizer)
         for name, path in adapters.items():
             self.bank.register(name, path)

@@ -1,0 +1,119 @@
+r"""What does a step cost on a GPU, on models larger than the demo's? Measured beside projection.py's arithmetic.
+
+    python benchmarks/large.py [--models TinyLlama-1.1B Llama-3.1-8B] [--ways head top8 lora original full] [--small]
+
+Random weights in the models' shapes, bfloat16; random rows, nothing shared: 16 rows of 256 tokens a step, of each row
+the last 128 are targets. What is computed does not depend on the weights' values. A way that projection.py says does
+not fit the GPU's memory is left out. Each way is a process of its own. Peak memory is what PyTorch's allocator held at
+the most, after the weights were made. Prints one JSON object: model -> way -> figures.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from statistics import median
+from types import SimpleNamespace
+
+from floor import Shape
+from projection import MODELS, ROWS, STEP, WAYS, memory
+
+DEVICE, CACHE_GB = "cuda", 30  # what is kept of the frozen base stays on the GPU up to this
+SMALL = Shape(64, 4, 4, 2, 16, 128, 1000, tied=False)  # to see that all runs, on a CPU too
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS, metavar="MODEL")
+    parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, metavar="WAY")
+    parser.add_argument("--rows", type=int, default=ROWS, help="of the data set, forget and retain together")
+    parser.add_argument("--steps", type=int, default=10, help="that are counted, after three others")
+    parser.add_argument("--small", action="store_true", help="one tiny model, on any machine, to see that all runs")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # be the process of one way
+    given = parser.parse_args()
+    if given.one:
+        return print(json.dumps(measured(given.models[0], given.ways[0], given)))
+    found = {}
+    for name in given.models:
+        for way in given.ways:
+            command = [sys.executable, __file__, "--one", "--models", name, "--ways", way]
+            command += ["--rows", str(given.rows), "--steps", str(given.steps), *(["--small"] if given.small else [])]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            last = done.stdout.splitlines()[-1] if done.stdout.strip() else "{}"
+            figures = json.loads(last) if done.returncode == 0 else {"failed": done.returncode}
+            print(f"{name}, {way}: {figures}", file=sys.stderr, flush=True)
+            found.setdefault(name, {})[way] = figures
+    print(json.dumps(found))
+
+
+def measured(name, way, given):
+    """Return one way's figures: seconds of the counted steps, of keeping what is frozen, peak memory in bytes."""
+    import torch
+
+    shape, device = (SMALL, "cpu") if given.small else (MODELS[name], DEVICE)
+    needed = sum(memory(way, shape).values())
+    there = float("inf") if given.small else torch.cuda.get_device_properties(0).total_memory
+    if needed > there:
+        return {"left out": f"needs {needed / 1e9:.0f} GB, of {there / 1e9:.0f}"}
+    import train_sides
+    from train_sides import SIDES, recipe_of, run_steps
+
+    base, sets = random_base(shape, device), random_sets(shape, given.rows)
+    wait = (lambda: None) if given.small else torch.cuda.synchronize
+    if way in ("original", "full"):
+        train_sides.BATCH, train_sides.ROWS = STEP.tokens // STEP.width // 2, given.rows // 2
+        train_sides.data_sets = lambda *_: [sets]
+        began = time.perf_counter()
+        step = SIDES[way](base, None)
+    else:
+        recipe = recipe_of(way, base.model.config, batch=STEP.tokens // STEP.width // 2)
+        recipe = recipe.model_copy(update={"cache_gb": CACHE_GB})
+        began = time.perf_counter()
+        step = run_steps(base, [(recipe, sets)])
+    wait()
+    kept, seconds = time.perf_counter() - began, []
+    for _ in range(3 + given.steps):
+        began = time.perf_counter()
+        step()
+        wait()
+        seconds.append(time.perf_counter() - began)
+    peak = None if given.small else torch.cuda.max_memory_allocated()
+    return {"seconds": median(seconds[3:]), "before": kept + sum(seconds[:3]), "peak_bytes": peak}
+
+
+def random_base(shape, device):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from unlearn_peft.base import Base, freeze
+
+    config = LlamaConfig(
+        hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, intermediate_size=shape.inner,
+        vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    freeze(model)
+    return Base(model, SimpleNamespace(pad_token_id=0, get_vocab=dict), "random")
+
+
+def random_sets(shape, rows):
+    import torch
+
+    from unlearn_peft.data import Example
+    from unlearn_peft.schedule import Sets
+
+    share = int(STEP.targets / (STEP.tokens / STEP.width))
+    counted = [False] * (STEP.width - share) + [True] * share
+
+    def some():
+        return [Example(row, counted) for row in torch.randint(shape.vocabulary, (rows // 2, STEP.width)).tolist()]
+
+    return Sets(some(), some(), held_out=[])
+
+
+if __name__ == "__main__":
+    main()
