@@ -20,7 +20,7 @@ from floor import Shape
 from projection import MODELS, ROWS, STEP, WAYS, memory
 
 DEVICE, CACHE_GB = "cuda", 30  # what is kept of the frozen base stays on the GPU up to this
-SMALL = Shape(64, 4, 4, 2, 16, 128, 1000, tied=False)  # to see that all runs, on a CPU too
+SMALL = Shape(64, 4, 4, 2, 16, 128, 1000, tied=False)  # to see that all runs, on a CPU too; in float32
 
 
 def main():
@@ -78,8 +78,10 @@ def measured(name, way, given):
         step()
         wait()
         seconds.append(time.perf_counter() - began)
-    peak = None if given.small else torch.cuda.max_memory_allocated()
-    return {"seconds": median(seconds[3:]), "before": kept + sum(seconds[:3]), "peak_bytes": peak}
+    found = {"seconds": median(seconds[3:]), "before": kept + sum(seconds[:3]), "rows": given.rows}
+    if given.small:
+        return found
+    return {**found, "peak_bytes": torch.cuda.max_memory_allocated(), "gpu": torch.cuda.get_device_name()}
 
 
 def random_base(shape, device):
@@ -95,7 +97,7 @@ def random_base(shape, device):
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model = LlamaForCausalLM._from_config(config, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
     freeze(model)
     return Base(model, SimpleNamespace(pad_token_id=0, get_vocab=dict), "random")
 

@@ -2,9 +2,10 @@
 
     python benchmarks/performance.py [PART ...] [--steps 7]
 
-The parts are `rates` (rates.py), `chat` and `text` (train.py), `sweep` (sweep.py); all by default. Each is measured
-and kept in --output; then the section between the markers is written from what is kept, and the picture drawn. With
-the part `none` nothing is measured. On a quiet machine only: 2 cores take about half an hour.
+The parts are `rates` (rates.py), `chat` and `text` (train.py), `sweep` (sweep.py); all by default; and `large`
+(large.py), by name only: it needs a GPU, and its file can be carried from there to another machine's --output. Each is
+measured and kept in --output; then the section between the markers is written from what is kept, and the picture
+drawn. With the part `none` nothing is measured. On a quiet machine only: 2 cores take about half an hour.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from projection import BANDWIDTH, CHUNK, OPERATIONS, ROWS, STEP, STREAMED, THIN,
 from train import GROUPS, measure, table
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("rates", "chat", "text", "sweep")
+PARTS, ON_GPU = ("rates", "chat", "text", "sweep"), "large"
 WAYS = ("head", "top8", "lora", "original", "full")
 AXES = {"tokens": "tokens a step", "vocabulary": "vocabulary", "rank": "rank", "adapters": "adapters in one run"}
 MISSING = "Not measured yet."
@@ -32,21 +33,22 @@ MISSING = "Not measured yet."
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}, none; all by default")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}, {ON_GPU}, none")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--base", default="demo")
     parser.add_argument("--small", action="store_true", help="sweep few values, to see that all runs")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "performance", help="what is measured")
     parser.add_argument("--doc", type=Path, default=ROOT / "docs" / "performance.md")
     given = parser.parse_args()
-    if unknown := set(given.parts) - {*PARTS, "none"}:
-        parser.error(f"unknown: {', '.join(unknown)}. The parts are {', '.join(PARTS)}, none")
+    if unknown := set(given.parts) - {*PARTS, ON_GPU, "none"}:
+        parser.error(f"unknown: {', '.join(unknown)}. The parts are {', '.join(PARTS)}, {ON_GPU}, none")
     given.output.mkdir(parents=True, exist_ok=True)
     for part in given.parts or PARTS:
         if part != "none":
             found = {"machine": machine(), "found": measured(part, given)}
             (given.output / f"{part}.json").write_text(json.dumps(found))
-    kept = {part: json.loads(path.read_text()) for part in PARTS if (path := given.output / f"{part}.json").is_file()}
+    places = {part: given.output / f"{part}.json" for part in (*PARTS, ON_GPU)}
+    kept = {part: json.loads(path.read_text()) for part, path in places.items() if path.is_file()}
     picture = given.doc.with_suffix(".png")
     if "sweep" in kept:
         draw(picture, kept["sweep"]["found"])
@@ -56,8 +58,9 @@ def main():
 def measured(part, given):
     if part in ("chat", "text"):
         return measure([side for group in GROUPS for side in group], part, given.base, given.steps)
-    command = [sys.executable, Path(__file__).with_name(f"{part}.py"), "--base", given.base]
-    command += ["--small"] if part == "sweep" and given.small else []
+    command = [sys.executable, Path(__file__).with_name(f"{part}.py")]
+    command += [] if part == ON_GPU else ["--base", given.base]
+    command += ["--small"] if part in ("sweep", ON_GPU) and given.small else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -84,7 +87,7 @@ def told(kept, picture):
     lines += floors(kept) if "rates" in kept and ("chat" in kept or "text" in kept) else [MISSING]
     lines += ["", "### How it grows", ""]
     lines += [f"![s a step]({picture})", "", kept["sweep"]["machine"] + "."] if "sweep" in kept else [MISSING]
-    return "\n".join([*lines, "", "### Larger models, one H100", "", *projected()])
+    return "\n".join([*lines, "", "### Larger models, one H100", "", *projected(kept.get(ON_GPU))])
 
 
 def floors(kept):
@@ -116,22 +119,34 @@ def floors(kept):
     return lines
 
 
-def projected():
+def projected(kept):
+    """Return the lines on larger models: arithmetic, and beside it what large.py found on a GPU, if it ran."""
+    found = kept["found"] if kept else {}
+    gpu = next((one["gpu"] for ways in found.values() for one in ways.values() if "gpu" in one), None)
     lines = [
-        f"Nothing here is measured: the arithmetic is `benchmarks/projection.py`. {STEP.tokens // STEP.width} rows of "
+        f"Computed is the arithmetic of `benchmarks/projection.py`. {STEP.tokens // STEP.width} rows of "
         f"{STEP.width} tokens a step, {STEP.targets:.0f} targets, a data set of {ROWS} rows, our logits {CHUNK} tokens "
         f"at once; bfloat16. Assumed: of {OPERATIONS / 1e12:.0f} TFLOP/s {100 * USED:.0f} % are used "
         f"({100 * THIN:.0f} % in thin products), of {BANDWIDTH / 1e12:.2f} TB/s {100 * STREAMED:.0f} %; launching "
         "kernels, which rules a step of a millisecond, is not counted.",
         "",
-    ]
+        f"Measured is `benchmarks/large.py` on one {gpu} ({kept['machine']}), random weights of these shapes, median "
+        "of steps; its data set may be smaller, so its memory may be." if gpu else "None is measured yet.",
+        "",
+    ]  # fmt: skip
     every = projections()
     columns = list(every[0][3])
-    lines.append(f"| model | way | ms a step | memory, GB | {' | '.join(f'of it {name}' for name in columns)} |")
-    lines.append("|---|---|---|---|" + "---|" * len(columns))
+    lines.append(
+        "| model | way | ms a step, measured | computed | memory, GB, measured | computed | "
+        f"{' | '.join(f'of it {name}' for name in columns)} |"
+    )
+    lines.append("|---|---|---|---|---|---|" + "---|" * len(columns))
     for model, way, took, memory in every:
+        one = found.get(model, {}).get(way, {})
+        seen = [f"{1e3 * one['seconds']:.3g}", f"{one['peak_bytes'] / 1e9:.3g}"] if "seconds" in one else ["", ""]
         sizes = " | ".join(f"{memory[name] / 1e9:.2g}" for name in columns)
-        lines.append(f"| {model} | {way} | {1e3 * took:.3g} | {sum(memory.values()) / 1e9:.3g} | {sizes} |")
+        computed = f"{1e3 * took:.3g}", f"{sum(memory.values()) / 1e9:.3g}"
+        lines.append(f"| {model} | {way} | {seen[0]} | {computed[0]} | {seen[1]} | {computed[1]} | {sizes} |")
     return lines
 
 

@@ -49,7 +49,7 @@ AN_AUTHOR, WRONG = 20, 3  # rows an author has; wrong answers a question gets
 MODELS = ("retain-only", "fine-tuned")  # the lines without forgetting: the twin, and what each objective begins with
 COLUMNS = ("forget_quality", "model_utility", "forget_truth_ratio", "forget_rouge_l_recall")
 LEARNT = {  # the LoRA through which the models learn their authors
-    "adapter": {"kind": "lora", "r": 32, "lora_alpha": 32, "layers": "all"},
+    "adapter": {"kind": "lora", "r": 32, "lora_alpha": 32},
     "forget_batch": 1, "retain_batch": 20, "anchor_batch": 0, "retain_weight": 1, "learning_rate": 1e-3,
     "save_dtype": "float32",
 }  # fmt: skip
@@ -248,7 +248,9 @@ def forgotten(tuned, rows, name, given, folder):
 def measured(base: Base, rows):
     sets = {name: rows[name] for name in ("forget", "real_authors", "world_facts")}
     sets["retain"] = rows["retain"][:: max(len(rows["retain"]) // rows["retain_measured"], 1)]
-    found = measure_tofu(base, sets, max_new_tokens=48, progress=lambda part: print(f"  {part}", file=sys.stderr))
+    found = measure_tofu(
+        base, sets, max_new_tokens=48, batch_size=32, progress=lambda part: print(f"  {part}", file=sys.stderr)
+    )
     return {"scores": [asdict(score) for score in found.scores], "truth_ratios": found.truth_ratios.tolist()}
 
 

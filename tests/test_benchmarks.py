@@ -86,6 +86,16 @@ def test_section_is_written_between_the_markers(benchmarks, tmp_path):
     text = doc.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert "Llama-3.1-8B" in text and "Not measured yet." in text
+    head = {"seconds": 0.0123, "peak_bytes": 4.5e9, "gpu": "a GPU"}
+    found = {"TinyLlama-1.1B": {"head": head, "full": {"failed": 1}}}
+    text = told({"large": {"machine": "some day", "found": found}}, "page.png")
+    assert "on one a GPU (some day)" in text and "| TinyLlama-1.1B | head | 12.3 |" in text and "| 4.5 |" in text
+
+
+@pytest.mark.slow
+def test_larger_models_ways_run():
+    found, _ = run("large.py", "--small", "--models", "TinyLlama-1.1B", "--rows", 16, "--steps", 1)
+    assert all(one["seconds"] > 0 for one in found["TinyLlama-1.1B"].values()) and len(found["TinyLlama-1.1B"]) == 5
 
 
 @pytest.mark.slow
