@@ -49,7 +49,7 @@ AN_AUTHOR, WRONG = 20, 3  # rows an author has; wrong answers a question gets
 MODELS = ("retain-only", "fine-tuned")  # the lines without forgetting: the twin, and what each objective begins with
 COLUMNS = ("forget_quality", "model_utility", "forget_truth_ratio", "forget_rouge_l_recall")
 LEARNT = {  # the LoRA through which the models learn their authors
-    "adapter": {"kind": "lora", "r": 32, "lora_alpha": 32},
+    "adapter": {"kind": "lora", "r": 32, "lora_alpha": 32, "layers": "all"},
     "forget_batch": 1, "retain_batch": 20, "anchor_batch": 0, "retain_weight": 1, "learning_rate": 1e-3,
     "save_dtype": "float32",
 }  # fmt: skip

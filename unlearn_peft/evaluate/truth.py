@@ -121,7 +121,7 @@ def truth_losses(
         rows: with `prompt`, `paraphrased` (a right answer in other words, or the answer itself) and `perturbed` (a
             list of wrong ones, as many for each row).
         chat_template: see `data.tokenize`.
-        batch_size: answers at a time.
+        batch_size: answers at a time; never more than those to one question, which share its tokens.
 
     Raises:
         DataError: if the rows differ in their number of wrong answers, or lack something.
@@ -136,6 +136,7 @@ def truth_losses(
         for row in rows
         for answer in (row["paraphrased"], *row["perturbed"])
     ]
+    batch_size = min(batch_size, 1 + counts.pop())
     tokens = row_tokens(base, asked, what="truth ratio", chat_template=chat_template, batch_size=batch_size)
     losses = np.array([row.loss for row in tokens]).reshape(len(rows), -1)
     return losses[:, 0], losses[:, 1:]
