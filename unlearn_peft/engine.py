@@ -24,10 +24,10 @@ from .forward import Halves, Rows, alike, picked_logits, predicting
 from .frozen import FINAL, HEAD, Frozen
 from .layers import changed_layers, decoder_layers, outputs_of, rows_use, watched_layer
 from .objectives import Tokens
-from .pieces import Work, cut, labels_of, specific_of, target_count
+from .pieces import Cut, Work, cut, labels_of, specific_of, target_count
 from .trunk import Trunk, laid_out
 
-_PIECE_BYTES = {"head": 4_000_000, "layers": 16_000_000}  # of logits at a time, on a CPU: what caches like
+_PIECE_BYTES = {"head": 4_000_000, "layers": 8_000_000}  # of logits at a time, on a CPU: what caches like
 _PIECE_BYTES_ELSEWHERE = 512_000_000
 _RUN_TOKENS = 4096  # of one forward pass over several adapters' rows
 _IN_MEMORY = 1_000_000_000  # bytes, where no cache is given
@@ -223,9 +223,12 @@ class Engine:
             for part in cut(work, most):
                 if most is not None and not sum(target_count(examples[i]) for i in (*part.forget, *part.retain)):
                     continue  # rows without targets are there for models that all processes must run alike
-                refusal = self._side(work, states, part.refusals, numbers=part.paired) if part.refusals else None
-                forget = self._side(work, states, part.forget, specific=True, refusal=refusal)
-                yield Piece(n, forget, self._side(work, states, part.retain))
+                yield self._piece(n, work, states, part)  # no name here: a piece is let go before the next is made
+
+    def _piece(self, number: int, work: Work, states: _States, part: Cut) -> Piece:
+        refusal = self._side(work, states, part.refusals, numbers=part.paired) if part.refusals else None
+        forget = self._side(work, states, part.forget, specific=True, refusal=refusal)
+        return Piece(number, forget, self._side(work, states, part.retain))
 
     def _side(
         self,
@@ -308,4 +311,6 @@ def _targets_of(layers: Sequence[nn.Module], batch: Batch) -> Iterator[dict[nn.M
 
 
 def _joined(kept: Sequence[Mapping[str, Tensor]], name: str, device: torch.device) -> Tensor:
+    if len(kept) == 1:  # without a copy
+        return kept[0][name].to(device)
     return torch.cat([row[name].to(device) for row in kept])

@@ -201,6 +201,7 @@ class Learner:
                         probability.sum(),
                     )  # fmt: skip
                     sums += torch.stack([value.double().cpu() for value in values])
+                    del piece, tokens
         every = _count(self.sets.forget)
         specific = sum(sum(example.specific or example.is_target) for example in self.sets.forget)
         counts = [every, specific, specific if self.only_specific else every, len(self.sets.forget)]
@@ -214,6 +215,7 @@ class Learner:
             with engine.step([Work(self.name, [], work)]) as pieces:
                 for piece in pieces:
                     total += kl_divergence(piece.retain).double().sum().cpu()
+                    del piece
         return float(self._sum(total)) / _count(examples)
 
     def _mine(self, examples: list[Example], size: int) -> Iterator[list[Example]]:

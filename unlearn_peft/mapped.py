@@ -1,4 +1,4 @@
-"""Weights that are mapped from a file -> weights in memory of our own.
+"""Weights that are mapped from a file -> weights in memory of our own; what is freed -> back to the system.
 
 Transformers maps weights that are read as they are stored. A file that is then written to would change the base that
 runs, and one that is cut short would end the process with SIGBUS.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from pathlib import Path
 
 import torch
@@ -28,6 +29,13 @@ def take_in(model: nn.Module) -> None:
             tensor.data = old.clone()
             if places is not None:
                 _give_back(old)
+
+
+def give_back_freed() -> None:
+    """Give the system the pages that were freed but are kept by the C library, where that is glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _mapped() -> list[tuple[int, int]] | None:

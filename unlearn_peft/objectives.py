@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .dotted import load_function
 from .errors import RecipeError
-from .functions import reverse_kl
+from .functions import cross_entropy, reverse_kl
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Tokens:
     @cached_property
     def cross_entropy(self) -> Tensor:
         """-log p_current(label), (N,), nats."""
-        return torch.nn.functional.cross_entropy(self.logits.float(), self.labels, reduction="none")
+        return cross_entropy(self.logits.float(), self.labels)
 
     @cached_property
     def reference_cross_entropy(self) -> Tensor:
         """-log p_reference(label), (N,), nats."""
-        return torch.nn.functional.cross_entropy(_needed(self).float(), self.labels, reduction="none")
+        return cross_entropy(_needed(self).float(), self.labels)
 
     @cached_property
     def reverse_kl(self) -> Tensor:

@@ -28,6 +28,7 @@ from .engine import Engine
 from .errors import Interrupted, RecipeError, TrainingError
 from .forward import training_mode
 from .learner import Learner, Progress
+from .mapped import give_back_freed
 from .recipe import DATA_FIELDS, Recipe
 from .schedule import Sets
 from .sharded import is_shared, runs_on_cpu, share_out
@@ -160,6 +161,7 @@ class Training:
                 rows[self.accelerator.process_index :: self.accelerator.num_processes], quiet=self.quiet
             )
             self.accelerator.wait_for_everyone()
+            give_back_freed()  # activations of whole batches; a step frees and takes its own
             self.cache.look()
             for learner in self.learners:
                 if not learner.progress.evaluations:
@@ -181,6 +183,7 @@ class Training:
                         torch.autograd.backward(loss + piece.forget.logits[:0].sum())
                     elif loss.requires_grad:
                         self.accelerator.backward(loss)
+                    del piece, loss  # the next piece's logits take their place
         figures = {}
         for learner in live:
             try:
