@@ -30,7 +30,7 @@ class _CrossEntropy(torch.autograd.Function):
         return (_log_sum_exp(logits, p) - logits.gather(-1, labels[:, None]))[:, 0]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         p, labels = ctx.saved_tensors
         return (p * grad[:, None]).scatter_add_(-1, labels[:, None], -grad[:, None]), None
