@@ -9,6 +9,7 @@ from unlearn_peft.batch import collate
 from unlearn_peft.data import tokenize
 from unlearn_peft.engine import Engine
 from unlearn_peft.forward import picked_logits
+from unlearn_peft.functions import cross_entropy
 from unlearn_peft.learner import row_means
 from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence
 from unlearn_peft.recipe import GaKlSettings, LoraSettings
@@ -149,3 +150,15 @@ def test_equal_distributions_have_no_divergence_to_the_last_bit_and_its_gradient
     p, q = torch.log_softmax(found[1], -1), torch.log_softmax(other, -1)
     (p.exp() * (p - q)).sum().backward()
     torch.testing.assert_close(found[0].grad, found[1].grad, rtol=1e-4, atol=1e-8)
+
+
+def test_cross_entropy_and_its_gradient_are_pytorchs_to_rounding():
+    logits = 20 * torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
+    labels, weights = torch.arange(50), torch.linspace(-1, 1, 50)
+    found, expected = (logits.clone().requires_grad_() for _ in range(2))
+    ours = cross_entropy(found, labels)
+    theirs = torch.nn.functional.cross_entropy(expected, labels, reduction="none")
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6)
