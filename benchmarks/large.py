@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from statistics import median
-from types import SimpleNamespace
 
 from floor import Shape
 from projection import MODELS, ROWS, STEP, WAYS, memory
@@ -56,20 +55,17 @@ def measured(name, way, given):
     there = float("inf") if given.small else torch.cuda.get_device_properties(0).total_memory
     if needed > there:
         return {"left out": f"needs {needed / 1e9:.0f} GB, of {there / 1e9:.0f}"}
-    import train_sides
+    from sweep import random_base
     from train_sides import SIDES, recipe_of, run_steps
 
-    base, sets = random_base(shape, device), random_sets(shape, given.rows)
+    base = random_base(config_of(shape), shape.vocabulary, device, torch.float32 if given.small else torch.bfloat16)
+    sets, batch = random_sets(shape, given.rows), STEP.tokens // STEP.width // 2
     wait = (lambda: None) if given.small else torch.cuda.synchronize
+    began = time.perf_counter()
     if way in ("original", "full"):
-        train_sides.BATCH, train_sides.ROWS = STEP.tokens // STEP.width // 2, given.rows // 2
-        train_sides.data_sets = lambda *_: [sets]
-        began = time.perf_counter()
-        step = SIDES[way](base, None)
+        step = SIDES[way](base, sets, batch)
     else:
-        recipe = recipe_of(way, base.model.config, batch=STEP.tokens // STEP.width // 2)
-        recipe = recipe.model_copy(update={"cache_gb": CACHE_GB})
-        began = time.perf_counter()
+        recipe = recipe_of(way, base.model.config, batch=batch).model_copy(update={"cache_gb": CACHE_GB})
         step = run_steps(base, [(recipe, sets)])
     wait()
     kept, seconds = time.perf_counter() - began, []
@@ -84,22 +80,14 @@ def measured(name, way, given):
     return {**found, "peak_bytes": torch.cuda.max_memory_allocated(), "gpu": torch.cuda.get_device_name()}
 
 
-def random_base(shape, device):
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+def config_of(shape):
+    from transformers import LlamaConfig
 
-    from unlearn_peft.base import Base, freeze
-
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, intermediate_size=shape.inner,
-        vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
+        tie_word_embeddings=shape.tied,
     )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
-    freeze(model)
-    return Base(model, SimpleNamespace(pad_token_id=0, get_vocab=dict), "random")
 
 
 def random_sets(shape, rows):

@@ -68,13 +68,14 @@ def point(config, kind, steps, tokens=512, vocabulary=None, rank=8, adapters=1):
     return median(seconds[2:])
 
 
-def random_base(config, vocabulary):
+def random_base(config, vocabulary, device="cpu", dtype=torch.float32):
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
     config.vocab_size = vocabulary
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     freeze(model)
     return Base(model, SimpleNamespace(pad_token_id=0, get_vocab=dict), "random")
 

@@ -1,4 +1,4 @@
-"""The ways of training that benchmarks/train.py compares, each a function: a base and the kind of rows -> `step`.
+"""The ways of training that benchmarks/train.py compares, each a function: a base and the rows' kind -> `step`.
 
 `step()` does one optimiser step of gradient ascent on 4 forget rows and KL to the base on 4 retain rows, and returns
 the forget loss and the retain KL (nats/token) as they were before it. All sides get the same rows in the same order.
@@ -17,12 +17,12 @@ from functools import partial
 
 import torch
 from torch.nn import functional as F
-from train_rows import ROWS, counts, data_sets
+from train_rows import counts, data_sets
 
 from unlearn_peft import load_base
 from unlearn_peft.batch import collate
 from unlearn_peft.recipe import make_recipe
-from unlearn_peft.schedule import Schedule
+from unlearn_peft.schedule import Schedule, Sets
 from unlearn_peft.train import Job, Training
 
 BATCH = 4  # forget rows of a step, and as many retain rows
@@ -32,19 +32,19 @@ RATE = 1e-5  # learning rate: small, so that plain ascent stays a number; it cos
 PLAIN = {"name": "ga_kl", "forget_tokens": "all", "forget_ceiling": None, "retain_budget": None, "stop_when": None}
 
 
-def original(base, rows):
+def original(base, rows, batch=BATCH):
     """The original experiment: two models, and a dense head of its own on the one that is trained. SGD."""
     reference = copy.deepcopy(base.model)
     head = base.model.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().clone())
-    return plain_steps(base, rows, base.model, reference, torch.optim.SGD([head.weight], lr=RATE))
+    return plain_steps(base, rows, batch, base.model, reference, torch.optim.SGD([head.weight], lr=RATE))
 
 
-def full(base, rows):
+def full(base, rows, batch=BATCH):
     """As open-unlearning does: all parameters are trained, a frozen copy is the reference. AdamW."""
     reference = copy.deepcopy(base.model)
     base.model.requires_grad_(True).train()
-    return plain_steps(base, rows, base.model, reference, torch.optim.AdamW(base.model.parameters(), lr=RATE))
+    return plain_steps(base, rows, batch, base.model, reference, torch.optim.AdamW(base.model.parameters(), lr=RATE))
 
 
 def plain_peft(targets, base, rows):
@@ -61,7 +61,7 @@ def plain_peft(targets, base, rows):
             return model(**batch)
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return plain_steps(base, rows, model, reference, torch.optim.AdamW(trained, lr=RATE))
+    return plain_steps(base, rows, BATCH, model, reference, torch.optim.AdamW(trained, lr=RATE))
 
 
 def ours(kind, adapters, base, rows):
@@ -116,10 +116,14 @@ def run_steps(base, pairs):
     return step
 
 
-def plain_steps(base, rows, model, reference, optimizer):
-    """Return a `step` as others write it: ordinary forward passes of padded rows, all logits, a loss of means."""
-    sets, pad = data_sets(base.tokenizer, rows)[0], base.tokenizer.pad_token_id
-    forget_order, retain_order = (Schedule(ROWS, BATCH, seed) for seed in (SEED, SEED + 1))  # as our own runs
+def plain_steps(base, rows, batch, model, reference, optimizer):
+    """Return a `step` as others write it: ordinary forward passes of padded rows, all logits, a loss of means.
+
+    `rows` are a kind of rows, or the data sets themselves; `batch` of them are forget rows of a step, as many retain.
+    """
+    sets = rows if isinstance(rows, Sets) else data_sets(base.tokenizer, rows)[0]
+    pad, count = base.tokenizer.pad_token_id, len(sets.forget)
+    forget_order, retain_order = (Schedule(count, batch, seed) for seed in (SEED, SEED + 1))  # as our own runs
     numbers = itertools.count()
 
     def logits(model, batch):  # (N, V), those that predict a target
