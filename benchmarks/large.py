@@ -55,11 +55,13 @@ def measured(name, way, given):
     there = float("inf") if given.small else torch.cuda.get_device_properties(0).total_memory
     if needed > there:
         return {"left out": f"needs {needed / 1e9:.0f} GB, of {there / 1e9:.0f}"}
-    from sweep import random_base
+    from sweep import random_base, random_sets
     from train_sides import SIDES, recipe_of, run_steps
 
     base = random_base(config_of(shape), shape.vocabulary, device, torch.float32 if given.small else torch.bfloat16)
-    sets, batch = random_sets(shape, given.rows), STEP.tokens // STEP.width // 2
+    rows = STEP.tokens // STEP.width  # of a step, half of them forget rows
+    batch = rows // 2
+    sets = random_sets(shape.vocabulary, given.rows // 2, STEP.width, int(STEP.targets / rows))
     wait = (lambda: None) if given.small else torch.cuda.synchronize
     began = time.perf_counter()
     if way in ("original", "full"):
@@ -88,21 +90,6 @@ def config_of(shape):
         num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim, intermediate_size=shape.inner,
         tie_word_embeddings=shape.tied,
     )  # fmt: skip
-
-
-def random_sets(shape, rows):
-    import torch
-
-    from unlearn_peft.data import Example
-    from unlearn_peft.schedule import Sets
-
-    share = int(STEP.targets / (STEP.tokens / STEP.width))
-    counted = [False] * (STEP.width - share) + [True] * share
-
-    def some():
-        return [Example(row, counted) for row in torch.randint(shape.vocabulary, (rows // 2, STEP.width)).tolist()]
-
-    return Sets(some(), some(), held_out=[])
 
 
 if __name__ == "__main__":

@@ -21,12 +21,11 @@ from pathlib import Path
 from statistics import median
 
 from floor import Shape, Step, parts, seconds
-from projection import BANDWIDTH, CHUNK, OPERATIONS, ROWS, STEP, STREAMED, THIN, USED, projections
+from projection import BANDWIDTH, CHUNK, OPERATIONS, ROWS, STEP, STREAMED, THIN, USED, WAYS, projections
 from train import GROUPS, measure, table
 
 ROOT = Path(__file__).parent.parent
 PARTS, ON_GPU = ("rates", "chat", "text", "sweep"), "large"
-WAYS = ("head", "top8", "lora", "original", "full")
 AXES = {"tokens": "tokens a step", "vocabulary": "vocabulary", "rank": "rank", "adapters": "adapters in one run"}
 MISSING = "Not measured yet."
 

@@ -56,7 +56,7 @@ def point(config, kind, steps, tokens=512, vocabulary=None, rank=8, adapters=1):
     """Return the median seconds of a step."""
     base, batch = random_base(config, vocabulary or config.vocab_size), tokens // TOKENS // 2
     recipe = recipe_of(kind, config, r=rank, batch=batch)
-    pairs = [(recipe, random_sets(base, 2 * batch)) for _ in range(adapters)]
+    pairs = [(recipe, random_sets(base.model.config.vocab_size, 2 * batch)) for _ in range(adapters)]
     step = run_steps(base, pairs)
     seconds = []
     for _ in range(2 + steps):  # two steps are an epoch, in which caches are filled
@@ -80,10 +80,12 @@ def random_base(config, vocabulary, device="cpu", dtype=torch.float32):
     return Base(model, SimpleNamespace(pad_token_id=0, get_vocab=dict), "random")
 
 
-def random_sets(base, count):
+def random_sets(vocabulary, count, width=TOKENS, targets=TOKENS - 1):
+    """Return `count` forget rows of random tokens, the last `targets` of which count, and as many retain rows."""
+    counted = [False] * (width - targets) + [True] * targets
+
     def rows():
-        ids = torch.randint(base.model.config.vocab_size, (count, TOKENS)).tolist()
-        return [Example(row, [False] + [True] * (TOKENS - 1)) for row in ids]
+        return [Example(row, counted) for row in torch.randint(vocabulary, (count, width)).tolist()]
 
     return Sets(rows(), rows(), held_out=[])
 

@@ -137,4 +137,4 @@ def run_eval(monkeypatch, capsys):
 
 def logits(base, text="Who wrote the blue book about stars?"):
     with torch.no_grad():
-        return base.model(**base.tokenizer(text, return_tensors="pt")).logits
+        return base.model(**base.tokenizer(text, return_tensors="pt").to(base.model.device)).logits

@@ -9,11 +9,12 @@ import os
 
 import pytest
 import torch
-from conftest import FORGET, RETAIN
-from test_batch import FAMILIES, make
-from test_engine import REACHES, assert_same, rows, the_engines_step, the_plain_step, with_adapter
+from conftest import FORGET, RETAIN, logits
+from test_batch import FAMILIES
+from test_engine import REACHES, adapted, assert_same, rows, the_engines_step, the_plain_step
 from test_quantized import WAYS, quantized, stored
 from test_scheduler import PROMPTS, SETS, Runner
+from test_train import FREE
 
 from unlearn_peft import Bank, attach, detach, load_base, unlearn, unlearn_many
 from unlearn_peft.compare import compare
@@ -21,7 +22,6 @@ from unlearn_peft.engine import Engine
 from unlearn_peft.recipe import make_recipe
 
 DEVICE = os.environ.get("UNLEARN_PEFT_TEST_DEVICE", "cpu")
-FREE = {"forget_ceiling": 15, "stop_when": None, "retain_budget": None}
 pytestmark = pytest.mark.cuda
 
 
@@ -30,17 +30,10 @@ def there(tiny_folder):
     return load_base(str(tiny_folder), "float32", DEVICE)
 
 
-def logits(base):
-    with torch.no_grad():
-        return base.model(torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]], device=base.device)).logits
-
-
 @pytest.mark.parametrize("reach", REACHES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_are_those_of_the_plain_way_on_the_cpu(tiny, family, reach):
-    if reach == "all and head" and family in ("GPT2", "GPTNeoX"):
-        pytest.skip("their layers have other names")
-    model = with_adapter(make(family), REACHES[reach])
+    model = adapted(family, reach)
     forget, retain = rows(tiny.tokenizer)
     expected = the_plain_step(model, forget, retain, forget_ceiling=15)
     model = copy.deepcopy(model).to(DEVICE)
