@@ -5,8 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from commands import cli
 from conftest import FORGET, RETAIN
+from rich.text import Text
+
+from unlearn_peft.cli import app
 
 
 @pytest.fixture
@@ -91,6 +95,20 @@ def test_help_names_every_command():
     assert subprocess.run([*command, "--no-such"], capture_output=True).returncode == 2
     whole = f"from unlearn_peft.cli import app; app(['--help'], prog_name='python -m {command[2]}')"
     assert out == subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True).stdout
+
+
+def test_no_help_loses_what_stands_in_brackets():
+    """The terminal's help is markup: `unlearn-peft[serve]` would come out as `unlearn-peft`."""
+
+    def texts(command):
+        yield command.help or ""
+        yield from (getattr(parameter, "help", None) or "" for parameter in command.params)
+        for inner in getattr(command, "commands", {}).values():
+            yield from texts(inner)
+
+    every = list(texts(typer.main.get_command(app)))
+    assert any("unlearn-peft\\[lm-eval]" in text for text in every)
+    assert [text for text in every if Text.from_markup(text).plain != text.replace("\\[", "[")] == []
 
 
 def test_the_quick_help_leaves_half_of_rich_out_and_no_trace():

@@ -79,13 +79,13 @@ def evaluate(
     trusted_keys: TrustedOption = None,
     require_signature: RequireOption = False,
 ) -> None:
-    """Tell whether it is forgotten and what it cost: one table, one picture, one JSON file.
+    r"""Tell whether it is forgotten and what it cost: one table, one picture, one JSON file.
 
     Everything is measured on the base, with the adapters, and after their removal; every figure has its unit, the
     number n of rows behind it and a 95 % bootstrap interval. After removal all must be as before: exit code 1 if not.
 
     Give --recipe, single files, or both (a file goes before the recipe's); what has no rows is left out. Tasks of
-    --lm-eval (pip install 'unlearn-peft[lm-eval]') run on the base and with the adapters, not a third time.
+    --lm-eval (pip install 'unlearn-peft\[lm-eval]') run on the base and with the adapters, not a third time.
 
     The output folder gets report.html (opens without a network), figures.png and evaluation.json. The page and the
     terminal show your probes and the answers to them; evaluation.json and figures.png hold figures only, never a

@@ -16,7 +16,7 @@ EndpointOption = Annotated[str | None, typer.Option(help="Another Hub. Default: 
 
 
 def pull(
-    source: Annotated[str, typer.Argument(help="hub:OWNER/NAME[@REVISION], https://...#sha256=..., archive, folder.")],
+    source: Annotated[str, typer.Argument(help=r"hub:OWNER/NAME\[@REVISION], https://...#sha256=..., archive, folder.")],
     output: Annotated[Path | None, typer.Option(help="The adapter directory. Default: in the cache.")] = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="Ask no server: the cache only. So does HF_HUB_OFFLINE=1.")
@@ -59,7 +59,7 @@ def pull(
 
 def push(
     adapter: Annotated[Path, typer.Argument(help="The adapter directory.")],
-    target: Annotated[str, typer.Argument(help="hub:OWNER/NAME[@BRANCH], an archive (.tar, .tar.gz), or a folder.")],
+    target: Annotated[str, typer.Argument(help=r"hub:OWNER/NAME\[@BRANCH], an archive (.tar, .tar.gz), or a folder.")],
     public: Annotated[bool, typer.Option("--public", help="A repository made now is for all to see.")] = False,
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
     endpoint: EndpointOption = None,

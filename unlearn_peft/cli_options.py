@@ -21,7 +21,7 @@ StrengthOption = Annotated[
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
 QuantizeOption = Annotated[
-    str | None, typer.Option(help="int8, llm_int8 or nf4: fewer bits a weight; needs unlearn-peft[quantized].")
+    str | None, typer.Option(help=r"int8, llm_int8 or nf4: fewer bits a weight; needs unlearn-peft\[quantized].")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 DifferentOption = Annotated[
