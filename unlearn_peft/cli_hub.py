@@ -16,7 +16,9 @@ EndpointOption = Annotated[str | None, typer.Option(help="Another Hub. Default: 
 
 
 def pull(
-    source: Annotated[str, typer.Argument(help=r"hub:OWNER/NAME\[@REVISION], https://...#sha256=..., archive, folder.")],
+    source: Annotated[
+        str, typer.Argument(help=r"hub:OWNER/NAME\[@REVISION], https://...#sha256=..., archive, folder.")
+    ],
     output: Annotated[Path | None, typer.Option(help="The adapter directory. Default: in the cache.")] = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="Ask no server: the cache only. So does HF_HUB_OFFLINE=1.")
