@@ -27,6 +27,7 @@ from train import GROUPS, measure, table
 ROOT = Path(__file__).parent.parent
 PARTS, ON_GPU = ("rates", "chat", "text", "sweep"), "large"
 AXES = {"tokens": "tokens a step", "vocabulary": "vocabulary", "rank": "rank", "adapters": "adapters in one run"}
+EIGHT = {"eight_head": "head", "eight_top8": "top8"}  # eight adapters in one run
 MISSING = "Not measured yet."
 
 
@@ -103,12 +104,14 @@ def floors(kept):
         "|---|---|---|---|---|---|---|",
     ]
     for rows in ("chat", "text"):
-        for way in WAYS:
+        for way in (*WAYS, *EIGHT):
             one = kept.get(rows, {}).get("found", {}).get(way, {})
             if "seconds" not in one:
                 continue
-            step = Step(one["tokens"], one["width"], one["forget_targets"], one["retain_targets"], one["shared"])
-            every = parts(way, shape, step)
+            count = 8 if way in EIGHT else 1  # rows of its own for each adapter
+            targets = (count * one[name] for name in ("forget_targets", "retain_targets"))
+            step = Step(count * one["tokens"], one["width"], *targets, one["shared"])
+            every = parts(EIGHT.get(way, way), shape, step)
             least, took = seconds(every, rates), median(one["seconds"])
             operations, moved = sum(part.operations for part in every), sum(part.bytes for part in every)
             lines.append(
