@@ -1,11 +1,12 @@
 """Run what README.md and docs/results.md show, and write what it prints into them: no figure is typed by hand.
 
-    python benchmarks/readme.py [demo] [eval] [seed] [tofu] [frontier]
+    python benchmarks/readme.py [demo] [eval] [seed] [auto_retain] [tofu] [frontier]
 
 README.md has the demo, cut short; docs/results.md has all blocks, whole.
 
-By default demo, eval and seed: about half an hour on 2 cores. (`eval` measures the adapter that `demo` made.) tofu and
-frontier show what benchmarks/tofu_smollm2.py and benchmarks/frontier.py have kept so far: run these before.
+By default demo, eval and seed: about half an hour on 2 cores. (`eval` measures the adapter that `demo` made.)
+auto_retain takes as long again. tofu and frontier show what benchmarks/tofu_smollm2.py and benchmarks/frontier.py have
+kept so far: run these before.
 """
 
 import re
@@ -27,6 +28,7 @@ BLOCKS = {
         [*CLI, "eval", "out/readme", "--recipe", "recipes/harry_potter.yaml", "--attacks", "all", "--card"],
     ],
     "seed": [[*CLI, "train", "recipes/seed_lm_head.yaml", "--output", "out/readme_seed"]],
+    "auto_retain": [["benchmarks/auto_retain.py", "harry_potter", "apple"]],
     "tofu": [["benchmarks/tofu_smollm2.py", "--kept"]],
     "frontier": [["benchmarks/frontier.py", "--kept"]],
 }
@@ -69,7 +71,7 @@ def told(name, shown):
     if name == "eval":
         card = (ROOT / "out" / "readme" / "README.md").read_text()
         return re.search(r"<!-- evaluation[^\n]*\n(.*?)\n<!-- /evaluation", card, re.DOTALL)[1].replace("## ", "### ")
-    if name in ("tofu", "frontier"):
+    if name in ("auto_retain", "tofu", "frontier"):
         return "\n".join(line for _, text in shown for line in text.splitlines() if line.startswith("|"))
     return "```\n" + "\n".join(f"$ {called}\n{text}\n" for called, text in shown) + "```"
 
