@@ -4,7 +4,7 @@
 
 For each target (harry_potter by default, and those in tests/data) and each retain set: rows trained on, probes that
 leak greedily of how many, mean KL to the base on the held-out neighbours file (nats/token), seconds in all; then the
-ratio of the two KLs. Both never see probes and neighbours. About 4 minutes a target and seed on 2 cores.
+ratio of the two KLs. Both never see probes and neighbours. About 15 minutes a target and seed on 2 cores.
 """
 
 import argparse
