@@ -39,10 +39,9 @@ class _CrossEntropy(torch.autograd.Function):
 class _ReverseKl(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, reference: Tensor) -> Tensor:
-        # in one way for both, so that rounding cancels where they are alike
-        below = _log_sum_exp(reference, torch.softmax(reference, dim=-1))
         p = torch.softmax(logits, dim=-1)
-        shift = _log_sum_exp(logits, p) - below
+        # in one way for both, so that rounding cancels where they are alike
+        shift = _log_sum_exp(logits, p) - _log_sum_exp(reference, torch.softmax(reference, dim=-1))
         weighted = (logits - reference).mul_(p)
         kl = weighted.sum(dim=-1, keepdim=True) - shift
         ctx.save_for_backward(p, weighted, kl + shift)

@@ -180,13 +180,10 @@ class Training:
                 for piece in pieces:
                     loss = taking[piece.work].loss(piece.forget, piece.retain)
                     if self.whole is not None:  # backwards too, whatever this process's rows are
-                        loss = loss + piece.forget.logits[:0].sum()
-                    del piece  # of its logits only what the gradient needs stays
-                    if self.whole is not None:
-                        torch.autograd.backward(loss)
+                        torch.autograd.backward(loss + piece.forget.logits[:0].sum())
                     elif loss.requires_grad:
                         self.accelerator.backward(loss)
-                    del loss  # the next piece's logits take its place
+                    del piece, loss  # the next piece's logits take their place
         figures = {}
         for learner in live:
             try:
