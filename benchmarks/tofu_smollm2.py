@@ -7,12 +7,12 @@ each objective makes the first forget them, as an adapter. Forget quality is the
 against the twin's (above 0.05: cannot be told from it); model utility is TOFU's harmonic mean of nine; truth ratio is
 min(R, 1/R) on the forget set; ROUGE is ROUGE-L recall of greedy answers on the forget set.
 
-Each line is kept in --output as soon as it is there: run the same command again and it goes on. With --jobs N the two
-models are learnt side by side, then N objectives at a time forget, each on its share of the cores. To be done in hours
-on 2 cores, it uses a part of the rows and of the parameters:
+Each line is kept in --output as soon as it is there: run the same command again and it goes on. With --jobs N the
+first model is learnt on all cores, then N lines at a time are made, each on its share of them. To be done within the
+hour on 2 cores, it uses a part of the rows and of the parameters:
 
-- 2 authors (40 rows) to forget, 5 (100 rows) to retain; 30 rows of each utility set; learnt through a LoRA that is
-  merged, as full fine-tuning would take hours.
+- 2 authors (40 rows) to forget, 5 (100 rows) to retain; 20 rows of each utility set; learnt through a LoRA of the
+  upper half of the layers that is merged, as full fine-tuning would take hours.
 - The rows here have no wrong answers and no paraphrases. Wrong answers are those to the most similar questions about
   authors that nobody learnt, with the name changed; in place of the paraphrase stands the answer itself.
 
@@ -49,7 +49,7 @@ AN_AUTHOR, WRONG = 20, 3  # rows an author has; wrong answers a question gets
 MODELS = ("retain-only", "fine-tuned")  # the lines without forgetting: the twin, and what each objective begins with
 COLUMNS = ("forget_quality", "model_utility", "forget_truth_ratio", "forget_rouge_l_recall")
 LEARNT = {  # the LoRA through which the models learn their authors
-    "adapter": {"kind": "lora", "r": 32, "lora_alpha": 32, "layers": "all"},
+    "adapter": {"kind": "lora", "r": 32, "lora_alpha": 32, "layers": "upper_half"},
     "forget_batch": 1, "retain_batch": 20, "anchor_batch": 0, "retain_weight": 1, "learning_rate": 1e-3,
     "save_dtype": "float32",
 }  # fmt: skip
@@ -69,7 +69,7 @@ def main():
     print(f"results are kept in {measured_as}", file=sys.stderr)
     chosen = given.objectives if given.objectives is not None else VARIANTS if given.kept else ONE_EACH
     places = {name: kept(measured_as, name) for name in (*MODELS, *chosen)}
-    failed = [] if given.kept else make_missing(__file__, places, given.jobs, make_here, first=MODELS)
+    failed = [] if given.kept else make_missing(__file__, places, given.jobs, make_here, first=MODELS[1:])
     found = {name: json.loads(place.read_text()) for name, place in places.items() if place.is_file()}
     if found.keys() >= set(MODELS):
         table(found)
@@ -90,11 +90,11 @@ def arguments():
     parser.add_argument("--base", default="demo", help="the model that learns the authors")
     parser.add_argument("--forget-authors", type=int, default=2)
     parser.add_argument("--retain-authors", type=int, default=5)
-    parser.add_argument("--utility-rows", type=int, default=30, help="of each of the three sets of model utility")
+    parser.add_argument("--utility-rows", type=int, default=20, help="of each of the three sets of model utility")
     parser.add_argument("--epochs", type=int, default=8, help="of learning the authors")
-    parser.add_argument("--steps", type=int, default=30, help="of forgetting them")
-    parser.add_argument("--retain-weight", type=float, default=1.0)
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--steps", type=int, default=20, help="of forgetting them")
+    parser.add_argument("--retain-weight", type=float, default=4.0)
+    parser.add_argument("--learning-rate", type=float, default=6e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hub", action="store_true", help="all rows of TOFU's forget10, from the Hub")
     parser.add_argument("--finetuned", help="a model that knows the authors already; none is trained then")
@@ -237,7 +237,7 @@ def forgotten(tuned, rows, name, given, folder):
     adapter = unlearn(
         tuned, forget=bare(rows["forget"]), retain=bare(rows["retain"]), steps=given.steps, retain_batch=4,
         learning_rate=given.learning_rate, retain_weight=given.retain_weight, anchor_batch=2, own_answers=0,
-        seed=given.seed, resume=True,
+        warmup_steps=2, eval_every=max(given.steps // 4, 1), seed=given.seed, resume=True,
         output=str(folder / "adapters" / file_name(name)), **VARIANTS[name],
     )  # fmt: skip
     with forgetting(tuned, adapter.path):
