@@ -11,7 +11,7 @@ Each line is kept in --output as soon as it is there: run the same command again
 first model is learnt on all cores, then N lines at a time are made, each on its share of them. To be done within the
 hour on 2 cores, it uses a part of the rows and of the parameters:
 
-- 2 authors (40 rows) to forget, 5 (100 rows) to retain; 20 rows of each utility set; learnt through a LoRA of the
+- 2 authors (40 rows) to forget, 3 (60 rows) to retain; 20 rows of each utility set; learnt through a LoRA of the
   upper half of the layers that is merged, as full fine-tuning would take hours.
 - The rows here have no wrong answers and no paraphrases. Wrong answers are those to the most similar questions about
   authors that nobody learnt, with the name changed; in place of the paraphrase stands the answer itself.
@@ -89,7 +89,7 @@ def arguments():
     parser.add_argument("--output", type=Path, default=Path("out/tofu"))
     parser.add_argument("--base", default="demo", help="the model that learns the authors")
     parser.add_argument("--forget-authors", type=int, default=2)
-    parser.add_argument("--retain-authors", type=int, default=5)
+    parser.add_argument("--retain-authors", type=int, default=3)
     parser.add_argument("--utility-rows", type=int, default=20, help="of each of the three sets of model utility")
     parser.add_argument("--epochs", type=int, default=8, help="of learning the authors")
     parser.add_argument("--steps", type=int, default=20, help="of forgetting them")
@@ -233,12 +233,14 @@ def model(given_name, name, rows, given, folder):
 
 
 def forgotten(tuned, rows, name, given, folder):
-    """Forget, and measure with the adapter attached."""
+    """Forget, and measure with the adapter attached. Utility tells the harm, so no budget does: the last step stays."""
+    more = dict(VARIANTS[name])
+    objective = {**more.pop("objective"), "retain_budget": None}
     adapter = unlearn(
         tuned, forget=bare(rows["forget"]), retain=bare(rows["retain"]), steps=given.steps, retain_batch=4,
         learning_rate=given.learning_rate, retain_weight=given.retain_weight, anchor_batch=2, own_answers=0,
-        warmup_steps=2, eval_every=max(given.steps // 4, 1), seed=given.seed, resume=True,
-        output=str(folder / "adapters" / file_name(name)), **VARIANTS[name],
+        warmup_steps=2, eval_every=given.steps, seed=given.seed, resume=True, objective=objective,
+        output=str(folder / "adapters" / file_name(name)), **more,
     )  # fmt: skip
     with forgetting(tuned, adapter.path):
         found = measured(tuned, rows)

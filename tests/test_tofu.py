@@ -86,7 +86,7 @@ def benchmark():
 def test_the_benchmarks_wrong_answers_are_wrong_and_about_the_same_author(benchmark, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tofu_smollm2.py"])
     rows = benchmark.local_rows(benchmark.arguments())
-    assert [len(rows[name]) for name in ("forget", "retain", "real_authors", "world_facts")] == [40, 100, 30, 30]
+    assert [len(rows[name]) for name in ("forget", "retain", "real_authors", "world_facts")] == [40, 60, 20, 20]
     for name in ("forget", "retain", "real_authors", "world_facts"):
         for row in rows[name]:
             assert len(row["perturbed"]) == 3 and row["completion"] not in row["perturbed"]

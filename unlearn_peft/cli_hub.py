@@ -71,13 +71,13 @@ def push(
 ) -> None:
     """Put an adapter onto the Hub, or into an archive; it is checked before.
 
+    What is printed is what to pull: with the commit, or the archive's sha256.
+    A token is taken from HF_TOKEN or `hf auth login`. The card and manifest
+    hold no forget row, but the name of a repository or folder is seen by all:
+
       unlearn-peft push out/hp hub:acme/forgets-hp
 
       unlearn-peft push out/hp hp.tar.gz
-
-    What is printed is what to pull: with the commit, or the archive's sha256.
-    A token is taken from HF_TOKEN or `hf auth login`. The card and manifest
-    hold no forget row, but the name of a repository or folder is seen by all.
     """
     from .hub import push as push_
 
