@@ -84,7 +84,7 @@ def test_tofu_has_its_table_and_the_forget_quality_against_another_model(tiny, m
     table = {score.name: score for score in tofu.measure_tofu(tiny, TOFU).scores}
     assert result.score("model_utility", "before") == table["model_utility"]
     assert result.score("forget_truth_ratio", "with") != table["forget_truth_ratio"] and result.left_behind == []
-    for name in (*table, "forget_quality", "neighbours_unchanged"):
+    for name in (*table, "forget_quality", "neighbours_unchanged", "neighbours_right"):
         assert wording.label(name) != name.replace("_", " ") and wording.topic(name) in ("forgotten", "cost")
     with pytest.raises(DataError, match="missing: real_authors, world_facts"):
         evaluate(tiny, [adapter], FULL, suite=Suite.TOFU)
@@ -93,11 +93,14 @@ def test_tofu_has_its_table_and_the_forget_quality_against_another_model(tiny, m
 
 
 def test_neighbours_answers_are_compared_with_the_bases_own(tiny, make_adapter):
-    rows = {"neighbours": [*RETAIN[:2], {"text": "no question"}]}
+    named = {"prompt": "Who?", "completion": "It is the red Book of 1937."}
+    rows = {"neighbours": [*RETAIN[:2], {"text": "no question"}, named]}
     result = evaluate(tiny, [make_adapter(tiny, "a", scale=3)], rows)
     before, now = (result.score("neighbours_unchanged", state) for state in ("before", "with"))
-    assert (before.value, before.n, now.n) == (1, 2, 2)
-    prompts = [row["prompt"] for row in RETAIN[:2]]
+    assert (before.value, before.n, now.n) == (1, 3, 3)
+    known = result.score("neighbours_right", "with")
+    assert (known.value, known.n) == (0, 1)  # two rows name nothing
+    prompts = [row["prompt"] for row in [*RETAIN[:2], named]]
     bare = answers(tiny, prompts, max_new_tokens=32, batch_size=8)
     with forgetting(tiny, make_adapter(tiny, "b", scale=3)):
         said = answers(tiny, prompts, max_new_tokens=32, batch_size=8)

@@ -9,7 +9,7 @@ import pytest
 from conftest import logits
 
 from unlearn_peft.errors import DataError
-from unlearn_peft.evaluate.meaning import names_said, unchanged
+from unlearn_peft.evaluate.meaning import names_said, right, unchanged
 from unlearn_peft.evaluate.rows import row_tokens
 from unlearn_peft.evaluate.tofu import measure_tofu
 
@@ -133,3 +133,11 @@ def test_an_answer_says_the_same_if_it_names_the_same():
     assert unchanged([question] * 4, [one] * 4, said).tolist() == [1, 0, 0, 0]
     assert unchanged(["When?"], ["In 1937."], ["It was 1937, I think."]).tolist() == [1]
     assert unchanged(["What?"], ["A tool made of clay."], ["Some pot."]).tolist() == [1]  # no names: seen as the same
+
+
+def test_an_answer_is_right_if_it_has_all_that_its_row_names():
+    # the last two name nothing
+    asked = ["Who wrote The Hobbit?", "When?", "What does a potter do?", "Who is Gandalf?"]
+    rows = ["It was J.R.R. Tolkien, an Oxford professor.", "In 1937.", "A potter makes pots.", "Gandalf is a wizard."]
+    assert right(asked, rows, ["Tolkien, who taught at Oxford.", "1937", "?", "?"]).tolist() == [1, 1]
+    assert right(asked, rows, ["J.R.R. Tolkien.", "It was 1938.", "?", "?"]).tolist() == [0, 0]

@@ -1,6 +1,6 @@
-"""Does an answer still say the same? Compared by the names in it, without a model to judge it.
+"""Does an answer still say the same, and is it right? Told by the names in it, without a model to judge it.
 
-Pairs of answers come in, before and with an adapter; whether each pair says the same goes out.
+Answers come in, before and with an adapter or beside what is right; whether they agree goes out, for each question.
 """
 
 from __future__ import annotations
@@ -33,3 +33,13 @@ def unchanged(prompts: Sequence[str], before: Sequence[str], now: Sequence[str])
     """
     triples = zip(prompts, before, now, strict=True)
     return np.array([float(names_said(q, one) == names_said(q, other)) for q, one, other in triples])
+
+
+def right(prompts: Sequence[str], rows: Sequence[str], said: Sequence[str]) -> Array:
+    """Return for each question whether its answer has all names and numbers that its row's answer has, 0 or 1.
+
+    A question whose row names nothing that is not in the question itself is left out: there is nothing to look for.
+    It tells facts from names that a base makes up: those change easily, and nothing is lost with them.
+    """
+    wanted = [names_said(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
+    return np.array([float(names <= names_in(text)) for names, text in zip(wanted, said, strict=True) if names])

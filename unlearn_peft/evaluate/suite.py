@@ -15,7 +15,7 @@ from ..errors import DataError, did_you_mean
 from ..generate import answers
 from .fluency import losses_under_base, perplexity, repetition
 from .leaks import any_leak, sampled_leaks
-from .meaning import unchanged
+from .meaning import right, unchanged
 from .memorization import answer_probability, exact_memorization, extraction_strength, rouge_l
 from .rows import Kept, alone, keep_reference, kl_to_reference, questions, row_tokens
 from .score import Score, extra, per_token, score, sums
@@ -115,9 +115,11 @@ def measure(
             values = kl_to_reference(base, rows[name], kept[name], what=name, **how)
             add(f"{name}_kl", "nats/token", False, sums(values), per_token)
             if before := kept[name].texts:
-                prompts = [prompt for prompt, _ in questions(rows[name])]
-                same = unchanged(prompts, before, _said(base, rows[name], how))
-                add(f"{name}_unchanged", "share of answers", True, same)
+                prompts, wanted = zip(*questions(rows[name]), strict=True)
+                now = _said(base, rows[name], how)
+                add(f"{name}_unchanged", "share of answers", True, unchanged(prompts, before, now))
+                if len(known := right(prompts, wanted, now)):
+                    add(f"{name}_right", "share of answers", True, known)
     if said:
         add("repetition", "share", False, [repetition(text) for text in said])
         add("empty_answers", "share", False, [float(not text) for text in said])
