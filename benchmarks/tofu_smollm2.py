@@ -5,11 +5,12 @@ r"""TOFU (Maini et al. 2024, arXiv:2401.06121) on a small model: the table that 
 SmolLM2-135M learns some of TOFU's fictitious authors; a twin learns the same but the authors to be forgotten. Then
 each objective makes the first forget them, as an adapter. Forget quality is the p-value of a KS test of truth ratios
 against the twin's (above 0.05: cannot be told from it); model utility is TOFU's harmonic mean of nine; truth ratio is
-min(R, 1/R) on the forget set; ROUGE is ROUGE-L recall of greedy answers on the forget set.
+min(R, 1/R) on the forget set; ROUGE is ROUGE-L recall of greedy answers on the forget set. No retain budget ends a
+run, as utility tells the harm: the last step is kept.
 
 Each line is kept in --output as soon as it is there: run the same command again and it goes on. With --jobs N the
 first model is learnt on all cores, then N lines at a time are made, each on its share of them. To be done within the
-hour on 2 cores, it uses a part of the rows and of the parameters:
+hour (58 minutes with --jobs 2 on 2 cores), it uses a part of the rows and of the parameters:
 
 - 2 authors (40 rows) to forget, 3 (60 rows) to retain; 20 rows of each utility set; learnt through a LoRA of the
   upper half of the layers that is merged, as full fine-tuning would take hours.
@@ -35,28 +36,32 @@ from pathlib import Path
 
 import numpy as np
 from jobs import add_arguments, keep, make_missing
-from variants import ONE_EACH, VARIANTS, file_name
+from variants import VARIANTS, file_name
 
 from unlearn_peft import Base, forgetting, load_base, merge, unlearn
 from unlearn_peft.data import read_rows
 from unlearn_peft.evaluate.tofu import measure_tofu
-from unlearn_peft.evaluate.truth import forget_quality
+from unlearn_peft.evaluate.truth import PARTS, SETS, forget_quality
 from unlearn_peft.objectives import Terms
 from unlearn_peft.recipe import DataSpec
 
 DATA = Path(__file__).parent / "data"
 AN_AUTHOR, WRONG = 20, 3  # rows an author has; wrong answers a question gets
 MODELS = ("retain-only", "fine-tuned")  # the lines without forgetting: the twin, and what each objective begins with
+NINE = [f"{rows}_{part}" for rows in SETS for part in PARTS]  # whose harmonic mean model utility is
 COLUMNS = ("forget_quality", "model_utility", "forget_truth_ratio", "forget_rouge_l_recall")
 LEARNT = {  # the LoRA through which the models learn their authors
     "adapter": {"kind": "lora", "r": 32, "lora_alpha": 32, "layers": "upper_half"},
     "forget_batch": 1, "retain_batch": 20, "anchor_batch": 0, "retain_weight": 1, "learning_rate": 1e-3,
     "save_dtype": "float32",
 }  # fmt: skip
+TO_12 = {"objective": {"name": "ga_kl", "forget_ceiling": 12}}
 GENTLY = {"steps": 40, "learning_rate": 4e-3, "retain_weight": 8, "retain_batch": 8, "anchor_batch": 8}
-WAYS = {  # more steps and more that is held don't go into the hour: they are run by name
-    **VARIANTS, **{f"{name}, gently": {**VARIANTS[name], **GENTLY} for name in ("ga_kl", "ga_kl to 12 nats")}
+WAYS = {  # "gently" has more steps and more that is held, for which the hour has no room: run it by name
+    **VARIANTS, "ga_kl to 12 nats": TO_12,
+    "ga_kl, gently": {**VARIANTS["ga_kl"], **GENTLY}, "ga_kl to 12 nats, gently": {**TO_12, **GENTLY},
 }  # fmt: skip
+ONE_EACH = ("ga_kl to 12 nats", "grad_diff", "wga", "ihl", "undial", "npo", "simnpo", "idk_dpo", "rmu")
 
 
 def main():
@@ -266,15 +271,27 @@ def kept(folder, name):
 
 
 def table(found):
-    twin = np.array(found["retain-only"]["truth_ratios"])
-    print(f"| | forget quality (p, n = {len(twin)}) | model utility | of the fine-tuned | truth ratio | ROUGE |")
-    print("|---|---|---|---|---|---|")
-    whole = value(found["fine-tuned"], "model_utility")
+    twin, tuned = np.array(found["retain-only"]["truth_ratios"]), found["fine-tuned"]
+    print(
+        f"| | forget quality (p, n = {len(twin)}) | model utility | of the fine-tuned | truth ratio | ROUGE "
+        "| what utility lost most of |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    whole = value(tuned, "model_utility")
     for name, one in found.items():
         p = "" if name == "retain-only" else f"{forget_quality(one['truth_ratios'], twin).value:.3g}"
         utility, ratio, rouge = (value(one, column) for column in COLUMNS[1:])
         share = f"{100 * utility / whole:.0f} %" if whole else ""
-        print(f"| {name} | {p} | {utility:.3f} | {share} | {ratio:.3f} | {rouge:.3f} |")
+        print(f"| {name} | {p} | {utility:.3f} | {share} | {ratio:.3f} | {rouge:.3f} | {most_lost(one, tuned)} |")
+
+
+def most_lost(one, tuned):
+    """Return which of utility's nine parts fell most beside the fine-tuned model's, and from what to what."""
+    lost = {part: value(one, part) / (value(tuned, part) or 1) for part in NINE}
+    part = min(lost, key=lost.__getitem__)
+    if one is tuned or lost[part] >= 1:
+        return ""
+    return f"{part.replace('_', ' ')}, {value(tuned, part):.2f} to {value(one, part):.2f}"
 
 
 def value(one, name):

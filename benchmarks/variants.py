@@ -6,16 +6,12 @@ TOKEN_LEVEL = ("grad_diff", "wga", "ihl", "undial")  # they can push all tokens,
 VARIANTS = {
     "ga_kl": {"objective": {"name": "ga_kl"}},
     "ga_kl, all tokens": {"objective": {"name": "ga_kl", "forget_tokens": "all"}},
-    "ga_kl to 12 nats": {"objective": {"name": "ga_kl", "forget_ceiling": 12}},
     "ga_kl, plain": {"objective": {"name": "ga_kl", "forget_tokens": "all", "forget_ceiling": None}},
     **{name: {"objective": {"name": name}} for name in TOKEN_LEVEL},
     **{f"{name}, specific": {"objective": {"name": name, "forget_tokens": "specific"}} for name in ("ihl", "undial")},
     **{name: {"objective": {"name": name}} for name in ("npo", "simnpo", "idk_dpo")},
     "rmu": {"objective": {"name": "rmu"}},
 }
-ONE_EACH = (  # a line for each objective
-    "ga_kl to 12 nats", "grad_diff", "wga", "ihl", "undial", "npo", "simnpo", "idk_dpo", "rmu",
-)  # fmt: skip
 
 
 def file_name(variant):
