@@ -115,7 +115,7 @@ def measure(
             values = kl_to_reference(base, rows[name], kept[name], what=name, **how)
             add(f"{name}_kl", "nats/token", False, sums(values), per_token)
             if before := kept[name].texts:
-                prompts, wanted = zip(*questions(rows[name]), strict=True)
+                prompts, wanted = ([pair[side] for pair in questions(rows[name])] for side in (0, 1))
                 now = _said(base, rows[name], how)
                 add(f"{name}_unchanged", "share of answers", True, unchanged(prompts, before, now))
                 if len(known := right(prompts, wanted, now)):
