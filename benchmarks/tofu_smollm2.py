@@ -119,6 +119,9 @@ def local_rows(given):
         read_rows(DataSpec(path=str(DATA / f"{name}.jsonl")), name)
         for name in ("tofu_forget10", "tofu_retain", "real_authors", "world_facts")
     )
+    for asked, there in ((given.forget_authors, authors(forget)), (given.retain_authors, authors(retain))):
+        if not 1 <= asked <= len(there):
+            sys.exit(f"{asked} authors were asked for, and there are rows of 1 to {len(there)} (--hub has more)")
     counts = given.forget_authors * AN_AUTHOR, given.retain_authors * AN_AUTHOR
     unknown = [*authors(forget[counts[0] :]), *authors(retain[counts[1] :])]
     if len(unknown) < WRONG:

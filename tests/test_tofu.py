@@ -96,6 +96,13 @@ def test_the_benchmarks_wrong_answers_are_wrong_and_about_the_same_author(benchm
     assert sum(named) >= 16 and not any("Hsiao" in text for row in others for text in row["perturbed"])
 
 
+def test_the_benchmark_refuses_more_authors_than_there_are(benchmark, monkeypatch):
+    for given in ("--forget-authors 16", "--retain-authors 0"):
+        monkeypatch.setattr(sys, "argv", ["tofu_smollm2.py", *given.split()])
+        with pytest.raises(SystemExit, match="there are rows of 1 to 15"):
+            benchmark.local_rows(benchmark.arguments())
+
+
 @pytest.mark.slow
 def test_the_benchmark_runs_and_goes_on_where_it_was(benchmark, tiny, tmp_path, monkeypatch, capsys):
     tiny.model.save_pretrained(tmp_path / "base")
