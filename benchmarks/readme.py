@@ -1,6 +1,6 @@
 """Run what README.md and docs/results.md show, and write what it prints into them: no figure is typed by hand.
 
-    python benchmarks/readme.py [demo] [eval] [seed] [auto_retain] [tofu] [frontier]
+    python benchmarks/readme.py [demo] [eval] [neighbours] [seed] [auto_retain] [tofu] [frontier]
 
 README.md has the demo, cut short; docs/results.md has all blocks, whole.
 
@@ -27,6 +27,7 @@ BLOCKS = {
     "eval": [
         [*CLI, "eval", "out/readme", "--recipe", "recipes/harry_potter.yaml", "--attacks", "all", "--card"],
     ],
+    "neighbours": [[*CLI, "eval", "out/readme", "--neighbours", DATA + "neighbours.jsonl"]],
     "seed": [[*CLI, "train", "recipes/seed_lm_head.yaml", "--output", "out/readme_seed"]],
     "auto_retain": [["benchmarks/auto_retain.py", "harry_potter", "apple"]],
     "tofu": [["benchmarks/tofu_smollm2.py", "--kept"]],
@@ -85,7 +86,7 @@ def run(command):
             lines.append(line)
     if process.returncode:
         sys.exit(f"{' '.join(command)} ended with {process.returncode}: its block is as it was")
-    return "".join(lines).rstrip()
+    return "".join(lines).rstrip().replace(f"{ROOT}/", "")
 
 
 if __name__ == "__main__":
