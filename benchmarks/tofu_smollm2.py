@@ -41,14 +41,13 @@ from variants import VARIANTS, file_name
 from unlearn_peft import Base, forgetting, load_base, merge, unlearn
 from unlearn_peft.data import read_rows
 from unlearn_peft.evaluate.tofu import measure_tofu
-from unlearn_peft.evaluate.truth import PARTS, SETS, forget_quality
+from unlearn_peft.evaluate.truth import NINE, forget_quality
 from unlearn_peft.objectives import Terms
 from unlearn_peft.recipe import DataSpec
 
 DATA = Path(__file__).parent / "data"
 AN_AUTHOR, WRONG = 20, 3  # rows an author has; wrong answers a question gets
 MODELS = ("retain-only", "fine-tuned")  # the lines without forgetting: the twin, and what each objective begins with
-NINE = [f"{rows}_{part}" for rows in SETS for part in PARTS]  # whose harmonic mean model utility is
 COLUMNS = ("forget_quality", "model_utility", "forget_truth_ratio", "forget_rouge_l_recall")
 LEARNT = {  # the LoRA through which the models learn their authors
     "adapter": {"kind": "lora", "r": 32, "lora_alpha": 32, "layers": "upper_half"},
@@ -250,10 +249,10 @@ def forgotten(tuned, rows, name, given, folder):
         "steps": given.steps, "learning_rate": given.learning_rate, "retain_weight": given.retain_weight,
         "warmup_steps": 2, "retain_batch": 4, "anchor_batch": 2, "own_answers": 0, **WAYS[name],
     }  # fmt: skip
+    objective = {**settings.pop("objective"), "retain_budget": None}
     adapter = unlearn(
         tuned, forget=bare(rows["forget"]), retain=bare(rows["retain"]), eval_every=settings["steps"], seed=given.seed,
-        resume=True, output=str(folder / "adapters" / file_name(name)),
-        **{**settings, "objective": {**settings["objective"], "retain_budget": None}},
+        resume=True, output=str(folder / "adapters" / file_name(name)), objective=objective, **settings,
     )  # fmt: skip
     with forgetting(tuned, adapter.path):
         found = measured(tuned, rows)

@@ -115,7 +115,8 @@ def measure(
             values = kl_to_reference(base, rows[name], kept[name], what=name, **how)
             add(f"{name}_kl", "nats/token", False, sums(values), per_token)
             if before := kept[name].texts:
-                prompts, wanted = ([pair[side] for pair in questions(rows[name])] for side in (0, 1))
+                pairs = questions(rows[name])
+                prompts, wanted = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
                 now = _said(base, rows[name], how)
                 add(f"{name}_unchanged", "share of answers", True, unchanged(prompts, before, now))
                 if len(known := right(prompts, wanted, now)):

@@ -19,6 +19,7 @@ from .rows import row_tokens
 from .score import Array, Score, extra, score
 
 SETS, PARTS = ("retain", "real_authors", "world_facts"), ("probability", "rouge", "truth_ratio")
+NINE = [f"{rows}_{part}" for rows in SETS for part in PARTS]  # what model utility is made of
 
 
 def truth_ratio(right: ArrayLike, wrong: ArrayLike, *, mean: Literal["geometric", "arithmetic"] = "geometric") -> Array:
@@ -98,14 +99,13 @@ def model_utility(parts: Mapping[str, ArrayLike], *, resamples: int = 1000, seed
     Raises:
         DataError: if a part is missing or unknown, or a number is below 0.
     """
-    names = [f"{rows}_{part}" for rows in SETS for part in PARTS]
-    if set(parts) != set(names):
-        lacking, unknown = sorted(set(names) - set(parts)), sorted(set(parts) - set(names))
+    if set(parts) != set(NINE):
+        lacking, unknown = sorted(set(NINE) - set(parts)), sorted(set(parts) - set(NINE))
         raise DataError(
             f"model utility is made of nine parts; missing: {', '.join(lacking) or 'none'}; "
             f"unknown: {', '.join(unknown) or 'none'}"
         )
-    arrays = [np.asarray(parts[name], dtype=np.float64) for name in names]
+    arrays = [np.asarray(parts[name], dtype=np.float64) for name in NINE]
     if any((array < 0).any() for array in arrays):
         raise DataError("model utility is made of shares between 0 and 1: found a number below 0")
     return score("model_utility", "share", True, *arrays, statistic=_harmonic, resamples=resamples, seed=seed)
