@@ -27,7 +27,10 @@ BLOCKS = {
     "eval": [
         [*CLI, "eval", "out/readme", "--recipe", "recipes/harry_potter.yaml", "--attacks", "all", "--card"],
     ],
-    "neighbours": [[*CLI, "eval", "out/readme", "--neighbours", DATA + "neighbours.jsonl"]],
+    "neighbours": [
+        [*CLI, "eval", "out/readme", "--neighbours", DATA + "neighbours.jsonl"],
+        [*CLI, "eval", "out/readme", "--neighbours", DATA + "neighbours_unseen.jsonl"],
+    ],
     "seed": [[*CLI, "train", "recipes/seed_lm_head.yaml", "--output", "out/readme_seed"]],
     "auto_retain": [["benchmarks/auto_retain.py", "harry_potter", "apple"]],
     "tofu": [["benchmarks/tofu_smollm2.py", "--kept"]],
