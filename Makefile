@@ -73,4 +73,4 @@ clean:
 	rm -rf $(VENV) .venv-vllm out build *.egg-info
 
 readme: install
-	COLUMNS=110 $(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/readme.py

@@ -9,6 +9,7 @@ auto_retain takes as long again. tofu and frontier show what benchmarks/tofu_smo
 kept so far: run these before.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -82,8 +83,8 @@ def told(name, shown):
 
 def run(command):
     """Run Python with these arguments, showing what it prints; returns it."""
-    lines = []
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    lines, wide = [], {**os.environ, "COLUMNS": "110"}
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=wide, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line)
