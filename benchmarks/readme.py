@@ -40,6 +40,8 @@ BLOCKS = {
 
 def main():
     """Run the blocks named on the command line, rewrite them, copy the curves."""
+    if unknown := set(sys.argv[1:]) - set(BLOCKS):
+        sys.exit(f"unknown block {', '.join(sorted(unknown))}: known are {', '.join(BLOCKS)}")
     for name in sys.argv[1:] or ("demo", "eval", "neighbours", "unseen", "seed"):
         shown = []
         for command in BLOCKS[name]:
