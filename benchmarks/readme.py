@@ -4,8 +4,8 @@
 
 README.md has the demo, cut short; docs/results.md has all blocks, whole.
 
-By default demo, eval, neighbours, unseen and seed: about 45 minutes on 2 cores. (What is between `demo` and `seed`
-measures the adapter that `demo` made.)
+By default demo, neighbours, unseen, eval and seed: about 45 minutes on 2 cores. (What is between `demo` and `seed`
+measures the adapter that `demo` made, into one folder: eval comes last, for its report is the whole one.)
 auto_retain takes as long again. tofu and frontier show what benchmarks/tofu_smollm2.py and benchmarks/frontier.py have
 kept so far: run these before.
 """
@@ -42,7 +42,7 @@ def main():
     """Run the blocks named on the command line, rewrite them, copy the curves."""
     if unknown := set(sys.argv[1:]) - set(BLOCKS):
         sys.exit(f"unknown block {', '.join(sorted(unknown))}: known are {', '.join(BLOCKS)}")
-    for name in sys.argv[1:] or ("demo", "eval", "neighbours", "unseen", "seed"):
+    for name in sys.argv[1:] or ("demo", "neighbours", "unseen", "eval", "seed"):
         shown = []
         for command in BLOCKS[name]:
             called = " ".join(command).replace(" ".join(CLI), "unlearn-peft")
