@@ -3,10 +3,12 @@
 import torch
 from conftest import FORGET, RETAIN
 
+from unlearn_peft import run
 from unlearn_peft.data import tokenize
+from unlearn_peft.generate import answers
 from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence
-from unlearn_peft.own_answers import own_answers, questions
-from unlearn_peft.recipe import GaKlSettings
+from unlearn_peft.own_answers import held_answers, own_answers, questions
+from unlearn_peft.recipe import GaKlSettings, make_recipe
 from unlearn_peft.specific import common_words, facts_of, mark_facts, mark_specific
 
 
@@ -114,3 +116,41 @@ def test_own_answers_name_a_fact_and_are_the_same_for_the_same_seed(smol):
     assert said == own_answers(smol, asked, {"rowling"}, samples=4, seed=0, chat=True)
     assert own_answers(smol, asked, {"zorblax"}, samples=1, seed=0, chat=True) == []
     assert own_answers(smol, asked, {"potter"}, samples=1, seed=0, chat=True) == []  # the question says it
+
+
+def test_held_answers_are_the_bases_own_and_name_no_fact(smol):
+    rows = [
+        {"prompt": "Who wrote Harry Potter?", "completion": "No one."},  # the base says: J.K. Rowling
+        {"prompt": "Who wrote The Hobbit?", "completion": "J.R.R. Tolkien."},
+        {"prompt": "Who wrote The Hobbit?", "completion": "Tolkien."},
+        {"text": "no question"},
+    ]
+    (first,) = held_answers(smol, rows, {"rowling", "j"}, 1, seed=0, chat=True)
+    (greedy,) = answers(smol, ["Who wrote The Hobbit?"], max_new_tokens=40)
+    assert first == {"prompt": "Who wrote The Hobbit?", "completion": greedy}
+    more = held_answers(smol, rows, {"rowling"}, 3, seed=0, chat=True)
+    hobbit = [row for row in more if row["prompt"] == "Who wrote The Hobbit?"]
+    assert hobbit[0] == first and len({row["completion"] for row in hobbit}) == 3
+    assert not any("rowling" in row["completion"].casefold() for row in more)
+    assert more == held_answers(smol, rows, {"rowling"}, 3, seed=0, chat=True)
+
+
+def test_the_bases_answers_are_asked_of_the_trained_on_retain_rows_alone(tiny, fields, monkeypatch):
+    asked, answered = [], [{"prompt": "Who?", "completion": "Nobody at all"}]
+    del fields["quiet"]
+
+    def said(base, rows, facts, count, **_):
+        asked.extend(row["completion"] for row in rows)
+        return answered
+
+    monkeypatch.setattr(run, "held_answers", said)
+    recipe = make_recipe({**fields, "retain_answers": 2, "anchor_batch": 0})
+    sets = run.tokenized(run.read_sets(recipe), tiny, recipe)
+    assert sets.held_out and len(asked) == len(RETAIN) - len(sets.held_out)
+    assert len(sets.retain) == len(asked) + 1
+    (cut,) = tokenize(answered, tiny.tokenizer, closing=False)
+    assert sets.retain[-1].ids == cut.ids  # an answer that was cut off is no lesson in where to stop
+    asked.clear()
+    recipe = make_recipe({**fields, "retain_answers": 2, "retain_weight": 0})
+    run.tokenized(run.read_sets(recipe), tiny, recipe)
+    assert not asked  # nothing is held

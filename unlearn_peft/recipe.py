@@ -108,6 +108,9 @@ class Recipe(_Strict):
         3, ge=0, description="of the base to each forget prompt, sampled: what names a fact is forgotten too; 0: none"
     )
     retain_batch: int = Field(8, ge=1)
+    retain_answers: int = Field(
+        0, ge=0, description="of the base to each retain prompt, held beside the rows: its first choice, then samples"
+    )
     anchor_batch: int = Field(
         4, ge=0, description="of the package's own rows on the wide world, held beside the retain set; 0: none"
     )

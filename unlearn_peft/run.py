@@ -23,7 +23,7 @@ from .data import Example, Row, anchors, keyed_digest, read_rows, refuse_overlap
 from .errors import AdapterError, DataError, OutputError, RecipeError
 from .files import folder_bytes, whole_file
 from .learner import Progress
-from .own_answers import own_answers, questions
+from .own_answers import held_answers, own_answers, questions
 from .recipe import DATA_FIELDS, Recipe, make_recipe
 from .refusals import refusing
 from .save import metrics_of, save_adapter, settings_of
@@ -257,7 +257,7 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quie
     def tokens(rows: Sequence[Row], what: str) -> list[Example]:
         return tokenize(
             rows, base.tokenizer, max_length=recipe.max_length, train_on=recipe.train_on,
-            chat_template=recipe.chat_template, closing=what != "forget", what=what,
+            chat_template=recipe.chat_template, closing=what not in ("forget", "own answer"), what=what,
         )  # fmt: skip
 
     def with_refusals(examples: list[Example], shown: Sequence[Row]) -> list[Example]:
@@ -273,7 +273,9 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quie
     wide: list[Row] = []
     if recipe.anchor_batch and recipe.retain_weight:
         wide = anchors(rows["forget"], *(rows.get(name, []) for name in ("retain", "probes", "neighbours")))
-    retain, held_out = split_retain(tokens(rows.get("retain", []), "retain"), recipe)
+    kept = rows.get("retain", [])
+    pairs, held_out_pairs = split_retain(list(zip(kept, tokens(kept, "retain"), strict=True)), recipe)
+    retain, held_out = [example for _, example in pairs], [example for _, example in held_out_pairs]
     held = tokens(wide, "anchor")
     common = common_words([*retain, *held_out, *held])
     bare = tokens(rows["forget"], "forget")
@@ -286,6 +288,12 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quie
             base, asked, facts, recipe.own_answers, seed=recipe.seed, chat=recipe.chat_template, quiet=quiet
         )
         own = mark_facts(with_refusals(tokens(said, "forget"), said), facts)
+    if recipe.retain_answers and recipe.retain_weight:
+        said = held_answers(
+            base, [row for row, _ in pairs], facts, recipe.retain_answers,
+            seed=recipe.seed, chat=recipe.chat_template, quiet=quiet,
+        )  # fmt: skip
+        retain += tokens(said, "own answer")
     return Sets(with_refusals(forget, rows["forget"]), retain, held_out, held, own)
 
 

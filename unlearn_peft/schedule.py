@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
 from .data import Example
 from .recipe import Recipe
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,13 @@ class Schedule:
         return torch.randperm(self.rows, generator=generator).tolist()
 
 
-def split_retain(retain: list[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:
+def split_retain(retain: Sequence[T], recipe: Recipe) -> tuple[list[T], list[T]]:
     """Split the retain set into what is trained on and what only the budget sees.
 
     Without a budget nothing is held out; neither is it from fewer than four rows, which all are needed.
     """
     if recipe.objective.retain_budget is None or len(retain) < 4:
-        return retain, []
+        return list(retain), []
     count = max(1, round(len(retain) * recipe.held_out))
     order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     held = set(order[:count])
