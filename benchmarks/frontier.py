@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 ADAPTERS = {"lora": {"kind": "lora"}, "head": {"kind": "head", "r": 8}}
 STRENGTHS = (0.5, 0.75, 1.0)
 SAMPLES, TOKENS = 8, 32
-DEFAULTS = ("objective", "retain_weight", "retain_batch")  # the package's own; the recipe has what was best here
+DEFAULTS = ("objective", "retain_weight", "retain_batch", "retain_answers")  # the package's own, not the recipe's
 HARM = (0.003, 0.01, 0.02, 0.05)  # nats/token
 SALAD = 2  # times the base's own perplexity
 

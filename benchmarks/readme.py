@@ -1,10 +1,10 @@
 """Run what README.md and docs/results.md show, and write what it prints into them: no figure is typed by hand.
 
-    python benchmarks/readme.py [demo] [eval] [neighbours] [unseen] [seed] [auto_retain] [tofu] [frontier]
+    python benchmarks/readme.py [demo] [eval] [unseen] [tipped] [seed] [auto_retain] [tofu] [frontier]
 
 README.md has the demo, cut short; docs/results.md has all blocks, whole.
 
-By default demo, neighbours, unseen, eval and seed: about 45 minutes on 2 cores. (What is between `demo` and `seed`
+By default demo, unseen, tipped, eval and seed: about 45 minutes on 2 cores. (What is between `demo` and `seed`
 measures the adapter that `demo` made, into one folder: eval comes last, for its report is the whole one.)
 auto_retain takes as long again. tofu and frontier show what benchmarks/tofu_smollm2.py and benchmarks/frontier.py have
 kept so far: run these before.
@@ -29,8 +29,8 @@ BLOCKS = {
     "eval": [
         [*CLI, "eval", "out/readme", "--recipe", "recipes/harry_potter.yaml", "--attacks", "all", "--card"],
     ],
-    "neighbours": [[*CLI, "eval", "out/readme", "--neighbours", DATA + "neighbours.jsonl"]],
     "unseen": [[*CLI, "eval", "out/readme", "--neighbours", DATA + "neighbours_unseen.jsonl"]],
+    "tipped": [["benchmarks/tipped.py"]],
     "seed": [[*CLI, "train", "recipes/seed_lm_head.yaml", "--output", "out/readme_seed"]],
     "auto_retain": [["benchmarks/auto_retain.py", "harry_potter", "apple"]],
     "tofu": [["benchmarks/tofu_smollm2.py", "--kept"]],
@@ -42,7 +42,7 @@ def main():
     """Run the blocks named on the command line, rewrite them, copy the curves."""
     if unknown := set(sys.argv[1:]) - set(BLOCKS):
         sys.exit(f"unknown block {', '.join(sorted(unknown))}: known are {', '.join(BLOCKS)}")
-    for name in sys.argv[1:] or ("demo", "neighbours", "unseen", "eval", "seed"):
+    for name in sys.argv[1:] or ("demo", "unseen", "tipped", "eval", "seed"):
         shown = []
         for command in BLOCKS[name]:
             called = " ".join(command).replace(" ".join(CLI), "unlearn-peft")
@@ -78,7 +78,7 @@ def told(name, shown):
         card = (ROOT / "out" / "readme" / "README.md").read_text()
         section = re.search(r"<!-- evaluation[^\n]*\n(.*?)\n<!-- /evaluation", card, re.DOTALL)[1]
         return re.sub(r"\n+!\[[^\n]*$", "", section).replace("## ", "### ")  # the picture lies beside the card alone
-    if name in ("auto_retain", "tofu", "frontier"):
+    if name in ("tipped", "auto_retain", "tofu", "frontier"):
         return "\n".join(line for _, text in shown for line in text.splitlines() if line.startswith("|"))
     return "```\n" + "\n".join(f"$ {called}\n{text}\n" for called, text in shown) + "```"
 

@@ -154,3 +154,6 @@ def test_the_bases_answers_are_asked_of_the_trained_on_retain_rows_alone(tiny, f
     recipe = make_recipe({**fields, "retain_answers": 2, "retain_weight": 0})
     run.tokenized(run.read_sets(recipe), tiny, recipe)
     assert not asked  # nothing is held
+    recipe = make_recipe({**fields, "retain_answers": 2, "retain": "auto"})
+    run.tokenized({**run.read_sets(recipe), "retain": RETAIN}, tiny, recipe)
+    assert not asked  # rows that were made are the base's own answers already

@@ -288,7 +288,7 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quie
             base, asked, facts, recipe.own_answers, seed=recipe.seed, chat=recipe.chat_template, quiet=quiet
         )
         own = mark_facts(with_refusals(tokens(said, "forget"), said), facts)
-    if recipe.retain_answers and recipe.retain_weight:
+    if recipe.retain_answers and recipe.retain_weight and not recipe.makes_retain:  # those rows are its own already
         said = held_answers(
             base, [row for row, _ in pairs], facts, recipe.retain_answers,
             seed=recipe.seed, chat=recipe.chat_template, quiet=quiet,
