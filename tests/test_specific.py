@@ -2,14 +2,16 @@
 
 import torch
 from conftest import FORGET, RETAIN
+from safetensors.torch import load_file
 
-from unlearn_peft import run
+from unlearn_peft import run, unlearn
 from unlearn_peft.data import tokenize
 from unlearn_peft.generate import answers
-from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence
+from unlearn_peft.objective_settings import UndialSettings
+from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence, undial
 from unlearn_peft.own_answers import held_answers, own_answers, questions
 from unlearn_peft.recipe import GaKlSettings, make_recipe
-from unlearn_peft.specific import common_words, facts_of, mark_facts, mark_specific
+from unlearn_peft.specific import common_words, facts_of, mark_facts, mark_specific, spellings
 
 
 def words(base, example):
@@ -56,8 +58,6 @@ def test_ga_kl_pushes_the_specific_tokens_and_holds_the_others():
 
 
 def test_training_raises_the_specific_tokens_most(tiny, fields):
-    from unlearn_peft import unlearn
-
     assert len(FORGET) == 3 and RETAIN
     result = unlearn(tiny, **{**fields, "steps": 20, "objective": {"forget_ceiling": 15, "retain_budget": None}})
     last, start = result.progress.evaluations[-1], result.progress.evaluations[0]
@@ -157,3 +157,34 @@ def test_the_bases_answers_are_asked_of_the_trained_on_retain_rows_alone(tiny, f
     recipe = make_recipe({**fields, "retain_answers": 2, "retain": "auto"})
     run.tokenized({**run.read_sets(recipe), "retain": RETAIN}, tiny, recipe)
     assert not asked  # rows that were made are the base's own answers already
+
+
+def test_tokens_read_alike_but_for_case_and_spaces(smol):
+    number = spellings(smol.tokenizer, 49152 + 3)  # as a base whose head is padded
+    assert number.shape == (49155,) and number.dtype == torch.int64
+    k, spaced, small, other, space, two, part, next_part = (
+        smol.tokenizer.convert_tokens_to_ids(token) for token in ("K", "ĠK", "k", "R", "Ġ", "ĠĠ", "Ð", "Ñ")
+    )
+    assert number[k] == number[spaced] == number[small] != number[other]
+    assert len({int(number[n]) for n in (space, two, part, next_part, 49152, 49153, 49154)}) == 7  # each by itself
+
+
+def test_undial_lowers_every_spelling_of_the_label():
+    torch.manual_seed(0)
+    logits, reference = torch.randn(2, 4), torch.randn(2, 4)
+    alike = torch.tensor([0, 1, 0, 2])  # tokens 0 and 2 read the same
+    forget = Tokens(logits, torch.tensor([2, 1]), torch.tensor([0, 0]), reference, spelling=alike)
+    found = undial(forget, forget, UndialSettings(strength=3)).forget
+    for n, lowered in enumerate(([3.0, 0, 3, 0], [0, 3.0, 0, 0])):
+        target = (reference[n] - torch.tensor(lowered)).softmax(0)
+        torch.testing.assert_close(found[n], -(target * logits[n].log_softmax(0)).sum())
+
+
+def test_training_knows_the_spellings_where_the_objective_asks(tiny, fields, tmp_path):
+    def trained(name, **settings):
+        objective = {"name": "undial", "forget_tokens": "specific", **settings}
+        made = unlearn(tiny, **{**fields, "objective": objective, "output": str(tmp_path / name)})
+        return load_file(made.path / "adapter_model.safetensors")
+
+    every, one = trained("every"), trained("one", spellings=False)
+    assert any(not torch.equal(every[key], one[key]) for key in every)

@@ -60,6 +60,7 @@ class Engine:
         hidden_layer: the decoder layer whose output tokens bring along; None: see `watched_layer`; False: they do
             not. A mapping: one for each adapter by name.
         cache: where what is computed once is kept; None: in memory.
+        spelling: see `specific.spellings`, for each adapter whose objective looks at it, by name.
         whole: the model as it runs where processes share it out and must run it alike (see sharded.py): nothing is
             kept then, and a step of one work is one pass with the adapter and one without, whatever its rows.
 
@@ -74,9 +75,10 @@ class Engine:
         hidden_layer: int | bool | None | Mapping[str, int | bool | None] = False,
         *,
         cache: Cache | None = None,
+        spelling: Mapping[str, Tensor] | None = None,
         whole: nn.Module | None = None,
     ) -> None:
-        self.model, self.whole = model, whole
+        self.model, self.whole, self.spelling = model, whole, spelling or {}
         self.device = next(model.parameters()).device
         self.halves = Halves(model.get_base_model())
         self._rows = Rows(model, self.halves.head, pad_id, packs=None if whole is None else False)
@@ -269,7 +271,7 @@ class Engine:
         marks = here(specific_of(rows), torch.bool) if specific else None
         return Tokens(
             logits, here(labels_of(rows), torch.long), here(named, torch.long), reference,
-            specific=marks, refusal=refusal, **hidden,
+            specific=marks, spelling=self.spelling.get(work.adapter) if specific else None, refusal=refusal, **hidden,
         )  # fmt: skip
 
     def _logits(self, adapter: str, kept: Sequence[Mapping[str, Tensor]], states: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,6 +98,9 @@ class UndialSettings(_TokenLevel):
 
     name: Literal["undial"] = "undial"
     strength: float = Field(10.0, gt=0, description="by how much the token's reference logit is lowered")
+    spellings: bool = Field(
+        True, description="and that of each token that reads the same, but for case and spaces; false: as in the paper"
+    )
 
 
 class NpoSettings(_Held):

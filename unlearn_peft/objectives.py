@@ -42,6 +42,7 @@ class Tokens:
     rows: Tensor  # (N,), the row of the batch that the token is in
     reference_logits: Tensor | None = None  # (N, V)
     specific: Tensor | None = None  # (N,), bool: the tokens that carry the fact; None: all of them
+    spelling: Tensor | None = None  # (V,), the same number for tokens that read alike; None: no two do
     refusal: Tokens | None = None  # the same rows, where they have a question, with a refusal for an answer
     hidden: Tensor | None = None  # (N, d), what a decoder layer gives where the token is predicted; if asked for
     reference_hidden: Tensor | None = None  # (N, d), the same with the adapter off
@@ -148,10 +149,15 @@ def undial(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     """Self-distillation: cross-entropy to the reference's distribution with the label's logit lowered by `strength`.
 
     Dong et al. 2024, arXiv:2402.10052. A fixed target, so it converges instead of drifting; with `forget_tokens:
-    specific` it is close to the paper's focused variant.
+    specific` it is close to the paper's focused variant. Where `forget.spelling` is known, tokens that read like the
+    label are lowered with it, beyond the paper: where nearly all probability is the label's, most of what is left may
+    be its other spelling (" K" for "K"), and a target without the label alone would teach that.
     """
-    lowered = torch.full_like(forget.labels, -settings.strength, dtype=torch.float32)[:, None]
-    target = torch.softmax(_needed(forget).float().scatter_add(1, forget.labels[:, None], lowered), dim=-1)
+    spelling = forget.spelling
+    if spelling is None:
+        spelling = torch.arange(forget.logits.shape[-1], device=forget.labels.device)
+    lowered = spelling == spelling[forget.labels][:, None]
+    target = torch.softmax(_needed(forget).float() - settings.strength * lowered, dim=-1)
     distance = -(target * torch.log_softmax(forget.logits.float(), dim=-1)).sum(dim=-1)
     return Terms(_chosen(forget, distance, settings), _held(retain, settings))
 

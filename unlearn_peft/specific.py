@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence, Set
 from dataclasses import replace
+from typing import Any
+
+import torch
 
 from .data import Example
 
@@ -81,3 +84,16 @@ def _inverted(is_target: Sequence[bool]) -> list[bool]:
 
 def _words(example: Example, chosen: Sequence[bool]) -> set[str]:
     return {word for word, is_chosen in zip(example.words or [], chosen, strict=True) if is_chosen and word}
+
+
+def spellings(tokenizer: Any, size: int) -> torch.Tensor:
+    """Return a number for each of `size` tokens, (size,), int64; those that read alike have the same.
+
+    Alike are " K", "K" and "k": the same text but for case and spaces. Blank tokens, parts of a character and what the
+    tokenizer does not know are each like itself alone.
+    """
+    numbers: dict[str, int] = {}
+    texts = tokenizer.batch_decode([[n] for n in range(min(size, len(tokenizer)))])
+    read = [text.strip().casefold() for text in texts] + [""] * (size - len(texts))
+    alone = ("" if not text or "\ufffd" in text else text for text in read)
+    return torch.tensor([numbers.setdefault(text or f" {n}", n) for n, text in enumerate(alone)])

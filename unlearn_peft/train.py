@@ -33,6 +33,7 @@ from .recipe import DATA_FIELDS, Recipe
 from .schedule import Sets
 from .sharded import is_shared, runs_on_cpu, share_out
 from .signals import stop_signals
+from .specific import spellings
 
 logger = logging.getLogger(__name__)
 MACHINE_FIELDS = ("output", "checkpoint_every", "cache_gb", "compile")  # what changes nothing that is learnt
@@ -140,7 +141,7 @@ class Training:
             )
             self.engine = Engine(
                 self.model, base.tokenizer.pad_token_id, {ln.name: ln.hidden_layer for ln in self.learners},
-                cache=self.cache, whole=self.whole,
+                cache=self.cache, spelling=self._spelling(), whole=self.whole,
             )  # fmt: skip
             if first.compile:
                 self.compiled = compile_layers(self.engine.adapted_layers, self.accelerator.device)
@@ -149,6 +150,14 @@ class Training:
         except BaseException:
             self.close()
             raise
+
+    def _spelling(self) -> dict[str, torch.Tensor]:
+        """Return which tokens read alike, for the adapters whose objective wants to know, a user's own too."""
+        wanting = [ln.name for ln in self.learners if getattr(ln.recipe.objective, "spellings", False)]
+        if not wanting:
+            return {}
+        size = self.base.model.config.get_text_config().vocab_size
+        return dict.fromkeys(wanting, spellings(self.base.tokenizer, size).to(self.accelerator.device))
 
     def start(self, resume: bool = False) -> None:
         """Begin at step 0 or where the newest checkpoints stand, with all there that is computed once."""
