@@ -4,7 +4,7 @@
 
 README.md has the demo, cut short; docs/results.md has all blocks, whole.
 
-By default demo, unseen, tipped, eval and seed: about 45 minutes on 2 cores. (What is between `demo` and `seed`
+By default demo, unseen, tipped, eval and seed: about an hour on 2 cores. (What is between `demo` and `seed`
 measures the adapter that `demo` made, into one folder: eval comes last, for its report is the whole one.)
 auto_retain takes as long again. tofu and frontier show what benchmarks/tofu_smollm2.py and benchmarks/frontier.py have
 kept so far: run these before.

@@ -5,7 +5,7 @@
 A greedy answer changes where two next tokens are almost as likely as each other, whatever the change is. So each linear
 layer of the base gets random noise, of the size at which the neighbours' KL to the base is the adapter's, and a second
 time of a quarter of that KL. It knows nothing of what is forgotten: what it changes, anything of that KL would change.
-For each: neighbours whose answer names the same as before, of the demo's twelve and of 24 that the recipe never saw.
+For each: neighbours whose answer names the same as before, of the demo's twelve and of the 24 others.
 """
 
 import argparse

@@ -61,6 +61,7 @@ class Learner:
         self.ceiling = getattr(recipe.objective, "forget_ceiling", None) or _ENOUGH
         self.only_specific = getattr(recipe.objective, "forget_tokens", "all") == "specific"
         self.hidden_layer = getattr(recipe.objective, "hidden_layer", False)  # any objective's, a user's own too
+        self.spellings = getattr(recipe.objective, "spellings", False)  # likewise
         own = re.compile(rf"\.{re.escape(name)}(?=\.|$)")  # checkpoints know no adapter's name
         self.parameters = {own.sub(".default", n): p for n, p in model.named_parameters() if own.search(n)}
         self.optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer](

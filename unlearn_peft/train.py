@@ -152,8 +152,8 @@ class Training:
             raise
 
     def _spelling(self) -> dict[str, torch.Tensor]:
-        """Return which tokens read alike, for the adapters whose objective wants to know, a user's own too."""
-        wanting = [ln.name for ln in self.learners if getattr(ln.recipe.objective, "spellings", False)]
+        """Return which tokens read alike, for the adapters whose objective wants to know."""
+        wanting = [learner.name for learner in self.learners if learner.spellings]
         if not wanting:
             return {}
         size = self.base.model.config.get_text_config().vocab_size
