@@ -42,10 +42,10 @@ class Tokens:
     rows: Tensor  # (N,), the row of the batch that the token is in
     reference_logits: Tensor | None = None  # (N, V)
     specific: Tensor | None = None  # (N,), bool: the tokens that carry the fact; None: all of them
-    spelling: Tensor | None = None  # (V,), the same number for tokens that read alike; None: no two do
     refusal: Tokens | None = None  # the same rows, where they have a question, with a refusal for an answer
     hidden: Tensor | None = None  # (N, d), what a decoder layer gives where the token is predicted; if asked for
     reference_hidden: Tensor | None = None  # (N, d), the same with the adapter off
+    spelling: Tensor | None = None  # (V,), the same number for tokens that read alike; None: no two do
 
     @cached_property
     def cross_entropy(self) -> Tensor:
