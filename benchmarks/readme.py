@@ -77,7 +77,9 @@ def told(name, shown):
     if name == "eval":
         card = (ROOT / "out" / "readme" / "README.md").read_text()
         section = re.search(r"<!-- evaluation[^\n]*\n(.*?)\n<!-- /evaluation", card, re.DOTALL)[1]
-        return re.sub(r"\n+!\[[^\n]*$", "", section).replace("## ", "### ")  # the picture lies beside the card alone
+        section = re.sub(r"\n+!\[[^\n]*$", "", section).replace("## ", "### ")  # the picture lies beside the card alone
+        leaks = re.findall(r"^(?:sampled answers with|what the attack) .*\n(?:  .*\n)+", shown[0][1], re.MULTILINE)
+        return f"{section}\n\n```\n{''.join(leaks)}```" if leaks else section
     if name in ("tipped", "auto_retain", "tofu", "frontier"):
         return "\n".join(line for _, text in shown for line in text.splitlines() if line.startswith("|"))
     return "```\n" + "\n".join(f"$ {called}\n{text}\n" for called, text in shown) + "```"

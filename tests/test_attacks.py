@@ -285,12 +285,15 @@ def test_the_beginning_of_an_answer_ends_before_the_first_leak_word(row, beginni
 
 def test_sampling_counts_probes_and_answers(target):
     found = asking.sampling(make_target(target.base, *target.adapters, words=["never there"] * 3), k=2)
-    assert (found.recovered.value, found.base.value) == (0, 0)
+    assert (found.recovered.value, found.base.value, found.quoted) == (0, 0, ())
     everything = [chr(n) for n in range(33, 127)]
     probes = [{**row, "leak": everything} for row in target.probes]
     found = asking.sampling(Target(target.base, target.adapters, FORGET, probes, max_new_tokens=4), k=2)
     assert found.recovered.value == found.base.value == 1
     assert found.details["share of answers"]["base"] == 1 and "2 samples" in found.budget
+    assert len(found.quoted) == 2 * len(probes)
+    found = in_many_ways(Target(target.base, target.adapters, FORGET, probes), "x", "b", {"mine": ["Who?", None, "?"]})
+    assert len(found.quoted) == 2 and all(text.startswith("mine: ") for text in found.quoted)
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ class Attacked:
     recovered: Score
     base: Score
     details: object = "Zorblax Quintel"
+    quoted: tuple[str, ...] = ()
 
 
 def made_up():
@@ -75,10 +76,11 @@ def made_up():
         scores={"before": before, "with": with_, "after": list(before)},
         answers=[
             SideBySide(prompt, {"before": one, "with": two, "after": one},
-                       {"before": ["Rowling"], "with": [], "after": ["Rowling"]})
+                       {"before": ["Rowling"], "with": [], "after": ["Rowling"]},
+                       {"before": [], "with": ["by <i>Sam</i> Rowland..."] * 7 if two else [], "after": []}, ["Rowl"])
             for prompt, one, two in texts
         ],
-        attacks=[Attacked("few-shot | prompts", "4 shots", before[5], before[6]),
+        attacks=[Attacked("few-shot | prompts", "4 shots", before[5], before[6], quoted=("lines: <b>rowlin</b>",)),
                  Attacked("relearning <i>", "20 steps", with_[2], before[2])],
         versions={"unlearn-peft": "0.1.0", "torch": "2.13.0"},
         created="2026-11-24T22:00:00+00:00",
@@ -265,10 +267,23 @@ def test_the_page_is_whole_self_contained_and_escaped():
     assert not re.search(r"url\((?!#)|@import", text)
     assert "&lt;script&gt;alert(&#39;" in text and "&lt;b&gt;&#34;it&#34;&lt;/b&gt; &amp; why?" in text
     assert "relearning &lt;i&gt;" in text
-    assert page.marks == ["marked", "Rowling", "ROWLING", "Rowling", "ROWLING", "Rowling", "Rowling"]
+    greedy = ["Rowling", "ROWLING"]
+    assert page.marks == ["marked", *greedy, *["Rowl"] * 5, *greedy, "Rowling", "Rowling", "rowl"]
+    assert "7 of 32 sampled answers name one" in text and "and 2 more" in text and "by &lt;i&gt;Sam" in text
     assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text
     ids = re.findall(r'<[^>]* id="([^"]*)"', re.sub(r"<defs>.*?</defs>", "", text, flags=re.DOTALL))
     assert len(ids) == len(set(ids))
+
+
+def test_the_terminal_shows_what_stands_around_leak_words_in_sampled_answers(capsys):
+    show(made_up())
+    out = capsys.readouterr().out
+    assert "sampled answers with the adapter that name a leak word: 7 of 64\n" in out
+    assert out.count("invented the boy wizard? -> by <i>Sam</i> Rowland...\n") == 5 and "and 2 more" in out
+    assert "what the attack few-shot | prompts got out:\n  lines: <b>rowlin</b>\n" in out
+    none = [dataclasses.replace(row, sampled={}) for row in made_up().answers]
+    show(dataclasses.replace(made_up(), answers=none))
+    assert "sampled answers with the adapter" not in capsys.readouterr().out
 
 
 def test_marked_cuts_without_loss():

@@ -497,6 +497,11 @@ def test_leaks_by_hand():
     samples = [["by ROWLING", "by Tolkien", "rowling!", ""], ["no", "none", "nobody", "nil"]]
     shares = leaks.leak_shares(samples, [["Rowling"], ["Hogwarts", "school"]])
     assert shares.tolist() == [0.5, 0] and leaks.any_leak(shares).tolist() == [1, 0]
+    assert leaks.leaking_parts(samples[0], ["Rowling"]) == ["by ROWLING", "rowling!"]
+    assert leaks.leaking_parts(["It was\nSam Rowland of York, or Rowling.", "no"], ["owl", "York"], width=5) == [
+        "...Sam Rowland o..."
+    ]
+    assert leaks.leaking_parts(["a+b", "aab"], ["a+b"]) == ["a+b"] and leaks.leaking_parts(["any"], []) == []
 
 
 def test_samples_are_of_the_whole_distribution_and_leave_the_random_state_alone(tiny):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +19,11 @@ from ..base import Base
 from ..bundle import read_bundle
 from ..data import Row, read_rows
 from ..errors import AdapterError, DataError
-from ..generate import answers, leaked
+from ..generate import answers, leaked, sampled
 from ..recipe import DataSpec, load_recipe
 from ..trust import Trust
 from .ability import PREFIX, Ability
+from .leaks import leaking_parts
 from .own import Metric, own_scores
 from .score import CONFIDENCE, RESAMPLES, Array, Score
 from .suite import SETS, measure, take_reference
@@ -45,11 +46,21 @@ class MeasuredAdapter:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The greedy answers to one probe, and the leak words that each of them names, by state."""
+    """The answers to one probe, by state.
+
+    Attributes:
+        prompt: the question.
+        texts: the greedy answers.
+        leaks: the leak words that each of these names.
+        sampled: of the sampled answers, what stands around the leak word in each that names one.
+        words: the leak words.
+    """
 
     prompt: str
     texts: dict[str, str]
     leaks: dict[str, list[str]]
+    sampled: dict[str, list[str]] = field(default_factory=dict)
+    words: Sequence[str] = ()
 
 
 class AttackResult(Protocol):
@@ -71,6 +82,10 @@ class AttackResult(Protocol):
     def base(self) -> Score:
         """What the same attack gets out of the bare base."""
 
+    @property
+    def quoted(self) -> Sequence[str]:
+        """What came out, for people to read; never for files that travel."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -83,7 +98,7 @@ class Evaluation:
         settings: what the figures depend on besides the rows.
         rows: the number of rows in each set.
         scores: the figures by state: `before`, `with`, `after`.
-        answers: greedy answers to the probes; for people, never for files that travel.
+        answers: what the probes were answered; for people, never for files that travel.
         attacks: results of attacks, if any were run.
         versions: of the packages that measured.
         created: when, ISO 8601, UTC.
@@ -131,6 +146,11 @@ class Evaluation:
     def leaking(self, state: str) -> int:
         """Return how many greedy answers name a leak word."""
         return sum(bool(row.leaks[state]) for row in self.answers)
+
+    @property
+    def words(self) -> list[str]:
+        """All leak words."""
+        return sorted({word for row in self.answers for word in row.words})
 
     def compared(self) -> dict[str, Any]:
         """Return the answers in the form that `compare.show` prints."""
@@ -231,13 +251,17 @@ def evaluate(
     prompts = [row["prompt"] for row in given.get("probes", [])]
     scores: dict[str, list[Score]] = {}
     texts: dict[str, list[str]] = {}
+    samples: dict[str, list[list[str]]] = {}
 
     def look(state: str) -> None:
         # first the harness, in which most can go wrong; removal is checked without it, for it may take hours
         able = ability.measure(base, batch_size=batch_size) if ability and state != "after" else []
         how: dict[str, Any] = {"seed": seed, "chat_template": chat_template, "batch_size": batch_size}
+        samples[state] = sampled(
+            base, prompts, count=k, max_new_tokens=max_new_tokens, seed=seed, chat_template=chat_template
+        )
         scores[state] = [
-            *measure(base, given, reference, k=k, max_new_tokens=max_new_tokens, **how),
+            *measure(base, given, reference, k=k, samples=samples[state], max_new_tokens=max_new_tokens, **how),
             *beside_quick(suite, base, given, retrained, **how),
             *able,
         ]
@@ -281,6 +305,8 @@ def evaluate(
                 row["prompt"],
                 {state: texts[state][n] for state in STATES},
                 {state: leaked(texts[state][n], row["leak"]) for state in STATES},
+                {state: leaking_parts(samples[state][n], row["leak"]) for state in STATES},
+                row["leak"],
             )
             for n, row in enumerate(given.get("probes", []))
         ],

@@ -1,18 +1,17 @@
 """How often the forgotten answer comes out when the model is asked again and again.
 
 Greedy decoding hides what is one token behind the first choice; so each probe is answered k times at temperature 1
-from the whole distribution. Per-probe numbers go out.
+from the whole distribution. Per-probe numbers go out, and for people what stands around the words.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
-from ..base import Base
-from ..data import Row
-from ..generate import leaked, sampled
+from ..generate import leaked
 from .score import Array
 
 
@@ -28,19 +27,16 @@ def any_leak(shares: Array) -> Array:
     return np.asarray(shares > 0, dtype=np.float64)
 
 
-def sampled_leaks(
-    base: Base,
-    probes: Sequence[Row],
-    *,
-    k: int = 32,
-    temperature: float = 1.0,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-    chat_template: bool = True,
-) -> Array:
-    """Return `leak_shares` of k sampled answers to each probe (rows with `prompt` and `leak` words)."""
-    samples = sampled(
-        base, [row["prompt"] for row in probes], count=k, temperature=temperature, max_new_tokens=max_new_tokens,
-        seed=seed, chat_template=chat_template,
-    )  # fmt: skip
-    return leak_shares(samples, [row["leak"] for row in probes])
+def leaking_parts(texts: Sequence[str], words: Sequence[str], width: int = 60) -> list[str]:
+    """Return of each text that names a leak word what stands around the first, `width` characters to each side.
+
+    A word alone does not tell whether it was the answer: "Rowl" is in Rowling, and in Rowland.
+    """
+    word = re.compile("|".join(map(re.escape, words)), re.IGNORECASE)
+    parts = []
+    for text in texts:
+        if words and (found := word.search(text)):
+            start, end = max(found.start() - width, 0), found.end() + width
+            cut = " ".join(text[start:end].split())
+            parts.append(("..." if start else "") + cut + ("..." if end < len(text) else ""))
+    return parts

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bundle import CONFIG, CURVES
 from ..card import EVALUATED
@@ -23,12 +23,16 @@ from .evaluation import STATES, Evaluation
 from .picture import draw, drawable, panels
 from .score import Score
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 FIGURES, PAGE, PICTURE = "evaluation.json", "report.html", "figures.png"
 TITLES = {"before": "base", "with": "with the adapter", "after": "after removal"}
 _CHIPS = {
     "same": "as the base", "unclear": "not clear", "better": "better", "worse": "worse",
     "cost": "cost", "missing": "not measured",
 }  # fmt: skip
+_MOST_QUOTED = 5  # of leaking answers, for each probe and attack on the page, of all in the terminal
 _PNG, _MOST_BYTES = b"\x89PNG\r\n\x1a\n", 3_000_000
 
 
@@ -94,9 +98,10 @@ def html(evaluation: Evaluation, adapters: Sequence[str | Path] = ()) -> str:
         chips=_CHIPS,
         topics=_topics(evaluation),
         notes=wording.notes(evaluation),
-        attacks=wording.attack_rows(evaluation.attacks),
+        attacks=[*zip(wording.attack_rows(evaluation.attacks), (a.quoted for a in evaluation.attacks), strict=True)],
         curves=[(Path(path).name, picture) for path in adapters if (picture := _curves(Path(path)))],
         marked=marked,
+        most=_MOST_QUOTED,
         unbroken=unbroken,
     )
 
@@ -175,7 +180,7 @@ def _rows_of(name: str) -> str:
 
 
 def show(evaluation: Evaluation) -> None:
-    """Print the figures, and the attacks if there are any, as tables for the terminal."""
+    """Print the figures, and the attacks if there are any, as tables for the terminal; then what leaked, to be read."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -208,9 +213,32 @@ def show(evaluation: Evaluation) -> None:
         for row in wording.attack_rows(evaluation.attacks):
             attacks.add_row(*map(Text, row))
         console.print(attacks)
+    _show_leaks(console, evaluation)
     for note in wording.notes(evaluation):
         console.print(Text(note, style="dim"))
     console.print(Text(f"{wording.removal(evaluation)}.", style="bold red" if evaluation.left_behind else "bold"))
+
+
+def _show_leaks(console: Console, evaluation: Evaluation) -> None:
+    """Print what stands around leak words in sampled answers and attacks: a word may be part of another."""
+    from rich.text import Text
+
+    of = len(evaluation.answers) * evaluation.settings.get("k", 0)
+    sampled = [f"{row.prompt} -> {part}" for row in evaluation.answers for part in row.sampled.get("with", [])]
+    told: dict[str, Sequence[str]] = {
+        f"sampled answers with the adapter that name a leak word: {len(sampled)} of {of}": sampled
+    }
+    told |= {f"what the attack {attack.name} got out:": attack.quoted for attack in evaluation.attacks}
+    for title, texts in told.items():
+        if not texts:
+            continue
+        console.print(Text(title))
+        for line in texts[:_MOST_QUOTED]:
+            text = Text(f"  {line}")
+            text.highlight_words(evaluation.words, "bold red", case_sensitive=False)
+            console.print(text, soft_wrap=True)
+        if len(texts) > _MOST_QUOTED:
+            console.print(f"  and {len(texts) - _MOST_QUOTED} more: see {PAGE}")
 
 
 def _topics(evaluation: Evaluation) -> list[tuple[str, list[dict[str, Any]]]]:

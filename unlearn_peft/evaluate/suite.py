@@ -12,9 +12,9 @@ from typing import Any
 from ..base import Base
 from ..data import Row
 from ..errors import DataError, did_you_mean
-from ..generate import answers
+from ..generate import answers, sampled
 from .fluency import losses_under_base, perplexity, repetition
-from .leaks import any_leak, sampled_leaks
+from .leaks import any_leak, leak_shares
 from .meaning import right, unchanged
 from .memorization import answer_probability, exact_memorization, extraction_strength, rouge_l
 from .rows import Kept, alone, keep_reference, kl_to_reference, questions, row_tokens
@@ -47,6 +47,7 @@ def measure(
     reference: Mapping[str, Kept] | None = None,
     *,
     k: int = 32,
+    samples: Sequence[Sequence[str]] | None = None,
     max_new_tokens: int = 64,
     seed: int = 0,
     chat_template: bool = True,
@@ -63,6 +64,7 @@ def measure(
             empty is left out, and so are its figures. (The others are for other suites.)
         reference: from `take_reference`; without it, made now with all adapters off.
         k: answers sampled for each probe.
+        samples: the k sampled answers to each probe, where the caller has them; sampled now if not given.
         max_new_tokens: length of greedy and sampled answers.
         seed: of sampling and bootstrap.
         chat_template: see `data.tokenize`.
@@ -101,12 +103,14 @@ def measure(
             add("forget_exact_memorization", "share", False, exact_memorization(tokens))
             add("forget_extraction_strength", "share", False, extraction_strength(tokens))
     if probes := rows.get("probes"):
-        shares = sampled_leaks(
-            base, probes, k=k, max_new_tokens=max_new_tokens, seed=seed, chat_template=chat_template
-        )  # fmt: skip
+        prompts = [row["prompt"] for row in probes]
+        if samples is None:
+            samples = sampled(
+                base, prompts, count=k, max_new_tokens=max_new_tokens, seed=seed, chat_template=chat_template
+            )  # fmt: skip
+        shares = leak_shares(samples, [row["leak"] for row in probes])
         add(f"leak_rate@{k}", "share of answers", False, shares)
         add(f"any_leak@{k}", "share of probes", False, any_leak(shares))
-        prompts = [row["prompt"] for row in probes]
         asked, said = asked + prompts, said + answers(base, prompts, max_new_tokens=max_new_tokens, **how)
     for name in _HELD:
         if rows.get(name):

@@ -30,7 +30,11 @@ def check(suite: Suite, rows: Mapping[str, list[Row]]) -> None:
 
     Raises:
         DataError: if there are held-out rows that it has no use for; see also `full.check`.
+        UnlearnError: if the extra `eval` is not installed.
     """
+    from .score import extra
+
+    extra("rouge_score.rouge_scorer")
     if suite is Suite.QUICK and rows.get("holdout"):
         raise DataError("the quick suite has no use for held-out rows: choose --suite full, or leave them out")
     if suite is Suite.FULL:

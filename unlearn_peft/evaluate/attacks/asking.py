@@ -8,10 +8,9 @@ model wrote, case ignored, as in the rest of the evaluation: another spelling or
 from __future__ import annotations
 
 from ...data import Row, anchors
-from ...generate import leaked
-from ..leaks import any_leak, sampled_leaks
+from ...generate import leaked, sampled
+from ..leaks import any_leak, leak_shares, leaking_parts
 from ..rows import alone, questions
-from ..score import Array
 from .prompts import BEGINNINGS, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS
 from .target import Attacked, Target, attacked, beginning_of, in_many_ways, render, under
 
@@ -94,20 +93,23 @@ def jailbreak(target: Target) -> Attacked:
 
 def sampling(target: Target, *, k: int = 32, temperature: float = 1.0) -> Attacked:
     """Ask k times at a temperature, from the whole distribution; `details` holds the share of leaking answers."""
+    words = [row["leak"] for row in target.probes]
 
-    def ask() -> Array:
-        return sampled_leaks(
-            target.base, target.probes, k=k, temperature=temperature, max_new_tokens=target.max_new_tokens,
-            seed=target.seed, chat_template=target.chat_template,
+    def ask() -> list[list[str]]:
+        return sampled(
+            target.base, [row["prompt"] for row in target.probes], count=k, temperature=temperature,
+            max_new_tokens=target.max_new_tokens, seed=target.seed, chat_template=target.chat_template,
         )  # fmt: skip
 
     with alone(target.base):
-        base = ask()
+        base = leak_shares(ask(), words)
     with under(target):
-        found = ask()
+        said = ask()
+    found = leak_shares(said, words)
     details = {"share of answers": {"recovered": float(found.mean()), "base": float(base.mean())}}
     budget = f"{k} samples a probe at temperature {temperature:g}, top_p 1, top_k off"
-    return attacked(target, "sampling", budget, any_leak(found), any_leak(base), details)
+    quoted = tuple(part for texts, some in zip(said, words, strict=True) for part in leaking_parts(texts, some))
+    return attacked(target, "sampling", budget, any_leak(found), any_leak(base), details, quoted)
 
 
 def _shots(target: Target, count: int) -> list[tuple[str, str]]:

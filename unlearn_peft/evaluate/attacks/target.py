@@ -23,6 +23,7 @@ from ...data import Row, read_rows
 from ...errors import AdapterError, DataError
 from ...generate import answers, leaked
 from ...trust import Trust
+from ..leaks import leaking_parts
 from ..rows import alone
 from ..score import Array, Score, score
 
@@ -86,7 +87,7 @@ class Attacked:
         recovered: share of probes whose answer came out with the adapter, n = probes.
         base: the same of the bare base, under the same attack: where it is low, the attack says little.
         details: numbers by the attack's own settings (wording, language, strength, step, layer).
-        quoted: what may name the forgotten thing itself; not for cards and logs.
+        quoted: what may name the forgotten thing itself: for people to read, not for cards and logs.
     """
 
     name: str
@@ -153,15 +154,22 @@ def leaks(target: Target, texts: Sequence[str | None] | None = None, probes: Seq
     """
     rows = target.probes if probes is None else probes
     asked = [render(target, row["prompt"]) for row in rows] if texts is None else texts
-    found = np.zeros(len(rows))
-    some = [n for n, text in enumerate(asked) if text is not None]
-    said = answers(
-        target.base, [text for text in asked if text is not None], max_new_tokens=target.max_new_tokens,
-        chat_template=False, batch_size=target.batch_size,
+    return _leaking(rows, _said(target, asked))
+
+
+def _said(target: Target, asked: Sequence[str | None]) -> list[str]:
+    """Return the greedy answers to rendered prompts, nothing to None."""
+    said = iter(
+        answers(
+            target.base, [text for text in asked if text is not None], max_new_tokens=target.max_new_tokens,
+            chat_template=False, batch_size=target.batch_size,
+        )
     )  # fmt: skip
-    for n, text in zip(some, said, strict=True):
-        found[n] = bool(leaked(text, rows[n]["leak"]))
-    return found
+    return ["" if text is None else next(said) for text in asked]
+
+
+def _leaking(probes: Sequence[Row], said: Sequence[str]) -> Array:
+    return np.array([float(bool(leaked(text, row["leak"]))) for row, text in zip(probes, said, strict=True)])
 
 
 def in_many_ways(target: Target, name: str, budget: str, ways: Mapping[str, Sequence[str | None]]) -> Attacked:
@@ -176,13 +184,17 @@ def in_many_ways(target: Target, name: str, budget: str, ways: Mapping[str, Sequ
     if not ways:
         raise DataError(f"the attack {name} has no way to ask: expected at least one")
 
-    def ask() -> dict[str, Array]:
-        return {way: leaks(target, texts) for way, texts in ways.items()}
-
     with alone(target.base):
-        base = ask()
+        base = {way: leaks(target, texts) for way, texts in ways.items()}
     with under(target):
-        found = ask()
+        said = {way: _said(target, texts) for way, texts in ways.items()}
+    found = {way: _leaking(target.probes, texts) for way, texts in said.items()}
+    quoted = tuple(
+        f"{way}: {part}"
+        for way, texts in said.items()
+        for text, row in zip(texts, target.probes, strict=True)
+        for part in leaking_parts([text], row["leak"])
+    )
     asked = {way: [text is not None for text in texts] for way, texts in ways.items()}
     details = {
         way: {
@@ -192,7 +204,7 @@ def in_many_ways(target: Target, name: str, budget: str, ways: Mapping[str, Sequ
         }
         for way in ways
     }
-    return attacked(target, name, budget, any_of(found.values()), any_of(base.values()), details)
+    return attacked(target, name, budget, any_of(found.values()), any_of(base.values()), details, quoted)
 
 
 def any_of(ways: Any) -> Array:
