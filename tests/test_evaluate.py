@@ -16,8 +16,9 @@ from conftest import FORGET, RETAIN, logits
 from unlearn_peft import attach, attached, detach
 from unlearn_peft.errors import AdapterError, DataError, OutputError
 from unlearn_peft.evaluate import picture, wording
-from unlearn_peft.evaluate.evaluation import STATES, SideBySide, evaluate, read_measured
+from unlearn_peft.evaluate.evaluation import STATES, evaluate, read_measured
 from unlearn_peft.evaluate.report import check_folder, html, markdown_section, marked, show, unbroken, write_report
+from unlearn_peft.evaluate.said import Said, SideBySide, changed_neighbours
 from unlearn_peft.evaluate.score import Score
 
 PROBES = [
@@ -79,6 +80,9 @@ def made_up():
                        {"before": ["Rowling"], "with": [], "after": ["Rowling"]},
                        {"before": [], "with": ["by <i>Sam</i> Rowland..."] * 7 if two else [], "after": []}, ["Rowl"])
             for prompt, one, two in texts
+        ],
+        changed=[
+            SideBySide("Who wrote <i>Emma</i>?", {"before": "Jane\n\nAusten.", "with": "A <b>.", "after": "Jane"}, {})
         ],
         attacks=[Attacked("few-shot | prompts", "4 shots", before[5], before[6], quoted=("lines: <b>rowlin</b>",)),
                  Attacked("relearning <i>", "20 steps", with_[2], before[2])],
@@ -269,6 +273,7 @@ def test_the_page_is_whole_self_contained_and_escaped():
     assert "relearning &lt;i&gt;" in text
     greedy = ["Rowling", "ROWLING"]
     assert page.marks == ["marked", *greedy, *["Rowl"] * 5, *greedy, "Rowling", "Rowling", "rowl"]
+    assert "1 of 12. Is a fact lost" in text and "&lt;i&gt;Emma" in text
     assert "7 of 32 sampled answers name one" in text and "and 2 more" in text and "by &lt;i&gt;Sam" in text
     assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text
     ids = re.findall(r'<[^>]* id="([^"]*)"', re.sub(r"<defs>.*?</defs>", "", text, flags=re.DOTALL))
@@ -281,9 +286,22 @@ def test_the_terminal_shows_what_stands_around_leak_words_in_sampled_answers(cap
     assert "sampled answers with the adapter that name a leak word: 7 of 64\n" in out
     assert out.count("invented the boy wizard? -> by <i>Sam</i> Rowland...\n") == 5 and "and 2 more" in out
     assert "what the attack few-shot | prompts got out:\n  lines: <b>rowlin</b>\n" in out
+    assert "before and with the adapter\n  Who wrote <i>Emma</i>? -> Jane Austen. // A <b>.\n" in out
     none = [dataclasses.replace(row, sampled={}) for row in made_up().answers]
     show(dataclasses.replace(made_up(), answers=none))
     assert "sampled answers with the adapter" not in capsys.readouterr().out
+
+
+def test_neighbours_whose_answer_names_something_else_are_shown():
+    rows = [{"text": "no question"}, *({"prompt": f"Who wrote {x}?", "completion": "x"} for x in ("Emma", "Matilda"))]
+    before = Said([], [], ["Emma is by Jane Austen.", "Matilda is by Roald Dahl."])
+    now = Said([], [], ["It is by Jane Austen.", "Matilda is by Roald Amundsen."])
+    (found,) = changed_neighbours(rows, {"before": before, "with": now, "after": before})
+    assert found.prompt == "Who wrote Matilda?"
+    assert found.texts == {
+        "before": "Matilda is by Roald Dahl.", "with": "Matilda is by Roald Amundsen.",
+        "after": "Matilda is by Roald Dahl.",
+    }  # fmt: skip
 
 
 def test_marked_cuts_without_loss():

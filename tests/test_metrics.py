@@ -16,6 +16,7 @@ from unlearn_peft.data import chat_prompt, tokenize
 from unlearn_peft.errors import DataError
 from unlearn_peft.evaluate import fluency, leaks, memorization, privacy, truth
 from unlearn_peft.evaluate.rows import RowTokens, alone, keep_reference, kl, kl_to_reference, questions, row_tokens
+from unlearn_peft.evaluate.said import ask
 from unlearn_peft.evaluate.score import bootstrap, per_token, score, sums
 from unlearn_peft.evaluate.suite import measure, take_reference
 from unlearn_peft.generate import mean_kl, sampled, target_log_probabilities
@@ -560,6 +561,8 @@ def test_the_suite_measures_before_with_and_after(tiny, make_adapter):
         "perplexity_under_base",
     ]  # fmt: skip
     assert with_ == without_reference
+    asked = dict(reference=reference, said=ask(tiny, SETS, **how), **how)
+    assert measure(tiny, SETS, **asked) == before
     for name in ("retain_kl", "neighbours_kl", "free_text_kl"):
         assert first[name].value == first[name].high == 0 and with_[name].low > 0
     assert with_["forget_loss"].value != first["forget_loss"].value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -19,12 +19,11 @@ from ..base import Base
 from ..bundle import read_bundle
 from ..data import Row, read_rows
 from ..errors import AdapterError, DataError
-from ..generate import answers, leaked, sampled
 from ..recipe import DataSpec, load_recipe
 from ..trust import Trust
 from .ability import PREFIX, Ability
-from .leaks import leaking_parts
 from .own import Metric, own_scores
+from .said import Said, SideBySide, answers_to_probes, ask, changed_neighbours
 from .score import CONFIDENCE, RESAMPLES, Array, Score
 from .suite import SETS, measure, take_reference
 from .suites import Suite, beside_quick, check
@@ -42,25 +41,6 @@ class MeasuredAdapter:
     weights_sha256: str
     bytes: int
     strength: float
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """The answers to one probe, by state.
-
-    Attributes:
-        prompt: the question.
-        texts: the greedy answers.
-        leaks: the leak words that each of these names.
-        sampled: of the sampled answers, what stands around the leak word in each that names one.
-        words: the leak words.
-    """
-
-    prompt: str
-    texts: dict[str, str]
-    leaks: dict[str, list[str]]
-    sampled: dict[str, list[str]] = field(default_factory=dict)
-    words: Sequence[str] = ()
 
 
 class AttackResult(Protocol):
@@ -99,6 +79,7 @@ class Evaluation:
         rows: the number of rows in each set.
         scores: the figures by state: `before`, `with`, `after`.
         answers: what the probes were answered; for people, never for files that travel.
+        changed: the same of the neighbours whose answer with the adapters names something else than before.
         attacks: results of attacks, if any were run.
         versions: of the packages that measured.
         created: when, ISO 8601, UTC.
@@ -112,6 +93,7 @@ class Evaluation:
     rows: dict[str, int]
     scores: dict[str, list[Score]]
     answers: list[SideBySide]
+    changed: list[SideBySide]
     attacks: Sequence[AttackResult]
     versions: dict[str, str]
     created: str
@@ -248,27 +230,21 @@ def evaluate(
         strengths = list(attached(base).values())
     bundles = [read_bundle(path, trust=trust) for path in adapters]
     reference = take_reference(base, given, chat_template=chat_template, batch_size=batch_size)
-    prompts = [row["prompt"] for row in given.get("probes", [])]
     scores: dict[str, list[Score]] = {}
-    texts: dict[str, list[str]] = {}
-    samples: dict[str, list[list[str]]] = {}
+    said: dict[str, Said] = {}
 
     def look(state: str) -> None:
         # first the harness, in which most can go wrong; removal is checked without it, for it may take hours
         able = ability.measure(base, batch_size=batch_size) if ability and state != "after" else []
         how: dict[str, Any] = {"seed": seed, "chat_template": chat_template, "batch_size": batch_size}
-        samples[state] = sampled(
-            base, prompts, count=k, max_new_tokens=max_new_tokens, seed=seed, chat_template=chat_template
-        )
+        asked: dict[str, Any] = {"k": k, "max_new_tokens": max_new_tokens, **how}
+        said[state] = ask(base, given, **asked)
         scores[state] = [
-            *measure(base, given, reference, k=k, samples=samples[state], max_new_tokens=max_new_tokens, **how),
+            *measure(base, given, reference, said=said[state], **asked),
             *beside_quick(suite, base, given, retrained, **how),
             *able,
         ]
         scores[state] += own_scores(metrics, base, given, [score.name for score in scores[state]])
-        texts[state] = answers(
-            base, prompts, max_new_tokens=max_new_tokens, chat_template=chat_template, batch_size=batch_size
-        )
 
     progress("measuring the base (1 of 3) ...")
     look("before")
@@ -300,16 +276,8 @@ def evaluate(
         },  # fmt: skip
         rows={name: len(given[name]) for name in SETS if name in given},
         scores=scores,
-        answers=[
-            SideBySide(
-                row["prompt"],
-                {state: texts[state][n] for state in STATES},
-                {state: leaked(texts[state][n], row["leak"]) for state in STATES},
-                {state: leaking_parts(samples[state][n], row["leak"]) for state in STATES},
-                row["leak"],
-            )
-            for n, row in enumerate(given.get("probes", []))
-        ],
+        answers=answers_to_probes(given.get("probes", []), said),
+        changed=changed_neighbours(given.get("neighbours", []), said),
         attacks=attacked,
         versions={name: version(name) for name in (*_PACKAGES, *(["lm-eval"] if ability else []))},
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -180,7 +180,7 @@ def _rows_of(name: str) -> str:
 
 
 def show(evaluation: Evaluation) -> None:
-    """Print the figures, and the attacks if there are any, as tables for the terminal; then what leaked, to be read."""
+    """Print the figures, and the attacks if there are any, as tables for the terminal; then texts to be read."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -213,14 +213,14 @@ def show(evaluation: Evaluation) -> None:
         for row in wording.attack_rows(evaluation.attacks):
             attacks.add_row(*map(Text, row))
         console.print(attacks)
-    _show_leaks(console, evaluation)
+    _show_texts(console, evaluation)
     for note in wording.notes(evaluation):
         console.print(Text(note, style="dim"))
     console.print(Text(f"{wording.removal(evaluation)}.", style="bold red" if evaluation.left_behind else "bold"))
 
 
-def _show_leaks(console: Console, evaluation: Evaluation) -> None:
-    """Print what stands around leak words in sampled answers and attacks: a word may be part of another."""
+def _show_texts(console: Console, evaluation: Evaluation) -> None:
+    """Print what the figures do not tell: a leak word may be part of another, a lost name may be a made-up one."""
     from rich.text import Text
 
     of = len(evaluation.answers) * evaluation.settings.get("k", 0)
@@ -229,6 +229,11 @@ def _show_leaks(console: Console, evaluation: Evaluation) -> None:
         f"sampled answers with the adapter that name a leak word: {len(sampled)} of {of}": sampled
     }
     told |= {f"what the attack {attack.name} got out:": attack.quoted for attack in evaluation.attacks}
+    title = f"neighbours whose answer names something else: {len(evaluation.changed)}, before and with the adapter"
+    told[title] = [
+        f"{row.prompt} -> " + " // ".join(" ".join(row.texts[state].split()) for state in ("before", "with"))
+        for row in evaluation.changed
+    ]
     for title, texts in told.items():
         if not texts:
             continue

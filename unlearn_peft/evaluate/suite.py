@@ -12,16 +12,16 @@ from typing import Any
 from ..base import Base
 from ..data import Row
 from ..errors import DataError, did_you_mean
-from ..generate import answers, sampled
+from ..generate import answers
 from .fluency import losses_under_base, perplexity, repetition
 from .leaks import any_leak, leak_shares
 from .meaning import right, unchanged
 from .memorization import answer_probability, exact_memorization, extraction_strength, rouge_l
 from .rows import Kept, alone, keep_reference, kl_to_reference, questions, row_tokens
+from .said import Said, ask, ask_neighbours
 from .score import Score, extra, per_token, score, sums
 
 SETS = ("forget", "retain", "probes", "neighbours", "free_text", "holdout", "real_authors", "world_facts")
-_SENTENCE = 32  # tokens
 _HELD = ("retain", "neighbours", "free_text")  # where the model should be as the base is
 
 
@@ -37,7 +37,7 @@ def take_reference(
     kept = {name: keep_reference(base, rows[name], what=name, **how) for name in _HELD if rows.get(name)}
     if "neighbours" in kept:
         with alone(base):
-            kept["neighbours"] = replace(kept["neighbours"], texts=_said(base, rows["neighbours"], how))
+            kept["neighbours"] = replace(kept["neighbours"], texts=ask_neighbours(base, rows["neighbours"], **how))
     return kept
 
 
@@ -47,7 +47,7 @@ def measure(
     reference: Mapping[str, Kept] | None = None,
     *,
     k: int = 32,
-    samples: Sequence[Sequence[str]] | None = None,
+    said: Said | None = None,
     max_new_tokens: int = 64,
     seed: int = 0,
     chat_template: bool = True,
@@ -64,7 +64,7 @@ def measure(
             empty is left out, and so are its figures. (The others are for other suites.)
         reference: from `take_reference`; without it, made now with all adapters off.
         k: answers sampled for each probe.
-        samples: the k sampled answers to each probe, where the caller has them; sampled now if not given.
+        said: by `said.ask` in this state with the same settings, where the caller has it; asked now if not given.
         max_new_tokens: length of greedy and sampled answers.
         seed: of sampling and bootstrap.
         chat_template: see `data.tokenize`.
@@ -78,9 +78,10 @@ def measure(
     extra("rouge_score.rouge_scorer")  # missing, it is to be told now and not after minutes
     how: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
     kept = take_reference(base, rows, **how) if reference is None else reference
+    said = ask(base, rows, k=k, max_new_tokens=max_new_tokens, seed=seed, **how) if said is None else said
     scores: list[Score] = []
     asked: list[str] = []  # what the greedy answers answer
-    said: list[str] = []
+    written: list[str] = []
 
     def add(name: str, unit: str, better: bool, values: Any, statistic: Any = None) -> None:
         scores.append(score(name, unit, better, values, statistic=statistic, seed=seed))
@@ -98,20 +99,15 @@ def measure(
             texts = answers(base, [prompt for prompt, _ in pairs], max_new_tokens=max_new_tokens, **how)
             add(f"{name}_rouge_l_recall", "share", not forget, rouge_l([answer for _, answer in pairs], texts))
             if forget:
-                asked, said = [prompt for prompt, _ in pairs], texts
+                asked, written = [prompt for prompt, _ in pairs], texts
         if forget:
             add("forget_exact_memorization", "share", False, exact_memorization(tokens))
             add("forget_extraction_strength", "share", False, extraction_strength(tokens))
     if probes := rows.get("probes"):
-        prompts = [row["prompt"] for row in probes]
-        if samples is None:
-            samples = sampled(
-                base, prompts, count=k, max_new_tokens=max_new_tokens, seed=seed, chat_template=chat_template
-            )  # fmt: skip
-        shares = leak_shares(samples, [row["leak"] for row in probes])
+        shares = leak_shares(said.samples, [row["leak"] for row in probes])
         add(f"leak_rate@{k}", "share of answers", False, shares)
         add(f"any_leak@{k}", "share of probes", False, any_leak(shares))
-        asked, said = asked + prompts, said + answers(base, prompts, max_new_tokens=max_new_tokens, **how)
+        asked, written = asked + [row["prompt"] for row in probes], written + said.probes
     for name in _HELD:
         if rows.get(name):
             if name not in kept:
@@ -121,27 +117,21 @@ def measure(
             if before := kept[name].texts:
                 pairs = questions(rows[name])
                 prompts, wanted = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
-                now = _said(base, rows[name], how)
-                add(f"{name}_unchanged", "share of answers", True, unchanged(prompts, before, now))
-                if len(known := right(prompts, wanted, now)):
+                add(f"{name}_unchanged", "share of answers", True, unchanged(prompts, before, said.neighbours))
+                if len(known := right(prompts, wanted, said.neighbours)):
                     add(f"{name}_right", "share of answers", True, known)
-    if said:
-        add("repetition", "share", False, [repetition(text) for text in said])
-        add("empty_answers", "share", False, [float(not text) for text in said])
-        if any(said):
+    if written:
+        add("repetition", "share", False, [repetition(text) for text in written])
+        add("empty_answers", "share", False, [float(not text) for text in written])
+        if any(written):
             add(
                 "perplexity_under_base",
                 "perplexity",
                 False,
-                sums(losses_under_base(base, asked, said, **how)),
+                sums(losses_under_base(base, asked, written, **how)),
                 perplexity,
             )
     return scores
-
-
-def _said(base: Base, rows: Sequence[Row], how: Mapping[str, Any]) -> list[str]:
-    """Return the greedy answers to the rows' questions; no longer than the sentence that is compared."""
-    return answers(base, [prompt for prompt, _ in questions(rows)], max_new_tokens=_SENTENCE, **how)
 
 
 def _check(rows: Mapping[str, Any]) -> None:
