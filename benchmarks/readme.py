@@ -1,11 +1,11 @@
 """Run what README.md and docs/results.md show, and write what it prints into them: no figure is typed by hand.
 
-    python benchmarks/readme.py [demo] [eval] [unseen] [tipped] [seed] [auto_retain] [tofu] [frontier]
+    python benchmarks/readme.py [demo] [eval] [changed] [unseen] [tipped] [seed] [auto_retain] [tofu] [frontier]
 
 README.md has the demo, cut short; docs/results.md has all blocks, whole.
 
-By default demo, unseen, tipped, eval and seed: about an hour on 2 cores. (What is between `demo` and `seed`
-measures the adapter that `demo` made, into one folder: eval comes last, for its report is the whole one.)
+By default demo, changed, unseen, tipped, eval and seed: about an hour on 2 cores. (What is between `demo` and `seed`
+measures the adapter that `demo` made.)
 auto_retain takes as long again. tofu and frontier show what benchmarks/tofu_smollm2.py and benchmarks/frontier.py have
 kept so far: run these before.
 """
@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
 CLI = ["-m", "unlearn_peft.cli"]
 DATA = "recipes/data/harry_potter_"
+NEAR = ["--output", "out/readme.near", "--neighbours"]
 BLOCKS = {
     "demo": [
         [*CLI, "train", "recipes/harry_potter.yaml", "--output", "out/readme"],
@@ -29,7 +30,8 @@ BLOCKS = {
     "eval": [
         [*CLI, "eval", "out/readme", "--recipe", "recipes/harry_potter.yaml", "--attacks", "all", "--card"],
     ],
-    "unseen": [[*CLI, "eval", "out/readme", "--neighbours", DATA + "neighbours_unseen.jsonl"]],
+    "changed": [[*CLI, "eval", "out/readme", *NEAR, DATA + "neighbours.jsonl"]],
+    "unseen": [[*CLI, "eval", "out/readme", *NEAR, DATA + "neighbours_unseen.jsonl"]],
     "tipped": [["benchmarks/tipped.py"]],
     "seed": [[*CLI, "train", "recipes/seed_lm_head.yaml", "--output", "out/readme_seed"]],
     "auto_retain": [["benchmarks/auto_retain.py", "harry_potter", "apple"]],
@@ -42,7 +44,7 @@ def main():
     """Run the blocks named on the command line, rewrite them, copy the curves."""
     if unknown := set(sys.argv[1:]) - set(BLOCKS):
         sys.exit(f"unknown block {', '.join(sorted(unknown))}: known are {', '.join(BLOCKS)}")
-    for name in sys.argv[1:] or ("demo", "unseen", "tipped", "eval", "seed"):
+    for name in sys.argv[1:] or ("demo", "changed", "unseen", "tipped", "eval", "seed"):
         shown = []
         for command in BLOCKS[name]:
             called = " ".join(command).replace(" ".join(CLI), "unlearn-peft")
@@ -78,11 +80,18 @@ def told(name, shown):
         card = (ROOT / "out" / "readme" / "README.md").read_text()
         section = re.search(r"<!-- evaluation[^\n]*\n(.*?)\n<!-- /evaluation", card, re.DOTALL)[1]
         section = re.sub(r"\n+!\[[^\n]*$", "", section).replace("## ", "### ")  # the picture lies beside the card alone
-        leaks = re.findall(r"^(?:sampled answers with|what the attack) .*\n(?:  .*\n)+", shown[0][1], re.MULTILINE)
-        return f"{section}\n\n```\n{''.join(leaks)}```" if leaks else section
+        return section + quoted("sampled answers with|what the attack", shown[0][1])
+    if name == "changed":
+        return quoted("neighbours whose answer", shown[0][1]).strip()
     if name in ("tipped", "auto_retain", "tofu", "frontier"):
         return "\n".join(line for _, text in shown for line in text.splitlines() if line.startswith("|"))
     return "```\n" + "\n".join(f"$ {called}\n{text}\n" for called, text in shown) + "```"
+
+
+def quoted(begins, text):
+    """Return the lines that begin so with the indented ones below them, as a block of their own; nothing if none do."""
+    found = re.findall(rf"^(?:{begins}) .*\n(?:  .*\n)+", text, re.MULTILINE)
+    return f"\n\n```\n{''.join(found)}```" if found else ""
 
 
 def run(command):
