@@ -1,4 +1,4 @@
-# make demo | make test | make test-slow | make test-vllm | make test-cuda | make check | make docs
+# make demo | make test | make test-long | make test-slow | make test-vllm | make test-cuda | make check | make docs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OUT ?= out/harry_potter
 
-.PHONY: readme demo test test-slow test-vllm test-cuda check docs install clean
+.PHONY: readme demo test test-long test-slow test-vllm test-cuda check docs install clean
 
 install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -32,6 +32,9 @@ demo: install
 test: install $(VENV)/.for-tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/test_no_leak.py
 	$(BIN)/python -m pytest tests/test_no_leak.py  # forks: by itself, as children of a process with threads may crash
+
+test-long: install $(VENV)/.for-tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist worksteal
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -164,6 +164,7 @@ def test_merge_keeps_the_tie_where_the_head_is_not_touched(tmp_path, make_adapte
     assert head_is_tied(load_base(str(merge(base, [a], tmp_path / "merged"))).model)
 
 
+@pytest.mark.long
 def test_loads_with_plain_peft_in_a_process_without_this_package(tiny, tiny_folder, fields, tmp_path):
     from unlearn_peft import unlearn
 

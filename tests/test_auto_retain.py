@@ -157,6 +157,7 @@ def test_where_everything_names_the_target_it_says_what_to_do(tiny, fields, monk
         unlearn(tiny, **fields)
 
 
+@pytest.mark.long
 def test_the_command_writes_rows_that_a_recipe_can_name(tiny_folder, tmp_path, write_rows):
     write_rows("forget.jsonl", FORGET)
     (tmp_path / "r.yaml").write_text(f"base: {tiny_folder}\nforget: forget.jsonl\ndevice: cpu\n")

@@ -52,6 +52,7 @@ def test_all_sides_train_on_the_same_and_begin_alike(benchmarks, tiny_folder, ki
     assert all(steps[2][1] > 1e-5 for steps in found.values())  # something was learned
 
 
+@pytest.mark.long
 def test_processes_take_turns(tiny_folder):
     found, printed = run("train.py", "head", "original", "--base", tiny_folder, "--steps", 2, "--json")
     assert found["head_speedup_vs_original"] > 0 and found["head_memory_vs_original"] > 0

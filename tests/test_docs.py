@@ -309,6 +309,7 @@ def test_the_demo_is_shown_whole_and_cut_short(tmp_path, capsys):
         readme.put(page, "y", "new")
 
 
+@pytest.mark.long
 def test_it_builds_without_a_warning(tmp_path):
     missing = [name for name in ("sphinx", "myst_nb", "furo") if not importlib.util.find_spec(name)]
     if missing:

@@ -75,7 +75,12 @@ def killer(base_folder, adapters):
     killer.close()
 
 
-@pytest.fixture(params=[pytest.param(SOME, id="some"), pytest.param(KILLS, id="all", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[
+        pytest.param(SOME, id="some", marks=pytest.mark.long),
+        pytest.param(KILLS, id="all", marks=pytest.mark.slow),
+    ]
+)
 def kills(request):
     return request.param
 
@@ -601,6 +606,7 @@ assert "model.safetensors" not in maps
 
 
 @pytest.mark.parametrize("how", ["cut unseen", "cut", "overwritten", "deleted"])
+@pytest.mark.long
 def test_a_base_that_changes_on_disk(tmp_path, how):
     """Transformers maps the file: without a copy in memory, cut short, this ends with SIGBUS (measured: exit -7)."""
     make_tiny(tmp_path, tied=how == "cut")

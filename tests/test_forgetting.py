@@ -80,7 +80,7 @@ def test_a_head_adapter_of_rank_8_is_small_on_the_real_model(smol, tmp_path):
     fields = {name: OTHERS["van_gogh"][name] for name in ("forget", "retain")}
     adapter = unlearn(
         smol, **fields, adapter={"kind": "head", "r": 8}, steps=1, anchor_batch=0, forget_batch=2, retain_batch=2,
-        objective={"retain_budget": None}, output=str(tmp_path / "h"), quiet=True,
+        objective={"retain_budget": None}, own_answers=0, output=str(tmp_path / "h"), quiet=True,
     )  # fmt: skip
     weights = adapter.path / "adapter_model.safetensors"
     assert 100_000 < weights.stat().st_size < adapter.bytes <= 1_000_000

@@ -41,6 +41,7 @@ def pictures(notebook):
     return [output for output in outputs if "image/png" in output.get("data", {})]
 
 
+@pytest.mark.long
 def test_it_runs_on_a_tiny_model(notebook, tiny_folder, tmp_path):
     text, images = executed(notebook, tmp_path, BASE=str(tiny_folder), STEPS=20)
     assert "logits bit-equal after removal: True" in text and len(images) == 1

@@ -38,6 +38,7 @@ def test_places_for_all_are_always_hits(zipf):
     assert zipf.distinct(shares, 1) == pytest.approx(1.0) and zipf.distinct(shares, 10_000) == pytest.approx(10)
 
 
+@pytest.mark.long
 def test_the_document_is_written_between_its_markers(tmp_path):
     doc = tmp_path / "scaling.md"
     doc.write_text("above\n<!-- measured -->\nSTALE\n<!-- /measured -->\nbelow\n")

@@ -288,6 +288,7 @@ def start(*arguments):
     return process, line.split(" at ")[1].split("/v1")[0]
 
 
+@pytest.mark.long
 def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tmp_path, tiny_folder, adapters):
     path = tmp_path / "policy.yaml"
     path.write_text(yaml.safe_dump(make_policy_values(adapters, {"alice": ["a"], "bob": ["b", "c"]})))
@@ -321,6 +322,7 @@ def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(tmp_path, tin
     assert sum(line.get("status") == 200 for line in lines) == 7 and lines[-1]["event"] == "finished"
 
 
+@pytest.mark.long
 def test_the_command_without_a_policy(tmp_path, tiny_folder, adapters):
     process, url = start("--base", tiny_folder, "--adapter", adapters["a"], "--adapter", adapters["b"], "--port", 0)
     try:
@@ -340,6 +342,7 @@ def test_the_command_without_a_policy(tmp_path, tiny_folder, adapters):
         assert process.wait(20) in (0, 130)
 
 
+@pytest.mark.long
 def test_one_command_from_a_signed_adapter_to_an_answer_and_none_when_a_byte_is_flipped(
     tmp_path, tiny_folder, adapters
 ):

@@ -1,5 +1,6 @@
 """Which tokens of a forget row are pushed away: the fact, not the English around it."""
 
+import pytest
 import torch
 from conftest import FORGET, RETAIN
 from safetensors.torch import load_file
@@ -107,6 +108,7 @@ def test_questions_are_the_prompt_its_key_words_and_the_beginning_of_its_answer(
     ]
 
 
+@pytest.mark.long
 def test_own_answers_name_a_fact_and_are_the_same_for_the_same_seed(smol):
     asked = ["Who wrote Harry Potter?"]
     said = own_answers(smol, asked, {"rowling"}, samples=4, seed=0, chat=True)
@@ -118,6 +120,7 @@ def test_own_answers_name_a_fact_and_are_the_same_for_the_same_seed(smol):
     assert own_answers(smol, asked, {"potter"}, samples=1, seed=0, chat=True) == []  # the question says it
 
 
+@pytest.mark.long
 def test_held_answers_are_the_bases_own_and_name_no_fact(smol):
     rows = [
         {"prompt": "Who wrote Harry Potter?", "completion": "No one."},  # the base says: J.K. Rowling

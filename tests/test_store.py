@@ -454,6 +454,7 @@ def test_writers_of_many_processes(where, tmp_path):
     assert len(assert_whole(where)) == 4 * (6 * 4 + 4)
 
 
+@pytest.mark.long
 def test_a_writer_that_is_killed_leaves_the_store_whole(where, tmp_path):
     """kill -9 at random moments, 24 times, four writers at once: what was confirmed is there, and nothing is half."""
     confirmed = 0
