@@ -294,6 +294,7 @@ def test_it_trains(deep, rmu_fields, retain_loss, forget_tokens):
     assert (of_layer[3] == 0) == (retain_loss == "hidden")  # KL is of the logits, behind all layers
 
 
+@pytest.mark.long
 def test_parts_and_checkpointing_give_the_same_adapter_and_bfloat16_runs(deep, deep_folder, rmu_fields, tmp_path):
     whole = load_file(unlearn(deep, **rmu_fields).path / "adapter_model.safetensors")
     for more in ({"gradient_accumulation_steps": 3}, {"gradient_checkpointing": True}):

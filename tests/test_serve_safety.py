@@ -246,6 +246,7 @@ def test_a_secret_in_one_tenants_view_is_in_no_others(tmp_path, tiny_folder, ada
 # ---- the policy changes while it serves ----
 
 
+@pytest.mark.long
 def test_a_changed_policy_counts_for_the_next_request_and_not_for_running_ones(tmp_path, tiny_folder, adapters):
     path = tmp_path / "policy.yaml"
 

@@ -58,14 +58,18 @@ Training.one_step, run.train = one_step, and_look
 main()
 """
 DENSE = {"adapter": {"kind": "head", "form": "dense"}}
-slow = pytest.mark.slow
+long, slow = pytest.mark.long, pytest.mark.slow
 
 
 @pytest.mark.parametrize(
     ("way", "more", "sets"),
     [
-        pytest.param("FSDP", {}, ["gradient_accumulation_steps=2"], id="FSDP, parts without a row of one's own"),
-        pytest.param("FSDP", RMU, ["forget_batch=1"], id="FSDP, evaluations too, and a layer without a gradient"),
+        pytest.param(
+            "FSDP", {}, ["gradient_accumulation_steps=2"], id="FSDP, parts without a row of one's own", marks=long
+        ),
+        pytest.param(
+            "FSDP", RMU, ["forget_batch=1"], id="FSDP, evaluations too, and a layer without a gradient", marks=long
+        ),
         pytest.param("DEEPSPEED", {}, ["forget_batch=1", "gradient_accumulation_steps=2"], id="DEEPSPEED"),
         pytest.param("FSDP", {"adapter": "head"}, [], id="FSDP, head", marks=slow),
         pytest.param("FSDP", DENSE, [], id="FSDP, dense head", marks=slow),
