@@ -417,6 +417,7 @@ def test_names_that_mean_nothing(name):
         parse(name)
 
 
+@pytest.mark.long
 def test_the_commands(hub, adapter, tmp_path):
     import os
 
