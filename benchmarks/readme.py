@@ -80,9 +80,9 @@ def told(name, shown):
         card = (ROOT / "out" / "readme" / "README.md").read_text()
         section = re.search(r"<!-- evaluation[^\n]*\n(.*?)\n<!-- /evaluation", card, re.DOTALL)[1]
         section = re.sub(r"\n+!\[[^\n]*$", "", section).replace("## ", "### ")  # the picture lies beside the card alone
-        return section + quoted("sampled answers with|what the attack", shown[0][1])
+        return f"{section}\n\n{quoted('sampled answers with|what the attack', shown[0][1])}".rstrip()
     if name == "changed":
-        return quoted("neighbours whose answer", shown[0][1]).strip()
+        return quoted("neighbours whose answer", shown[0][1])
     if name in ("tipped", "auto_retain", "tofu", "frontier"):
         return "\n".join(line for _, text in shown for line in text.splitlines() if line.startswith("|"))
     return "```\n" + "\n".join(f"$ {called}\n{text}\n" for called, text in shown) + "```"
@@ -91,7 +91,7 @@ def told(name, shown):
 def quoted(begins, text):
     """Return the lines that begin so with the indented ones below them, as a block of their own; nothing if none do."""
     found = re.findall(rf"^(?:{begins}) .*\n(?:  .*\n)+", text, re.MULTILINE)
-    return f"\n\n```\n{''.join(found)}```" if found else ""
+    return f"```\n{''.join(found)}```" if found else ""
 
 
 def run(command):

@@ -225,15 +225,15 @@ def _show_texts(console: Console, evaluation: Evaluation) -> None:
 
     of = len(evaluation.answers) * evaluation.settings.get("k", 0)
     sampled = [f"{row.prompt} -> {part}" for row in evaluation.answers for part in row.sampled.get("with", [])]
-    told: dict[str, Sequence[str]] = {
-        f"sampled answers with the adapter that name a leak word: {len(sampled)} of {of}": sampled
-    }
-    told |= {f"what the attack {attack.name} got out:": attack.quoted for attack in evaluation.attacks}
-    title = f"neighbours whose answer names something else: {len(evaluation.changed)}, before and with the adapter"
-    told[title] = [
+    changed = [
         f"{row.prompt} -> " + " // ".join(" ".join(row.texts[state].split()) for state in ("before", "with"))
         for row in evaluation.changed
     ]
+    told: dict[str, Sequence[str]] = {
+        f"sampled answers with the adapter that name a leak word: {len(sampled)} of {of}": sampled,
+        **{f"what the attack {attack.name} got out:": attack.quoted for attack in evaluation.attacks},
+        f"neighbours whose answer names something else: {len(changed)}, before and with the adapter": changed,
+    }
     for title, texts in told.items():
         if not texts:
             continue

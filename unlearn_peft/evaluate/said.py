@@ -41,14 +41,14 @@ class SideBySide:
     Attributes:
         prompt: the question.
         texts: the greedy answers.
-        leaks: the leak words that each of these names.
+        leaks: the leak words that each of these names; it, like what follows, is empty for a question without any.
         sampled: of the sampled answers, what stands around the leak word in each that names one.
         words: the leak words.
     """
 
     prompt: str
     texts: dict[str, str]
-    leaks: dict[str, list[str]]
+    leaks: dict[str, list[str]] = field(default_factory=dict)
     sampled: dict[str, list[str]] = field(default_factory=dict)
     words: Sequence[str] = ()
 
@@ -98,7 +98,7 @@ def changed_neighbours(neighbours: Sequence[Row], said: Mapping[str, Said]) -> l
     prompts = [prompt for prompt, _ in questions(neighbours)]
     same = unchanged(prompts, said["before"].neighbours, said["with"].neighbours)
     return [
-        SideBySide(prompt, {state: one.neighbours[n] for state, one in said.items()}, {state: [] for state in said})
+        SideBySide(prompt, {state: one.neighbours[n] for state, one in said.items()})
         for n, prompt in enumerate(prompts)
         if not same[n]
     ]
