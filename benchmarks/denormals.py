@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from unlearn_peft.bundle import Bundle, Delta
+from unlearn_peft.adapters.bundle import Bundle, Delta
 from unlearn_peft.gates import Mix, Part, Resident
 
 ROWS, TOKENS, SIZE, RANK = 8, 16, 576, 8  # SmolLM2's q_proj

@@ -57,10 +57,10 @@ def prepare(base_folder, adapters):
     import huggingface_hub.utils  # noqa: F401
     from conftest import FORGET, RETAIN
 
-    import unlearn_peft.export
-    import unlearn_peft.hub
+    import unlearn_peft.adapters.hub.pull
+    import unlearn_peft.adapters.transform.export_vllm
     from unlearn_peft import load_base, unlearn
-    from unlearn_peft.compose import stack
+    from unlearn_peft.adapters.transform.merge import stack
     from unlearn_peft.files import whole_file
     from unlearn_peft.recipe import make_recipe
     from unlearn_peft.run import tokenized
@@ -75,7 +75,7 @@ def prepare(base_folder, adapters):
         learning_rate=5e-3, eval_every=3, own_answers=0, warmup_steps=0, forget_batch=3, retain_batch=4,
         save_dtype="float32", checkpoint_every=1, cache_gb=0, quiet=True,
     )  # fmt: skip
-    unlearn_peft.download._library()
+    unlearn_peft.adapters.hub.download._library()
     base, other = (load_base(base_folder, device="cpu") for _ in range(2))
     trained = {}
     for seed in (0, 1):  # what is saved: kept on a base of its own, learnt in this process
@@ -96,7 +96,9 @@ def prepare(base_folder, adapters):
         stack(adapters, output, [float(strength) for strength in strengths])
 
     def export(output, *strengths):
-        unlearn_peft.export.export_vllm(adapters, output, [float(strength) for strength in strengths])
+        unlearn_peft.adapters.transform.export_vllm.export_vllm(
+            adapters, output, [float(strength) for strength in strengths]
+        )
 
     def store(where, name, told):
         """Change a policy, again and again, and note what was confirmed."""
@@ -116,7 +118,7 @@ def prepare(base_folder, adapters):
 
     def pull(name, output, cache, endpoint):
         os.environ["UNLEARN_PEFT_CACHE"] = cache
-        unlearn_peft.hub.pull(name, output, offline=False, endpoint=endpoint)
+        unlearn_peft.adapters.hub.pull.pull(name, output, offline=False, endpoint=endpoint)
 
     jobs = {"train": train, "save": save, "stack": stack_, "export": export, "store": store, "yaml": yaml, "pull": pull}
     return jobs

@@ -263,7 +263,7 @@ def test_refusals_say_what_to_do(tiny, bank, paths, tmp_path):
 
 
 def test_experts_tokens_are_not_guessed_to_be_rows():
-    from unlearn_peft.bundle import Bundle, Delta
+    from unlearn_peft.adapters.bundle import Bundle, Delta
 
     deltas = {"expert": Delta(torch.ones(2, 1), torch.ones(1, 2))}
     mix = Mix([[Part(Resident(Bundle(None, {}, deltas, {}, "x", "x"), deltas), 1.0)], []])

@@ -14,11 +14,11 @@ from conftest import FORGET, logits
 from huggingface_hub import EvalResult, ModelCard
 
 from unlearn_peft import attach, detach, read_bundle, unlearn
-from unlearn_peft.card import put_evaluation, write_card
-from unlearn_peft.compose import stack
+from unlearn_peft.adapters.card import put_evaluation, write_card
+from unlearn_peft.adapters.transform.export_vllm import export_vllm
+from unlearn_peft.adapters.transform.merge import stack
+from unlearn_peft.adapters.transform.shrink import shrink
 from unlearn_peft.errors import AdapterError
-from unlearn_peft.export import export_vllm
-from unlearn_peft.shrink import shrink
 
 OLD = Path(__file__).parent / "data" / "adapter_v1"
 HERE = "path/to/this/folder"
@@ -226,7 +226,7 @@ def test_an_adapter_of_the_first_schema_loads(tiny):
 
 
 def test_later_readers_take_earlier_schemas_and_not_the_other_way_round(adapter, monkeypatch):
-    monkeypatch.setattr("unlearn_peft.adapter_config.SCHEMA_VERSION", 3)
+    monkeypatch.setattr("unlearn_peft.adapters.validate.SCHEMA_VERSION", 3)
     read_bundle(OLD)
     manifest = json.loads((adapter / "forget.json").read_text())
     for version in (4, 0, "1", None, True):

@@ -398,7 +398,7 @@ def test_numbers_are_told_in_three_digits(number, told):
 def test_drawing_leaves_a_notebooks_backend_alone(tmp_path):
     from matplotlib import pyplot
 
-    from unlearn_peft.card import draw_curves
+    from unlearn_peft.training.curves import draw_curves
 
     before = pyplot.get_backend()
     try:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from unlearn_peft import attach, detach, load_base, read_bundle
-from unlearn_peft.bundle import CONFIG, WEIGHTS, Delta
+from unlearn_peft.adapters.bundle import CONFIG, WEIGHTS, Delta
+from unlearn_peft.adapters.transform.export_vllm import RANKS, export_vllm, vllm_problems
+from unlearn_peft.adapters.transform.low_rank import truncated
 from unlearn_peft.errors import AdapterError, OutputError
-from unlearn_peft.export import RANKS, export_vllm, truncated, vllm_problems
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.up_proj": (64, 32), "lm_head": (403, 32)}
 

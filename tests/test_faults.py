@@ -91,7 +91,7 @@ def bits(folder):
 
     bundle = read_bundle(folder)
     for name, digest in bundle.manifest.get("files", {}).items():
-        from unlearn_peft.bundle import sha256
+        from unlearn_peft.adapters.read import sha256
 
         assert sha256(folder / name) == digest, name
     return bundle.identity
@@ -173,8 +173,8 @@ def test_kills_while_writing_an_adapter(killer, kills, tmp_path, job, record_pro
 def test_kills_while_pulling(killer, kills, adapters, tmp_path, kind, record_property):
     from fake_hub import Running
 
-    from unlearn_peft.archive import pack
-    from unlearn_peft.bundle import sha256
+    from unlearn_peft.adapters.hub.archive import pack
+    from unlearn_peft.adapters.read import sha256
 
     def name_of(version, path):
         if kind == "hub":
@@ -320,7 +320,7 @@ def in_a_child(job, *arguments):
 @pytest.mark.parametrize("bytes_", [0, 100, 700, 3000, 20_000])
 def test_a_full_disk_anywhere(tmp_path, adapters, bytes_):
     """A limit on the size of files lets the system itself refuse each write beyond it (EFBIG, told as a full disk)."""
-    from unlearn_peft.compose import stack
+    from unlearn_peft.adapters.transform.merge import stack
 
     output, paths = tmp_path / "out", list(adapters.values())
     stack(paths, output)
@@ -393,7 +393,7 @@ def test_the_audit_log_on_a_full_disk_and_after_a_torn_line(small_disk):
 
 def test_a_folder_that_may_not_be_written(tmp_path, adapters, tiny, fields, killer):
     from unlearn_peft import unlearn
-    from unlearn_peft.compose import stack
+    from unlearn_peft.adapters.transform.merge import stack
     from unlearn_peft.serve.audit import AuditLog
 
     place = tmp_path / "place"

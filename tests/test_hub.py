@@ -13,10 +13,11 @@ import pytest
 from fake_hub import Running
 
 from unlearn_peft import read_bundle
-from unlearn_peft.archive import pack
+from unlearn_peft.adapters.hub.archive import pack
+from unlearn_peft.adapters.hub.pull import pull
+from unlearn_peft.adapters.hub.push import push
+from unlearn_peft.adapters.hub.sources import parse
 from unlearn_peft.errors import AdapterError, OutputError
-from unlearn_peft.hub import pull, push
-from unlearn_peft.sources import parse
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "acme/forgets"
@@ -214,8 +215,8 @@ def test_too_large_is_told_before_anything_is_downloaded(hub, adapter):
 
 
 def test_a_signature_can_be_required(hub, adapter, tmp_path):
-    from unlearn_peft.signing import new_key, sign
-    from unlearn_peft.trust import Trust
+    from unlearn_peft.adapters.signing import new_key, sign
+    from unlearn_peft.adapters.trust import Trust
 
     private, public = new_key(tmp_path / "me")
     hub.commit(NAME, files_of(adapter))

@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import FORGET, RETAIN
 
-from unlearn_peft.adapters import adapter_config
 from unlearn_peft.batch import collate
 from unlearn_peft.data import tokenize
 from unlearn_peft.engine import Engine
@@ -14,6 +13,7 @@ from unlearn_peft.learner import row_means
 from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence
 from unlearn_peft.recipe import GaKlSettings, LoraSettings
 from unlearn_peft.schedule import Schedule
+from unlearn_peft.training.adapter_config import adapter_config
 
 
 def by_hand(p, q):

@@ -302,8 +302,8 @@ def test_the_engine_hands_out_each_rows_refusal(tiny, fields):
     """What comes with a row in a batch is what the same rows give alone."""
     from peft import get_peft_model
 
-    from unlearn_peft.adapters import adapter_config
     from unlearn_peft.recipe import LoraSettings
+    from unlearn_peft.training.adapter_config import adapter_config
 
     forget = tokenize([*FORGET, {"text": "the blue book"}], tiny.tokenizer, closing=False)
     rows = refusing([*FORGET, {"text": "the blue book"}], 0)

@@ -13,8 +13,8 @@ from browser import CHROMIUM, chromium
 from serving import KEYS, Fixed, make_adapters, make_policy_values, running
 
 from unlearn_peft import load_base
+from unlearn_peft.adapters.read import read_bundle
 from unlearn_peft.bank import Applied
-from unlearn_peft.bundle import read_bundle
 from unlearn_peft.errors import PolicyError
 from unlearn_peft.serve.audit import AuditLog
 from unlearn_peft.serve.engine import Candidate, EngineStats, Piece, TokenLogprobs, Unavailable

@@ -8,7 +8,7 @@ from conftest import logits
 from test_train import FREE
 
 from unlearn_peft import Bank, attach, detach, load_base, unlearn
-from unlearn_peft.compose import merge
+from unlearn_peft.adapters.transform.merge import merge
 from unlearn_peft.errors import AdapterError, BaseModelError
 from unlearn_peft.quantized import WAYS
 

@@ -12,7 +12,6 @@ from conftest import FORGET, RETAIN, make_tiny
 from safetensors.torch import load_file
 
 from unlearn_peft import attach, detach, load_base, unlearn
-from unlearn_peft.adapters import adapter_config
 from unlearn_peft.data import tokenize
 from unlearn_peft.engine import Engine
 from unlearn_peft.errors import Interrupted, RecipeError
@@ -22,6 +21,7 @@ from unlearn_peft.objective_settings import RmuSettings
 from unlearn_peft.objectives import Tokens, hidden_distance, kl_divergence, rmu
 from unlearn_peft.recipe import LoraSettings, make_recipe
 from unlearn_peft.refusals import refusing
+from unlearn_peft.training.adapter_config import adapter_config
 
 N, D, V = 4, 3, 5
 SPECIFIC = [True, False, False, True]

@@ -381,7 +381,7 @@ def lines_of(path):
 
 
 def test_the_audit_log_says_what_was_applied_and_no_prompt(serve, tmp_path, adapters, values):
-    from unlearn_peft.bundle import read_bundle
+    from unlearn_peft.adapters.read import read_bundle
 
     log = AuditLog(tmp_path / "logs" / "audit.jsonl", fsync=True)
     front, url = serve(audit=log)

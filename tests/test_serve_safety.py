@@ -28,8 +28,8 @@ from serving import (  # fmt: skip
 )
 
 from unlearn_peft import load_base
+from unlearn_peft.adapters.read import read_bundle
 from unlearn_peft.bank import Bank
-from unlearn_peft.bundle import read_bundle
 from unlearn_peft.serve.local import LocalEngine
 from unlearn_peft.serve.policy import make_policy
 from unlearn_peft.serve.policy_file import PolicyFile
@@ -59,9 +59,9 @@ def ask(url, tenant, prompt=PROMPT, count=10, forget=(), **settings):
 
 def test_only_signed_adapters_are_served_and_one_flipped_byte_is_refused(adapters, tiny_folder, tmp_path):
     """A signature is needed: a signed adapter is served and its signer recorded; others, and changed ones, are not."""
+    from unlearn_peft.adapters.signing import new_key, sign
+    from unlearn_peft.adapters.trust import Trust
     from unlearn_peft.serve.audit import AuditLog
-    from unlearn_peft.signing import new_key, sign
-    from unlearn_peft.trust import Trust
 
     private, public = new_key(tmp_path / "alice")
     for name in "ab":

@@ -8,10 +8,10 @@ from conftest import logits
 from safetensors.torch import load_file, save_file
 
 from unlearn_peft import attach, detach, read_bundle, unlearn
+from unlearn_peft.adapters.quantized import pack, unpack
+from unlearn_peft.adapters.transform.export_vllm import export_vllm
+from unlearn_peft.adapters.transform.shrink import shrink
 from unlearn_peft.errors import AdapterError
-from unlearn_peft.export import export_vllm
-from unlearn_peft.packed import pack, unpack
-from unlearn_peft.shrink import shrink
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -174,6 +174,6 @@ def test_packed_weights_that_lie_are_refused(adapter, tmp_path, name):
 
 def test_too_much_to_unpack_is_refused(adapter, tmp_path, monkeypatch):
     path = shrink(adapter, tmp_path / "small", bits=4).path
-    monkeypatch.setattr("unlearn_peft.packed.MOST_BYTES", 100)
+    monkeypatch.setattr("unlearn_peft.adapters.quantized.MOST_BYTES", 100)
     with pytest.raises(AdapterError, match="bytes of packed weights"):
         read_bundle(path)

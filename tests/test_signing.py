@@ -10,9 +10,9 @@ import torch
 from conftest import logits, make_tiny
 
 from unlearn_peft import Bank, attach, attached, cli, compare, load_base, merge, read_bundle, stack, unlearn
+from unlearn_peft.adapters.signing import new_key, sign, verify
+from unlearn_peft.adapters.trust import SIGNATURE, Identity, Trust
 from unlearn_peft.errors import AdapterError, OutputError, TrustError
-from unlearn_peft.signing import new_key, sign, verify
-from unlearn_peft.trust import SIGNATURE, Identity, Trust
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -200,7 +200,7 @@ def test_everything_wrong_is_told_at_once(signed, alice, tmp_path):
 
 def test_what_was_verified_is_what_is_used(signed, alice, monkeypatch):
     """Files that are exchanged after they were read, before the signature is looked at."""
-    import unlearn_peft.trust as module
+    import unlearn_peft.adapters.trust as module
 
     good, seen = (signed / WEIGHTS).read_bytes(), []
     deltas = read_bundle(signed).deltas
@@ -315,7 +315,7 @@ def test_an_encrypted_key(signed, tmp_path):
 
 
 def test_a_changed_card_says_that_it_is_to_be_signed_again(signed, keys, alice, caplog):
-    from unlearn_peft.card import put_evaluation
+    from unlearn_peft.adapters.card import put_evaluation
 
     put_evaluation(signed, "## Evaluation\n\nfine")
     assert "no longer holds: sign it again" in caplog.text
@@ -349,7 +349,7 @@ def test_a_different_base_is_loud_and_stays_visible(signed, tmp_path, caplog):
 
 
 def test_without_the_library_it_is_said_what_to_install(signed, alice, monkeypatch):
-    import unlearn_peft.trust as module
+    import unlearn_peft.adapters.trust as module
 
     monkeypatch.setitem(sys.modules, "model_signing", None)
     module._signed_by.cache_clear()

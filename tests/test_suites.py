@@ -6,7 +6,7 @@ import pytest
 from conftest import FORGET, RETAIN
 
 from unlearn_peft import attached, forgetting, read_bundle
-from unlearn_peft.card import put_evaluation
+from unlearn_peft.adapters.card import put_evaluation
 from unlearn_peft.errors import AdapterError, DataError
 from unlearn_peft.evaluate import full, meaning, memorization, tofu, truth, wording
 from unlearn_peft.evaluate.evaluation import evaluate, read_measured

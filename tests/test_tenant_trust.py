@@ -17,8 +17,10 @@ from fake_vllm import FakeVllm, install_vllm, serving
 from serving import Fixed, client, make_adapters, make_policy_values, running
 
 from unlearn_peft import cli, load_base
+from unlearn_peft.adapters.signing import new_key, sign
+from unlearn_peft.adapters.transform.export_vllm import export_vllm
+from unlearn_peft.adapters.trust import SIGNATURE, Trust
 from unlearn_peft.errors import AdapterError, PolicyError, TrustError
-from unlearn_peft.export import export_vllm
 from unlearn_peft.serve import tables
 from unlearn_peft.serve.audit import AuditLog
 from unlearn_peft.serve.local import LocalEngine
@@ -28,8 +30,6 @@ from unlearn_peft.serve.set_cache import digest_of
 from unlearn_peft.serve.store import PolicyStore
 from unlearn_peft.serve.vllm import VllmEngine
 from unlearn_peft.serve.vllm_resolver import Sets, make_resolver
-from unlearn_peft.signing import new_key, sign
-from unlearn_peft.trust import SIGNATURE, Trust
 
 ME = {"who": "tester"}
 OLD_STORE = Path(__file__).parent / "data" / "store_v1.sql"
@@ -286,8 +286,8 @@ def test_a_policy_reads_back_from_its_yaml(pems, adapters, tmp_path):
 def test_without_the_library_those_who_trust_keys_are_refused_and_others_served(
     kind, adapters, pems, tiny_folder, tmp_path, monkeypatch, caplog
 ):
+    import unlearn_peft.adapters.trust as trust
     import unlearn_peft.serve.policy as policy
-    import unlearn_peft.trust as trust
 
     for cached in (policy._check_public_key, policy._trust, trust._signed_by):
         cached.cache_clear()

@@ -9,6 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters.hub.pull import pull as pull
+    from .adapters.hub.push import push as push
+    from .adapters.read import read_bundle as read_bundle
+    from .adapters.transform.merge import merge as merge
+    from .adapters.transform.merge import stack as stack
+    from .adapters.trust import Trust as Trust
     from .attaching import attach as attach
     from .attaching import attached as attached
     from .attaching import detach as detach
@@ -17,19 +23,13 @@ if TYPE_CHECKING:
     from .bank import Bank as Bank
     from .base import Base as Base
     from .base import load_base as load_base
-    from .bundle import read_bundle as read_bundle
-    from .compose import merge as merge
-    from .compose import stack as stack
     from .errors import UnlearnError as UnlearnError
     from .generate import answers as answers
-    from .hub import pull as pull
-    from .hub import push as push
     from .recipe import Recipe as Recipe
     from .recipe import load_recipe as load_recipe
     from .run import Adapter as Adapter
     from .run import unlearn as unlearn
     from .run import unlearn_many as unlearn_many
-    from .trust import Trust as Trust
 
 # name -> file, in reading order; imported when first used, so that `unlearn-peft --help` answers at once
 _PUBLIC = {
@@ -47,12 +47,12 @@ _PUBLIC = {
     "forgetting": "attaching",
     "Bank": "bank",
     "answers": "generate",
-    "stack": "compose",
-    "merge": "compose",
-    "read_bundle": "bundle",
-    "pull": "hub",
-    "push": "hub",
-    "Trust": "trust",
+    "stack": "adapters.transform.merge",
+    "merge": "adapters.transform.merge",
+    "read_bundle": "adapters.read",
+    "pull": "adapters.hub.pull",
+    "push": "adapters.hub.push",
+    "Trust": "adapters.trust",
     "UnlearnError": "errors",
 }
 __all__ = list(_PUBLIC)  # noqa: PLE0605

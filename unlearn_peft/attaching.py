@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .adapters.bundle import Bundle
+from .adapters.read import read_bundle
+from .adapters.trust import Trust
 from .bank import Bank
-from .bundle import Bundle, read_bundle
 from .errors import AdapterError
-from .trust import Trust
 
 
 def attach(

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters.bundle import Bundle
+from .adapters.trust import Trust
 from .base import Base, fingerprint
-from .bundle import Bundle
 from .errors import AdapterError, did_you_mean
 from .gates import Mix, Part, Resident, tell_batch
 from .layers import parameters
 from .residents import Applied as Applied
 from .residents import BankStats, Entry, Residents
-from .trust import Trust
 
 _ATTRIBUTE = "_unlearn_peft_bank"
 _MIXES_KEPT = 4  # batches whose factors stay laid side by side, for the next step

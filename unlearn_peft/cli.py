@@ -94,8 +94,8 @@ def train(
         if output is not None:
             recipe.output = str(output if len(recipes) == 1 else output / path.stem)
         given.append(recipe.model_copy(update={"output": recipe.output or f"out/{path.stem}"}))
-    from .card import curve_lines
     from .run import unlearn_many
+    from .training.curves import curve_lines
 
     adapters = unlearn_many(given, resume=resume, tracker=tracker, quiet=quiet)
     _part()
@@ -243,7 +243,7 @@ def inspect(
     require_signature: RequireOption = False,
 ) -> None:
     """Tell what an adapter is: its kind, ranks, size, base and figures; every file is checked."""
-    from .bundle import read_bundle
+    from .adapters.read import read_bundle
 
     bundle = read_bundle(adapter, trust=trust_of(trusted_keys, require_signature))
     ranks = sorted({delta.rank for delta in bundle.deltas.values() if delta.rank})
@@ -281,8 +281,8 @@ def stack(
     require_signature: RequireOption = False,
 ) -> None:
     """Write one adapter whose effect is the exact sum of several (their ranks are concatenated)."""
-    from .bundle import read_bundle
-    from .compose import stack as stack_
+    from .adapters.read import read_bundle
+    from .adapters.transform.merge import stack as stack_
 
     path = stack_(adapters, output, strength, trust=trust_of(trusted_keys, require_signature))
     print(f"adapter: {path} ({read_bundle(path).bytes / 1e6:.2f} MB)")
@@ -303,7 +303,7 @@ def merge(
     require_signature: RequireOption = False,
 ) -> None:
     """Write the base with adapters added to its weights. A tied lm_head is untied where a delta meets it."""
-    from .compose import merge as merge_
+    from .adapters.transform.merge import merge as merge_
 
     trust = trust_of(trusted_keys, require_signature)
     path = merge_(load(base, adapters, dtype, device, None, trust), adapters, output, strength, trust=trust)

@@ -99,8 +99,8 @@ def evaluate(
 
       unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml --attacks prefix,jailbreak,relearn_lora
     """
+    from .adapters.card import put_evaluation
     from .base import load_base
-    from .card import put_evaluation
     from .compare import show as show_answers
     from .evaluate.ability import read_tasks
     from .evaluate.attacks import Target, find_attacks, run_attacks

@@ -35,7 +35,7 @@ def export(
 
       unlearn-peft export out/hp out/acme --for vllm --output out/set
     """
-    from .export import export_vllm
+    from .adapters.transform.export_vllm import export_vllm
 
     if for_ != "vllm":
         raise UnlearnError(f"unknown engine '{for_}': expected --for vllm")

@@ -48,7 +48,7 @@ def pull(
     A broken download goes on where it broke. Only an adapter's own files are
     taken: weights, config, manifest, card, plots, licence, signature.
     """
-    from .hub import pull as pull_
+    from .adapters.hub.pull import pull as pull_
 
     pulled = pull_(
         source, output, offline=offline or None, trust=trust_of(trusted_keys, require_signature), insecure=insecure,
@@ -79,7 +79,7 @@ def push(
 
       unlearn-peft push out/hp hp.tar.gz
     """
-    from .hub import push as push_
+    from .adapters.hub.push import push as push_
 
     pushed = push_(
         adapter, target, private=not public, message=message, endpoint=endpoint,
@@ -124,7 +124,7 @@ def shrink(
     the whole change. It says little about forgetting: measure that with
     `unlearn-peft eval`, as benchmarks/adapter_size.py did (docs/adapter_size.md).
     """
-    from .shrink import shrink as shrink_
+    from .adapters.transform.shrink import shrink as shrink_
 
     made = shrink_(
         adapter, output, rank=rank, bits=quantize, max_error=max_error, trust=trust_of(trusted_keys, require_signature)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from .trust import Trust
+    from .adapters.trust import Trust
 
 BaseOption = Annotated[
     str | None,
@@ -54,7 +54,7 @@ def trust_of(trusted: list[Path] | None, required: bool) -> Trust | None:
     """
     if not trusted and not required:
         return None
-    from .trust import Trust
+    from .adapters.trust import Trust
 
     return Trust.read(*(trusted or ()), required=required)
 
@@ -75,8 +75,8 @@ def load(
 
 def base_of(base: str | None, adapters: list[Path] | None, trust: Trust | None = None) -> str:
     """Return the name of the base to load: as given, else the one that the first adapter was trained on."""
+    from .adapters.read import read_bundle
     from .base import DEMO_HUB_ID
-    from .bundle import read_bundle
 
     bundles = [read_bundle(path, trust=trust) for path in adapters or []]
     if base is None and bundles:

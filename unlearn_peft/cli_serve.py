@@ -179,7 +179,7 @@ class FixedPolicy:
 
 
 def _source(policy: str | None, adapters: list[Path]) -> PolicySource:
-    from .bundle import read_bundle
+    from .adapters.read import read_bundle
     from .serve.policy import make_policy
     from .serve.store import open_policy
 

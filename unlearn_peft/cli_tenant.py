@@ -156,7 +156,7 @@ def adapter_(
 
       unlearn-peft tenant adapter hp out/harry_potter
     """
-    from .bundle import read_bundle
+    from .adapters.read import read_bundle
 
     digest = read_bundle(path).identity
     if sha256 is not None and sha256.lower() != digest:
@@ -216,7 +216,7 @@ def trust(
 
       unlearn-peft tenant trust acme keys/alice.pub --why 'contract 12'
     """
-    from .trust import Identity, Trust
+    from .adapters.trust import Identity, Trust
 
     signers = Trust.read(*keys).signers
     pems = {key: one.decode() for key, one in signers.items() if not isinstance(one, Identity)}

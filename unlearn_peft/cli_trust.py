@@ -30,7 +30,7 @@ def new(
     Give others NAME.pub by a way on which nobody can exchange it, not beside
     the adapter: whoever can change the one could change both.
     """
-    from .signing import new_key
+    from .adapters.signing import new_key
 
     secret = typer.prompt("password", hide_input=True, confirmation_prompt=True, err=True) if password else None
     private, public = new_key(name.expanduser(), secret)
@@ -60,8 +60,8 @@ def sign(
     `eval --card` does, is to be followed by signing again. An encrypted key's
     password is asked for, or taken from UNLEARN_PEFT_KEY_PASSWORD.
     """
-    from .signing import sign as sign_
-    from .signing import sign_with_sigstore
+    from .adapters.signing import sign as sign_
+    from .adapters.signing import sign_with_sigstore
 
     if (key is None) != sigstore:
         raise TrustError("sign with what? Give --key KEY.pem (see `unlearn-peft keys new`), or --sigstore, not both")
@@ -104,8 +104,8 @@ def verify(
     (or $UNLEARN_PEFT_TRUSTED_KEYS and $UNLEARN_PEFT_REQUIRE_SIGNATURE=1), on
     the very bytes that they then use.
     """
-    from .signing import verify as verify_
-    from .trust import Identity, Trust
+    from .adapters.signing import verify as verify_
+    from .adapters.trust import Identity, Trust
 
     if (identity is None) != (issuer is None):
         raise TrustError("--identity and --issuer belong together: who signed, and who vouches for that")

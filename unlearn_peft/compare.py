@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .adapters.trust import Trust
 from .attaching import attach, attached, detach
 from .base import Base
 from .data import Row
 from .errors import AdapterError
 from .generate import answers, leaked, mean_kl, target_log_probabilities
-from .trust import Trust
 
 STATES = ("before", "with", "after")
 

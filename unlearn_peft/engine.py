@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapters import with_delta
 from .batch import Batch, side_by_side
 from .cache import Cache
 from .data import Example
@@ -25,6 +24,7 @@ from .frozen import FINAL, HEAD, Frozen
 from .layers import changed_layers, decoder_layers, outputs_of, rows_use, watched_layer
 from .objectives import Tokens
 from .pieces import Cut, Work, cut, labels_of, specific_of, target_count
+from .training.step.head import with_delta
 from .trunk import Trunk, laid_out
 
 _PIECE_BYTES = {"head": 4_000_000, "layers": 8_000_000}  # of logits at a time, on a CPU: what caches like

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import knows_delta
 from .cache import Cache
 from .data import Example
 from .forward import Halves, Rows, alike, picked_logits, predicting
 from .layers import decoder_layers, outputs_of
 from .pieces import target_count
+from .training.step.head import knows_delta
 from .trunk import rows_apart
 
 FINAL, HEAD = "final", "head"  # (n, d) and (n, V), both at the targets

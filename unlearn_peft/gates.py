@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .bundle import Bundle, Delta
+from .adapters.bundle import Bundle, Delta
 from .errors import AdapterError
 from .layers import submodule
 

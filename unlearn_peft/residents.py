@@ -14,10 +14,11 @@ from pathlib import Path
 from threading import Lock, RLock
 from typing import NamedTuple
 
-from .bundle import Bundle, read_bundle
+from .adapters.bundle import Bundle
+from .adapters.read import read_bundle
+from .adapters.trust import Trust
 from .errors import AdapterError, did_you_mean
 from .gates import Resident
-from .trust import Trust
 
 
 class BankStats(NamedTuple):

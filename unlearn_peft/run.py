@@ -14,10 +14,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .adapters.bundle import CONFIG
+from .adapters.read import read_bundle
+from .adapters.write import check_output
 from .attaching import attached
 from .auto_retain import Made, auto_retain
 from .base import Base, load_base
-from .bundle import CONFIG, check_output, read_bundle
 from .checkpoints import Checkpoints
 from .data import Example, Row, anchors, keyed_digest, read_rows, refuse_overlap, tokenize
 from .errors import AdapterError, DataError, OutputError, RecipeError

@@ -13,11 +13,13 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from .adapters.bundle import CONFIG, CURVES, WEIGHTS
+from .adapters.card import write_card
+from .adapters.write import new_bundle
 from .base import DTYPES, Base
-from .bundle import CONFIG, WEIGHTS, new_bundle
-from .card import CURVES, draw_curves, write_card
 from .recipe import DATA_FIELDS, Recipe
 from .train import Trained
+from .training.curves import draw_curves
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from .adapters import adapter_config
 from .base import Base
 from .cache import Cache, states_key
 from .checkpoints import Checkpoints
@@ -34,6 +33,7 @@ from .schedule import Sets
 from .sharded import is_shared, runs_on_cpu, share_out
 from .signals import stop_signals
 from .specific import spellings
+from .training.adapter_config import adapter_config
 
 logger = logging.getLogger(__name__)
 MACHINE_FIELDS = ("output", "checkpoint_every", "cache_gb", "compile")  # what changes nothing that is learnt

@@ -34,8 +34,8 @@ HEARD = (  # audit events that no adapter may cause
 def answer(way, path, model):
     """Read one; returns (outcome, text)."""
     from unlearn_peft import cli
+    from unlearn_peft.adapters.read import read_bundle
     from unlearn_peft.bank import Bank
-    from unlearn_peft.bundle import read_bundle
     from unlearn_peft.errors import AdapterError
 
     try:

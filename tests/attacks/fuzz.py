@@ -28,11 +28,11 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from unlearn_peft.bundle import read_bundle
+from unlearn_peft.adapters.read import read_bundle
+from unlearn_peft.adapters.signing import new_key, sign
+from unlearn_peft.adapters.trust import Trust
 from unlearn_peft.errors import AdapterError
 from unlearn_peft.gates import Mix, Part, Resident
-from unlearn_peft.signing import new_key, sign
-from unlearn_peft.trust import Trust
 
 WEIGHTS, CONFIG, MANIFEST, SIGNATURE = "adapter_model.safetensors", "adapter_config.json", "forget.json", "model.sig"
 SLOW = 2.0  # seconds for one input; the machine is shared

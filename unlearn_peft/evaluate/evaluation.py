@@ -14,13 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..adapters.read import read_bundle
+from ..adapters.trust import Trust
 from ..attaching import attached, forgetting
 from ..base import Base
-from ..bundle import read_bundle
 from ..data import Row, read_rows
 from ..errors import AdapterError, DataError
 from ..recipe import DataSpec, load_recipe
-from ..trust import Trust
 from .ability import PREFIX, Ability
 from .own import Metric, own_scores
 from .said import Said, SideBySide, answers_to_probes, ask, changed_neighbours

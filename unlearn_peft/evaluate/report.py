@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import CONFIG, CURVES
-from ..card import EVALUATED
+from ..adapters.bundle import CONFIG, CURVES
+from ..adapters.card import EVALUATED
 from ..errors import OutputError
 from ..files import whole_file
 from . import wording

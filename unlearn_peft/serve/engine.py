@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 from ..errors import UnlearnError
 
 if TYPE_CHECKING:
+    from ..adapters.trust import Trust
     from ..bank import Applied
-    from ..trust import Trust
     from .policy import Policy
 
 

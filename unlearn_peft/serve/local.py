@@ -16,16 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.read import read_bundle
 from ..bank import Applied, Bank
 from ..base import Base
-from ..bundle import read_bundle
 from ..errors import UnlearnError
 from .engine import EngineStats, Generation, Holding, Piece, Unavailable
 from .prompts import Prompt, Prompts
 from .scheduler import Row, Scheduler
 
 if TYPE_CHECKING:
-    from ..trust import Trust
+    from ..adapters.trust import Trust
     from .policy import Policy
 
 _POLICIES_KEPT = 4  # versions whose requests may still be on their way here

@@ -23,8 +23,9 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from ..bundle import CONFIG, CURVES, MANIFEST, WEIGHTS, identity_of, sha256
-from ..card import FIGURES
+from ..adapters.bundle import CONFIG, CURVES, MANIFEST, WEIGHTS
+from ..adapters.card import FIGURES
+from ..adapters.read import identity_of, sha256
 from ..errors import PolicyError
 from .front import Call, Front
 from .openai_api import ApiError

@@ -21,16 +21,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..bundle import CONFIG, WEIGHTS, read_bundle
+from ..adapters.bundle import CONFIG, WEIGHTS
+from ..adapters.read import read_bundle
+from ..adapters.transform.export_vllm import export_nothing, export_vllm
 from ..errors import AdapterError, TrustError, refuse
-from ..export import export_nothing, export_vllm
 from ..files import folder_bytes
 from ..untrusted import list_files
 from .policy import Policy
 from .set_names import set_digest
 
 if TYPE_CHECKING:
-    from ..trust import Trust
+    from ..adapters.trust import Trust
 
 logger = logging.getLogger(__name__)
 

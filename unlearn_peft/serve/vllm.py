@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from ..adapters.read import read_bundle
 from ..bank import Applied
 from ..base import load_tokenizer
-from ..bundle import read_bundle
 from ..errors import AdapterError
 from .engine import (
     Busy,
@@ -43,7 +43,7 @@ from .text import TextStream, TokenBytes
 from .vllm_servers import Server, Servers, message_of
 
 if TYPE_CHECKING:
-    from ..trust import Trust
+    from ..adapters.trust import Trust
     from .policy import Policy
 
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PolicyError, UnlearnError
 
 if TYPE_CHECKING:
-    from ..trust import Trust
+    from ..adapters.trust import Trust
     from .policy import PolicySource
     from .set_cache import SetCache
 
@@ -71,8 +71,8 @@ class Sets:
             PolicyError: if one of them is no number, or no yes or no.
             TrustError: if keys cannot be read.
         """
+        from ..adapters.trust import Trust
         from ..base import cache_folder
-        from ..trust import Trust
 
         def number(name: str, default: float) -> float:
             text = os.environ.get(name) or str(default)

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ...adapters.bundle import Bundle
+from ...adapters.read import read_bundle
+from ...adapters.trust import Trust
 from ...attaching import attached
 from ...bank import Bank
 from ...base import Base
-from ...bundle import Bundle, read_bundle
 from ...data import Row, read_rows
 from ...errors import AdapterError, DataError
 from ...generate import answers, leaked
-from ...trust import Trust
 from ..leaks import leaking_parts
 from ..rows import alone
 from ..score import Array, Score, score

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...adapters.bundle import Bundle, Delta
+from ...adapters.read import read_bundle
+from ...adapters.transform.low_rank import _norm
 from ...base import head_name
-from ...bundle import Bundle, Delta, read_bundle
 from ...errors import AdapterError
 from ..rows import alone, keep_reference, kl_to_reference
 from ..score import Array
@@ -224,13 +226,3 @@ def _in_16_bits(bundle: Bundle) -> Bundle:
         for name, delta in bundle.deltas.items()
     }
     return replace(bundle, deltas=deltas)
-
-
-def _norm(delta: Delta) -> float:
-    """Return the Frobenius norm of a delta's effect, without multiplying its factors out."""
-    up = delta.up.double()
-    if delta.down is None:
-        return float(up.norm()) * abs(delta.scale)
-    down = delta.down.double()
-    squared = ((up.T @ up) * (down @ down.T)).sum()
-    return float(squared.clamp(min=0).sqrt()) * abs(delta.scale)

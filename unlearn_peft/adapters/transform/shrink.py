@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_config import DENSE, LORA
-from .bundle import WEIGHTS, Bundle, Delta, read_bundle
-from .compose import scaled_by_one, write_made
-from .errors import AdapterError
-from .export import truncated
-from .files import folder_bytes
-from .packed import QUANTIZED, pack, unpack
-from .trust import Trust
+from ...errors import AdapterError
+from ...files import folder_bytes
+from ..bundle import WEIGHTS, Bundle, Delta
+from ..quantized import QUANTIZED, pack, unpack
+from ..read import read_bundle
+from ..trust import Trust
+from ..validate import DENSE, LORA
+from .low_rank import _lost, scaled_by_one, truncated
+from .merge import write_made
 
 BITS = (8, 4)
 
@@ -63,7 +64,7 @@ def shrink(
         adapter: its directory. A dense head takes `bits`, and becomes a LoRA by `rank`.
         output: the new directory, written whole or not at all.
         rank: of each module at most; None: as it is.
-        bits: 8 or 4 for each value, see packed.py; None: as many as before, and PEFT can read it.
+        bits: 8 or 4 for each value, see adapters/quantized.py; None: as many as before, and PEFT can read it.
         max_error: refuse to lose more than this of any module's change; None: no limit.
         trust: whose signatures are taken, and whether one is needed. What is written is not signed.
 
@@ -119,24 +120,6 @@ def _factors(delta: Delta, rank: int | None) -> dict[str, Tensor]:
     most = len(delta.down)
     up, down, _ = truncated(delta.up.float() * delta.scale, delta.down.float(), min(rank or most, most))
     return {"lora_A": down, "lora_B": up}
-
-
-def _lost(delta: Delta, up: Tensor, down: Tensor | None) -> float:
-    """Return |whole - kept| / |whole| in Frobenius norm; of products without ever making them."""
-    if delta.down is None or down is None:
-        whole = delta.scale * (delta.up.float() if delta.down is None else delta.up.float() @ delta.down.float())
-        kept = up if down is None else up @ down
-        norm = whole.norm()
-        return float((whole - kept).norm() / norm) if norm > 0 else 0.0
-    first = torch.cat([delta.up.double() * delta.scale, -up.double()], 1)
-    second = torch.cat([delta.down.double(), down.double()])
-    size = len(delta.down)
-
-    def squared(left: Tensor, right: Tensor) -> float:
-        return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0))
-
-    norm = squared(first[:, :size], second[:size])
-    return float((squared(first, second) / norm) ** 0.5) if norm > 0 else 0.0
 
 
 def _config(bundle: Bundle, ranks: dict[str, int], bits: int | None) -> dict[str, Any]:

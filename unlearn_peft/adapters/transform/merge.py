@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .base import Base, head_is_tied
-from .bundle import CONFIG, WEIGHTS, Bundle, Delta, new_bundle, read_bundle
-from .card import write_card
-from .errors import AdapterError, OutputError
-from .files import whole_folder
-from .trust import Trust
+from ...base import Base, head_is_tied
+from ...errors import AdapterError, OutputError
+from ...files import whole_folder
+from ..bundle import CONFIG, WEIGHTS
+from ..card import write_card
+from ..read import read_bundle
+from ..trust import Trust
+from ..write import new_bundle
+from .low_rank import check_set, concatenated, in_order, parts_of, scaled_by_one
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +73,6 @@ def stack(
     return Path(output)
 
 
-def scaled_by_one(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Return the part of a LoRA's config that says its ranks, by module, where scalings are folded into the factors."""
-    most = max(ranks.values())
-    other = {name: rank for name, rank in ranks.items() if rank != most}
-    return {"r": most, "lora_alpha": most, "rank_pattern": other, "alpha_pattern": other, "bias": "none"}
-
-
 def write_made(
     output: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], manifest: Mapping[str, Any]
 ) -> None:
@@ -90,48 +85,6 @@ def write_made(
         save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_card(folder, manifest)
-
-
-def check_set(bundles: Sequence[Bundle], factors: Sequence[float]) -> None:
-    """Check that adapters can be added up: a finite strength each, one base for all.
-
-    Raises:
-        AdapterError: saying what is wrong.
-    """
-    if not bundles or len(factors) != len(bundles):
-        raise AdapterError(
-            f"{len(factors)} strengths for {len(bundles)} adapters: expected one each, and an adapter at least"
-        )
-    if wild := [factor for factor in factors if not isfinite(factor)]:
-        raise AdapterError(f"a strength is {wild[0]}: expected a finite number, 1 is as trained")
-    prints = {
-        json.dumps(b.manifest["base"].get("fingerprint"), sort_keys=True) for b in bundles if b.manifest.get("base")
-    }
-    if len(prints) > 1:
-        raise AdapterError("these adapters were trained on different bases: a stack needs one base for all")
-
-
-def in_order(bundles: Sequence[Bundle], factors: Sequence[float]) -> tuple[list[Bundle], list[float]]:
-    """Order a set by content, so that its sum is the same to the last bit however it was given."""
-    ordered = sorted(zip(bundles, factors, strict=True), key=lambda pair: (pair[0].digest, pair[1]))
-    return [bundle for bundle, _ in ordered], [factor for _, factor in ordered]
-
-
-def parts_of(bundles: Sequence[Bundle], factors: Sequence[float]) -> dict[str, list[tuple[Delta, float]]]:
-    """Return, for each module that a set changes, the deltas that add up there and the factor on each."""
-    return {
-        name: [(b.deltas[name], factor) for b, factor in zip(bundles, factors, strict=True) if name in b.deltas]
-        for name in sorted({name for bundle in bundles for name in bundle.deltas})
-    }
-
-
-def concatenated(parts: Sequence[tuple[Delta, float]]) -> tuple[Tensor, Tensor]:
-    """Return `up (out, R)` in float32 and `down (R, in)` whose product is the exact sum of low-rank deltas.
-
-    Ranks are concatenated; scalings and factors are folded into `up`.
-    """
-    down = torch.cat([delta.down for delta, _ in parts if delta.down is not None])
-    return torch.cat([delta.up.float() * (delta.scale * factor) for delta, factor in parts], dim=1), down
 
 
 def merge(

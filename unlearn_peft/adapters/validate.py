@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import shown
-from .packed import QUANTIZED
-from .untrusted import LARGEST
+from ..errors import shown
+from ..untrusted import LARGEST
+from .quantized import QUANTIZED
 
 LORA, DENSE = "LORA", "DENSE_HEAD"
 KINDS = (LORA, DENSE, LORA + QUANTIZED, DENSE + QUANTIZED)

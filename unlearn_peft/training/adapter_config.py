@@ -1,15 +1,30 @@
-"""LoRA on any linear layers: a recipe's settings -> `peft.LoraConfig`, checked against the model."""
+"""A recipe's adapter settings -> a PEFT config, checked against the model; each kind of adapter is a function here.
+
+A delta on `lm_head` alone is low-rank (an ordinary PEFT LoRA) or dense (see adapters/dense.py). Where `lm_head` is tied
+to the input embeddings, the delta sits beside the shared weight and is added to the head's output only: the embeddings
+never see it.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ..base import head_name
 from ..errors import AdapterError, did_you_mean
-from ..recipe import LoraSettings
+from ..recipe import HeadSettings, LoraSettings
+
+
+def adapter_config(model: Any, settings: LoraSettings | HeadSettings) -> Any:
+    """Return the `peft.PeftConfig` that puts an adapter of these settings on `model`.
+
+    Raises:
+        AdapterError: if the settings do not fit the model, e.g. a target module that it does not have.
+    """
+    return KINDS[settings.kind](model, settings)
 
 
 def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
@@ -47,6 +62,19 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
         raise AdapterError(f"PEFT refuses these LoRA settings: {error}") from error
 
 
+def head_config(model: nn.Module, settings: HeadSettings) -> Any:
+    """Return the PEFT config of a low-rank or dense delta on the model's output head."""
+    if settings.form == "dense":
+        from ..adapters.dense import DenseHeadConfig
+
+        return DenseHeadConfig(task_type="CAUSAL_LM", target_modules=[head_name(model)])
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=settings.r, lora_alpha=settings.lora_alpha, target_modules=[head_name(model)]
+    )
+
+
 def linear_names(model: nn.Module) -> list[str]:
     """Return the last name parts of the model's linear layers but the head, e.g. `q_proj`, in order."""
     head = head_name(model)
@@ -71,3 +99,6 @@ def _matches(model: nn.Module, target: str, is_pattern: bool) -> bool:
         except re.error:
             return False
     return any(name == target or name.endswith(f".{target}") for name in names)
+
+
+KINDS: dict[str, Callable[[Any, Any], Any]] = {"lora": lora_config, "head": head_config}

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .bundle import Bundle, read_bundle
-from .errors import AdapterError, OutputError, TrustError, refuse
-from .files import whole_file
+from ..errors import AdapterError, OutputError, TrustError, refuse
+from ..files import whole_file
+from ..untrusted import list_files, sha256_of
+from .bundle import Bundle
+from .read import read_bundle
 from .trust import SIGNATURE, UNSIGNED, Trust, claimed, differences, need_model_signing
-from .untrusted import list_files, sha256_of
 
 logger = logging.getLogger(__name__)
 

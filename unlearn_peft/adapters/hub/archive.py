@@ -14,10 +14,10 @@ import zlib
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import AdapterError, OutputError, shown
-from .files import whole_file
-from .trust import SIGNABLE, SIGNABLE_ENDINGS, SIGNATURE
-from .untrusted import MOST_JSON_BYTES, MOST_WEIGHT_BYTES, list_files
+from ...errors import AdapterError, OutputError, shown
+from ...files import whole_file
+from ...untrusted import MOST_JSON_BYTES, MOST_WEIGHT_BYTES, list_files
+from ..trust import SIGNABLE, SIGNABLE_ENDINGS, SIGNATURE
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
 MOST_BYTES = 1 << 30  # of an adapter, unless another limit is given

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
-from .errors import AdapterError, shown
-from .files import flush
+from ...errors import AdapterError, shown
+from ...files import flush
 
 _MOST_REDIRECTS = 5
 _TRIES = 3

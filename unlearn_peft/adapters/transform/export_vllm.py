@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import DTYPES, skeleton
-from .bundle import Bundle, Delta, read_bundle
-from .compose import check_set, concatenated, in_order, parts_of, write_made
-from .errors import AdapterError, BaseModelError
-from .files import folder_bytes
-from .trust import Trust
+from ...base import DTYPES, skeleton
+from ...errors import AdapterError, BaseModelError
+from ...files import folder_bytes
+from ..bundle import Bundle, Delta
+from ..read import read_bundle
+from ..trust import Trust
+from .low_rank import check_set, concatenated, in_order, parts_of, truncated
+from .merge import write_made
 
 # From vLLM 0.32.0: MaxLoRARanks in vllm/config/lora.py, the limit in vllm/lora/layers/logits_processor.py, and of the
 # classes in vllm/model_executor/models/registry.py those with `lm_head` among their `embedding_modules`, and those
@@ -146,26 +148,6 @@ def export_nothing(output: str | Path, base: str) -> Export:
     made = Export(Path(output), 1, {})
     write_made(made.path, tensors, _config([name], 1, base), _manifest([], [], made, 1, "float32"))
     return made
-
-
-def truncated(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the best factors of a rank for the product `up @ down`, and the relative error in Frobenius norm.
-
-    Eckart and Young: keep the largest singular values. They are found from the factors' QR decompositions, in float64,
-    so that the product (out, in) is never made.
-
-    Args:
-        up: (out, R).
-        down: (R, in).
-        rank: how many singular values to keep.
-    """
-    left, upper = torch.linalg.qr(up.double())  # (out, k), (k, R)
-    right, lower = torch.linalg.qr(down.double().T)  # (in, m), (m, R)
-    u, values, v = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-    kept, whole = values[:rank], values.square().sum()
-    root = kept.sqrt()
-    error = (values[rank:].square().sum() / whole).sqrt().item() if whole > 0 else 0.0
-    return (left @ u[:, :rank] * root).float(), (root[:, None] * (v[:rank] @ right.T)).float(), error
 
 
 def vllm_problems(model: Any, deltas: Mapping[str, Delta]) -> list[str]:

@@ -1,0 +1,1 @@
+"""Adapters to and from elsewhere: the Hub, HTTPS mirrors, archives, folders."""

@@ -1,0 +1,168 @@
+"""An adapter directory -> a checked `Bundle`: everything in it is untrusted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from ..errors import AdapterError, refuse, shown
+from ..untrusted import LARGEST, Weights, list_files, read_file, read_weights, sha256_of, sha256_of_stream, strict_json
+from .bundle import CONFIG, MANIFEST, WEIGHTS, Bundle, Delta
+from .quantized import floats
+from .trust import SIGNATURE, UNSIGNED, Trust
+from .validate import DENSE, check_config, check_manifest, of_module
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_COPY_AGAIN = "Copy it again from where it came from, or ask who made it"
+T = TypeVar("T")
+
+
+def read_bundle(
+    path: str | Path, *, trust: Trust | None = None, also: Callable[[Bundle], Sequence[str]] | None = None
+) -> Bundle:
+    """Read and check an adapter directory: safetensors only, sizes before allocation, all mismatches at once.
+
+    Any LoRA that PEFT wrote will do; a `forget.json` is not needed, but where there is one its digests must hold.
+    Each file is read once, and what was checked is what is used, whatever happens to the files meanwhile.
+
+    Args:
+        path: the directory.
+        trust: whose signatures are taken, and whether one is needed. None: signatures are not looked at.
+        also: called where something is wrong, with as much of the adapter as could be read; returns what else is.
+
+    Raises:
+        AdapterError: naming everything that is wrong with it.
+    """
+    path = Path(path)
+    names = list_files(path)
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if WEIGHTS not in names:
+        if pickles:
+            raise AdapterError(
+                f"{path} holds {', '.join(map(shown, pickles[:3]))}: a pickle can run code when it is read, and is "
+                f"refused. Expected {WEIGHTS}: save it again with PEFT's save_pretrained."
+            )
+        raise AdapterError(f"{path} holds no {WEIGHTS}: expected an adapter as `unlearn-peft train` or PEFT writes it")
+    problems = [
+        f"{shown(name)} lies beside {WEIGHTS}: a pickle that other programs may read instead, and that can run code"
+        for name in pickles
+        if name.startswith("adapter_model")
+    ]
+    files: dict[str, str] = {}
+    deltas: dict[str, Delta] = {}
+    try:
+        weights = read_weights(path / WEIGHTS, problems)
+    except AdapterError as error:
+        problems.append(str(error))
+        weights = Weights({}, "unread")
+    files[WEIGHTS] = weights.sha256
+    config = _json(path / CONFIG, files, problems)
+    manifest = _json(path / MANIFEST, files, problems) if MANIFEST in names else None
+    if config is not None:
+        problems += (wrong := check_config(config))
+        if weights.tensors and not wrong:
+            deltas = _deltas(config, weights.tensors, problems)
+    if manifest is not None and (wrong := check_manifest(manifest)):
+        problems, manifest = problems + wrong, None
+    manifest = manifest or {}
+    problems += [
+        f"{name} is not the file that was saved (its sha256 differs from the one in {MANIFEST}): changed or damaged"
+        for name, noted in manifest.get("files", {}).items()
+        if name in (WEIGHTS, CONFIG) and files.get(name, noted) != noted
+    ]
+    signature = signed_by = None
+    if SIGNATURE in names:
+        signature = _beside(path / SIGNATURE, read_file, problems)
+        for name in names:
+            if name not in files and name not in UNSIGNED:
+                files[name] = _beside(path / name, sha256_of, problems if trust else []) or "unread"
+    if trust is not None:
+        untrusted, signed_by = trust.problems(files, signature)
+        problems += untrusted
+    identity = identity_of(files[WEIGHTS], files.get(CONFIG))
+    bundle = Bundle(path, config or {}, deltas, manifest, files[WEIGHTS], identity, files, signature, signed_by)
+    if problems:
+        refuse(f"the adapter {path} is refused", [*problems, *(also(bundle) if also else ())], _COPY_AGAIN)
+    return bundle
+
+
+def identity_of(weights: str, config: str | None) -> str:
+    """Return `Bundle.identity` from the sha256 of the two files."""
+    return hashlib.sha256(f"{weights} {config}".encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return sha256_of_stream(stream)
+
+
+def _json(path: Path, files: dict[str, str], problems: list[str]) -> dict[str, Any] | None:
+    """Read a JSON file, and note its sha256 in `files`; what is wrong with it goes to `problems`."""
+    try:
+        data = read_file(path)
+        files[path.name] = hashlib.sha256(data).hexdigest()
+        return strict_json(data)
+    except AdapterError as error:
+        problems.append(str(error))
+    except ValueError as error:
+        problems.append(f"{path.name} is not readable JSON ({error})")
+    return None
+
+
+def _beside(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | None:
+    try:
+        return read(path)
+    except AdapterError as error:
+        problems.append(str(error))
+    return None
+
+
+def _deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
+    tensors = floats(config["peft_type"], tensors, problems)
+    if not config["peft_type"].startswith(DENSE):
+        return _lora_deltas(config, tensors, problems)
+    deltas = {}
+    for key, tensor in tensors.items():
+        module = key.removesuffix(".weight").removesuffix(".dense_head_delta").removeprefix("base_model.model.")
+        if tensor.dim() != 2 or not key.removesuffix(".weight").endswith(".dense_head_delta"):
+            problems.append(f"tensor '{key}' is no dense delta of two dimensions")
+        deltas[module] = Delta(tensor, None)
+    if len(deltas) < len(tensors):
+        problems.append("two tensors are for the same module")
+    return deltas
+
+
+def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
+    deltas = {}
+    for key in sorted(tensors):
+        if key.endswith(".lora_B.weight"):
+            if key.removesuffix(".lora_B.weight") + ".lora_A.weight" not in tensors:
+                problems.append(f"'{key}' has no lora_A beside it")
+            continue
+        if not key.endswith(".lora_A.weight"):
+            problems.append(f"tensor '{key}' is no LoRA weight")
+            continue
+        stem, down = key.removesuffix(".lora_A.weight"), tensors[key]
+        module, up = stem.removeprefix("base_model.model."), tensors.get(stem + ".lora_B.weight")
+        if up is None or up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
+            shapes = f"{tuple(down.shape)} and {tuple(up.shape) if up is not None else None}"
+            problems.append(f"'{module}': lora_A and lora_B have shapes {shapes}, expected (r, in) and (out, r)")
+            continue
+        if up.dtype != down.dtype:
+            problems.append(f"'{module}': lora_A is {down.dtype}, lora_B {up.dtype}, expected one dtype")
+        expected = of_module(config.get("rank_pattern"), module, config.get("r", 8))
+        if down.shape[0] != expected:
+            problems.append(f"'{module}' has rank {down.shape[0]}, its config says {expected}")
+        alpha = float(of_module(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
+        scale = alpha / (down.shape[0] ** 0.5 if config.get("use_rslora") else down.shape[0])
+        if abs(scale) > LARGEST:
+            problems.append(f"'{module}' is scaled by {scale:.3g}, expected at most {LARGEST:g}: see its lora_alpha")
+        if module in deltas:
+            problems.append(f"two tensors are for the module '{module}'")
+        deltas[module] = Delta(up, down, scale)
+    return deltas

@@ -1,0 +1,1 @@
+"""Adapters -> other adapters, or a merged model."""
