@@ -15,7 +15,7 @@ from statistics import median
 from floor import Shape
 from performance import MISSING, ROOT, write
 
-from unlearn_peft.files import folder_bytes
+from unlearn_peft.files.atomic import folder_bytes
 
 WAYS = {  # sides of train.py, see train_sides.py
     "original": "the original experiment: dense `lm_head`, a second model as the reference, SGD",

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from unlearn_peft.files import whole_file
+from unlearn_peft.files.atomic import whole_file
 from unlearn_peft.signals import stop_signals
 
 

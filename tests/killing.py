@@ -61,7 +61,7 @@ def prepare(base_folder, adapters):
     import unlearn_peft.adapters.transform.export_vllm
     from unlearn_peft import load_base, unlearn
     from unlearn_peft.adapters.transform.merge import stack
-    from unlearn_peft.files import whole_file
+    from unlearn_peft.files.atomic import whole_file
     from unlearn_peft.recipe import make_recipe
     from unlearn_peft.run import tokenized
     from unlearn_peft.save import save_adapter

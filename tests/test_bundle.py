@@ -133,7 +133,7 @@ def test_unknown_target_modules_name_those_that_exist(tiny, fields):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_nan_and_infinity_are_seen_in_every_dtype(dtype):
-    from unlearn_peft.untrusted import LARGEST, largest_of
+    from unlearn_peft.files.untrusted import LARGEST, largest_of
 
     tensor = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
     assert largest_of(tensor) == torch.finfo(dtype).max > LARGEST

@@ -255,7 +255,7 @@ def test_kills_while_a_policy_file_is_replaced(killer, kills, tmp_path, record_p
 
 
 def test_a_checkpoint_is_never_seen_half_deleted(tmp_path, monkeypatch):
-    import unlearn_peft.files as files
+    import unlearn_peft.files.atomic as files
     from unlearn_peft.checkpoints import Checkpoints, State
 
     checkpoints = Checkpoints(tmp_path / "out", "run")
@@ -270,7 +270,7 @@ def test_a_checkpoint_is_never_seen_half_deleted(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_was_moved_aside_comes_back(tmp_path, monkeypatch):
-    import unlearn_peft.files as files
+    import unlearn_peft.files.atomic as files
 
     target, rename = tmp_path / "adapter", os.rename
 
@@ -427,7 +427,7 @@ def test_a_folder_that_may_not_be_written(tmp_path, adapters, tiny, fields, kill
 
 
 def write_often(target, text, rounds):
-    from unlearn_peft.files import whole_folder
+    from unlearn_peft.files.atomic import whole_folder
 
     for _ in range(rounds):
         with whole_folder(Path(target), replace=True) as folder:
@@ -438,7 +438,7 @@ def write_often(target, text, rounds):
 def test_two_writers_of_one_adapter(tmp_path):
     target = tmp_path / "adapter"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["unlearn_peft.files"])
+    context.set_forkserver_preload(["unlearn_peft.files.atomic"])
     children = [context.Process(target=write_often, args=(str(target), text, 150)) for text in ("one", "two", "three")]
     for child in children:
         child.start()
@@ -490,7 +490,7 @@ def test_two_runs_with_one_output(tmp_path, tiny, fields):
 def secret(home, barrier, answers):
     os.environ.pop("UNLEARN_PEFT_DIGEST_KEY", None)
     os.environ["XDG_CONFIG_HOME"] = home
-    from unlearn_peft.run import _digest_key
+    from unlearn_peft.files.paths import _digest_key
 
     barrier.wait()
     answers.put(_digest_key())

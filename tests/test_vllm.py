@@ -18,7 +18,7 @@ import yaml
 from commands import free_port
 
 from unlearn_peft import forgetting, read_bundle
-from unlearn_peft.base import cache_folder
+from unlearn_peft.files.paths import cache_folder
 from unlearn_peft.serve.engine import Generation, Unavailable
 from unlearn_peft.serve.policy_file import PolicyFile
 from unlearn_peft.serve.set_names import SetName

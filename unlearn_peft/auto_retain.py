@@ -35,11 +35,12 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from .base import Base, cache_folder
+from .base import Base
 from .batch import collate
 from .data import Row, anchors, names_in, question_of, tokenize
 from .errors import OutputError
-from .files import whole_file
+from .files.atomic import whole_file
+from .files.paths import cache_folder
 from .forward import picked_logits
 from .generate import answers, sampled
 

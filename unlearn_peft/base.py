@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BaseModelError
-from .files import whole_folder
+from .files.atomic import whole_folder
+from .files.paths import cache_folder
 from .mapped import take_in
 from .quantized import let_gradients_pass, quantization
 
@@ -180,13 +181,6 @@ def mismatches(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[st
         for part in ("config", "tokenizer", "weights")
         if expected.get(part) and found.get(part) and expected[part] != found[part]
     ]
-
-
-def cache_folder() -> Path:
-    """Return where converted bases are kept: `$UNLEARN_PEFT_CACHE`, else the user's cache folder."""
-    if chosen := os.environ.get("UNLEARN_PEFT_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unlearn_peft"
 
 
 def demo_gguf() -> Path | None:

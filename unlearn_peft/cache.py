@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .data import Example
-from .files import whole_file
+from .files.atomic import whole_file
 
 logger = logging.getLogger(__name__)
 _SHARD_BYTES = 64_000_000

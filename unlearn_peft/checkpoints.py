@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import TrainingError
-from .files import delete_whole, whole_folder
+from .files.atomic import delete_whole, whole_folder
 
 
 @dataclass

@@ -136,7 +136,7 @@ def retain(
       unlearn-peft train mine.yaml --set retain=retain.jsonl
     """
     from .base import load_base
-    from .files import whole_file
+    from .files.atomic import whole_file
     from .recipe import load_recipe
     from .run import make_retain, read_sets
 

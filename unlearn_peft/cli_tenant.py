@@ -289,7 +289,7 @@ def export(
 
     unlearn-peft tenant export --output policy.yaml
     """
-    from .files import whole_file
+    from .files.atomic import whole_file
     from .serve.policy_file import dump_policy
 
     text = dump_policy(_open(store).current())

@@ -27,13 +27,10 @@ from pydantic import (
 )
 
 from .errors import RecipeError, did_you_mean
+from .files.validation import _Strict
 from .objective_settings import ALIASES, SETTINGS, GaKlSettings, Objective
 
 DATA_FIELDS = ("forget", "retain", "probes", "neighbours")
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class LoraSettings(BaseModel):

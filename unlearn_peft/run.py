@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +22,8 @@ from .base import Base, load_base
 from .checkpoints import Checkpoints
 from .data import Example, Row, anchors, keyed_digest, read_rows, refuse_overlap, tokenize
 from .errors import AdapterError, DataError, OutputError, RecipeError
-from .files import folder_bytes, whole_file
+from .files.atomic import folder_bytes
+from .files.paths import _digest_key
 from .learner import Progress
 from .own_answers import held_answers, own_answers, questions
 from .recipe import DATA_FIELDS, Recipe, make_recipe
@@ -297,15 +297,3 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quie
         )  # fmt: skip
         retain += tokens(said, "own answer")
     return Sets(with_refusals(forget, rows["forget"]), retain, held_out, held, own)
-
-
-def _digest_key() -> bytes:
-    """Return this user's secret for keyed digests: `$UNLEARN_PEFT_DIGEST_KEY`, else a file made on first use."""
-    if given := os.environ.get("UNLEARN_PEFT_DIGEST_KEY"):
-        return given.encode()
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    path = home / "unlearn_peft" / "digest.key"
-    if not path.is_file():
-        with whole_file(path, mode=0o600, replace=False) as temporary:  # of several runs, one makes it for all
-            temporary.write_text(secrets.token_hex(32))
-    return path.read_text().encode()

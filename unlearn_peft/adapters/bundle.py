@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..base import fingerprint, mismatches
 from ..errors import refuse, shown
-from ..files import folder_bytes
+from ..files.atomic import folder_bytes
 from ..layers import submodule
 
 WEIGHTS, CONFIG, MANIFEST, CARD, CURVES = (

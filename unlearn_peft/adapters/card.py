@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterError, shown
-from ..files import whole_file
+from ..files.atomic import whole_file
 from .bundle import CARD
 from .bundle import CURVES as CURVES
 from .quantized import QUANTIZED

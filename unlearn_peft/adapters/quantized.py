@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..untrusted import FLOATS, LARGEST, largest_of
+from ..files.untrusted import FLOATS, LARGEST, largest_of
 
 GROUP = 64  # values that share a scale
 QUANTIZED = "_QUANTIZED"  # at the end of peft_type: PEFT refuses such a type, instead of passing over the tensors

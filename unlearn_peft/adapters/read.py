@@ -10,7 +10,16 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ..errors import AdapterError, refuse, shown
-from ..untrusted import LARGEST, Weights, list_files, read_file, read_weights, sha256_of, sha256_of_stream, strict_json
+from ..files.untrusted import (
+    LARGEST,
+    Weights,
+    list_files,
+    read_file,
+    read_weights,
+    sha256_of,
+    sha256_of_stream,
+    strict_json,
+)
 from .bundle import CONFIG, MANIFEST, WEIGHTS, Bundle, Delta
 from .quantized import floats
 from .trust import SIGNATURE, UNSIGNED, Trust

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError, OutputError, TrustError, refuse
-from ..files import whole_file
-from ..untrusted import list_files, sha256_of
+from ..files.atomic import whole_file
+from ..files.untrusted import list_files, sha256_of
 from .bundle import Bundle
 from .read import read_bundle
 from .trust import SIGNATURE, UNSIGNED, Trust, claimed, differences, need_model_signing

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import TrustError, refuse, shown
-from ..untrusted import MOST_JSON_BYTES, strict_json
+from ..files.untrusted import MOST_JSON_BYTES, strict_json
 
 SIGNATURE = "model.sig"
 UNSIGNED = (SIGNATURE, ".gitattributes")  # the Hub adds the second to every repository; nothing here reads it

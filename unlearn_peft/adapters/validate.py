@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import shown
-from ..untrusted import LARGEST
+from ..files.untrusted import LARGEST
 from .quantized import QUANTIZED
 
 LORA, DENSE = "LORA", "DENSE_HEAD"

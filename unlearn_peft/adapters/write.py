@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, refuse
-from ..files import whole_file, whole_folder
+from ..files.atomic import whole_file, whole_folder
 from .bundle import CONFIG, MANIFEST
 from .read import _json, sha256
 from .trust import SIGNATURE

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.bundle import CONFIG, CURVES
 from ..adapters.card import EVALUATED
 from ..errors import OutputError
-from ..files import whole_file
+from ..files.atomic import whole_file
 from . import wording
 from .ability import PREFIX
 from .evaluation import STATES, Evaluation

@@ -25,8 +25,8 @@ from ..adapters.bundle import CONFIG, WEIGHTS
 from ..adapters.read import read_bundle
 from ..adapters.transform.export_vllm import export_nothing, export_vllm
 from ..errors import AdapterError, TrustError, refuse
-from ..files import folder_bytes
-from ..untrusted import list_files
+from ..files.atomic import folder_bytes
+from ..files.untrusted import list_files
 from .policy import Policy
 from .set_names import set_digest
 

@@ -72,7 +72,7 @@ class Sets:
             TrustError: if keys cannot be read.
         """
         from ..adapters.trust import Trust
-        from ..base import cache_folder
+        from ..files.paths import cache_folder
 
         def number(name: str, default: float) -> float:
             text = os.environ.get(name) or str(default)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ...errors import AdapterError, OutputError, shown
-from ...files import whole_file
-from ...untrusted import MOST_JSON_BYTES, MOST_WEIGHT_BYTES, list_files
+from ...files.atomic import whole_file
+from ...files.untrusted import MOST_JSON_BYTES, MOST_WEIGHT_BYTES, list_files
 from ..trust import SIGNABLE, SIGNABLE_ENDINGS, SIGNATURE
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")

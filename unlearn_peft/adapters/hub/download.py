@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from ...errors import AdapterError, shown
-from ...files import flush
+from ...files.atomic import flush
 
 _MOST_REDIRECTS = 5
 _TRIES = 3

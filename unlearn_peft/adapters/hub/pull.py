@@ -16,10 +16,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from urllib.parse import quote
 
-from ...base import cache_folder
 from ...errors import AdapterError, OutputError, shown
-from ...files import whole_file, whole_folder
-from ...untrusted import list_files, sha256_of, strict_json
+from ...files.atomic import whole_file, whole_folder
+from ...files.paths import cache_folder
+from ...files.untrusted import list_files, sha256_of, strict_json
 from ..bundle import Bundle
 from ..read import read_bundle
 from ..trust import SIGNABLE, Trust

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...errors import AdapterError, shown
-from ...untrusted import list_files, sha256_of
+from ...files.untrusted import list_files, sha256_of
 from ..read import read_bundle
 from ..trust import Trust
 from ..write import check_output

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...base import DTYPES, skeleton
 from ...errors import AdapterError, BaseModelError
-from ...files import folder_bytes
+from ...files.atomic import folder_bytes
 from ..bundle import Bundle, Delta
 from ..read import read_bundle
 from ..trust import Trust

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...base import Base, head_is_tied
 from ...errors import AdapterError, OutputError
-from ...files import whole_folder
+from ...files.atomic import whole_folder
 from ..bundle import CONFIG, WEIGHTS
 from ..card import write_card
 from ..read import read_bundle

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import AdapterError
-from ...files import folder_bytes
+from ...files.atomic import folder_bytes
 from ..bundle import WEIGHTS, Bundle, Delta
 from ..quantized import QUANTIZED, pack, unpack
 from ..read import read_bundle

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from .errors import AdapterError, shown
+from ..errors import AdapterError, shown
 
 MOST_JSON_BYTES = 4_000_000
 MOST_WEIGHT_BYTES = 4 << 30
