@@ -15,10 +15,10 @@ import torch
 
 from unlearn_peft import forgetting, load_base, read_bundle
 from unlearn_peft.adapters.transform.shrink import shrink
-from unlearn_peft.data import read_rows
+from unlearn_peft.data.rows import read_rows
 from unlearn_peft.evaluate.rows import row_tokens
 from unlearn_peft.generate import answers, leaked, mean_kl, sampled, target_log_probabilities
-from unlearn_peft.recipe import load_recipe
+from unlearn_peft.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGE, PICTURE = ROOT / "docs" / "adapter_size.md", ROOT / "docs" / "adapter_size.png"

@@ -25,12 +25,12 @@ from jobs import add_arguments, keep, make_missing
 from variants import VARIANTS, file_name
 
 from unlearn_peft import forgetting, load_base, load_recipe, unlearn
-from unlearn_peft.data import read_rows
+from unlearn_peft.data.rows import read_rows
 from unlearn_peft.errors import RecipeError
 from unlearn_peft.evaluate.fluency import losses_under_base
 from unlearn_peft.files.atomic import whole_file
 from unlearn_peft.generate import answers, leaked, mean_kl, sampled, target_log_probabilities
-from unlearn_peft.recipe import Recipe
+from unlearn_peft.recipe.schema import Recipe
 
 ROOT = Path(__file__).parent.parent
 ADAPTERS = {"lora": {"kind": "lora"}, "head": {"kind": "head", "r": 8}}

@@ -22,7 +22,7 @@ from train_sides import recipe_of, run_steps
 
 from unlearn_peft import load_base
 from unlearn_peft.base import Base, freeze
-from unlearn_peft.data import Example
+from unlearn_peft.data.tokenize import Example
 from unlearn_peft.schedule import Sets
 
 KINDS = ("head", "top8", "lora")

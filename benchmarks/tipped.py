@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from unlearn_peft import forgetting, load_base
-from unlearn_peft.data import read_rows
+from unlearn_peft.data.rows import read_rows
+from unlearn_peft.data.source import DataSpec
 from unlearn_peft.evaluate.meaning import unchanged
 from unlearn_peft.generate import answers, mean_kl, target_log_probabilities
-from unlearn_peft.recipe import DataSpec
 
 ROOT = Path(__file__).parent.parent
 SETS = ("harry_potter_neighbours", "harry_potter_neighbours_unseen")

@@ -39,11 +39,11 @@ from jobs import add_arguments, keep, make_missing
 from variants import VARIANTS, file_name
 
 from unlearn_peft import Base, forgetting, load_base, merge, unlearn
-from unlearn_peft.data import read_rows
+from unlearn_peft.data.rows import read_rows
+from unlearn_peft.data.source import DataSpec
 from unlearn_peft.evaluate.tofu import measure_tofu
 from unlearn_peft.evaluate.truth import NINE, forget_quality
 from unlearn_peft.objectives import Terms
-from unlearn_peft.recipe import DataSpec
 
 DATA = Path(__file__).parent / "data"
 AN_AUTHOR, WRONG = 20, 3  # rows an author has; wrong answers a question gets

@@ -9,7 +9,7 @@ from itertools import islice
 from os.path import commonprefix
 from pathlib import Path
 
-from unlearn_peft.data import Example, tokenize
+from unlearn_peft.data.tokenize import Example, tokenize
 from unlearn_peft.schedule import Sets
 
 DATA = Path(__file__).parent / "data"

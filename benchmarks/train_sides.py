@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from train_rows import counts, data_sets
 
 from unlearn_peft import load_base
-from unlearn_peft.batch import collate
-from unlearn_peft.recipe import make_recipe
+from unlearn_peft.data.batch import collate
+from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.schedule import Schedule, Sets
 from unlearn_peft.train import Job, Training
 

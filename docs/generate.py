@@ -20,8 +20,9 @@ sys.path.insert(0, str(DOCS.parent))
 import typer  # noqa: E402
 from pydantic import BaseModel  # noqa: E402
 
-from unlearn_peft import objective_settings, recipe  # noqa: E402
 from unlearn_peft.cli import app  # noqa: E402
+from unlearn_peft.recipe import objectives as objective_settings  # noqa: E402
+from unlearn_peft.recipe import schema as recipe  # noqa: E402
 
 MADE = "<!-- written by docs/generate.py: change the code, not this page -->\n"
 

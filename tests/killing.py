@@ -62,7 +62,7 @@ def prepare(base_folder, adapters):
     from unlearn_peft import load_base, unlearn
     from unlearn_peft.adapters.transform.merge import stack
     from unlearn_peft.files.atomic import whole_file
-    from unlearn_peft.recipe import make_recipe
+    from unlearn_peft.recipe.load import make_recipe
     from unlearn_peft.run import tokenized
     from unlearn_peft.save import save_adapter
     from unlearn_peft.serve.policy import make_policy

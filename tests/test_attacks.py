@@ -10,7 +10,7 @@ from conftest import FORGET, RETAIN, logits
 from safetensors.torch import load_file, save_file
 
 from unlearn_peft import answers, attach, attached, detach
-from unlearn_peft.data import chat_prompt
+from unlearn_peft.data.tokenize import chat_prompt
 from unlearn_peft.errors import AdapterError, DataError, UnlearnError
 from unlearn_peft.evaluate.attacks import ATTACKS, Target, asking, reading, relearning, run_attacks, weights
 from unlearn_peft.evaluate.attacks.prompts import BEGINNINGS, GENERIC, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS

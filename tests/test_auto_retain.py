@@ -10,7 +10,7 @@ from unlearn_peft import auto_retain as made_by
 from unlearn_peft import unlearn
 from unlearn_peft.auto_retain import _answered, _row_names, _says, _subject, auto_retain
 from unlearn_peft.errors import DataError, OutputError
-from unlearn_peft.recipe import make_recipe
+from unlearn_peft.recipe.load import make_recipe
 
 PLAIN = {"who", "wrote", "what", "the", "of", "by", "is", "it"}
 TARGETS = [

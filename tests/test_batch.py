@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import FORGET, RETAIN
 
-from unlearn_peft.batch import collate, pack
-from unlearn_peft.data import Example, tokenize
+from unlearn_peft.data.batch import collate, pack
+from unlearn_peft.data.tokenize import Example, tokenize
 from unlearn_peft.forward import Rows, picked_logits
 
 SMALL = dict(

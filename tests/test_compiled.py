@@ -9,7 +9,7 @@ from test_train import assert_same
 
 from unlearn_peft import unlearn, unlearn_many
 from unlearn_peft.errors import RecipeError
-from unlearn_peft.recipe import make_recipe
+from unlearn_peft.recipe.load import make_recipe
 
 RMU = {"name": "rmu", "hidden_layer": 1, "retain_budget": None}
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")

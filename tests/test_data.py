@@ -5,10 +5,11 @@ import pytest
 import torch
 from conftest import FORGET, RETAIN
 
-from unlearn_peft.batch import collate
-from unlearn_peft.data import keyed_digest, read_rows, refuse_overlap, tokenize
+from unlearn_peft.data.batch import collate
+from unlearn_peft.data.rows import keyed_digest, read_rows, refuse_overlap
+from unlearn_peft.data.source import DataSpec
+from unlearn_peft.data.tokenize import tokenize
 from unlearn_peft.errors import DataError
-from unlearn_peft.recipe import DataSpec
 
 
 def targets(example, tokenizer):

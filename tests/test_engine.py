@@ -13,12 +13,12 @@ from conftest import FORGET, RETAIN
 from test_batch import FAMILIES, make
 
 from unlearn_peft.cache import Cache, row_digest
-from unlearn_peft.data import tokenize
+from unlearn_peft.data.tokenize import tokenize
 from unlearn_peft.engine import Engine
-from unlearn_peft.objective_settings import SETTINGS
 from unlearn_peft.objectives import OBJECTIVES, Tokens
 from unlearn_peft.pieces import Work
-from unlearn_peft.recipe import HeadSettings, LoraSettings
+from unlearn_peft.recipe.objectives import SETTINGS
+from unlearn_peft.recipe.schema import HeadSettings, LoraSettings
 from unlearn_peft.training.adapter_config import adapter_config
 
 REACHES = {

@@ -9,8 +9,8 @@ from conftest import logits
 
 from unlearn_peft import attach, detach, load_recipe, read_bundle, unlearn
 from unlearn_peft.compare import compare
-from unlearn_peft.data import read_rows
-from unlearn_peft.recipe import DataSpec
+from unlearn_peft.data.rows import read_rows
+from unlearn_peft.data.source import DataSpec
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"
@@ -28,8 +28,8 @@ def is_english(text):
 
 def perplexity(base, prompt, text):
     """Of an answer under the base alone: word salad is thousands."""
-    from unlearn_peft.batch import collate
-    from unlearn_peft.data import tokenize
+    from unlearn_peft.data.batch import collate
+    from unlearn_peft.data.tokenize import tokenize
     from unlearn_peft.forward import picked_logits
 
     examples = tokenize([{"prompt": prompt, "completion": text}], base.tokenizer, closing=False)

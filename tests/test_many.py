@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from unlearn_peft import unlearn, unlearn_many
 from unlearn_peft.errors import Interrupted, RecipeError, TrainingError
-from unlearn_peft.recipe import make_recipe
+from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.train import Training
 
 COMMON = {

@@ -12,7 +12,7 @@ from conftest import FORGET, RETAIN
 
 import unlearn_peft.evaluate.score as score_
 from unlearn_peft import UnlearnError, answers, attach, attached, detach
-from unlearn_peft.data import chat_prompt, tokenize
+from unlearn_peft.data.tokenize import chat_prompt, tokenize
 from unlearn_peft.errors import DataError
 from unlearn_peft.evaluate import fluency, leaks, memorization, privacy, truth
 from unlearn_peft.evaluate.rows import RowTokens, alone, keep_reference, kl, kl_to_reference, questions, row_tokens

@@ -237,7 +237,7 @@ def test_training_leaves_nothing(place, search, tokenizer, trained):
 
 
 def test_the_manifest_holds_keyed_digests_only(trained):
-    from unlearn_peft.data import keyed_digest
+    from unlearn_peft.data.rows import keyed_digest
 
     manifest = json.loads((trained / "forget.json").read_text())
     digests = manifest["data_digests"]["hmac_sha256"]
@@ -371,7 +371,7 @@ def read_back(base, tokenizer, folder, layer, rows=FORGET):
     from peft import LoraConfig, get_peft_model
 
     from unlearn_peft.cache import Cache, row_digest
-    from unlearn_peft.data import tokenize
+    from unlearn_peft.data.tokenize import tokenize
     from unlearn_peft.engine import Engine
 
     config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[layer])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unlearn_peft import load_recipe
-from unlearn_peft.recipe import make_recipe
+from unlearn_peft.recipe.load import make_recipe
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")

@@ -11,12 +11,12 @@ import torch
 from conftest import FORGET, RETAIN
 
 from unlearn_peft import unlearn
-from unlearn_peft.data import tokenize
+from unlearn_peft.data.tokenize import tokenize
 from unlearn_peft.engine import Engine
 from unlearn_peft.errors import RecipeError
-from unlearn_peft.objective_settings import SETTINGS
 from unlearn_peft.objectives import OBJECTIVES, Tokens
-from unlearn_peft.recipe import make_recipe
+from unlearn_peft.recipe.load import make_recipe
+from unlearn_peft.recipe.objectives import SETTINGS
 from unlearn_peft.refusals import REFUSALS, refusing
 
 V = 5
@@ -302,7 +302,7 @@ def test_the_engine_hands_out_each_rows_refusal(tiny, fields):
     """What comes with a row in a batch is what the same rows give alone."""
     from peft import get_peft_model
 
-    from unlearn_peft.recipe import LoraSettings
+    from unlearn_peft.recipe.schema import LoraSettings
     from unlearn_peft.training.adapter_config import adapter_config
 
     forget = tokenize([*FORGET, {"text": "the blue book"}], tiny.tokenizer, closing=False)

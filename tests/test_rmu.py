@@ -12,14 +12,15 @@ from conftest import FORGET, RETAIN, make_tiny
 from safetensors.torch import load_file
 
 from unlearn_peft import attach, detach, load_base, unlearn
-from unlearn_peft.data import tokenize
+from unlearn_peft.data.tokenize import tokenize
 from unlearn_peft.engine import Engine
 from unlearn_peft.errors import Interrupted, RecipeError
 from unlearn_peft.forward import training_mode
 from unlearn_peft.layers import decoder_layers, watched_layer
-from unlearn_peft.objective_settings import RmuSettings
 from unlearn_peft.objectives import Tokens, hidden_distance, kl_divergence, rmu
-from unlearn_peft.recipe import LoraSettings, make_recipe
+from unlearn_peft.recipe.load import make_recipe
+from unlearn_peft.recipe.objectives import RmuSettings
+from unlearn_peft.recipe.schema import LoraSettings
 from unlearn_peft.refusals import refusing
 from unlearn_peft.training.adapter_config import adapter_config
 

@@ -6,12 +6,13 @@ from conftest import FORGET, RETAIN
 from safetensors.torch import load_file
 
 from unlearn_peft import run, unlearn
-from unlearn_peft.data import tokenize
+from unlearn_peft.data.tokenize import tokenize
 from unlearn_peft.generate import answers
-from unlearn_peft.objective_settings import UndialSettings
 from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence, undial
 from unlearn_peft.own_answers import held_answers, own_answers, questions
-from unlearn_peft.recipe import GaKlSettings, make_recipe
+from unlearn_peft.recipe.load import make_recipe
+from unlearn_peft.recipe.objectives import UndialSettings
+from unlearn_peft.recipe.schema import GaKlSettings
 from unlearn_peft.specific import common_words, facts_of, mark_facts, mark_specific, spellings
 
 

@@ -152,8 +152,8 @@ def test_the_best_step_within_budget_is_kept_not_the_last(tiny, fields):
     assert kept["held_out_kl"] <= 0.05 < result.progress.evaluations[-1]["held_out_kl"]
     assert result.metrics["best_step"] < 30
     attach(tiny, result.path)  # what was saved is that step, not the last
-    from unlearn_peft.batch import collate
-    from unlearn_peft.data import tokenize
+    from unlearn_peft.data.batch import collate
+    from unlearn_peft.data.tokenize import tokenize
     from unlearn_peft.forward import picked_logits
 
     batch = collate(tokenize(FORGET, tiny.tokenizer, closing=False), 2)

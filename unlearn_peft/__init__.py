@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from .base import load_base as load_base
     from .errors import UnlearnError as UnlearnError
     from .generate import answers as answers
-    from .recipe import Recipe as Recipe
-    from .recipe import load_recipe as load_recipe
+    from .recipe.load import load_recipe as load_recipe
+    from .recipe.schema import Recipe as Recipe
     from .run import Adapter as Adapter
     from .run import unlearn as unlearn
     from .run import unlearn_many as unlearn_many
@@ -36,8 +36,8 @@ _PUBLIC = {
     "unlearn": "run",
     "unlearn_many": "run",
     "Adapter": "run",
-    "Recipe": "recipe",
-    "load_recipe": "recipe",
+    "Recipe": "recipe.schema",
+    "load_recipe": "recipe.load",
     "Base": "base",
     "load_base": "base",
     "attach": "attaching",

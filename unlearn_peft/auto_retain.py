@@ -36,8 +36,12 @@ import torch
 from filelock import FileLock
 
 from .base import Base
-from .batch import collate
-from .data import Row, anchors, names_in, question_of, tokenize
+from .data.anchors import anchors
+from .data.batch import collate
+from .data.rows import question_of
+from .data.source import Row
+from .data.tokenize import tokenize
+from .data.words import names_in
 from .errors import OutputError
 from .files.atomic import whole_file
 from .files.paths import cache_folder

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .data import Example
+from .data.tokenize import Example
 from .files.atomic import whole_file
 
 logger = logging.getLogger(__name__)

@@ -83,7 +83,7 @@ def train(
 
       unlearn-peft train requests/*.yaml --output out/requests
     """
-    from .recipe import load_recipe
+    from .recipe.load import load_recipe
 
     given = []
     for path in recipes:
@@ -137,7 +137,7 @@ def retain(
     """
     from .base import load_base
     from .files.atomic import whole_file
-    from .recipe import load_recipe
+    from .recipe.load import load_recipe
     from .run import make_retain, read_sets
 
     given = load_recipe(
@@ -216,8 +216,8 @@ def compare(
     """Show answers before, with the adapters, and after their removal, side by side."""
     from .compare import compare as compare_
     from .compare import show
-    from .data import read_rows
-    from .recipe import DataSpec
+    from .data.rows import read_rows
+    from .data.source import DataSpec
 
     rows = read_rows(DataSpec(path=str(probes)), "probes") if probes else []
     rows += [{"prompt": asked, "leak": []} for asked in prompt or []]

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, side_by_side
 from .cache import Cache
-from .data import Example
+from .data.batch import Batch, side_by_side
+from .data.tokenize import Example
 from .forward import Halves, Rows, alike, picked_logits, predicting
 from .frozen import FINAL, HEAD, Frozen
 from .layers import changed_layers, decoder_layers, outputs_of, rows_use, watched_layer

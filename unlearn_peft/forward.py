@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, collate, pack
-from .data import Example
+from .data.batch import Batch, collate, pack
+from .data.tokenize import Example
 from .layers import giving, standing_in
 
 

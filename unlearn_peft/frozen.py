@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import Cache
-from .data import Example
+from .data.tokenize import Example
 from .forward import Halves, Rows, alike, picked_logits, predicting
 from .layers import decoder_layers, outputs_of
 from .pieces import target_count

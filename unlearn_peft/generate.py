@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from .base import Base
-from .batch import collate
-from .data import Row, chat_prompt, tokenize
+from .data.batch import collate
+from .data.source import Row
+from .data.tokenize import chat_prompt, tokenize
 from .forward import picked_logits
 
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from .checkpoints import Checkpoints, State, to_cpu
-from .data import Example
+from .data.tokenize import Example
 from .engine import Engine
 from .errors import TrainingError
 from .objectives import Tokens, find_objective, kl_divergence
 from .pieces import Work, target_count
-from .recipe import Recipe
+from .recipe.schema import Recipe
 from .schedule import Schedule, Sets, rate
 
 _NEARLY = 0.95  # of the best score

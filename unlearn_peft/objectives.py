@@ -11,7 +11,7 @@ each token, so the mean over tokens is the mean over rows, divided by their mean
 nats/token is given to each of its tokens (so long rows weigh more, as in a mean over tokens). Both are in nats/token,
 so that `retain_weight` means the same under each objective but `rmu`, which compares hidden states.
 
-To add one: a function of the shape of `ga_kl`, a line in `OBJECTIVES` and its settings in `objective_settings.py`, or
+To add one: a function of the shape of `ga_kl`, a line in `OBJECTIVES` and its settings in `recipe/objectives.py`, or
 `module:function` in a recipe.
 """
 
@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dotted import load_function
 from .errors import RecipeError
 from .functions import cross_entropy, reverse_kl
+from .recipe.plugins import load_function
 
 
 @dataclass(frozen=True)

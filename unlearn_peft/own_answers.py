@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from .base import Base
-from .data import Row
+from .data.source import Row
+from .data.words import words_of
 from .generate import answers, sampled
 from .specific import tells
 
@@ -117,8 +118,3 @@ def _asked(
             more = sampled(base, some, count=samples, seed=seed + start, **how) if samples else [[] for _ in some]
             yield from ((prompt, [first, *rest]) for prompt, first, rest in zip(some, greedy, more, strict=True))
             bar.update(len(some))
-
-
-def words_of(text: str) -> set[str]:
-    """Return the words of a text, case folded."""
-    return {word.casefold() for word in re.findall(r"\w+", text)}

@@ -20,13 +20,17 @@ from .attaching import attached
 from .auto_retain import Made, auto_retain
 from .base import Base, load_base
 from .checkpoints import Checkpoints
-from .data import Example, Row, anchors, keyed_digest, read_rows, refuse_overlap, tokenize
+from .data.anchors import anchors
+from .data.rows import keyed_digest, read_rows, refuse_overlap
+from .data.source import Row
+from .data.tokenize import Example, tokenize
 from .errors import AdapterError, DataError, OutputError, RecipeError
 from .files.atomic import folder_bytes
 from .files.paths import _digest_key
 from .learner import Progress
 from .own_answers import held_answers, own_answers, questions
-from .recipe import DATA_FIELDS, Recipe, make_recipe
+from .recipe.load import make_recipe
+from .recipe.schema import DATA_FIELDS, Recipe
 from .refusals import refusing
 from .save import metrics_of, save_adapter, settings_of
 from .schedule import Sets, split_retain

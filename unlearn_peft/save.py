@@ -17,7 +17,7 @@ from .adapters.bundle import CONFIG, CURVES, WEIGHTS
 from .adapters.card import write_card
 from .adapters.write import new_bundle
 from .base import DTYPES, Base
-from .recipe import DATA_FIELDS, Recipe
+from .recipe.schema import DATA_FIELDS, Recipe
 from .train import Trained
 from .training.curves import draw_curves
 

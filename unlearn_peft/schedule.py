@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import torch
 
-from .data import Example
-from .recipe import Recipe
+from .data.tokenize import Example
+from .recipe.schema import Recipe
 
 T = TypeVar("T")
 

@@ -28,7 +28,7 @@ from .errors import Interrupted, RecipeError, TrainingError
 from .forward import training_mode
 from .learner import Learner, Progress
 from .mapped import give_back_freed
-from .recipe import DATA_FIELDS, Recipe
+from .recipe.schema import DATA_FIELDS, Recipe
 from .schedule import Sets
 from .sharded import is_shared, runs_on_cpu, share_out
 from .signals import stop_signals

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch
+from .data.batch import Batch
 from .layers import giving, standing_in
 
 

@@ -18,9 +18,10 @@ from ..adapters.read import read_bundle
 from ..adapters.trust import Trust
 from ..attaching import attached, forgetting
 from ..base import Base
-from ..data import Row, read_rows
+from ..data.rows import read_rows
+from ..data.source import DataSpec, Row
 from ..errors import AdapterError, DataError
-from ..recipe import DataSpec, load_recipe
+from ..recipe.load import load_recipe
 from .ability import PREFIX, Ability
 from .own import Metric, own_scores
 from .said import Said, SideBySide, answers_to_probes, ask, changed_neighbours

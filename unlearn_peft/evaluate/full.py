@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..base import Base
-from ..data import Row
+from ..data.source import Row
 from ..errors import DataError
 from .memorization import knowledge_memorization, verbatim_memorization
 from .privacy import membership

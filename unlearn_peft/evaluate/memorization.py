@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from ..base import Base
-from ..data import Row
+from ..data.source import Row
 from ..generate import answers
 from .rows import RowTokens, questions
 from .score import Array, extra

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..base import Base
-from ..data import Row
-from ..dotted import load_function
+from ..data.source import Row
 from ..errors import UnlearnError
+from ..recipe.plugins import load_function
 from .score import Score
 
 Metric = Callable[[Base, Mapping[str, list[Row]]], Score | Sequence[Score]]

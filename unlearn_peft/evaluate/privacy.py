@@ -17,8 +17,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..base import Base
-from ..batch import collate
-from ..data import Row, tokenize
+from ..data.batch import collate
+from ..data.source import Row
+from ..data.tokenize import tokenize
 from ..errors import BaseModelError
 from ..forward import picked_logits
 from .rows import RowTokens, row_tokens

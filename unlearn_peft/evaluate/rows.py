@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..bank import Bank
 from ..base import Base
-from ..data import Example, Row, tokenize
+from ..data.source import Row
+from ..data.tokenize import Example, tokenize
 from ..errors import DataError
 from ..forward import Rows, picked_logits
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..base import Base
-from ..data import Row
+from ..data.source import Row
 from ..generate import answers, leaked, sampled
 from .leaks import leaking_parts
 from .meaning import unchanged

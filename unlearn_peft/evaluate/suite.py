@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..base import Base
-from ..data import Row
+from ..data.source import Row
 from ..errors import DataError, did_you_mean
 from ..generate import answers
 from .fluency import losses_under_base, perplexity, repetition

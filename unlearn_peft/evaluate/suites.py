@@ -13,7 +13,7 @@ from ..errors import DataError
 
 if TYPE_CHECKING:
     from ..base import Base
-    from ..data import Row
+    from ..data.source import Row
     from .score import Array, Score
 
 

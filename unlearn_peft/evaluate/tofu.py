@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..base import Base
-from ..data import Row
+from ..data.source import Row
 from ..errors import DataError
 from ..generate import answers
 from .memorization import answer_probability, rouge_l

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..base import Base
-from ..data import Row
+from ..data.source import Row
 from ..errors import DataError
 from .rows import row_tokens
 from .score import Array, Score, extra, score

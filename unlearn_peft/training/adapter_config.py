@@ -15,7 +15,7 @@ from torch import nn
 
 from ..base import head_name
 from ..errors import AdapterError, did_you_mean
-from ..recipe import HeadSettings, LoraSettings
+from ..recipe.schema import HeadSettings, LoraSettings
 
 
 def adapter_config(model: Any, settings: LoraSettings | HeadSettings) -> Any:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from ...attaching import attached
-from ...dotted import load_function
 from ...errors import AdapterError, UnlearnError, did_you_mean
+from ...recipe.plugins import load_function
 from .asking import few_shot, jailbreak, multilingual, paraphrase, prefix, sampling
 from .reading import adapter_diff, logit_lens
 from .relearning import relearn

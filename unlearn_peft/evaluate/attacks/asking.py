@@ -7,7 +7,8 @@ model wrote, case ignored, as in the rest of the evaluation: another spelling or
 
 from __future__ import annotations
 
-from ...data import Row, anchors
+from ...data.anchors import anchors
+from ...data.source import Row
 from ...generate import leaked, sampled
 from ..leaks import any_leak, leak_shares, leaking_parts
 from ..rows import alone, questions

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...base import Base
-from ...data import Row
+from ...data.source import Row
 from ...errors import BaseModelError
 from ...layers import decoder_layers
 from ..rows import alone

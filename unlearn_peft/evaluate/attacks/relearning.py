@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ...base import head_name
-from ...batch import collate
-from ...data import Row, tokenize
+from ...data.batch import collate
+from ...data.source import Row
+from ...data.tokenize import tokenize
 from ...forward import picked_logits
 from ...generate import leaked
 from ..score import Array

@@ -21,7 +21,8 @@ from ...adapters.trust import Trust
 from ...attaching import attached
 from ...bank import Bank
 from ...base import Base
-from ...data import Row, read_rows
+from ...data.rows import read_rows
+from ...data.source import Row
 from ...errors import AdapterError, DataError
 from ...generate import answers, leaked
 from ..leaks import leaking_parts

@@ -13,7 +13,7 @@ from os.path import commonprefix
 import torch
 from torch import Tensor, nn
 
-from .data import Example
+from .tokenize import Example
 
 _MOST_PACKED = 2048  # tokens; the mask grows with their square
 _WORTH_IT = 0.9  # of the padded tokens

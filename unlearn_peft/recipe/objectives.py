@@ -1,4 +1,4 @@
-"""The settings of each objective, with its defaults; `recipe.py` reads them, `objectives.py` gets them.
+"""The settings of each objective, with its defaults; `recipe/schema.py` reads them, `objectives.py` gets them.
 
 To add an objective: a model here, a member of `Objective`, and a function in `objectives.py`.
 """
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
-from .errors import did_you_mean
+from ..errors import did_you_mean
 
 
 class StopWhen(BaseModel):

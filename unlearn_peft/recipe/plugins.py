@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .errors import UnlearnError
+from ..errors import UnlearnError
 
 
 def load_function(

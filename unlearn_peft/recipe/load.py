@@ -1,0 +1,168 @@
+"""YAML and overrides -> a validated `Recipe`, or one error that names every unknown key and wrong value."""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ..errors import RecipeError, did_you_mean
+from .objectives import SETTINGS
+from .schema import DATA_FIELDS, Recipe
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), **fields: Any) -> Recipe:
+    """Read a YAML recipe, apply overrides, and validate the whole.
+
+    Args:
+        path: the YAML file. Data paths inside it are relative to its folder.
+        overrides: `key=value` or `key.inner=value`, the value written as YAML. Data paths here are relative
+            to the working folder.
+        fields: further overrides as Python values; None means "not given".
+
+    Raises:
+        RecipeError: if the file cannot be read or any field is unknown or out of range; all are told at once.
+    """
+    path = Path(path)
+    values = _read_yaml(path)
+    for key in DATA_FIELDS:
+        if key in values and (key, values[key]) != ("retain", "auto"):
+            values[key] = _relative_to(path.parent, values[key])
+    objective = values.get("objective")
+    if isinstance(objective, str):
+        objective = values["objective"] = {"name": objective}
+    if isinstance(objective, dict) and ".py:" in str(objective.get("name")):
+        objective["name"] = str(path.parent.absolute() / objective["name"])
+    if isinstance(values.get("base"), str) and values["base"].startswith(("./", "../")):
+        values["base"] = str(path.parent / values["base"])
+    for override in overrides:
+        _apply(values, override)
+    values.update({key: value for key, value in fields.items() if value is not None})
+    return make_recipe(values, origin=str(path))
+
+
+def make_recipe(values: Mapping[str, Any], origin: str = "the recipe") -> Recipe:
+    """Validate a mapping as a recipe.
+
+    Raises:
+        RecipeError: naming every unknown key (with the nearest known one) and every value out of range.
+    """
+    try:
+        return Recipe.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [_describe(dict(item)) for item in error.errors()]
+        raise RecipeError(f"{origin} cannot be used:\n" + "\n".join(f"  - {p}" for p in problems)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(
+            f"no recipe at {path}: give the path of a YAML file, e.g. recipes/harry_potter.yaml"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = re.sub(
+            r"'[^']{2,}'", "'...'", str(getattr(error, "problem", "unreadable"))
+        )  # may quote an inline row
+        raise RecipeError(f"{path} is not valid YAML{where}: {problem}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"{path} holds {type(values).__name__}, expected a mapping of fields such as 'forget: rows.jsonl'"
+        )
+    return values
+
+
+def _relative_to(folder: Path, source: Any) -> Any:
+    """Resolve a data path against the recipe's folder; what exists there or looks like a file is a path."""
+    if isinstance(source, dict) and isinstance(source.get("path"), str):
+        return {**source, "path": _relative_to(folder, source["path"])}
+    if isinstance(source, str):
+        candidate = folder / source
+        is_file = candidate.exists() or Path(source).suffix in (".jsonl", ".json", ".csv", ".parquet")
+        return str(candidate) if is_file else source
+    return source
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"cannot read the override '{override}': expected key=value, e.g. retain_weight=10")
+    *outer, last = key.strip().split(".")
+    place = values
+    for name in outer:
+        inner = place.get(name)
+        if isinstance(inner, str):  # the shorthand: adapter: lora
+            inner = {"kind" if name == "adapter" else "name": inner}
+        elif inner is None:
+            inner = {}
+        elif not isinstance(inner, dict):
+            raise RecipeError(f"cannot set '{key}': '{name}' holds a {type(inner).__name__}, not named settings")
+        place[name] = inner
+        place = inner
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"cannot read the value of the override '{key}': it is not valid YAML") from None
+
+
+_TAGS = (
+    "lora",
+    "head",
+    "custom",
+    "spec",
+    "rows",
+    "auto",
+    *SETTINGS,
+)  # pydantic names the member of a union in the path
+
+
+def _describe(item: dict[str, Any]) -> str:
+    parts = [str(part) for part in item["loc"] if part not in _TAGS]
+    name = ".".join(parts)
+    if item["type"] == "extra_forbidden":
+        near = did_you_mean(parts[-1], _known_keys(item["loc"][:-1]))
+        if not near and item["loc"][0] in DATA_FIELDS:  # it may be a row's text
+            return f"unknown key in '{item['loc'][0]}': expected a path, a list of rows, or a mapping with 'path'"
+        return f"unknown key '{name}'{near}"
+    if item["type"] == "missing":
+        return f"'{name}' is missing"
+    if item["type"] == "value_error":
+        message = item["msg"].removeprefix("Value error, ")
+        return f"'{name}': {message}" if name and f"'{name}" not in message else message
+    if item["type"] == "union_tag_invalid":
+        found = item["ctx"]["tag"]
+        return f"unknown adapter kind '{found}'{did_you_mean(found, ['lora', 'head'])}; known: lora, head"
+    found = "a list or mapping" if isinstance(item["input"], (dict, list)) else repr(item["input"])
+    if item["loc"] and (item["loc"][0] in DATA_FIELDS or "refusals" in item["loc"]):  # it may hold a row's text
+        found = f"a {type(item['input']).__name__}"
+    return f"'{name}' is {found}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    """Return the field names of the settings model that an error's location leads to."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in map(str, location):
+        if part in SETTINGS:
+            models = [SETTINGS[part]]
+        elif part not in _TAGS:
+            fields = [model.model_fields[part] for model in models if part in model.model_fields]
+            models = [model for field in fields for model in _models_in(field.annotation)]
+    return [key for model in models for key in model.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return [model for argument in get_args(annotation) for model in _models_in(argument)]
+    return []

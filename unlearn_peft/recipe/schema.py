@@ -1,0 +1,160 @@
+"""A recipe: all that a run depends on, in one flat, validated model. Every default of the package lives here.
+
+The objectives' settings are a file of their own, `recipe/objectives.py`.
+
+YAML text or keyword arguments come in; a `Recipe` goes out to data, adapters, objectives and training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from ..data.source import DataSource, DataSpec, Rows
+from ..errors import did_you_mean
+from ..files.validation import _Strict
+from .objectives import ALIASES, GaKlSettings, Objective
+
+DATA_FIELDS = ("forget", "retain", "probes", "neighbours")
+
+
+class LoraSettings(BaseModel):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685). Any further field of `peft.LoraConfig` may be given by name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Literal["lora"] = "lora"
+    r: int = Field(8, ge=1, description="rank")
+    lora_alpha: float = Field(16, gt=0, description="the delta is scaled by lora_alpha / r")
+    target_modules: str | list[str] = Field("all-linear", description="linear layers to adapt")
+    layers: Literal["upper_half", "all"] = Field("upper_half", description="or name them by layers_to_transform")
+
+
+class HeadSettings(_Strict):
+    """A delta on `lm_head` alone: low-rank (an ordinary PEFT LoRA) or dense (the original experiment's way)."""
+
+    kind: Literal["head"] = "head"
+    form: Literal["low_rank", "dense"] = "low_rank"
+    r: int = Field(8, ge=1, description="rank of the low-rank form")
+    lora_alpha: float = Field(16, gt=0, description="the low-rank delta is scaled by lora_alpha / r")
+
+
+RetainSource = Annotated[
+    Annotated[DataSpec, Tag("spec")] | Annotated[Rows, Tag("rows")] | Annotated[Literal["auto"], Tag("auto")],
+    Discriminator(lambda value: "rows" if isinstance(value, list) else "auto" if value == "auto" else "spec"),
+]
+AdapterSettings = Annotated[LoraSettings | HeadSettings, Field(discriminator="kind")]
+
+
+class Recipe(_Strict):
+    """All settings of one run. Batch sizes are rows per optimiser step, over all processes together."""
+
+    base: str = Field("demo", description="Hub id, local folder, .gguf file, or 'demo'")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    quantize: Literal["int8", "llm_int8", "nf4"] | None = Field(
+        None, description="bits a weight of the frozen base; needs unlearn-peft[quantized]"
+    )
+    adapter: AdapterSettings = Field(default_factory=LoraSettings)
+    forget: DataSource
+    retain: RetainSource = Field("auto", description="rows that must stay; auto: the base's own answers")
+    probes: DataSource | None = Field(None, description="rows with `prompt` and `leak` words; never trained on")
+    neighbours: DataSource | None = Field(None, description="rows that must survive; never trained on")
+    objective: Objective = Field(default_factory=GaKlSettings)
+    retain_weight: float = Field(15.0, ge=0)
+    steps: int = Field(45, ge=1, description="at the most: stop_when may end the run before")
+    learning_rate: float = Field(8e-4, gt=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(5, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    forget_batch: int = Field(8, ge=1)
+    own_answers: int = Field(
+        3, ge=0, description="of the base to each forget prompt, sampled: what names a fact is forgotten too; 0: none"
+    )
+    retain_batch: int = Field(8, ge=1)
+    retain_answers: int = Field(
+        0, ge=0, description="of the base to each retain prompt, held beside the rows: its first choice, then samples"
+    )
+    anchor_batch: int = Field(
+        4, ge=0, description="of the package's own rows on the wide world, held beside the retain set; 0: none"
+    )
+    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a step's rows are processed")
+    gradient_checkpointing: bool = False
+    compile: bool = Field(False, description="compile the adapted layers with torch.compile, and undo it afterwards")
+    max_length: int = Field(512, ge=2, description="tokens; longer rows are cut, and counted")
+    train_on: Literal["completion", "all"] = "completion"
+    chat_template: bool = Field(True, description="use the model's chat template for prompt/completion rows")
+    held_out: float = Field(0.25, gt=0, lt=1, description="share of the retain set that the budget is measured on")
+    eval_every: int = Field(5, ge=1)
+    checkpoint_every: int = Field(20, ge=1)
+    cache_gb: float = Field(
+        1.0, ge=0, description="memory for what the frozen base gives, computed once; what is over goes to disk"
+    )
+    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    seed: int = Field(0, ge=0)
+    output: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_shorthand(cls, values: Any) -> Any:
+        """`adapter: lora` stands for `adapter: {kind: lora}`; `objective: x` for `{name: x}`, in our name."""
+        if not isinstance(values, Mapping):
+            return values
+        values = dict(values)
+        for key, inner in (("adapter", "kind"), ("objective", "name")):
+            if isinstance(values.get(key), str):
+                values[key] = {inner: values[key]}
+            elif isinstance(values.get(key), Mapping):
+                default = "lora" if key == "adapter" else "ga_kl"
+                values[key] = {inner: default, **values[key]}
+        match values.get("objective"):
+            case {"name": str(name)} if name in ALIASES:
+                values["objective"]["name"] = ALIASES[name]
+        return values
+
+    @field_validator(*DATA_FIELDS, mode="before")
+    @classmethod
+    def _as_source(cls, value: Any, info: ValidationInfo) -> Any:
+        """A string is a path or Hub id; a list holds rows, where a bare string is a `text` row; no retain is `auto`."""
+        if info.field_name == "retain" and value in (None, "auto"):
+            return "auto"
+        if isinstance(value, (str, Path)):
+            return {"path": str(value)}
+        if isinstance(value, Sequence):
+            return [{"text": row} if isinstance(row, str) else row for row in value]
+        return value
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> Recipe:
+        if isinstance(self.adapter, LoraSettings) and self.adapter.model_extra:
+            from peft import LoraConfig
+
+            known = {*LoraConfig.__dataclass_fields__, "kind"}
+            for key in self.adapter.model_extra:
+                if key not in known:
+                    raise ValueError(f"unknown key 'adapter.{key}'{did_you_mean(key, known)}")
+        if isinstance(self.adapter, HeadSettings) and getattr(self.objective, "hidden_layer", False) is not False:
+            raise ValueError(
+                f"the objective '{self.objective.name}' works on the output of a decoder layer, which a head adapter "
+                "never changes: use adapter: lora, or another objective"
+            )
+        return self
+
+    @property
+    def makes_retain(self) -> bool:
+        """Whether the retain set is to be made from the base's own answers, see auto_retain.py."""
+        return self.retain == "auto" and self.retain_weight > 0
