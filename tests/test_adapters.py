@@ -11,8 +11,8 @@ import torch
 from conftest import logits
 
 from unlearn_peft import Trust, attach, attached, detach, forgetting, load_base, merge, read_bundle, stack, swap
-from unlearn_peft.base import head_is_tied
 from unlearn_peft.errors import AdapterError
+from unlearn_peft.models.layers import head_is_tied
 
 
 def through_peft(base, path, text="Who wrote the blue book about stars?"):

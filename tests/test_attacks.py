@@ -164,7 +164,7 @@ def test_other_bases(tiny_folder, tmp_path, kind):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from unlearn_peft import Base, load_base
-    from unlearn_peft.base import freeze
+    from unlearn_peft.models.base import freeze
 
     base = load_base(str(tiny_folder), dtype="bfloat16" if kind == "bfloat16" else "float32")
     if kind == "gpt2":

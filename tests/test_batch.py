@@ -6,7 +6,7 @@ from conftest import FORGET, RETAIN
 
 from unlearn_peft.data.batch import collate, pack
 from unlearn_peft.data.tokenize import Example, tokenize
-from unlearn_peft.forward import Rows, picked_logits
+from unlearn_peft.models.forward import Rows, picked_logits
 
 SMALL = dict(
     vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -69,7 +69,7 @@ def test_a_first_target_is_predicted_by_its_own_row():
 
 def test_a_model_that_does_not_take_the_mask_is_run_padded(tiny, fields, monkeypatch):
     """The engine compares once; where packed and padded differ, it pads."""
-    import unlearn_peft.forward as engine_
+    import unlearn_peft.models.forward as engine_
     from unlearn_peft import unlearn
 
     seen = []

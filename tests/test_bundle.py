@@ -117,7 +117,7 @@ def test_the_tiny_adapter_does_not_fit_the_real_model(adapter, smol):
 
 
 def test_fingerprints_do_not_depend_on_float32_or_bfloat16(tiny_folder):
-    from unlearn_peft.base import fingerprint
+    from unlearn_peft.models.fingerprint import fingerprint
 
     prints = [
         fingerprint((b := load_base(str(tiny_folder), dtype=d)).model, b.tokenizer) for d in ("float32", "bfloat16")

@@ -195,7 +195,8 @@ def test_what_vllms_classes_take(tiny):
 
 def test_the_skeleton_knows_the_base_by_its_config(tiny, tiny_folder, make_adapter, tmp_path):
     """A trained adapter notes its base's fingerprint; of it the architecture can be compared without weights."""
-    from unlearn_peft.base import fingerprint, skeleton
+    from unlearn_peft.models.base import skeleton
+    from unlearn_peft.models.fingerprint import fingerprint
 
     bones = fingerprint(skeleton(str(tiny_folder)))
     assert bones["config"] == load_base(str(tiny_folder)).fingerprint["config"] and bones["weights"] is None

@@ -30,7 +30,7 @@ def perplexity(base, prompt, text):
     """Of an answer under the base alone: word salad is thousands."""
     from unlearn_peft.data.batch import collate
     from unlearn_peft.data.tokenize import tokenize
-    from unlearn_peft.forward import picked_logits
+    from unlearn_peft.models.forward import picked_logits
 
     examples = tokenize([{"prompt": prompt, "completion": text}], base.tokenizer, closing=False)
     batch = collate(examples, 2)

@@ -10,7 +10,7 @@ from test_train import FREE
 from unlearn_peft import Bank, attach, detach, load_base, unlearn
 from unlearn_peft.adapters.transform.merge import merge
 from unlearn_peft.errors import AdapterError, BaseModelError
-from unlearn_peft.quantized import WAYS
+from unlearn_peft.models.quantization import WAYS
 
 
 def quantized(folder, way, dtype="float32", device="cpu"):

@@ -15,14 +15,14 @@ from unlearn_peft import attach, detach, load_base, unlearn
 from unlearn_peft.data.tokenize import tokenize
 from unlearn_peft.engine import Engine
 from unlearn_peft.errors import Interrupted, RecipeError
-from unlearn_peft.forward import training_mode
-from unlearn_peft.layers import decoder_layers, watched_layer
+from unlearn_peft.models.layers import decoder_layers
 from unlearn_peft.objectives import Tokens, hidden_distance, kl_divergence, rmu
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.recipe.objectives import RmuSettings
 from unlearn_peft.recipe.schema import LoraSettings
 from unlearn_peft.refusals import refusing
 from unlearn_peft.training.adapter_config import adapter_config
+from unlearn_peft.training.step.layers import training_mode, watched_layer
 
 N, D, V = 4, 3, 5
 SPECIFIC = [True, False, False, True]

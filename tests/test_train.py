@@ -154,7 +154,7 @@ def test_the_best_step_within_budget_is_kept_not_the_last(tiny, fields):
     attach(tiny, result.path)  # what was saved is that step, not the last
     from unlearn_peft.data.batch import collate
     from unlearn_peft.data.tokenize import tokenize
-    from unlearn_peft.forward import picked_logits
+    from unlearn_peft.models.forward import picked_logits
 
     batch = collate(tokenize(FORGET, tiny.tokenizer, closing=False), 2)
     with torch.no_grad():

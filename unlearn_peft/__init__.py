@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from .attaching import forgetting as forgetting
     from .attaching import swap as swap
     from .bank import Bank as Bank
-    from .base import Base as Base
-    from .base import load_base as load_base
     from .errors import UnlearnError as UnlearnError
     from .generate import answers as answers
+    from .models.base import Base as Base
+    from .models.base import load_base as load_base
     from .recipe.load import load_recipe as load_recipe
     from .recipe.schema import Recipe as Recipe
     from .run import Adapter as Adapter
@@ -38,8 +38,8 @@ _PUBLIC = {
     "Adapter": "run",
     "Recipe": "recipe.schema",
     "load_recipe": "recipe.load",
-    "Base": "base",
-    "load_base": "base",
+    "Base": "models.base",
+    "load_base": "models.base",
     "attach": "attaching",
     "detach": "attaching",
     "swap": "attaching",

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from .adapters.bundle import Bundle
 from .adapters.trust import Trust
-from .base import Base, fingerprint
 from .errors import AdapterError, did_you_mean
 from .gates import Mix, Part, Resident, tell_batch
-from .layers import parameters
+from .models.base import Base
+from .models.fingerprint import fingerprint
+from .models.layers import parameters
 from .residents import Applied as Applied
 from .residents import BankStats, Entry, Residents
 

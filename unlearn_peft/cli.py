@@ -135,8 +135,8 @@ def retain(
 
       unlearn-peft train mine.yaml --set retain=retain.jsonl
     """
-    from .base import load_base
     from .files.atomic import whole_file
+    from .models.base import load_base
     from .recipe.load import load_recipe
     from .run import make_retain, read_sets
 

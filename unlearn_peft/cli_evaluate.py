@@ -100,7 +100,6 @@ def evaluate(
       unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml --attacks prefix,jailbreak,relearn_lora
     """
     from .adapters.card import put_evaluation
-    from .base import load_base
     from .compare import show as show_answers
     from .evaluate.ability import read_tasks
     from .evaluate.attacks import Target, find_attacks, run_attacks
@@ -110,6 +109,7 @@ def evaluate(
     from .evaluate.report import PICTURE, check_folder, eval_results, markdown_section, show, write_report
     from .evaluate.suites import check
     from .evaluate.tofu import truth_ratios
+    from .models.base import load_base
 
     first = adapter[0].absolute()
     folder = output or first.with_name("+".join(path.absolute().name for path in adapter) + ".eval")

@@ -68,7 +68,7 @@ def load(
     trust: Trust | None = None,
 ) -> Any:
     """Load the named base, or the one that the first adapter was trained on. Adapters are checked before."""
-    from .base import load_base
+    from .models.base import load_base
 
     return load_base(base_of(base, adapters, trust), dtype, device, quantize)
 
@@ -76,7 +76,7 @@ def load(
 def base_of(base: str | None, adapters: list[Path] | None, trust: Trust | None = None) -> str:
     """Return the name of the base to load: as given, else the one that the first adapter was trained on."""
     from .adapters.read import read_bundle
-    from .base import DEMO_HUB_ID
+    from .models.base import DEMO_HUB_ID
 
     bundles = [read_bundle(path, trust=trust) for path in adapters or []]
     if base is None and bundles:

@@ -8,10 +8,10 @@ from typing import Any
 
 from .adapters.trust import Trust
 from .attaching import attach, attached, detach
-from .base import Base
 from .data.source import Row
 from .errors import AdapterError
 from .generate import answers, leaked, mean_kl, target_log_probabilities
+from .models.base import Base
 
 STATES = ("before", "with", "after")
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from .cache import Cache
 from .data.batch import Batch, side_by_side
 from .data.tokenize import Example
-from .forward import Halves, Rows, alike, picked_logits, predicting
 from .frozen import FINAL, HEAD, Frozen
-from .layers import changed_layers, decoder_layers, outputs_of, rows_use, watched_layer
+from .models.forward import Halves, Rows, alike, picked_logits, predicting
+from .models.layers import decoder_layers, outputs_of
 from .objectives import Tokens
 from .pieces import Cut, Work, cut, labels_of, specific_of, target_count
 from .training.step.head import with_delta
+from .training.step.layers import changed_layers, rows_use, watched_layer
 from .trunk import Trunk, laid_out
 
 _PIECE_BYTES = {"head": 4_000_000, "layers": 8_000_000}  # of logits at a time, on a CPU: what caches like

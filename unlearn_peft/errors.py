@@ -96,3 +96,7 @@ def refuse(what: str, problems: Sequence[str], advice: str = "") -> NoReturn:
         if len(alike) > _SHOWN_ALIKE:
             lines.append(f"  - ... and {len(alike) - _SHOWN_ALIKE} more like this")
     raise AdapterError("\n".join([f"{what}:", *lines, *([advice] if advice else [])]))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no details"])[0][:300]

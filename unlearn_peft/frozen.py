@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .cache import Cache
 from .data.tokenize import Example
-from .forward import Halves, Rows, alike, picked_logits, predicting
-from .layers import decoder_layers, outputs_of
+from .models.forward import Halves, Rows, alike, picked_logits, predicting
+from .models.layers import decoder_layers, outputs_of
 from .pieces import target_count
 from .training.step.head import knows_delta
 from .trunk import rows_apart

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import RecipeError
-from .functions import cross_entropy, reverse_kl
+from .models.losses import cross_entropy, reverse_kl
 from .recipe.plugins import load_function
 
 

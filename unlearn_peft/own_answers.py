@@ -18,10 +18,10 @@ import re
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
-from .base import Base
 from .data.source import Row
 from .data.words import words_of
 from .generate import answers, sampled
+from .models.base import Base
 from .specific import tells
 
 _MOST_QUESTIONS = 96

@@ -18,7 +18,6 @@ from .adapters.read import read_bundle
 from .adapters.write import check_output
 from .attaching import attached
 from .auto_retain import Made, auto_retain
-from .base import Base, load_base
 from .checkpoints import Checkpoints
 from .data.anchors import anchors
 from .data.rows import keyed_digest, read_rows, refuse_overlap
@@ -28,6 +27,7 @@ from .errors import AdapterError, DataError, OutputError, RecipeError
 from .files.atomic import folder_bytes
 from .files.paths import _digest_key
 from .learner import Progress
+from .models.base import Base, load_base
 from .own_answers import held_answers, own_answers, questions
 from .recipe.load import make_recipe
 from .recipe.schema import DATA_FIELDS, Recipe

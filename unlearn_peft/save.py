@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from .adapters.bundle import CONFIG, CURVES, WEIGHTS
 from .adapters.card import write_card
 from .adapters.write import new_bundle
-from .base import DTYPES, Base
+from .models.base import DTYPES, Base
 from .recipe.schema import DATA_FIELDS, Recipe
 from .train import Trained
 from .training.curves import draw_curves

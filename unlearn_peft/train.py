@@ -19,21 +19,20 @@ from typing import Any
 
 import torch
 
-from .base import Base
 from .cache import Cache, states_key
 from .checkpoints import Checkpoints
 from .compiled import compile_layers, restore
 from .engine import Engine
 from .errors import Interrupted, RecipeError, TrainingError
-from .forward import training_mode
 from .learner import Learner, Progress
-from .mapped import give_back_freed
+from .models.base import Base, give_back_freed
 from .recipe.schema import DATA_FIELDS, Recipe
 from .schedule import Sets
 from .sharded import is_shared, runs_on_cpu, share_out
 from .signals import stop_signals
 from .specific import spellings
 from .training.adapter_config import adapter_config
+from .training.step.layers import training_mode
 
 logger = logging.getLogger(__name__)
 MACHINE_FIELDS = ("output", "checkpoint_every", "cache_gb", "compile")  # what changes nothing that is learnt

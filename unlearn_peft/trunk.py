@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .data.batch import Batch
-from .layers import giving, standing_in
+from .models.layers import giving, standing_in
 
 
 class Trunk:

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..base import fingerprint, mismatches
 from ..errors import refuse, shown
 from ..files.atomic import folder_bytes
-from ..layers import submodule
+from ..models.fingerprint import fingerprint, mismatches
+from ..models.layers import submodule
 
 WEIGHTS, CONFIG, MANIFEST, CARD, CURVES = (
     "adapter_model.safetensors",

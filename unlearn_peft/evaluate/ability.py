@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..base import Base
 from ..errors import UnlearnError, did_you_mean
+from ..models.base import Base
 from .score import RESAMPLES, SEED, Score, bootstrap, extra
 
 PREFIX = "lm_eval:"

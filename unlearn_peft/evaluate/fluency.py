@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from ..base import Base
+from ..models.base import Base
 from .rows import alone, row_tokens
 from .score import Array
 

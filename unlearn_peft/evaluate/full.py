@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..base import Base
 from ..data.source import Row
 from ..errors import DataError
+from ..models.base import Base
 from .memorization import knowledge_memorization, verbatim_memorization
 from .privacy import membership
 from .rows import questions

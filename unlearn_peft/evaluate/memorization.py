@@ -11,9 +11,9 @@ from typing import Literal
 
 import numpy as np
 
-from ..base import Base
 from ..data.source import Row
 from ..generate import answers
+from ..models.base import Base
 from .rows import RowTokens, questions
 from .score import Array, extra
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from ..base import Base
 from ..data.source import Row
 from ..errors import UnlearnError
+from ..models.base import Base
 from ..recipe.plugins import load_function
 from .score import Score
 

@@ -16,12 +16,12 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..base import Base
 from ..data.batch import collate
 from ..data.source import Row
 from ..data.tokenize import tokenize
 from ..errors import BaseModelError
-from ..forward import picked_logits
+from ..models.base import Base
+from ..models.forward import picked_logits
 from .rows import RowTokens, row_tokens
 from .score import Array, Score, score
 

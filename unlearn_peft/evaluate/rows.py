@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..bank import Bank
-from ..base import Base
 from ..data.source import Row
 from ..data.tokenize import Example, tokenize
 from ..errors import DataError
-from ..forward import Rows, picked_logits
+from ..models.base import Base
+from ..models.forward import Rows, picked_logits
 
 _MOST_LOGITS = 2**26  # of a batch: 256 MB in float32
 _CHUNK = 128  # tokens whose distributions are worked on at once

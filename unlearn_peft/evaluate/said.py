@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..base import Base
 from ..data.source import Row
 from ..generate import answers, leaked, sampled
+from ..models.base import Base
 from .leaks import leaking_parts
 from .meaning import unchanged
 from .rows import questions

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..base import Base
 from ..data.source import Row
 from ..errors import DataError, did_you_mean
 from ..generate import answers
+from ..models.base import Base
 from .fluency import losses_under_base, perplexity, repetition
 from .leaks import any_leak, leak_shares
 from .meaning import right, unchanged

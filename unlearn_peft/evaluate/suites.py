@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import DataError
 
 if TYPE_CHECKING:
-    from ..base import Base
     from ..data.source import Row
+    from ..models.base import Base
     from .score import Array, Score
 
 

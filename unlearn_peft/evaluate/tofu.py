@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..base import Base
 from ..data.source import Row
 from ..errors import DataError
 from ..generate import answers
+from ..models.base import Base
 from .memorization import answer_probability, rouge_l
 from .rows import row_tokens
 from .score import Array, Score, score

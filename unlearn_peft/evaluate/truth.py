@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..base import Base
 from ..data.source import Row
 from ..errors import DataError
+from ..models.base import Base
 from .rows import row_tokens
 from .score import Array, Score, extra, score
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.read import read_bundle
 from ..bank import Applied, Bank
-from ..base import Base
 from ..errors import UnlearnError
+from ..models.base import Base
 from .engine import EngineStats, Generation, Holding, Piece, Unavailable
 from .prompts import Prompt, Prompts
 from .scheduler import Row, Scheduler

@@ -23,8 +23,8 @@ import httpx
 
 from ..adapters.read import read_bundle
 from ..bank import Applied
-from ..base import load_tokenizer
 from ..errors import AdapterError
+from ..models.base import load_tokenizer
 from .engine import (
     Busy,
     Candidate,

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from ..base import head_name
 from ..errors import AdapterError, did_you_mean
+from ..models.layers import head_name
 from ..recipe.schema import HeadSettings, LoraSettings
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...base import DTYPES, skeleton
 from ...errors import AdapterError, BaseModelError
 from ...files.atomic import folder_bytes
+from ...models.base import DTYPES, skeleton
 from ..bundle import Bundle, Delta
 from ..read import read_bundle
 from ..trust import Trust

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...base import Base, head_is_tied
 from ...errors import AdapterError, OutputError
 from ...files.atomic import whole_folder
+from ...models.base import Base
+from ...models.layers import head_is_tied
 from ..bundle import CONFIG, WEIGHTS
 from ..card import write_card
 from ..read import read_bundle

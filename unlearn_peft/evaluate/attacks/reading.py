@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...base import Base
 from ...data.source import Row
 from ...errors import BaseModelError
-from ...layers import decoder_layers
+from ...models.base import Base
+from ...models.layers import decoder_layers
 from ..rows import alone
 from ..score import Array
 from .prompts import GENERIC

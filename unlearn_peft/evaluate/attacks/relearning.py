@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...base import head_name
 from ...data.batch import collate
 from ...data.source import Row
 from ...data.tokenize import tokenize
-from ...forward import picked_logits
 from ...generate import leaked
+from ...models.forward import picked_logits
+from ...models.layers import head_name
 from ..score import Array
 from .target import Attacked, Target, attacked, leaks, under
 from .weights import linear_layers, shape_of

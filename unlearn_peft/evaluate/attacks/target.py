@@ -20,11 +20,11 @@ from ...adapters.read import read_bundle
 from ...adapters.trust import Trust
 from ...attaching import attached
 from ...bank import Bank
-from ...base import Base
 from ...data.rows import read_rows
 from ...data.source import Row
 from ...errors import AdapterError, DataError
 from ...generate import answers, leaked
+from ...models.base import Base
 from ..leaks import leaking_parts
 from ..rows import alone
 from ..score import Array, Score, score

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ...adapters.bundle import Bundle, Delta
 from ...adapters.read import read_bundle
 from ...adapters.transform.low_rank import _norm
-from ...base import head_name
 from ...errors import AdapterError
+from ...models.layers import head_name
 from ..rows import alone, keep_reference, kl_to_reference
 from ..score import Array
 from .target import Attacked, Target, any_of, attacked, leaks, replaced_weights, share, under

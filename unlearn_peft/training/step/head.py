@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...functions import add_low_rank
+from ...models.losses import add_low_rank
 
 
 def knows_delta(head: Any) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data.batch import Batch, collate, pack
-from .data.tokenize import Example
+from ..data.batch import Batch, collate, pack
+from ..data.tokenize import Example
 from .layers import giving, standing_in
 
 
@@ -132,19 +132,3 @@ def alike(found: Tensor, expected: Tensor) -> bool:
     scale = expected.abs().max().item() or 1.0
     slack = 0.05 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-3
     return bool((found - expected).abs().max() <= slack * scale)
-
-
-def training_mode(model: Any, gradient_checkpointing: bool) -> None:
-    """Switch on the adapters' dropout and, if asked, checkpointing; the base's own dropout stays off."""
-    model.eval()
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
-            module.training = True
-    if gradient_checkpointing:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        base = model.get_base_model()
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in base.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True  # this module's own flag: what lies inside stays in evaluation mode

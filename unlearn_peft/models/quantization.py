@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .errors import BaseModelError
+from ..errors import BaseModelError
 
 WAYS = {  # -> library
     "int8": "torchao",  # 8 bits a weight, one scale for each output channel

@@ -1,0 +1,77 @@
+"""What makes two bases the same: architecture, tokenizer, weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SAMPLES_PER_TENSOR = 64
+
+
+def fingerprint(model: Any, tokenizer: Any | None = None) -> dict[str, str | None]:
+    """Digest what makes two bases the same: architecture, tokenizer, weights.
+
+    The weights' digest reads 64 evenly spaced values of each tensor, rounded to bfloat16, so that it takes
+    milliseconds and is the same whether the base was loaded in float32 or bfloat16. It is None where the
+    weights are held in another way (float16, quantised) or not at all, and then cannot be compared.
+    """
+    config = model.config
+    shape = {
+        key: getattr(config, key, None)
+        for key in (
+            "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "vocab_size",
+        )
+    }  # fmt: skip
+    return {
+        "config": _digest(json.dumps(shape, sort_keys=True).encode()),
+        "tokenizer": None if tokenizer is None else _tokenizer_digest(tokenizer),
+        "weights": _weights_digest(model),
+    }
+
+
+def mismatches(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """Return the names of the parts in which two fingerprints differ; parts unknown on one side are skipped."""
+    return [
+        part
+        for part in ("config", "tokenizer", "weights")
+        if expected.get(part) and found.get(part) and expected[part] != found[part]
+    ]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return _digest(json.dumps(vocabulary).encode())
+
+
+def _weights_digest(model: nn.Module) -> str | None:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(_base_parameters(model)):
+        plain = type(parameter) in (nn.Parameter, Tensor)  # not a tensor subclass that holds fewer bits
+        if not plain or parameter.is_meta or parameter.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        flat = parameter.detach().reshape(-1)
+        count = min(flat.numel(), _SAMPLES_PER_TENSOR)
+        picks = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
+        values = flat[picks].to(torch.bfloat16).to(torch.float32).cpu()
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _base_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters that belong to the base, under the names that they have without PEFT's wrappers."""
+    own: list[tuple[str, Tensor]] = []
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or ".dense_head_" in name:
+            continue
+        own.append((name.removeprefix("base_model.model.").replace(".base_layer.", "."), parameter))
+    return own

@@ -1,0 +1,93 @@
+"""The decoder layers of a model: which of them an adapter changes, and the one whose output an objective sees.
+
+A model comes in; its layers, or one of them, go out to the frozen trunk (`trunk.py`), the engine and the logit lens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import BaseModelError
+
+
+def head_is_tied(model: Any) -> bool:
+    """Return whether `lm_head` and the input embeddings are one tensor."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and head.weight is embeddings.weight
+
+
+def head_name(model: nn.Module) -> str:
+    """Return the module name of the output head, e.g. `lm_head`.
+
+    Raises:
+        BaseModelError: if the model has no output head.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if module is head:
+            return str(name)
+    raise BaseModelError(f"{type(model).__name__} has no output head: expected a causal language model")
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module | None:
+    """Return a module by its dotted name, or None: what `get_submodule` does, but quickly, as a swap needs."""
+    found: nn.Module | None = model
+    for part in name.split("."):
+        found = None if found is None else found._modules.get(part)
+    return found
+
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return a model's parameters as `model.parameters()` gives them, but quickly, and a shared one each time."""
+    modules, found = [model], []
+    for module in modules:  # grows meanwhile
+        modules += [child for child in module._modules.values() if child is not None]
+        found += [parameter for parameter in module._parameters.values() if parameter is not None]
+    return found
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Return the decoder layers of a model, PEFT's or bare, from the bottom up; empty where it isn't plain which."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count > 0]
+    return list(stacks[0]) if len(stacks) == 1 else []
+
+
+@contextmanager
+def outputs_of(layer: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Collect what a layer gives, (B, T, d), each time that it runs; with None, nothing.
+
+    Whole, and with their gradients: what a hook computes here would be missing when checkpointing runs the layer again.
+    """
+    seen: list[Tensor] = []
+    if layer is None:
+        yield seen
+        return
+    handle = layer.register_forward_hook(
+        lambda _module, _inputs, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Let each module run the function given for it instead of its own forward pass."""
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module in forwards:
+            module.__dict__.pop("forward", None)
+
+
+def giving(output: Any) -> Callable[..., Any]:
+    """Return a forward pass that gives `output`, whatever it gets."""
+    return lambda *_, **__: output
