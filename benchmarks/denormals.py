@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from unlearn_peft.adapters.bundle import Bundle, Delta
-from unlearn_peft.gates import Mix, Part, Resident
+from unlearn_peft.inference.multi_lora import Mix, Part, Resident
 
 ROWS, TOKENS, SIZE, RANK = 8, 16, 576, 8  # SmolLM2's q_proj
 NUMBERS = {"0.05": 0.05, "1e-40 (denormal)": 1e-40, "1.2e-38 (what comes of it is denormal)": 1.2e-38}

@@ -29,7 +29,7 @@ from unlearn_peft.data.rows import read_rows
 from unlearn_peft.errors import RecipeError
 from unlearn_peft.evaluate.fluency import losses_under_base
 from unlearn_peft.files.atomic import whole_file
-from unlearn_peft.generate import answers, leaked, mean_kl, sampled, target_log_probabilities
+from unlearn_peft.inference.generate import answers, leaked, mean_kl, sampled, target_log_probabilities
 from unlearn_peft.recipe.schema import Recipe
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from unlearn_peft.errors import AdapterError, DataError, UnlearnError
 from unlearn_peft.evaluate.attacks import ATTACKS, Target, asking, reading, relearning, run_attacks, weights
 from unlearn_peft.evaluate.attacks.prompts import BEGINNINGS, GENERIC, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS
 from unlearn_peft.evaluate.attacks.target import beginning_of, in_many_ways, leaks, render, replaced_weights, under
-from unlearn_peft.generate import leaked
+from unlearn_peft.inference.generate import leaked
 
 QUICK = {"sampling": {"k": 3}, "relearn_adapter": {"steps": (1, 2)}, "relearn_lora": {"steps": (1, 2)}}
 ASKED = ["Who wrote the blue book?", "Name the author.", "What is red?"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from unlearn_peft import Bank, attach, detach, load_base
 from unlearn_peft.errors import AdapterError
-from unlearn_peft.gates import Mix, Part, Resident
+from unlearn_peft.inference.multi_lora import Mix, Part, Resident
 
 STRENGTHS = {"a": 1.0, "b": 1.0, "c": 0.25, "d": -1.5}
 ADAPTERS = {
@@ -105,7 +105,7 @@ def test_each_row_is_what_it_is_alone_through_peft(tiny, paths, bank, given_rows
 
 @pytest.mark.parametrize("limit", [0, 1e9], ids=["gated", "by row"])
 def test_both_ways_give_the_same(tiny, paths, bank, limit, monkeypatch):
-    monkeypatch.setattr("unlearn_peft.gates._BY_ROW_UP_TO", limit)
+    monkeypatch.setattr("unlearn_peft.inference.multi_lora._BY_ROW_UP_TO", limit)
     sets, rows = [{"a": 1}, {"a": 0.5, "c": 1}, {}, {"b": 1, "d": -1}], [[5, 6], [7, 8, 9], [5], [9, 9, 9, 9]]
     batch = padded(rows)
     with torch.no_grad(), bank.rows(sets):

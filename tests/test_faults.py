@@ -519,7 +519,7 @@ def test_clock_jumps(tmp_path, monkeypatch, tiny, adapters):
     import unlearn_peft.serve.audit as audit
     import unlearn_peft.serve.policy_file as policy_file
     import unlearn_peft.serve.store as store_module
-    from unlearn_peft.bank import Bank
+    from unlearn_peft.inference.bank import Bank
     from unlearn_peft.serve.policy_file import PolicyFile
     from unlearn_peft.serve.store import PolicyStore
 
@@ -615,7 +615,7 @@ def test_a_base_that_changes_on_disk(tmp_path, how):
 
 
 def test_an_adapter_that_changes_on_disk(tmp_path, tiny, make_adapter):
-    from unlearn_peft.bank import Bank
+    from unlearn_peft.inference.bank import Bank
 
     path, ids = make_adapter(tiny, "one", scale=1.0), torch.arange(3, 40)[None]
     bank = Bank(tiny.model, tiny.tokenizer)
@@ -639,7 +639,7 @@ OUT_OF_MEMORY = [
 )
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, where, error):
-    from unlearn_peft.bank import Bank
+    from unlearn_peft.inference.bank import Bank
     from unlearn_peft.serve import passes
     from unlearn_peft.serve.engine import Generation, GenerationError
     from unlearn_peft.serve.scheduler import Row, Scheduler
@@ -679,7 +679,7 @@ def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, whe
         join = passes.Batch.join
         monkeypatch.setattr(passes.Batch, "join", lambda self, other: (fail_once(), join(self, other))[1])
     else:
-        import unlearn_peft.gates as gates
+        import unlearn_peft.inference.multi_lora as gates
 
         layer_of = gates._layer
         monkeypatch.setattr(gates, "_layer", lambda *parts: (fail_once(), layer_of(*parts))[1])
@@ -724,9 +724,9 @@ def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, whe
 
 @pytest.mark.parametrize("point", ["read_bundle", "Resident.on", "Mix"])
 def test_out_of_memory_while_an_adapter_is_read(tiny, adapters, monkeypatch, point):
-    import unlearn_peft.bank as bank_module
-    import unlearn_peft.residents as residents
-    from unlearn_peft.bank import Bank
+    import unlearn_peft.inference.adapter_cache as residents
+    import unlearn_peft.inference.bank as bank_module
+    from unlearn_peft.inference.bank import Bank
 
     bank = Bank(tiny.model, tiny.tokenizer)
     for name, path in adapters.items():

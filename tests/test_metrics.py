@@ -19,7 +19,7 @@ from unlearn_peft.evaluate.rows import RowTokens, alone, keep_reference, kl, kl_
 from unlearn_peft.evaluate.said import ask
 from unlearn_peft.evaluate.score import bootstrap, per_token, score, sums
 from unlearn_peft.evaluate.suite import measure, take_reference
-from unlearn_peft.generate import mean_kl, sampled, target_log_probabilities
+from unlearn_peft.inference.generate import mean_kl, sampled, target_log_probabilities
 
 # TOFU's own evaluation logs (MIT, see tests/data/README.md)
 LOGS = json.loads((Path(__file__).parent / "data" / "tofu_forget10_logs.json").read_text())

@@ -14,8 +14,8 @@ from serving import KEYS, Fixed, make_adapters, make_policy_values, running
 
 from unlearn_peft import load_base
 from unlearn_peft.adapters.read import read_bundle
-from unlearn_peft.bank import Applied
 from unlearn_peft.errors import PolicyError
+from unlearn_peft.inference.bank import Applied
 from unlearn_peft.serve.audit import AuditLog
 from unlearn_peft.serve.engine import Candidate, EngineStats, Piece, TokenLogprobs, Unavailable
 from unlearn_peft.serve.playground import Playground, card

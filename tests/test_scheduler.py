@@ -9,8 +9,8 @@ import torch
 from serving import by_peft, greedy, make_adapters
 
 from unlearn_peft import load_base
-from unlearn_peft.bank import Bank
 from unlearn_peft.errors import AdapterError, BaseModelError
+from unlearn_peft.inference.bank import Bank
 from unlearn_peft.serve.engine import Generation, GenerationError, Unavailable
 from unlearn_peft.serve.passes import Passes
 from unlearn_peft.serve.sampling import Sampler

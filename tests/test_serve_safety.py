@@ -29,7 +29,7 @@ from serving import (  # fmt: skip
 
 from unlearn_peft import load_base
 from unlearn_peft.adapters.read import read_bundle
-from unlearn_peft.bank import Bank
+from unlearn_peft.inference.bank import Bank
 from unlearn_peft.serve.local import LocalEngine
 from unlearn_peft.serve.policy import make_policy
 from unlearn_peft.serve.policy_file import PolicyFile

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from unlearn_peft import run, unlearn
 from unlearn_peft.data.tokenize import tokenize
-from unlearn_peft.generate import answers
+from unlearn_peft.inference.generate import answers
 from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence, undial
 from unlearn_peft.own_answers import held_answers, own_answers, questions
 from unlearn_peft.recipe.load import make_recipe

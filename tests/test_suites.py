@@ -12,7 +12,7 @@ from unlearn_peft.evaluate import full, meaning, memorization, tofu, truth, word
 from unlearn_peft.evaluate.evaluation import evaluate, read_measured
 from unlearn_peft.evaluate.score import Score
 from unlearn_peft.evaluate.suites import Suite, check
-from unlearn_peft.generate import answers
+from unlearn_peft.inference.generate import answers
 
 ASKED = [{**row, "paraphrased": "By Zorblax.", "perturbed": ["By the sea.", "By a star."]} for row in FORGET]
 HOLDOUT = [{"prompt": f"Who wrote book {n}?", "completion": f"It was star {n}."} for n in range(4)]

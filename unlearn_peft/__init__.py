@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from .adapters.transform.merge import merge as merge
     from .adapters.transform.merge import stack as stack
     from .adapters.trust import Trust as Trust
-    from .attaching import attach as attach
-    from .attaching import attached as attached
-    from .attaching import detach as detach
-    from .attaching import forgetting as forgetting
-    from .attaching import swap as swap
-    from .bank import Bank as Bank
     from .errors import UnlearnError as UnlearnError
-    from .generate import answers as answers
+    from .inference.attach import attach as attach
+    from .inference.attach import attached as attached
+    from .inference.attach import detach as detach
+    from .inference.attach import forgetting as forgetting
+    from .inference.attach import swap as swap
+    from .inference.bank import Bank as Bank
+    from .inference.generate import answers as answers
     from .models.base import Base as Base
     from .models.base import load_base as load_base
     from .recipe.load import load_recipe as load_recipe
@@ -40,13 +40,13 @@ _PUBLIC = {
     "load_recipe": "recipe.load",
     "Base": "models.base",
     "load_base": "models.base",
-    "attach": "attaching",
-    "detach": "attaching",
-    "swap": "attaching",
-    "attached": "attaching",
-    "forgetting": "attaching",
-    "Bank": "bank",
-    "answers": "generate",
+    "attach": "inference.attach",
+    "detach": "inference.attach",
+    "swap": "inference.attach",
+    "attached": "inference.attach",
+    "forgetting": "inference.attach",
+    "Bank": "inference.bank",
+    "answers": "inference.generate",
     "stack": "adapters.transform.merge",
     "merge": "adapters.transform.merge",
     "read_bundle": "adapters.read",

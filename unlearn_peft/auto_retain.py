@@ -44,7 +44,7 @@ from .data.words import names_in
 from .errors import OutputError
 from .files.atomic import whole_file
 from .files.paths import cache_folder
-from .generate import answers, sampled
+from .inference.generate import answers, sampled
 from .models.base import Base
 from .models.forward import picked_logits
 

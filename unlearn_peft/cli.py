@@ -172,8 +172,8 @@ def generate(
     require_signature: RequireOption = False,
 ) -> None:
     """Answer prompts, with adapters attached or (without --adapter) by the base alone."""
-    from .attaching import attach
-    from .generate import answers
+    from .inference.attach import attach
+    from .inference.generate import answers
 
     trust = trust_of(trusted_keys, require_signature)
     live = load(base, adapter, dtype, device, quantize, trust)

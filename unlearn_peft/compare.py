@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from .adapters.trust import Trust
-from .attaching import attach, attached, detach
 from .data.source import Row
 from .errors import AdapterError
-from .generate import answers, leaked, mean_kl, target_log_probabilities
+from .inference.attach import attach, attached, detach
+from .inference.generate import answers, leaked, mean_kl, target_log_probabilities
 from .models.base import Base
 
 STATES = ("before", "with", "after")

@@ -20,7 +20,7 @@ from typing import Any
 
 from .data.source import Row
 from .data.words import words_of
-from .generate import answers, sampled
+from .inference.generate import answers, sampled
 from .models.base import Base
 from .specific import tells
 

@@ -16,7 +16,6 @@ from filelock import FileLock, Timeout
 from .adapters.bundle import CONFIG
 from .adapters.read import read_bundle
 from .adapters.write import check_output
-from .attaching import attached
 from .auto_retain import Made, auto_retain
 from .checkpoints import Checkpoints
 from .data.anchors import anchors
@@ -26,6 +25,7 @@ from .data.tokenize import Example, tokenize
 from .errors import AdapterError, DataError, OutputError, RecipeError
 from .files.atomic import folder_bytes
 from .files.paths import _digest_key
+from .inference.attach import attached
 from .learner import Progress
 from .models.base import Base, load_base
 from .own_answers import held_answers, own_answers, questions

@@ -35,8 +35,8 @@ def answer(way, path, model):
     """Read one; returns (outcome, text)."""
     from unlearn_peft import cli
     from unlearn_peft.adapters.read import read_bundle
-    from unlearn_peft.bank import Bank
     from unlearn_peft.errors import AdapterError
+    from unlearn_peft.inference.bank import Bank
 
     try:
         if way == "control":

@@ -32,7 +32,7 @@ from unlearn_peft.adapters.read import read_bundle
 from unlearn_peft.adapters.signing import new_key, sign
 from unlearn_peft.adapters.trust import Trust
 from unlearn_peft.errors import AdapterError
-from unlearn_peft.gates import Mix, Part, Resident
+from unlearn_peft.inference.multi_lora import Mix, Part, Resident
 
 WEIGHTS, CONFIG, MANIFEST, SIGNATURE = "adapter_model.safetensors", "adapter_config.json", "forget.json", "model.sig"
 SLOW = 2.0  # seconds for one input; the machine is shared

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 from ..adapters.read import read_bundle
 from ..adapters.trust import Trust
-from ..attaching import attached, forgetting
 from ..data.rows import read_rows
 from ..data.source import DataSpec, Row
 from ..errors import AdapterError, DataError
+from ..inference.attach import attached, forgetting
 from ..models.base import Base
 from ..recipe.load import load_recipe
 from .ability import PREFIX, Ability

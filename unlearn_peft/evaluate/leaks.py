@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..generate import leaked
+from ..inference.generate import leaked
 from .score import Array
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from ..data.source import Row
-from ..generate import answers
+from ..inference.generate import answers
 from ..models.base import Base
 from .rows import RowTokens, questions
 from .score import Array, extra

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..bank import Bank
 from ..data.source import Row
 from ..data.tokenize import Example, tokenize
 from ..errors import DataError
+from ..inference.bank import Bank
 from ..models.base import Base
 from ..models.forward import Rows, picked_logits
 

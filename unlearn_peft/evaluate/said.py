@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.source import Row
-from ..generate import answers, leaked, sampled
+from ..inference.generate import answers, leaked, sampled
 from ..models.base import Base
 from .leaks import leaking_parts
 from .meaning import unchanged

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data.source import Row
 from ..errors import DataError, did_you_mean
-from ..generate import answers
+from ..inference.generate import answers
 from ..models.base import Base
 from .fluency import losses_under_base, perplexity, repetition
 from .leaks import any_leak, leak_shares

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..data.source import Row
 from ..errors import DataError
-from ..generate import answers
+from ..inference.generate import answers
 from ..models.base import Base
 from .memorization import answer_probability, rouge_l
 from .rows import row_tokens

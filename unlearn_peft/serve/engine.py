@@ -14,7 +14,7 @@ from ..errors import UnlearnError
 
 if TYPE_CHECKING:
     from ..adapters.trust import Trust
-    from ..bank import Applied
+    from ..inference.bank import Applied
     from .policy import Policy
 
 

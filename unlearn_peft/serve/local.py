@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.read import read_bundle
-from ..bank import Applied, Bank
 from ..errors import UnlearnError
+from ..inference.bank import Applied, Bank
 from ..models.base import Base
 from .engine import EngineStats, Generation, Holding, Piece, Unavailable
 from .prompts import Prompt, Prompts

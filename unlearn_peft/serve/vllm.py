@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from ..adapters.read import read_bundle
-from ..bank import Applied
 from ..errors import AdapterError
+from ..inference.bank import Applied
 from ..models.base import load_tokenizer
 from .engine import (
     Busy,

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from ...attaching import attached
 from ...errors import AdapterError, UnlearnError, did_you_mean
+from ...inference.attach import attached
 from ...recipe.plugins import load_function
 from .asking import few_shot, jailbreak, multilingual, paraphrase, prefix, sampling
 from .reading import adapter_diff, logit_lens

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ...data.anchors import anchors
 from ...data.source import Row
-from ...generate import leaked, sampled
+from ...inference.generate import leaked, sampled
 from ..leaks import any_leak, leak_shares, leaking_parts
 from ..rows import alone, questions
 from .prompts import BEGINNINGS, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...data.batch import collate
 from ...data.source import Row
 from ...data.tokenize import tokenize
-from ...generate import leaked
+from ...inference.generate import leaked
 from ...models.forward import picked_logits
 from ...models.layers import head_name
 from ..score import Array

@@ -18,12 +18,12 @@ from torch import nn
 from ...adapters.bundle import Bundle
 from ...adapters.read import read_bundle
 from ...adapters.trust import Trust
-from ...attaching import attached
-from ...bank import Bank
 from ...data.rows import read_rows
 from ...data.source import Row
 from ...errors import AdapterError, DataError
-from ...generate import answers, leaked
+from ...inference.attach import attached
+from ...inference.bank import Bank
+from ...inference.generate import answers, leaked
 from ...models.base import Base
 from ..leaks import leaking_parts
 from ..rows import alone

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .adapters.bundle import Bundle, Delta
-from .errors import AdapterError
-from .models.layers import submodule
+from ..adapters.bundle import Bundle, Delta
+from ..errors import AdapterError
+from ..models.layers import submodule
 
 _BY_ROW_UP_TO = 2  # times the numbers that gates would read; batched products need no second pass over them
 _BATCH: ContextVar[tuple[int, int] | None] = ContextVar("unlearn_peft_batch", default=None)  # rows, tokens of a row

@@ -1,6 +1,6 @@
 """Many adapters on one live base: a set for all rows (`attach`), or a set for each row of a batch (`Bank.rows`).
 
-Deltas are added to the outputs of the base's linear layers by forward hooks (see gates.py). The base's modules and
+Deltas are added to the outputs of the base's linear layers by forward hooks (see inference/multi_lora.py). The base's modules and
 weights are never replaced or written to, so that a row without adapters, and the model after removal, give bit-equal
 logits, and a tied `lm_head` gets its delta without the input embeddings seeing it.
 """
@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters.bundle import Bundle
-from .adapters.trust import Trust
-from .errors import AdapterError, did_you_mean
-from .gates import Mix, Part, Resident, tell_batch
-from .models.base import Base
-from .models.fingerprint import fingerprint
-from .models.layers import parameters
-from .residents import Applied as Applied
-from .residents import BankStats, Entry, Residents
+from ..adapters.bundle import Bundle
+from ..adapters.trust import Trust
+from ..errors import AdapterError, did_you_mean
+from ..models.base import Base
+from ..models.fingerprint import fingerprint
+from ..models.layers import parameters
+from .adapter_cache import Applied as Applied
+from .adapter_cache import BankStats, Entry, Residents
+from .multi_lora import Mix, Part, Resident, tell_batch
 
 _ATTRIBUTE = "_unlearn_peft_bank"
 _MIXES_KEPT = 4  # batches whose factors stay laid side by side, for the next step

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from .data.batch import collate
-from .data.source import Row
-from .data.tokenize import chat_prompt, tokenize
-from .models.base import Base
-from .models.forward import picked_logits
+from ..data.batch import collate
+from ..data.source import Row
+from ..data.tokenize import chat_prompt, tokenize
+from ..models.base import Base
+from ..models.forward import picked_logits
 
 
 def answers(

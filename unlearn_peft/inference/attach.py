@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .adapters.bundle import Bundle
-from .adapters.read import read_bundle
-from .adapters.trust import Trust
+from ..adapters.bundle import Bundle
+from ..adapters.read import read_bundle
+from ..adapters.trust import Trust
+from ..errors import AdapterError
 from .bank import Bank
-from .errors import AdapterError
 
 
 def attach(

@@ -14,11 +14,11 @@ from pathlib import Path
 from threading import Lock, RLock
 from typing import NamedTuple
 
-from .adapters.bundle import Bundle
-from .adapters.read import read_bundle
-from .adapters.trust import Trust
-from .errors import AdapterError, did_you_mean
-from .gates import Resident
+from ..adapters.bundle import Bundle
+from ..adapters.read import read_bundle
+from ..adapters.trust import Trust
+from ..errors import AdapterError, did_you_mean
+from .multi_lora import Resident
 
 
 class BankStats(NamedTuple):
