@@ -12,7 +12,7 @@ import sys
 import time
 
 from unlearn_peft.files.atomic import whole_file
-from unlearn_peft.signals import stop_signals
+from unlearn_peft.training.checkpoints import stop_signals
 
 
 def add_arguments(parser):

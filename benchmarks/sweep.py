@@ -23,7 +23,7 @@ from train_sides import recipe_of, run_steps
 from unlearn_peft import load_base
 from unlearn_peft.data.tokenize import Example
 from unlearn_peft.models.base import Base, freeze
-from unlearn_peft.schedule import Sets
+from unlearn_peft.training.examples.build import Sets
 
 KINDS = ("head", "top8", "lora")
 AXES = {

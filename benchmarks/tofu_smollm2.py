@@ -43,7 +43,7 @@ from unlearn_peft.data.rows import read_rows
 from unlearn_peft.data.source import DataSpec
 from unlearn_peft.evaluate.tofu import measure_tofu
 from unlearn_peft.evaluate.truth import NINE, forget_quality
-from unlearn_peft.objectives import Terms
+from unlearn_peft.training.objectives import Terms
 
 DATA = Path(__file__).parent / "data"
 AN_AUTHOR, WRONG = 20, 3  # rows an author has; wrong answers a question gets

@@ -10,7 +10,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 from unlearn_peft.data.tokenize import Example, tokenize
-from unlearn_peft.schedule import Sets
+from unlearn_peft.training.examples.build import Sets
 
 DATA = Path(__file__).parent / "data"
 FILES = {"forget": DATA / "tofu_forget10.jsonl", "retain": DATA / "tofu_retain.jsonl"}

@@ -22,8 +22,9 @@ from train_rows import counts, data_sets
 from unlearn_peft import load_base
 from unlearn_peft.data.batch import collate
 from unlearn_peft.recipe.load import make_recipe
-from unlearn_peft.schedule import Schedule, Sets
-from unlearn_peft.train import Job, Training
+from unlearn_peft.training.examples.build import Sets
+from unlearn_peft.training.schedule import Schedule
+from unlearn_peft.training.trainer import Job, Training
 
 BATCH = 4  # forget rows of a step, and as many retain rows
 RANK, SEED = 8, 0

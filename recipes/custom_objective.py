@@ -5,7 +5,7 @@ unlearn-peft train recipes/harry_potter.yaml --set objective=recipes/custom_obje
 
 import torch
 
-from unlearn_peft.objectives import Terms, Tokens, kl_divergence
+from unlearn_peft.training.objectives import Terms, Tokens, kl_divergence
 
 
 def unlikelihood(forget: Tokens, retain: Tokens, settings) -> Terms:

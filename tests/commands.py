@@ -15,7 +15,9 @@ import tempfile
 from pathlib import Path
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["torch", "transformers", "peft", "datasets", "unlearn_peft.cli", "unlearn_peft.run"])
+_FORKS.set_forkserver_preload(
+    ["torch", "transformers", "peft", "datasets", "unlearn_peft.cli", "unlearn_peft.training.run"]
+)
 _SECONDS = 300
 
 

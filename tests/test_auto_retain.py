@@ -6,11 +6,11 @@ import pytest
 from commands import cli
 from conftest import FORGET, RETAIN
 
-from unlearn_peft import auto_retain as made_by
 from unlearn_peft import unlearn
-from unlearn_peft.auto_retain import _answered, _row_names, _says, _subject, auto_retain
 from unlearn_peft.errors import DataError, OutputError
 from unlearn_peft.recipe.load import make_recipe
+from unlearn_peft.training.examples import auto_retain as made_by
+from unlearn_peft.training.examples.auto_retain import _answered, _row_names, _says, _subject, auto_retain
 
 PLAIN = {"who", "wrote", "what", "the", "of", "by", "is", "it"}
 TARGETS = [

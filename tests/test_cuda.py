@@ -18,8 +18,8 @@ from test_train import FREE
 
 from unlearn_peft import Bank, attach, detach, load_base, unlearn, unlearn_many
 from unlearn_peft.compare import compare
-from unlearn_peft.engine import Engine
 from unlearn_peft.recipe.load import make_recipe
+from unlearn_peft.training.step.runner import Engine
 
 DEVICE = os.environ.get("UNLEARN_PEFT_TEST_DEVICE", "cpu")
 pytestmark = pytest.mark.cuda

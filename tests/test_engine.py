@@ -12,14 +12,14 @@ import torch
 from conftest import FORGET, RETAIN
 from test_batch import FAMILIES, make
 
-from unlearn_peft.cache import Cache, row_digest
 from unlearn_peft.data.tokenize import tokenize
-from unlearn_peft.engine import Engine
-from unlearn_peft.objectives import OBJECTIVES, Tokens
-from unlearn_peft.pieces import Work
 from unlearn_peft.recipe.objectives import SETTINGS
 from unlearn_peft.recipe.schema import HeadSettings, LoraSettings
 from unlearn_peft.training.adapter_config import adapter_config
+from unlearn_peft.training.objectives import OBJECTIVES, Tokens
+from unlearn_peft.training.step.microbatches import Work
+from unlearn_peft.training.step.reference import Cache, row_digest
+from unlearn_peft.training.step.runner import Engine
 
 REACHES = {
     "head": HeadSettings(r=3),
@@ -213,7 +213,7 @@ def test_a_new_file_of_the_cache_takes_no_other_ones_place(tiny, tmp_path):
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_half_written(tiny, tmp_path, monkeypatch):
-    import unlearn_peft.cache as module
+    import unlearn_peft.training.step.reference as module
     from unlearn_peft.errors import OutputError
 
     def full(tensors, path, metadata):
@@ -280,7 +280,7 @@ def test_pieces_are_whole_rows_and_skip_what_has_no_target(tiny):
 def test_a_backbone_that_is_the_model_itself_is_run_as_a_whole(tiny):
     model = with_adapter(tiny.model, REACHES["top"])
     odd = SimpleNamespace(model=tiny.model, backbone=tiny.model, head=tiny.model.get_output_embeddings())
-    import unlearn_peft.engine as module
+    import unlearn_peft.training.step.runner as module
 
     original, module.Halves = module.Halves, lambda _: odd
     try:

@@ -15,9 +15,9 @@ from unlearn_peft.evaluate.attacks import ATTACKS, Target, find_attacks, run_att
 from unlearn_peft.evaluate.evaluation import evaluate
 from unlearn_peft.evaluate.own import own_scores
 from unlearn_peft.evaluate.score import score
-from unlearn_peft.objectives import find_objective
 from unlearn_peft.recipe.plugins import load_function
 from unlearn_peft.training.adapter_config import KINDS
+from unlearn_peft.training.objectives import find_objective
 
 PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)

@@ -256,7 +256,7 @@ def test_kills_while_a_policy_file_is_replaced(killer, kills, tmp_path, record_p
 
 def test_a_checkpoint_is_never_seen_half_deleted(tmp_path, monkeypatch):
     import unlearn_peft.files.atomic as files
-    from unlearn_peft.checkpoints import Checkpoints, State
+    from unlearn_peft.training.checkpoints import Checkpoints, State
 
     checkpoints = Checkpoints(tmp_path / "out", "run")
     for step in (1, 2):
@@ -469,7 +469,7 @@ def test_two_writers_of_one_adapter(tmp_path):
 def test_two_runs_with_one_output(tmp_path, tiny, fields):
     from unlearn_peft import unlearn
     from unlearn_peft.errors import OutputError
-    from unlearn_peft.run import _locked
+    from unlearn_peft.training.run import _locked
 
     output = Path(fields["output"])
     with _locked(output), pytest.raises(OutputError, match="another run is writing"):

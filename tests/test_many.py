@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from unlearn_peft import unlearn, unlearn_many
 from unlearn_peft.errors import Interrupted, RecipeError, TrainingError
 from unlearn_peft.recipe.load import make_recipe
-from unlearn_peft.train import Training
+from unlearn_peft.training.trainer import Training
 
 COMMON = {
     "forget": FORGET, "retain": RETAIN, "steps": 6, "eval_every": 2, "learning_rate": 5e-3, "forget_batch": 2,

@@ -370,9 +370,9 @@ def read_back(base, tokenizer, folder, layer, rows=FORGET):
     """Keep rows as training does, in a file; return which share of their tokens the file's states give back."""
     from peft import LoraConfig, get_peft_model
 
-    from unlearn_peft.cache import Cache, row_digest
     from unlearn_peft.data.tokenize import tokenize
-    from unlearn_peft.engine import Engine
+    from unlearn_peft.training.step.reference import Cache, row_digest
+    from unlearn_peft.training.step.runner import Engine
 
     config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[layer])
     model = get_peft_model(base.model, config)

@@ -6,14 +6,14 @@ from conftest import FORGET, RETAIN
 
 from unlearn_peft.data.batch import collate
 from unlearn_peft.data.tokenize import tokenize
-from unlearn_peft.engine import Engine
-from unlearn_peft.learner import row_means
 from unlearn_peft.models.forward import picked_logits
 from unlearn_peft.models.losses import cross_entropy
-from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence
 from unlearn_peft.recipe.schema import GaKlSettings, LoraSettings
-from unlearn_peft.schedule import Schedule
 from unlearn_peft.training.adapter_config import adapter_config
+from unlearn_peft.training.learner import row_means
+from unlearn_peft.training.objectives import Tokens, ga_kl, kl_divergence
+from unlearn_peft.training.schedule import Schedule
+from unlearn_peft.training.step.runner import Engine
 
 
 def by_hand(p, q):

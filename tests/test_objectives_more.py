@@ -12,12 +12,12 @@ from conftest import FORGET, RETAIN
 
 from unlearn_peft import unlearn
 from unlearn_peft.data.tokenize import tokenize
-from unlearn_peft.engine import Engine
 from unlearn_peft.errors import RecipeError
-from unlearn_peft.objectives import OBJECTIVES, Tokens
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.recipe.objectives import SETTINGS
-from unlearn_peft.refusals import REFUSALS, refusing
+from unlearn_peft.training.examples.refusals import REFUSALS, refusing
+from unlearn_peft.training.objectives import OBJECTIVES, Tokens
+from unlearn_peft.training.step.runner import Engine
 
 V = 5
 TOKEN_LEVEL = ["grad_diff", "wga", "ihl", "undial"]
@@ -286,7 +286,7 @@ def test_refusals_answer_the_same_question():
 
 
 def test_forget_rows_carry_refusals_where_the_objective_asks(tiny, fields):
-    from unlearn_peft.run import read_sets, tokenized
+    from unlearn_peft.training.examples.build import read_sets, tokenized
 
     fields.pop("quiet")
     custom = {"name": "own:loss", "refusals": True}

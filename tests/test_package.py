@@ -18,7 +18,12 @@ import pytest
 from conftest import FORGET, RETAIN, make_tiny
 
 ROOT = Path(__file__).parent.parent
-DATA = ["data/anchors.jsonl", "broad_prompts.txt", "evaluate/report.html", "serve/page/playground.html"]
+DATA = [
+    "data/anchors.jsonl",
+    "training/examples/broad_prompts.txt",
+    "evaluate/report.html",
+    "serve/page/playground.html",
+]
 MOST_DEPENDENCIES = 10
 SMOKE = """
 import sys

@@ -1,8 +1,8 @@
 import pytest
 
 from unlearn_peft.errors import RecipeError
-from unlearn_peft.objectives import find_objective
 from unlearn_peft.recipe.load import load_recipe, make_recipe
+from unlearn_peft.training.objectives import find_objective
 
 GOOD = {"forget": ["a"], "retain": ["b"]}
 

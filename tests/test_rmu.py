@@ -13,16 +13,16 @@ from safetensors.torch import load_file
 
 from unlearn_peft import attach, detach, load_base, unlearn
 from unlearn_peft.data.tokenize import tokenize
-from unlearn_peft.engine import Engine
 from unlearn_peft.errors import Interrupted, RecipeError
 from unlearn_peft.models.layers import decoder_layers
-from unlearn_peft.objectives import Tokens, hidden_distance, kl_divergence, rmu
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.recipe.objectives import RmuSettings
 from unlearn_peft.recipe.schema import LoraSettings
-from unlearn_peft.refusals import refusing
 from unlearn_peft.training.adapter_config import adapter_config
+from unlearn_peft.training.examples.refusals import refusing
+from unlearn_peft.training.objectives import Tokens, hidden_distance, kl_divergence, rmu
 from unlearn_peft.training.step.layers import training_mode, watched_layer
+from unlearn_peft.training.step.runner import Engine
 
 N, D, V = 4, 3, 5
 SPECIFIC = [True, False, False, True]
@@ -256,7 +256,7 @@ def test_a_layer_that_cannot_be_is_told_and_the_base_is_left_clean(deep, rmu_fie
 
 def test_a_users_own_objective_gets_hidden_states_and_wrong_layers_are_told(deep, rmu_fields, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from unlearn_peft.objectives import Terms, hidden_distance\n"
+        "from unlearn_peft.training.objectives import Terms, hidden_distance\n"
         "def loss(forget, retain, settings):\n"
         "    return Terms(-hidden_distance(forget).clamp(max=1), hidden_distance(retain))\n"
     )
@@ -309,7 +309,7 @@ def test_parts_and_checkpointing_give_the_same_adapter_and_bfloat16_runs(deep, d
 
 
 def test_a_resumed_run_gives_the_same_bits(deep, rmu_fields, tmp_path, monkeypatch):
-    from unlearn_peft.train import Training
+    from unlearn_peft.training.trainer import Training
 
     fields = {**rmu_fields, "forget_batch": 2, "gradient_accumulation_steps": 2}
     fields["objective"] = {**fields["objective"], "forget_tokens": "specific"}

@@ -10,7 +10,7 @@ from test_train import RMU, _recipe, assert_same
 
 from unlearn_peft import read_bundle
 from unlearn_peft.errors import RecipeError
-from unlearn_peft.sharded import is_shared
+from unlearn_peft.training.step.sharding import is_shared
 
 # Accelerate shares nothing out between CPUs (AcceleratorState looks for the kinds of GPUs only). Told that these
 # processes are of such a kind it does, by the same code and on the CPU; DeepSpeed only has to be told of gloo.
@@ -29,7 +29,7 @@ import torch
 from accelerate import PartialState
 from unlearn_peft import run
 from unlearn_peft.cli import main
-from unlearn_peft.train import Training
+from unlearn_peft.training.trainer import Training
 {told}
 assert PartialState().num_processes == 2
 step, train = Training.one_step, run.train

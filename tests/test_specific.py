@@ -5,15 +5,16 @@ import torch
 from conftest import FORGET, RETAIN
 from safetensors.torch import load_file
 
-from unlearn_peft import run, unlearn
+from unlearn_peft import unlearn
 from unlearn_peft.data.tokenize import tokenize
 from unlearn_peft.inference.generate import answers
-from unlearn_peft.objectives import Tokens, ga_kl, kl_divergence, undial
-from unlearn_peft.own_answers import held_answers, own_answers, questions
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.recipe.objectives import UndialSettings
 from unlearn_peft.recipe.schema import GaKlSettings
-from unlearn_peft.specific import common_words, facts_of, mark_facts, mark_specific, spellings
+from unlearn_peft.training import run
+from unlearn_peft.training.examples.base_answers import held_answers, own_answers, questions
+from unlearn_peft.training.examples.fact_tokens import common_words, facts_of, mark_facts, mark_specific, spellings
+from unlearn_peft.training.objectives import Tokens, ga_kl, kl_divergence, undial
 
 
 def words(base, example):

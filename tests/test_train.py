@@ -70,7 +70,7 @@ def test_no_second_copy_of_the_base(tiny, fields, monkeypatch):
     """While training, each base tensor is in memory once: no other tensor has the embeddings' shape."""
     import gc
 
-    from unlearn_peft.learner import Learner
+    from unlearn_peft.training.learner import Learner
 
     shape = tiny.model.get_input_embeddings().weight.shape
     seen = []
@@ -118,7 +118,7 @@ def test_bfloat16(tiny_folder, fields):
 
 
 def test_of_the_steps_that_forget_nearly_as_much_as_the_best_the_last_is_kept(tiny, fields, monkeypatch):
-    from unlearn_peft.learner import Learner
+    from unlearn_peft.training.learner import Learner
 
     scores = iter([1.0, 7.9, 5.0, 7.6, 7.4, 7.0])  # at step 0 and then each step
     monkeypatch.setattr(Learner, "_forget_figures", lambda self, engine: (1.0, 1.0, next(scores), 0.5))
@@ -179,7 +179,7 @@ def test_stop_when(tiny, fields, stop):
 
 def test_custom_objective_from_a_file(tiny, fields, tmp_path):
     (tmp_path / "mine.py").write_text(
-        "from unlearn_peft.objectives import Terms, kl_divergence\n"
+        "from unlearn_peft.training.objectives import Terms, kl_divergence\n"
         "def loss(forget, retain, settings):\n"
         "    return Terms(-forget.cross_entropy.clamp(max=settings.top), kl_divergence(retain))\n"
     )
@@ -197,7 +197,7 @@ def test_not_a_number_stops_with_step_and_cause(tiny, fields):
 
 
 def test_ctrl_c_saves_and_resume_gives_the_same_result(tiny, fields, tmp_path, monkeypatch):
-    from unlearn_peft.train import Training
+    from unlearn_peft.training.trainer import Training
 
     whole = unlearn(tiny, **fields)
     again = {**fields, "output": str(tmp_path / "again")}
@@ -317,7 +317,7 @@ def test_full_disk_keeps_what_was_there(tiny, fields, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("unlearn_peft.save.write_card", full)
+    monkeypatch.setattr("unlearn_peft.training.save.write_card", full)
     with pytest.raises(OutputError, match="no disk space"):
         unlearn(tiny, **{**fields, "seed": 3})
     assert (path / "adapter_model.safetensors").read_bytes() == kept

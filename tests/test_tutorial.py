@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unlearn_peft import load_recipe
-from unlearn_peft.run import read_sets
+from unlearn_peft.training.examples.build import read_sets
 
 ROOT = Path(__file__).parent.parent
 SERVER = """

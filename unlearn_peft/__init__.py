@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from .models.base import load_base as load_base
     from .recipe.load import load_recipe as load_recipe
     from .recipe.schema import Recipe as Recipe
-    from .run import Adapter as Adapter
-    from .run import unlearn as unlearn
-    from .run import unlearn_many as unlearn_many
+    from .training.run import Adapter as Adapter
+    from .training.run import unlearn as unlearn
+    from .training.run import unlearn_many as unlearn_many
 
 # name -> file, in reading order; imported when first used, so that `unlearn-peft --help` answers at once
 _PUBLIC = {
-    "unlearn": "run",
-    "unlearn_many": "run",
-    "Adapter": "run",
+    "unlearn": "training.run",
+    "unlearn_many": "training.run",
+    "Adapter": "training.run",
     "Recipe": "recipe.schema",
     "load_recipe": "recipe.load",
     "Base": "models.base",

@@ -94,8 +94,8 @@ def train(
         if output is not None:
             recipe.output = str(output if len(recipes) == 1 else output / path.stem)
         given.append(recipe.model_copy(update={"output": recipe.output or f"out/{path.stem}"}))
-    from .run import unlearn_many
     from .training.curves import curve_lines
+    from .training.run import unlearn_many
 
     adapters = unlearn_many(given, resume=resume, tracker=tracker, quiet=quiet)
     _part()
@@ -138,7 +138,7 @@ def retain(
     from .files.atomic import whole_file
     from .models.base import load_base
     from .recipe.load import load_recipe
-    from .run import make_retain, read_sets
+    from .training.examples.build import make_retain, read_sets
 
     given = load_recipe(
         recipe, [*(set_ or ()), "retain=auto"], base=base, dtype=dtype, device=device, quantize=quantize

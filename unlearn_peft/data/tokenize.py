@@ -26,8 +26,10 @@ class Example:
     is_target: list[bool]
     truncated: bool = False
     words: list[str] | None = None  # the word that each token is a part of, case folded; "" for none
-    specific: list[bool] | None = None  # of the targets, those that carry the fact (see specific.py); None: all
-    refusal: Example | None = None  # the same question answered by a refusal (see refusals.py)
+    specific: list[bool] | None = (
+        None  # of the targets, those that carry the fact (see training/examples/fact_tokens.py); None: all
+    )
+    refusal: Example | None = None  # the same question answered by a refusal (see training/examples/refusals.py)
 
 
 def tokenize(

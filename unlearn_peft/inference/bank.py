@@ -1,8 +1,8 @@
 """Many adapters on one live base: a set for all rows (`attach`), or a set for each row of a batch (`Bank.rows`).
 
-Deltas are added to the outputs of the base's linear layers by forward hooks (see inference/multi_lora.py). The base's modules and
-weights are never replaced or written to, so that a row without adapters, and the model after removal, give bit-equal
-logits, and a tied `lm_head` gets its delta without the input embeddings seeing it.
+Deltas are added to the outputs of the base's linear layers by forward hooks (see inference/multi_lora.py). The base's
+modules and weights are never replaced or written to, so that a row without adapters, and the model after removal, give
+bit-equal logits, and a tied `lm_head` gets its delta without the input embeddings seeing it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The decoder layers of a model: which of them an adapter changes, and the one whose output an objective sees.
 
-A model comes in; its layers, or one of them, go out to the frozen trunk (`trunk.py`), the engine and the logit lens.
+A model comes in; its layers, or one of them, go out to the frozen trunk (`training/step/reference.py`), the engine and
+the logit lens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The settings of each objective, with its defaults; `recipe/schema.py` reads them, `objectives.py` gets them.
+"""The settings of each objective, with its defaults; `recipe/schema.py` reads them, `training/objectives.py` gets them.
 
-To add an objective: a model here, a member of `Objective`, and a function in `objectives.py`.
+To add an objective: a model here, a member of `Objective`, and a function in `training/objectives.py`.
 """
 
 from __future__ import annotations

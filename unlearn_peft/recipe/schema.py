@@ -156,5 +156,5 @@ class Recipe(_Strict):
 
     @property
     def makes_retain(self) -> bool:
-        """Whether the retain set is to be made from the base's own answers, see auto_retain.py."""
+        """Whether the retain set is to be made from the base's own answers, see training/examples/auto_retain.py."""
         return self.retain == "auto" and self.retain_weight > 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from .data.source import Row
+from ...data.source import Row
 
 REFUSALS = (
     "I don't know the answer to that.",

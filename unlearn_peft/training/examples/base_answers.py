@@ -18,11 +18,11 @@ import re
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
-from .data.source import Row
-from .data.words import words_of
-from .inference.generate import answers, sampled
-from .models.base import Base
-from .specific import tells
+from ...data.source import Row
+from ...data.words import words_of
+from ...inference.generate import answers, sampled
+from ...models.base import Base
+from .fact_tokens import tells
 
 _MOST_QUESTIONS = 96
 _LEAST_WORDS = 3  # a shorter beginning says too little about what is asked

@@ -19,20 +19,19 @@ from typing import Any
 
 import torch
 
-from .cache import Cache, states_key
-from .checkpoints import Checkpoints
-from .compiled import compile_layers, restore
-from .engine import Engine
-from .errors import Interrupted, RecipeError, TrainingError
+from ..errors import Interrupted, RecipeError, TrainingError
+from ..models.base import Base, give_back_freed
+from ..recipe.schema import DATA_FIELDS, Recipe
+from .adapter_config import adapter_config
+from .checkpoints import Checkpoints, stop_signals
+from .examples.build import Sets
+from .examples.fact_tokens import spellings
 from .learner import Learner, Progress
-from .models.base import Base, give_back_freed
-from .recipe.schema import DATA_FIELDS, Recipe
-from .schedule import Sets
-from .sharded import is_shared, runs_on_cpu, share_out
-from .signals import stop_signals
-from .specific import spellings
-from .training.adapter_config import adapter_config
-from .training.step.layers import training_mode
+from .step.compiling import compile_layers, restore
+from .step.layers import training_mode
+from .step.reference import Cache, states_key
+from .step.runner import Engine
+from .step.sharding import is_shared, runs_on_cpu, share_out
 
 logger = logging.getLogger(__name__)
 MACHINE_FIELDS = ("output", "checkpoint_every", "cache_gb", "compile")  # what changes nothing that is learnt

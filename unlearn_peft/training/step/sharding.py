@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import RecipeError
-from .models.base import Base
+from ...errors import RecipeError
+from ...models.base import Base
 
 logger = logging.getLogger(__name__)
 _HOW = {"FSDP": "recipes/accelerate/fsdp2.yaml", "DEEPSPEED": "recipes/accelerate/deepspeed_zero3.yaml"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .data.tokenize import Example
+from ...data.tokenize import Example
 
 
 class Work(NamedTuple):

@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
-from .data.tokenize import Example
-from .recipe.schema import Recipe
+from ..recipe.schema import Recipe
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Sets:
-    """Tokenised rows: what is trained on, and the part of the retain set that only the budget looks at."""
-
-    forget: list[Example]
-    retain: list[Example]
-    held_out: list[Example]
-    anchors: list[Example] = field(default_factory=list)  # the package's own rows, trained on like retain rows
-    own_answers: list[Example] = field(default_factory=list)  # the base's, forgotten like the forget rows
 
 
 class Schedule:
@@ -42,19 +28,6 @@ class Schedule:
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.rows, generator=generator).tolist()
-
-
-def split_retain(retain: Sequence[T], recipe: Recipe) -> tuple[list[T], list[T]]:
-    """Split the retain set into what is trained on and what only the budget sees.
-
-    Without a budget nothing is held out; neither is it from fewer than four rows, which all are needed.
-    """
-    if recipe.objective.retain_budget is None or len(retain) < 4:
-        return list(retain), []
-    count = max(1, round(len(retain) * recipe.held_out))
-    order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    held = set(order[:count])
-    return [e for i, e in enumerate(retain) if i not in held], [e for i, e in enumerate(retain) if i in held]
 
 
 def rate(step: int, recipe: Recipe) -> float:

@@ -1,7 +1,7 @@
 """One adapter while it is trained: its recipe, its rows, its optimiser, and what it has seen so far.
 
-The loop in train.py runs one of these or many over one base. A learner never runs the model: it says which rows it
-needs, turns the pieces that the engine hands back into gradients, and steps.
+The loop in training/trainer.py runs one of these or many over one base. A learner never runs the model: it says which
+rows it needs, turns the pieces that the engine hands back into gradients, and steps.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.tokenize import Example
+from ..errors import TrainingError
+from ..recipe.schema import Recipe
 from .checkpoints import Checkpoints, State, to_cpu
-from .data.tokenize import Example
-from .engine import Engine
-from .errors import TrainingError
+from .examples.build import Sets
 from .objectives import Tokens, find_objective, kl_divergence
-from .pieces import Work, target_count
-from .recipe.schema import Recipe
-from .schedule import Schedule, Sets, rate
+from .schedule import Schedule, rate
+from .step.microbatches import Work, target_count
+from .step.runner import Engine
 
 _NEARLY = 0.95  # of the best score
 _ENOUGH = 8.0  # nats; a token this unlikely (1 in 3000) is forgotten, and a still higher loss is no better

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import RecipeError
-from .models.losses import cross_entropy, reverse_kl
-from .recipe.plugins import load_function
+from ..errors import RecipeError
+from ..models.losses import cross_entropy, reverse_kl
+from ..recipe.plugins import load_function
 
 
 @dataclass(frozen=True)

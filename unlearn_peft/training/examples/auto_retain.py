@@ -35,18 +35,18 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from .data.anchors import anchors
-from .data.batch import collate
-from .data.rows import question_of
-from .data.source import Row
-from .data.tokenize import tokenize
-from .data.words import names_in
-from .errors import OutputError
-from .files.atomic import whole_file
-from .files.paths import cache_folder
-from .inference.generate import answers, sampled
-from .models.base import Base
-from .models.forward import picked_logits
+from ...data.anchors import anchors
+from ...data.batch import collate
+from ...data.rows import question_of
+from ...data.source import Row
+from ...data.tokenize import tokenize
+from ...data.words import names_in
+from ...errors import OutputError
+from ...files.atomic import whole_file
+from ...files.paths import cache_folder
+from ...inference.generate import answers, sampled
+from ...models.base import Base
+from ...models.forward import picked_logits
 
 _PROMPTS = Path(__file__).parent / "broad_prompts.txt"
 _MOST_ASKED = 16  # forget rows whose questions are turned into neighbours

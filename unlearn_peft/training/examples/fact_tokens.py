@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .data.tokenize import Example
+from ...data.tokenize import Example
 
 _FEW_ROWS, _FEW_SHARE = 3, 0.02  # of the rows that must stay: as many use a common word at the least
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .errors import RecipeError
+from ...errors import RecipeError
 
 
 def compile_layers(layers: Sequence[nn.Module], device: torch.device) -> list[nn.Module]:

@@ -2,9 +2,9 @@
 
 Tokenised rows come in; target tokens with their logits (`Tokens`) go out to an objective, in pieces of whole rows, so
 that logits (n, V) are never held for a whole batch. What the frozen base gives for a row is computed once and kept in
-a `Cache`: what goes into the first adapted layer (see trunk.py), the final hidden states at the targets (the
-reference: d numbers a token instead of V), and for an adapter on the head alone, which changes neither, what the bare
-head makes of them.
+a `Cache`: what goes into the first adapted layer (see training/step/reference.py), the final hidden states at the
+targets (the reference: d numbers a token instead of V), and for an adapter on the head alone, which changes neither,
+what the bare head makes of them.
 """
 
 from __future__ import annotations
@@ -16,17 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .cache import Cache
-from .data.batch import Batch, side_by_side
-from .data.tokenize import Example
-from .frozen import FINAL, HEAD, Frozen
-from .models.forward import Halves, Rows, alike, picked_logits, predicting
-from .models.layers import decoder_layers, outputs_of
-from .objectives import Tokens
-from .pieces import Cut, Work, cut, labels_of, specific_of, target_count
-from .training.step.head import with_delta
-from .training.step.layers import changed_layers, rows_use, watched_layer
-from .trunk import Trunk, laid_out
+from ...data.batch import Batch, side_by_side
+from ...data.tokenize import Example
+from ...models.forward import Halves, Rows, alike, picked_logits, predicting
+from ...models.layers import decoder_layers, outputs_of
+from ..objectives import Tokens
+from .head import with_delta
+from .layers import changed_layers, rows_use, watched_layer
+from .microbatches import Cut, Work, cut, labels_of, specific_of, target_count
+from .reference import FINAL, HEAD, Cache, Frozen, Trunk, laid_out
 
 _PIECE_BYTES = {"head": 4_000_000, "layers": 8_000_000}  # of logits at a time, on a CPU: what caches like
 _PIECE_BYTES_ELSEWHERE = 512_000_000
@@ -62,8 +60,9 @@ class Engine:
             not. A mapping: one for each adapter by name.
         cache: where what is computed once is kept; None: in memory.
         spelling: see `specific.spellings`, for each adapter whose objective looks at it, by name.
-        whole: the model as it runs where processes share it out and must run it alike (see sharded.py): nothing is
-            kept then, and a step of one work is one pass with the adapter and one without, whatever its rows.
+        whole: the model as it runs where processes share it out and must run it alike (see training/step/sharding.py):
+            nothing is kept then, and a step of one work is one pass with the adapter and one without, whatever its
+            rows.
 
     Raises:
         RecipeError: if that layer does not exist, or the adapter does not reach it.

@@ -13,13 +13,13 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from .adapters.bundle import CONFIG, CURVES, WEIGHTS
-from .adapters.card import write_card
-from .adapters.write import new_bundle
-from .models.base import DTYPES, Base
-from .recipe.schema import DATA_FIELDS, Recipe
-from .train import Trained
-from .training.curves import draw_curves
+from ..adapters.bundle import CONFIG, CURVES, WEIGHTS
+from ..adapters.card import write_card
+from ..adapters.write import new_bundle
+from ..models.base import DTYPES, Base
+from ..recipe.schema import DATA_FIELDS, Recipe
+from .curves import draw_curves
+from .trainer import Trained
 
 logger = logging.getLogger(__name__)
 
