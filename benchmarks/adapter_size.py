@@ -16,7 +16,7 @@ import torch
 from unlearn_peft import forgetting, load_base, read_bundle
 from unlearn_peft.adapters.transform.shrink import shrink
 from unlearn_peft.data.rows import read_rows
-from unlearn_peft.evaluate.rows import row_tokens
+from unlearn_peft.evaluate.token_scores import row_tokens
 from unlearn_peft.inference.generate import answers, leaked, mean_kl, sampled, target_log_probabilities
 from unlearn_peft.recipe.load import load_recipe
 

@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from unlearn_peft import load_base, load_recipe, unlearn
-from unlearn_peft.compare import compare
 from unlearn_peft.data.rows import read_rows
+from unlearn_peft.evaluate.compare import compare
 from unlearn_peft.training.examples.build import make_retain, read_sets
 
 ROOT = Path(__file__).parent.parent

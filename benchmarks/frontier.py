@@ -27,7 +27,7 @@ from variants import VARIANTS, file_name
 from unlearn_peft import forgetting, load_base, load_recipe, unlearn
 from unlearn_peft.data.rows import read_rows
 from unlearn_peft.errors import RecipeError
-from unlearn_peft.evaluate.fluency import losses_under_base
+from unlearn_peft.evaluate.metrics.fluency import losses_under_base
 from unlearn_peft.files.atomic import whole_file
 from unlearn_peft.inference.generate import answers, leaked, mean_kl, sampled, target_log_probabilities
 from unlearn_peft.recipe.schema import Recipe

@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 from unlearn_peft import forgetting, load_base, load_recipe, unlearn
-from unlearn_peft.compare import compare
 from unlearn_peft.data.rows import read_rows
+from unlearn_peft.evaluate.compare import compare
 from unlearn_peft.inference.generate import leaked, sampled
 
 ROOT = Path(__file__).parent.parent

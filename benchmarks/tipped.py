@@ -18,7 +18,7 @@ import torch
 from unlearn_peft import forgetting, load_base
 from unlearn_peft.data.rows import read_rows
 from unlearn_peft.data.source import DataSpec
-from unlearn_peft.evaluate.meaning import unchanged
+from unlearn_peft.evaluate.metrics.consistency import unchanged
 from unlearn_peft.inference.generate import answers, mean_kl, target_log_probabilities
 
 ROOT = Path(__file__).parent.parent

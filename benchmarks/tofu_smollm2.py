@@ -41,8 +41,8 @@ from variants import VARIANTS, file_name
 from unlearn_peft import Base, forgetting, load_base, merge, unlearn
 from unlearn_peft.data.rows import read_rows
 from unlearn_peft.data.source import DataSpec
-from unlearn_peft.evaluate.tofu import measure_tofu
-from unlearn_peft.evaluate.truth import NINE, forget_quality
+from unlearn_peft.evaluate.metrics.truth_ratio import NINE, forget_quality
+from unlearn_peft.evaluate.suites.tofu import measure_tofu
 from unlearn_peft.training.objectives import Terms
 
 DATA = Path(__file__).parent / "data"

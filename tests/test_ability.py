@@ -14,11 +14,11 @@ from conftest import logits
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
 from unlearn_peft import attached, forgetting
-from unlearn_peft.evaluate import ability
-from unlearn_peft.evaluate.ability import read_tasks
+from unlearn_peft.evaluate import lm_harness as ability
 from unlearn_peft.evaluate.evaluation import evaluate
-from unlearn_peft.evaluate.rows import row_tokens
-from unlearn_peft.evaluate.wording import label
+from unlearn_peft.evaluate.lm_harness import read_tasks
+from unlearn_peft.evaluate.report.labels import label
+from unlearn_peft.evaluate.token_scores import row_tokens
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 DOCS = [

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from unlearn_peft import answers, attach, attached, detach
 from unlearn_peft.data.tokenize import chat_prompt
 from unlearn_peft.errors import AdapterError, DataError, UnlearnError
-from unlearn_peft.evaluate.attacks import ATTACKS, Target, asking, reading, relearning, run_attacks, weights
-from unlearn_peft.evaluate.attacks.prompts import BEGINNINGS, GENERIC, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS
-from unlearn_peft.evaluate.attacks.target import beginning_of, in_many_ways, leaks, render, replaced_weights, under
+from unlearn_peft.evaluate.attacks import ATTACKS, Target, relearning, run_attacks, weights
+from unlearn_peft.evaluate.attacks import probing as reading
+from unlearn_peft.evaluate.attacks import prompting as asking
+from unlearn_peft.evaluate.attacks.harness import beginning_of, in_many_ways, leaks, render, replaced_weights, under
+from unlearn_peft.evaluate.attacks.templates import BEGINNINGS, GENERIC, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS
 from unlearn_peft.inference.generate import leaked
 
 QUICK = {"sampling": {"k": 3}, "relearn_adapter": {"steps": (1, 2)}, "relearn_lora": {"steps": (1, 2)}}

@@ -17,7 +17,7 @@ from test_scheduler import PROMPTS, SETS, Runner
 from test_train import FREE
 
 from unlearn_peft import Bank, attach, detach, load_base, unlearn, unlearn_many
-from unlearn_peft.compare import compare
+from unlearn_peft.evaluate.compare import compare
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.training.step.runner import Engine
 

@@ -15,10 +15,19 @@ from conftest import FORGET, RETAIN, logits
 
 from unlearn_peft import attach, attached, detach
 from unlearn_peft.errors import AdapterError, DataError, OutputError
-from unlearn_peft.evaluate import picture, wording
 from unlearn_peft.evaluate.evaluation import STATES, evaluate, read_measured
-from unlearn_peft.evaluate.report import check_folder, html, markdown_section, marked, show, unbroken, write_report
-from unlearn_peft.evaluate.said import Said, SideBySide, changed_neighbours
+from unlearn_peft.evaluate.report import labels as wording
+from unlearn_peft.evaluate.report import plots as picture
+from unlearn_peft.evaluate.report.report import (
+    check_folder,
+    html,
+    markdown_section,
+    marked,
+    show,
+    unbroken,
+    write_report,
+)
+from unlearn_peft.evaluate.responses import Said, SideBySide, changed_neighbours
 from unlearn_peft.evaluate.score import Score
 
 PROBES = [

@@ -12,8 +12,8 @@ from conftest import FORGET, RETAIN, logits
 from unlearn_peft import attach, detach, load_recipe, unlearn
 from unlearn_peft.errors import AdapterError, RecipeError, UnlearnError
 from unlearn_peft.evaluate.attacks import ATTACKS, Target, find_attacks, run_attacks
+from unlearn_peft.evaluate.custom import own_scores
 from unlearn_peft.evaluate.evaluation import evaluate
-from unlearn_peft.evaluate.own import own_scores
 from unlearn_peft.evaluate.score import score
 from unlearn_peft.recipe.plugins import load_function
 from unlearn_peft.training.adapter_config import KINDS

@@ -8,9 +8,9 @@ import torch
 from conftest import logits
 
 from unlearn_peft import attach, detach, load_recipe, read_bundle, unlearn
-from unlearn_peft.compare import compare
 from unlearn_peft.data.rows import read_rows
 from unlearn_peft.data.source import DataSpec
+from unlearn_peft.evaluate.compare import compare
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(__file__).parent / "data"

@@ -14,11 +14,22 @@ import unlearn_peft.evaluate.score as score_
 from unlearn_peft import UnlearnError, answers, attach, attached, detach
 from unlearn_peft.data.tokenize import chat_prompt, tokenize
 from unlearn_peft.errors import DataError
-from unlearn_peft.evaluate import fluency, leaks, memorization, privacy, truth
-from unlearn_peft.evaluate.rows import RowTokens, alone, keep_reference, kl, kl_to_reference, questions, row_tokens
-from unlearn_peft.evaluate.said import ask
+from unlearn_peft.evaluate.metrics import fluency, memorization
+from unlearn_peft.evaluate.metrics import leakage as leaks
+from unlearn_peft.evaluate.metrics import membership as privacy
+from unlearn_peft.evaluate.metrics import truth_ratio as truth
+from unlearn_peft.evaluate.responses import ask
 from unlearn_peft.evaluate.score import bootstrap, per_token, score, sums
-from unlearn_peft.evaluate.suite import measure, take_reference
+from unlearn_peft.evaluate.suites.quick import measure, take_reference
+from unlearn_peft.evaluate.token_scores import (
+    RowTokens,
+    alone,
+    keep_reference,
+    kl,
+    kl_to_reference,
+    questions,
+    row_tokens,
+)
 from unlearn_peft.inference.generate import mean_kl, sampled, target_log_probabilities
 
 # TOFU's own evaluation logs (MIT, see tests/data/README.md)
@@ -115,7 +126,7 @@ def plain_log_probabilities(base, row, closing=True):
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_rows_in_batches_are_what_each_row_gives_alone(tiny, monkeypatch, batch_size):
-    monkeypatch.setattr("unlearn_peft.evaluate.rows._CHUNK", 3)
+    monkeypatch.setattr("unlearn_peft.evaluate.token_scores._CHUNK", 3)
     rows = [*FORGET, *RETAIN, SETS["free_text"][0]]
     found = row_tokens(tiny, rows, batch_size=batch_size)
     assert len(found) == len(rows)
@@ -133,7 +144,7 @@ def test_rows_in_batches_are_what_each_row_gives_alone(tiny, monkeypatch, batch_
 
 def test_long_rows_go_in_smaller_batches(tiny, monkeypatch):
     expected = row_tokens(tiny, RETAIN)
-    monkeypatch.setattr("unlearn_peft.evaluate.rows._MOST_LOGITS", 400 * 30)
+    monkeypatch.setattr("unlearn_peft.evaluate.token_scores._MOST_LOGITS", 400 * 30)
     for one, other in zip(row_tokens(tiny, RETAIN), expected, strict=True):
         torch.testing.assert_close(one.log_p, other.log_p, atol=1e-4, rtol=1e-4)
 

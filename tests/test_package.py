@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 DATA = [
     "data/anchors.jsonl",
     "training/examples/broad_prompts.txt",
-    "evaluate/report.html",
+    "evaluate/report/report.html",
     "serve/page/playground.html",
 ]
 MOST_DEPENDENCIES = 10

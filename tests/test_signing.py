@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import logits, make_tiny
 
-from unlearn_peft import Bank, attach, attached, cli, compare, load_base, merge, read_bundle, stack, unlearn
+from unlearn_peft import Bank, attach, attached, cli, load_base, merge, read_bundle, stack, unlearn
 from unlearn_peft.adapters.signing import new_key, sign, verify
 from unlearn_peft.adapters.trust import SIGNATURE, Identity, Trust
 from unlearn_peft.errors import AdapterError, OutputError, TrustError
+from unlearn_peft.evaluate import compare
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -8,10 +8,13 @@ from conftest import FORGET, RETAIN
 from unlearn_peft import attached, forgetting, read_bundle
 from unlearn_peft.adapters.card import put_evaluation
 from unlearn_peft.errors import AdapterError, DataError
-from unlearn_peft.evaluate import full, meaning, memorization, tofu, truth, wording
 from unlearn_peft.evaluate.evaluation import evaluate, read_measured
+from unlearn_peft.evaluate.metrics import consistency as meaning
+from unlearn_peft.evaluate.metrics import memorization
+from unlearn_peft.evaluate.metrics import truth_ratio as truth
+from unlearn_peft.evaluate.report import labels as wording
 from unlearn_peft.evaluate.score import Score
-from unlearn_peft.evaluate.suites import Suite, check
+from unlearn_peft.evaluate.suites import Suite, check, full, tofu
 from unlearn_peft.inference.generate import answers
 
 ASKED = [{**row, "paraphrased": "By Zorblax.", "perturbed": ["By the sea.", "By a star."]} for row in FORGET]

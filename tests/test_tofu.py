@@ -9,9 +9,9 @@ import pytest
 from conftest import logits
 
 from unlearn_peft.errors import DataError
-from unlearn_peft.evaluate.meaning import names_said, right, unchanged
-from unlearn_peft.evaluate.rows import row_tokens
-from unlearn_peft.evaluate.tofu import measure_tofu
+from unlearn_peft.evaluate.metrics.consistency import names_said, right, unchanged
+from unlearn_peft.evaluate.suites.tofu import measure_tofu
+from unlearn_peft.evaluate.token_scores import row_tokens
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 ROWS = {

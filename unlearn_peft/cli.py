@@ -214,10 +214,10 @@ def compare(
     require_signature: RequireOption = False,
 ) -> None:
     """Show answers before, with the adapters, and after their removal, side by side."""
-    from .compare import compare as compare_
-    from .compare import show
     from .data.rows import read_rows
     from .data.source import DataSpec
+    from .evaluate.compare import compare as compare_
+    from .evaluate.compare import show
 
     rows = read_rows(DataSpec(path=str(probes)), "probes") if probes else []
     rows += [{"prompt": asked, "leak": []} for asked in prompt or []]

@@ -100,15 +100,15 @@ def evaluate(
       unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml --attacks prefix,jailbreak,relearn_lora
     """
     from .adapters.card import put_evaluation
-    from .compare import show as show_answers
-    from .evaluate.ability import read_tasks
     from .evaluate.attacks import Target, find_attacks, run_attacks
+    from .evaluate.compare import show as show_answers
+    from .evaluate.custom import find_metrics
     from .evaluate.evaluation import evaluate as evaluate_
     from .evaluate.evaluation import read_measured
-    from .evaluate.own import find_metrics
-    from .evaluate.report import PICTURE, check_folder, eval_results, markdown_section, show, write_report
+    from .evaluate.lm_harness import read_tasks
+    from .evaluate.report.report import PICTURE, check_folder, eval_results, markdown_section, show, write_report
     from .evaluate.suites import check
-    from .evaluate.tofu import truth_ratios
+    from .evaluate.suites.tofu import truth_ratios
     from .models.base import load_base
 
     first = adapter[0].absolute()

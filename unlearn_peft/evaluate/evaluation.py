@@ -22,12 +22,12 @@ from ..errors import AdapterError, DataError
 from ..inference.attach import attached, forgetting
 from ..models.base import Base
 from ..recipe.load import load_recipe
-from .ability import PREFIX, Ability
-from .own import Metric, own_scores
-from .said import Said, SideBySide, answers_to_probes, ask, changed_neighbours
+from .custom import Metric, own_scores
+from .lm_harness import PREFIX, Ability
+from .responses import Said, SideBySide, answers_to_probes, ask, changed_neighbours
 from .score import CONFIDENCE, RESAMPLES, Array, Score
-from .suite import SETS, measure, take_reference
 from .suites import Suite, beside_quick, check
+from .suites.quick import SETS, measure, take_reference
 
 SCHEMA_VERSION = 1
 STATES = ("before", "with", "after")

@@ -13,10 +13,10 @@ from functools import partial
 from ...errors import AdapterError, UnlearnError, did_you_mean
 from ...inference.attach import attached
 from ...recipe.plugins import load_function
-from .asking import few_shot, jailbreak, multilingual, paraphrase, prefix, sampling
-from .reading import adapter_diff, logit_lens
+from .harness import Attack, Attacked, Target
+from .probing import adapter_diff, logit_lens
+from .prompting import few_shot, jailbreak, multilingual, paraphrase, prefix, sampling
 from .relearning import relearn
-from .target import Attack, Attacked, Target
 from .weights import interference, quantise, scaling
 
 ATTACKS: dict[str, Attack] = {

@@ -25,7 +25,7 @@ from ...inference.generate import leaked
 from ...models.forward import picked_logits
 from ...models.layers import head_name
 from ..score import Array
-from .target import Attacked, Target, attacked, leaks, under
+from .harness import Attacked, Target, attacked, leaks, under
 from .weights import linear_layers, shape_of
 
 _SYLLABLES = ("vor", "lim", "tas", "ger", "pol", "nuk", "dre", "zab", "mif", "sor", "kel", "hub")

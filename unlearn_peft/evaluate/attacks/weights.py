@@ -17,9 +17,9 @@ from ...adapters.read import read_bundle
 from ...adapters.transform.low_rank import _norm
 from ...errors import AdapterError
 from ...models.layers import head_name
-from ..rows import alone, keep_reference, kl_to_reference
 from ..score import Array
-from .target import Attacked, Target, any_of, attacked, leaks, replaced_weights, share, under
+from ..token_scores import alone, keep_reference, kl_to_reference
+from .harness import Attacked, Target, any_of, attacked, leaks, replaced_weights, share, under
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 

@@ -15,10 +15,10 @@ from ...data.source import Row
 from ...errors import BaseModelError
 from ...models.base import Base
 from ...models.layers import decoder_layers
-from ..rows import alone
 from ..score import Array
-from .prompts import GENERIC
-from .target import Attacked, Target, attacked, beginning_of, render, under
+from ..token_scores import alone
+from .harness import Attacked, Target, attacked, beginning_of, render, under
+from .templates import GENERIC
 from .weights import random_like
 
 

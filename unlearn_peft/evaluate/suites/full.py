@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..data.source import Row
-from ..errors import DataError
-from ..models.base import Base
-from .memorization import knowledge_memorization, verbatim_memorization
-from .privacy import membership
-from .rows import questions
-from .score import Score, score
-from .truth import forget_truth_ratio, truth_losses, truth_ratio
+from ...data.source import Row
+from ...errors import DataError
+from ...models.base import Base
+from ..metrics.membership import membership
+from ..metrics.memorization import knowledge_memorization, verbatim_memorization
+from ..metrics.truth_ratio import forget_truth_ratio, truth_losses, truth_ratio
+from ..score import Score, score
+from ..token_scores import questions
 
 
 def check(rows: Mapping[str, Sequence[Row]]) -> None:

@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ..data.source import Row
-from ..errors import DataError
-from ..inference.generate import answers
-from ..models.base import Base
-from .memorization import answer_probability, rouge_l
-from .rows import row_tokens
-from .score import Array, Score, score
-from .truth import (
+from ...data.source import Row
+from ...errors import DataError
+from ...inference.generate import answers
+from ...models.base import Base
+from ..metrics.memorization import answer_probability, rouge_l
+from ..metrics.truth_ratio import (
     SETS,
     choice_probability,
     forget_quality,
@@ -29,6 +27,8 @@ from .truth import (
     truth_ratio,
     utility_truth_ratio,
 )
+from ..score import Array, Score, score
+from ..token_scores import row_tokens
 
 _ALL = ("forget", *SETS)
 

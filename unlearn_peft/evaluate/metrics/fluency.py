@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from ..models.base import Base
-from .rows import alone, row_tokens
-from .score import Array
+from ...models.base import Base
+from ..score import Array
+from ..token_scores import alone, row_tokens
 
 
 def repetition(text: str, n: int = 4) -> float:

@@ -12,11 +12,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..data.source import Row
-from ..errors import DataError
-from ..models.base import Base
-from .rows import row_tokens
-from .score import Array, Score, extra, score
+from ...data.source import Row
+from ...errors import DataError
+from ...models.base import Base
+from ..score import Array, Score, extra, score
+from ..token_scores import row_tokens
 
 SETS, PARTS = ("retain", "real_authors", "world_facts"), ("probability", "rouge", "truth_ratio")
 NINE = [f"{rows}_{part}" for rows in SETS for part in PARTS]  # what model utility is made of

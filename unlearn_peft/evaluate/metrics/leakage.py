@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..inference.generate import leaked
-from .score import Array
+from ...inference.generate import leaked
+from ..score import Array
 
 
 def leak_shares(samples: Sequence[Sequence[str]], leaks: Sequence[Sequence[str]]) -> Array:

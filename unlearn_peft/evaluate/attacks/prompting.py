@@ -10,10 +10,10 @@ from __future__ import annotations
 from ...data.anchors import anchors
 from ...data.source import Row
 from ...inference.generate import leaked, sampled
-from ..leaks import any_leak, leak_shares, leaking_parts
-from ..rows import alone, questions
-from .prompts import BEGINNINGS, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS
-from .target import Attacked, Target, attacked, beginning_of, in_many_ways, render, under
+from ..metrics.leakage import any_leak, leak_shares, leaking_parts
+from ..token_scores import alone, questions
+from .harness import Attacked, Target, attacked, beginning_of, in_many_ways, render, under
+from .templates import BEGINNINGS, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS
 
 
 def paraphrase(target: Target) -> Attacked:

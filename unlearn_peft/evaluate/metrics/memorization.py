@@ -11,11 +11,11 @@ from typing import Literal
 
 import numpy as np
 
-from ..data.source import Row
-from ..inference.generate import answers
-from ..models.base import Base
-from .rows import RowTokens, questions
-from .score import Array, extra
+from ...data.source import Row
+from ...inference.generate import answers
+from ...models.base import Base
+from ..score import Array, extra
+from ..token_scores import RowTokens, questions
 
 _ENDS = re.compile(r"\n\n|\nQuestion|Question:")  # where MUSE cuts an answer off
 

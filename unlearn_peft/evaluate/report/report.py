@@ -13,18 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.bundle import CONFIG, CURVES
-from ..adapters.card import EVALUATED
-from ..errors import OutputError
-from ..files.atomic import whole_file
-from . import wording
-from .ability import PREFIX
-from .evaluation import STATES, Evaluation
-from .picture import draw, drawable, panels
-from .score import Score
+from ...adapters.bundle import CONFIG, CURVES
+from ...adapters.card import EVALUATED
+from ...errors import OutputError
+from ...files.atomic import whole_file
+from ..evaluation import STATES, Evaluation
+from ..lm_harness import PREFIX
+from ..score import Score
+from . import labels as wording
+from .plots import draw, drawable, panels
 
 if TYPE_CHECKING:
     from rich.console import Console
+
 
 FIGURES, PAGE, PICTURE = "evaluation.json", "report.html", "figures.png"
 TITLES = {"before": "base", "with": "with the adapter", "after": "after removal"}

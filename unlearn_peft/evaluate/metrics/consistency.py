@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..data.words import names_in
-from .score import Array
+from ...data.words import names_in
+from ..score import Array
 
 _END = re.compile(r"(?<=[^\W\d_A-Z]{2})[.!?](?=\s|$)|\n")  # not after an initial
 

@@ -25,9 +25,9 @@ from ...inference.attach import attached
 from ...inference.bank import Bank
 from ...inference.generate import answers, leaked
 from ...models.base import Base
-from ..leaks import leaking_parts
-from ..rows import alone
+from ..metrics.leakage import leaking_parts
 from ..score import Array, Score, score
+from ..token_scores import alone
 
 
 @dataclass(frozen=True)

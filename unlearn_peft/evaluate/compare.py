@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .adapters.trust import Trust
-from .data.source import Row
-from .errors import AdapterError
-from .inference.attach import attach, attached, detach
-from .inference.generate import answers, leaked, mean_kl, target_log_probabilities
-from .models.base import Base
+from ..adapters.trust import Trust
+from ..data.source import Row
+from ..errors import AdapterError
+from ..inference.attach import attach, attached, detach
+from ..inference.generate import answers, leaked, mean_kl, target_log_probabilities
+from ..models.base import Base
 
 STATES = ("before", "with", "after")
 

@@ -9,17 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..data.source import Row
-from ..errors import DataError, did_you_mean
-from ..inference.generate import answers
-from ..models.base import Base
-from .fluency import losses_under_base, perplexity, repetition
-from .leaks import any_leak, leak_shares
-from .meaning import right, unchanged
-from .memorization import answer_probability, exact_memorization, extraction_strength, rouge_l
-from .rows import Kept, alone, keep_reference, kl_to_reference, questions, row_tokens
-from .said import Said, ask, ask_neighbours
-from .score import Score, extra, per_token, score, sums
+from ...data.source import Row
+from ...errors import DataError, did_you_mean
+from ...inference.generate import answers
+from ...models.base import Base
+from ..metrics.consistency import right, unchanged
+from ..metrics.fluency import losses_under_base, perplexity, repetition
+from ..metrics.leakage import any_leak, leak_shares
+from ..metrics.memorization import answer_probability, exact_memorization, extraction_strength, rouge_l
+from ..responses import Said, ask, ask_neighbours
+from ..score import Score, extra, per_token, score, sums
+from ..token_scores import Kept, alone, keep_reference, kl_to_reference, questions, row_tokens
 
 SETS = ("forget", "retain", "probes", "neighbours", "free_text", "holdout", "real_authors", "world_facts")
 _HELD = ("retain", "neighbours", "free_text")  # where the model should be as the base is

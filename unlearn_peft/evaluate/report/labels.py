@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .ability import PREFIX
-from .evaluation import AttackResult, Evaluation
-from .score import Score
+from ..evaluation import AttackResult, Evaluation
+from ..lm_harness import PREFIX
+from ..score import Score
 
 Change = Literal["same", "unclear", "better", "worse", "cost", "missing"]
 TOPICS = {

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .evaluation import STATES, Evaluation
-from .wording import factor, label, main_figures, unit
+from ..evaluation import STATES, Evaluation
+from .labels import factor, label, main_figures, unit
 
 ROWS = {"before": "base", "with": "with adapter", "after": "after removal"}
 # Stand-ins that the page's style sheet gives its own colours, light or dark; also good on white as they are.

@@ -16,14 +16,14 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..data.batch import collate
-from ..data.source import Row
-from ..data.tokenize import tokenize
-from ..errors import BaseModelError
-from ..models.base import Base
-from ..models.forward import picked_logits
-from .rows import RowTokens, row_tokens
-from .score import Array, Score, score
+from ...data.batch import collate
+from ...data.source import Row
+from ...data.tokenize import tokenize
+from ...errors import BaseModelError
+from ...models.base import Base
+from ...models.forward import picked_logits
+from ..score import Array, Score, score
+from ..token_scores import RowTokens, row_tokens
 
 LEAST_LIKELY = 0.4  # share of tokens that min-k% looks at, as MUSE and open-unlearning have it
 

@@ -12,9 +12,9 @@ from typing import Any
 from ..data.source import Row
 from ..inference.generate import answers, leaked, sampled
 from ..models.base import Base
-from .leaks import leaking_parts
-from .meaning import unchanged
-from .rows import questions
+from .metrics.consistency import unchanged
+from .metrics.leakage import leaking_parts
+from .token_scores import questions
 
 _SENTENCE = 32  # tokens
 

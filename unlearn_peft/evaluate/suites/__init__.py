@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
+from ...errors import DataError
 
 if TYPE_CHECKING:
-    from ..data.source import Row
-    from ..models.base import Base
-    from .score import Array, Score
+    from ...data.source import Row
+    from ...models.base import Base
+    from ..score import Array, Score
 
 
 class Suite(str, Enum):
@@ -32,7 +32,7 @@ def check(suite: Suite, rows: Mapping[str, list[Row]]) -> None:
         DataError: if there are held-out rows that it has no use for; see also `full.check`.
         UnlearnError: if the extra `eval` is not installed.
     """
-    from .score import extra
+    from ..score import extra
 
     extra("rouge_score.rouge_scorer")
     if suite is Suite.QUICK and rows.get("holdout"):

@@ -1,0 +1,1 @@
+"""Metrics: what a model says, or gives the tokens of rows -> scores."""
