@@ -43,7 +43,7 @@ from serving import make_adapters  # noqa: E402
 
 from unlearn_peft import load_base  # noqa: E402
 from unlearn_peft.inference.bank import Bank  # noqa: E402
-from unlearn_peft.serve.policy import key_digest  # noqa: E402
+from unlearn_peft.serve.policy.policy import key_digest  # noqa: E402
 
 MODEL, TOKENS, SURE = "base", 12, 1e-3  # logits nearer than that may change places by rounding
 PROMPTS = (

@@ -63,9 +63,9 @@ def prepare(base_folder, adapters):
     from unlearn_peft.adapters.transform.merge import stack
     from unlearn_peft.files.atomic import whole_file
     from unlearn_peft.recipe.load import make_recipe
-    from unlearn_peft.serve.policy import make_policy
-    from unlearn_peft.serve.policy_file import dump_policy
-    from unlearn_peft.serve.store import PolicyStore
+    from unlearn_peft.serve.policy.policy import make_policy
+    from unlearn_peft.serve.policy.store import PolicyStore
+    from unlearn_peft.serve.policy.yaml_file import dump_policy
     from unlearn_peft.training.examples.build import tokenized
     from unlearn_peft.training.save import save_adapter
     from unlearn_peft.training.trainer import Job, Training

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from unlearn_peft import load_base
-from unlearn_peft.serve.policy import key_digest, make_policy
+from unlearn_peft.serve.policy.policy import key_digest, make_policy
 
 KEYS = {name: f"uf-key-of-{name}" for name in ("alice", "bob", "carol", "dave")}
 
@@ -115,8 +115,8 @@ def greedy_text(base_folder, adapters, prompt, count):
 @contextmanager
 def running(engine, policy, **settings):
     """A real server on a free port; yields its front and URL."""
-    from unlearn_peft.serve.http import create_app
-    from unlearn_peft.serve.run import Server, listen
+    from unlearn_peft.serve.api.app import create_app
+    from unlearn_peft.serve.api.server import Server, listen
 
     app = create_app(engine, policy if hasattr(policy, "current") else Fixed(policy), **settings)
     listening = listen("127.0.0.1", 0)

@@ -18,8 +18,8 @@ from serving import KEYS, make_policy_values, running
 
 import unlearn_peft
 from unlearn_peft import attach, cli, detach, load_base, unlearn
-from unlearn_peft.serve.local import LocalEngine
-from unlearn_peft.serve.policy import make_policy
+from unlearn_peft.serve.engine.local import LocalEngine
+from unlearn_peft.serve.policy.policy import make_policy
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -217,7 +217,7 @@ def test_kills_while_pulling(killer, kills, adapters, tmp_path, kind, record_pro
 def test_kills_while_a_policy_changes(killer, kills, tmp_path, record_property):
     from test_store import assert_whole
 
-    from unlearn_peft.serve.store import PolicyStore
+    from unlearn_peft.serve.policy.store import PolicyStore
 
     where, chance, confirmed, killed = str(tmp_path / "policy.db"), random.Random(3), 0, 0
     for n in range(kills["store"]):
@@ -237,7 +237,7 @@ def test_kills_while_a_policy_changes(killer, kills, tmp_path, record_property):
 
 
 def test_kills_while_a_policy_file_is_replaced(killer, kills, tmp_path, record_property):
-    from unlearn_peft.serve.policy_file import PolicyFile
+    from unlearn_peft.serve.policy.yaml_file import PolicyFile
 
     where, chance, killed = tmp_path / "policy.yaml", random.Random(4), 0
     killer.whole("yaml", where, 1)
@@ -517,11 +517,11 @@ def test_clock_jumps(tmp_path, monkeypatch, tiny, adapters):
     import datetime as real
 
     import unlearn_peft.serve.audit as audit
-    import unlearn_peft.serve.policy_file as policy_file
-    import unlearn_peft.serve.store as store_module
+    import unlearn_peft.serve.policy.store as store_module
+    import unlearn_peft.serve.policy.yaml_file as policy_file
     from unlearn_peft.inference.bank import Bank
-    from unlearn_peft.serve.policy_file import PolicyFile
-    from unlearn_peft.serve.store import PolicyStore
+    from unlearn_peft.serve.policy.store import PolicyStore
+    from unlearn_peft.serve.policy.yaml_file import PolicyFile
 
     jump = [0.0]
 
@@ -640,9 +640,9 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, where, error):
     from unlearn_peft.inference.bank import Bank
-    from unlearn_peft.serve import passes
-    from unlearn_peft.serve.engine import Generation, GenerationError
-    from unlearn_peft.serve.scheduler import Row, Scheduler
+    from unlearn_peft.serve.engine import kv_batch as passes
+    from unlearn_peft.serve.engine.base import Generation, GenerationError
+    from unlearn_peft.serve.engine.scheduler import Row, Scheduler
 
     bank = Bank(tiny.model, tiny.tokenizer)
     for name, path in adapters.items():

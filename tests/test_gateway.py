@@ -10,9 +10,9 @@ from serving import KEYS, Fixed, client, greedy_text, make_adapters, make_policy
 
 from unlearn_peft import load_base
 from unlearn_peft.errors import BaseModelError
-from unlearn_peft.serve.engine import Busy, Generation, GenerationError, PromptError, Unavailable
-from unlearn_peft.serve.vllm import VllmEngine
-from unlearn_peft.serve.vllm_resolver import Sets, make_resolver
+from unlearn_peft.serve.engine.base import Busy, Generation, GenerationError, PromptError, Unavailable
+from unlearn_peft.serve.vllm.engine import VllmEngine
+from unlearn_peft.serve.vllm.plugin import Sets, make_resolver
 
 SETS = {"alice": {"a": 1.0}, "bob": {"a": 1.0, "c": 0.5}, "carol": {"b": 1.0, "c": 1.0}, "dave": {}}
 PROMPT = "who wrote the blue book about green stars"
@@ -337,7 +337,7 @@ def test_a_set_in_great_demand_spreads_over_the_servers(world):
 
 
 def test_a_server_that_was_away_is_asked_again(world, monkeypatch):
-    from unlearn_peft.serve import vllm_servers
+    from unlearn_peft.serve.vllm import servers as vllm_servers
 
     monkeypatch.setattr(vllm_servers, "_AWAY", 0.3)
     engine, policy = world.engine(world.fake()), world.source.current()

@@ -459,7 +459,7 @@ def test_serving_leaves_no_prompt_and_no_answer(place, search, tiny_folder, trai
 
     from unlearn_peft import load_base
     from unlearn_peft.serve.audit import AuditLog
-    from unlearn_peft.serve.local import LocalEngine
+    from unlearn_peft.serve.engine.local import LocalEngine
 
     log = AuditLog(place.home / "audit.jsonl")
     engine = LocalEngine(load_base(str(tiny_folder), device="cpu"), name="tiny")

@@ -22,7 +22,7 @@ DATA = [
     "data/anchors.jsonl",
     "training/examples/broad_prompts.txt",
     "evaluate/report/report.html",
-    "serve/page/playground.html",
+    "serve/api/page/playground.html",
 ]
 MOST_DEPENDENCIES = 10
 SMOKE = """

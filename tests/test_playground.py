@@ -16,10 +16,10 @@ from unlearn_peft import load_base
 from unlearn_peft.adapters.read import read_bundle
 from unlearn_peft.errors import PolicyError
 from unlearn_peft.inference.bank import Applied
+from unlearn_peft.serve.api.playground import Playground, card
 from unlearn_peft.serve.audit import AuditLog
-from unlearn_peft.serve.engine import Candidate, EngineStats, Piece, TokenLogprobs, Unavailable
-from unlearn_peft.serve.playground import Playground, card
-from unlearn_peft.serve.policy import AdapterEntry
+from unlearn_peft.serve.engine.base import Candidate, EngineStats, Piece, TokenLogprobs, Unavailable
+from unlearn_peft.serve.policy.policy import AdapterEntry
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\0" * 40
 PICTURE = Path(__file__).parents[1] / "docs" / "curves.png"
@@ -310,7 +310,7 @@ def page(browser):
 @pytest.fixture(scope="module")
 def real(tiny_folder, tmp_path_factory):
     """The tiny model behind the embedded engine, without keys, and its audit log's folder."""
-    from unlearn_peft.serve.local import LocalEngine
+    from unlearn_peft.serve.engine.local import LocalEngine
 
     folder = tmp_path_factory.mktemp("real")
     adapters = make_adapters(folder, tiny_folder, seeds=(1, 2), scale=1.5)
@@ -483,7 +483,7 @@ def test_stop_ends_the_answers_here_and_on_the_server(page, tmp_path):
 
 
 def test_errors_in_plain_words(page, tmp_path):
-    from unlearn_peft.serve.settings import Limits
+    from unlearn_peft.serve.limits import Limits
 
     with scripted(tmp_path, limits=Limits(per_tenant=1), engine=Scripted(books, pause=0.1)) as (engine, url, front):
         page.open(f"{url}/playground")

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unlearn_peft.errors import PolicyError
-from unlearn_peft.serve import policy_file
-from unlearn_peft.serve.policy import key_digest, make_policy, new_key
-from unlearn_peft.serve.policy_file import PolicyFile, dump_policy, parse_policy, read_policy
-from unlearn_peft.serve.store import open_policy
+from unlearn_peft.serve.policy import yaml_file as policy_file
+from unlearn_peft.serve.policy.policy import key_digest, make_policy, new_key
+from unlearn_peft.serve.policy.store import open_policy
+from unlearn_peft.serve.policy.yaml_file import PolicyFile, dump_policy, parse_policy, read_policy
 
 KEY = "uf-not-to-be-seen-anywhere"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()

@@ -51,7 +51,7 @@ def test_the_document_is_written_between_its_markers(tmp_path):
 
 def test_the_example_for_kubernetes_agrees_with_the_code():
     from unlearn_peft.adapters.transform.export_vllm import RANKS
-    from unlearn_peft.serve import vllm_resolver
+    from unlearn_peft.serve.vllm import plugin as vllm_resolver
 
     kinds = {}
     for part in yaml.safe_load_all((ROOT / "recipes/serve/kubernetes.yaml").read_text()):

@@ -11,11 +11,11 @@ from serving import by_peft, greedy, make_adapters
 from unlearn_peft import load_base
 from unlearn_peft.errors import AdapterError, BaseModelError
 from unlearn_peft.inference.bank import Bank
-from unlearn_peft.serve.engine import Generation, GenerationError, Unavailable
-from unlearn_peft.serve.passes import Passes
-from unlearn_peft.serve.sampling import Sampler
-from unlearn_peft.serve.scheduler import Row, Scheduler
-from unlearn_peft.serve.text import TextStream, TokenBytes
+from unlearn_peft.serve.engine.base import Generation, GenerationError, Unavailable
+from unlearn_peft.serve.engine.detokenize import TextStream, TokenBytes
+from unlearn_peft.serve.engine.kv_batch import Passes
+from unlearn_peft.serve.engine.sampling import Sampler
+from unlearn_peft.serve.engine.scheduler import Row, Scheduler
 
 SETS = [{}, {"a": 1.0}, {"b": 1.0}, {"a": 1.0, "c": 0.5}, {"c": 1.0, "b": 1.0, "a": 1.0}]
 PROMPTS = ["who wrote the blue book", "green", "it was by Zorblax Quintel in a small town near sea", "stars ?", "I"]

@@ -12,8 +12,8 @@ from serving import Fixed, by_peft, changed, client, greedy_text, make_adapters,
 from unlearn_peft import load_base
 from unlearn_peft.errors import OutputError, PolicyError
 from unlearn_peft.serve.audit import AuditLog
-from unlearn_peft.serve.local import LocalEngine
-from unlearn_peft.serve.settings import Limits
+from unlearn_peft.serve.engine.local import LocalEngine
+from unlearn_peft.serve.limits import Limits
 
 FORGET = {"alice": {"a": 1.0}, "bob": {"b": 1.0, "c": 0.5}, "carol": {}, "dave": {"a": 1.0, "b": 1.0, "c": 1.0}}
 PROMPTS = ["who wrote the blue book", "green stars ?", "it was by Zorblax Quintel in a small town near sea", "I like"]

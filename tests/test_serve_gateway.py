@@ -17,9 +17,9 @@ from test_serve import (  # noqa: F401
 )
 
 from unlearn_peft import load_base
-from unlearn_peft.serve.settings import Limits
-from unlearn_peft.serve.vllm import VllmEngine
-from unlearn_peft.serve.vllm_resolver import Sets, make_resolver
+from unlearn_peft.serve.limits import Limits
+from unlearn_peft.serve.vllm.engine import VllmEngine
+from unlearn_peft.serve.vllm.plugin import Sets, make_resolver
 
 
 @pytest.fixture(scope="module")

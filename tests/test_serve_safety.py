@@ -30,10 +30,10 @@ from serving import (  # fmt: skip
 from unlearn_peft import load_base
 from unlearn_peft.adapters.read import read_bundle
 from unlearn_peft.inference.bank import Bank
-from unlearn_peft.serve.local import LocalEngine
-from unlearn_peft.serve.policy import make_policy
-from unlearn_peft.serve.policy_file import PolicyFile
-from unlearn_peft.serve.settings import Limits
+from unlearn_peft.serve.engine.local import LocalEngine
+from unlearn_peft.serve.limits import Limits
+from unlearn_peft.serve.policy.policy import make_policy
+from unlearn_peft.serve.policy.yaml_file import PolicyFile
 
 MODEL, PROMPT = "tiny", "who wrote the blue book"
 

@@ -26,12 +26,12 @@ from hypothesis import strategies as st
 from sqlalchemy import event
 
 from unlearn_peft.errors import PolicyError
-from unlearn_peft.serve import store as store_module
-from unlearn_peft.serve import tables
-from unlearn_peft.serve.edits import fingerprint
-from unlearn_peft.serve.policy import key_digest, make_policy
-from unlearn_peft.serve.policy_file import dump_policy, parse_policy, read_policy
-from unlearn_peft.serve.store import PolicyStore, open_policy
+from unlearn_peft.serve.policy import store as store_module
+from unlearn_peft.serve.policy import tables
+from unlearn_peft.serve.policy.edits import fingerprint
+from unlearn_peft.serve.policy.policy import key_digest, make_policy
+from unlearn_peft.serve.policy.store import PolicyStore, open_policy
+from unlearn_peft.serve.policy.yaml_file import dump_policy, parse_policy, read_policy
 
 ME = {"who": "tester", "why": "a test"}
 HOW = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
@@ -439,7 +439,9 @@ def change_much(where, name, rounds, told):
 
 def changing(where, name, rounds, told):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "hypothesis", "unlearn_peft.serve.store"])  # imported once, not by each
+    context.set_forkserver_preload(
+        ["pytest", "hypothesis", "unlearn_peft.serve.policy.store"]
+    )  # imported once, not by each
     child = context.Process(target=change_much, args=(where, name, rounds, told))
     child.start()
     return child

@@ -21,15 +21,15 @@ from unlearn_peft.adapters.signing import new_key, sign
 from unlearn_peft.adapters.transform.export_vllm import export_vllm
 from unlearn_peft.adapters.trust import SIGNATURE, Trust
 from unlearn_peft.errors import AdapterError, PolicyError, TrustError
-from unlearn_peft.serve import tables
 from unlearn_peft.serve.audit import AuditLog
-from unlearn_peft.serve.local import LocalEngine
-from unlearn_peft.serve.policy import make_policy
-from unlearn_peft.serve.policy_file import PolicyFile, dump_policy, parse_policy
-from unlearn_peft.serve.set_cache import digest_of
-from unlearn_peft.serve.store import PolicyStore
-from unlearn_peft.serve.vllm import VllmEngine
-from unlearn_peft.serve.vllm_resolver import Sets, make_resolver
+from unlearn_peft.serve.engine.local import LocalEngine
+from unlearn_peft.serve.policy import tables
+from unlearn_peft.serve.policy.policy import make_policy
+from unlearn_peft.serve.policy.store import PolicyStore
+from unlearn_peft.serve.policy.yaml_file import PolicyFile, dump_policy, parse_policy
+from unlearn_peft.serve.vllm.engine import VllmEngine
+from unlearn_peft.serve.vllm.lora_cache import digest_of
+from unlearn_peft.serve.vllm.plugin import Sets, make_resolver
 
 ME = {"who": "tester"}
 OLD_STORE = Path(__file__).parent / "data" / "store_v1.sql"
@@ -287,7 +287,7 @@ def test_without_the_library_those_who_trust_keys_are_refused_and_others_served(
     kind, adapters, pems, tiny_folder, tmp_path, monkeypatch, caplog
 ):
     import unlearn_peft.adapters.trust as trust
-    import unlearn_peft.serve.policy as policy
+    import unlearn_peft.serve.policy.policy as policy
 
     for cached in (policy._check_public_key, policy._trust, trust._signed_by):
         cached.cache_clear()

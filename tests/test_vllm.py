@@ -19,9 +19,9 @@ from commands import free_port
 
 from unlearn_peft import forgetting, read_bundle
 from unlearn_peft.files.paths import cache_folder
-from unlearn_peft.serve.engine import Generation, Unavailable
-from unlearn_peft.serve.policy_file import PolicyFile
-from unlearn_peft.serve.set_names import SetName
+from unlearn_peft.serve.engine.base import Generation, Unavailable
+from unlearn_peft.serve.policy.yaml_file import PolicyFile
+from unlearn_peft.serve.vllm.lora_names import SetName
 
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parent.parent
@@ -113,7 +113,7 @@ def url(smol, policy_path):
 
 @pytest.fixture
 def engine(url):
-    from unlearn_peft.serve.vllm import VllmEngine
+    from unlearn_peft.serve.vllm.engine import VllmEngine
 
     return VllmEngine([url], "demo")
 
@@ -301,7 +301,7 @@ def test_a_tampered_or_missing_adapter_is_refused_by_name(engine, adapters, poli
 
 def test_sets_that_vllm_forgets_go_from_disk_and_come_back_and_it_lives_on(url, adapters, policy_path):
     """More sets than vLLM keeps in memory, unloaded by the gateway; one whose folder is gone would end the engine."""
-    from unlearn_peft.serve.vllm import VllmEngine
+    from unlearn_peft.serve.vllm.engine import VllmEngine
 
     engine = VllmEngine([url], "demo", names=3)
     policy, folder = PolicyFile(policy_path).current(), policy_path.with_name("sets")
@@ -328,7 +328,7 @@ def test_the_whole_server_before_vllm(engine, smol, adapters, policy_path):
     import openai
     from serving import client, running
 
-    from unlearn_peft.serve.policy import key_digest
+    from unlearn_peft.serve.policy.policy import key_digest
 
     values = yaml.safe_load(policy_path.read_text())
     for name, entry in values["tenants"].items():

@@ -19,10 +19,10 @@ from serving import Fixed, make_adapters
 
 from unlearn_peft import forgetting, read_bundle
 from unlearn_peft.errors import AdapterError, PolicyError
-from unlearn_peft.serve import vllm_resolver
-from unlearn_peft.serve.set_cache import SetCache, digest_of
-from unlearn_peft.serve.set_names import SetName, parse_set_name, set_digest
-from unlearn_peft.serve.vllm_resolver import Sets, make_resolver
+from unlearn_peft.serve.vllm import plugin as vllm_resolver
+from unlearn_peft.serve.vllm.lora_cache import SetCache, digest_of
+from unlearn_peft.serve.vllm.lora_names import SetName, parse_set_name, set_digest
+from unlearn_peft.serve.vllm.plugin import Sets, make_resolver
 
 WEIGHTS = "adapter_model.safetensors"
 DIGEST = "ab" * 32
@@ -315,7 +315,7 @@ def test_registering_does_nothing_without_a_policy_and_once_with_one(monkeypatch
 def test_the_plugin_is_announced_and_light():
     """Every process of every vLLM imports it, also where it has nothing to do."""
     code = (
-        "import sys, unlearn_peft.serve.vllm_resolver as plugin; plugin.register(); "
+        "import sys, unlearn_peft.serve.vllm.plugin as plugin; plugin.register(); "
         "print([m for m in ('torch', 'transformers', 'peft', 'vllm', 'sqlalchemy', 'pydantic') if m in sys.modules])"
     )
     environment = {key: value for key, value in os.environ.items() if key != "UNLEARN_PEFT_POLICY"}

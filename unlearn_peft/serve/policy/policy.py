@@ -35,10 +35,11 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import PolicyError, TrustError, did_you_mean
+from ...errors import PolicyError, TrustError, did_you_mean
 
 if TYPE_CHECKING:
-    from ..adapters.trust import Trust
+    from ...adapters.trust import Trust
+
 
 _NAME = re.compile(r"(?!.*\.\.)(?!\.$)[A-Za-z0-9._-]{1,64}")
 MAX_STRENGTH = 16.0  # far beyond what still gives text; more could overflow
@@ -90,7 +91,7 @@ def _check_public_key(text: str) -> str:
     lines = textwrap.wrap("".join(found[1].split()), 64)
     pem = "\n".join(["-----BEGIN PUBLIC KEY-----", *lines, "-----END PUBLIC KEY-----", ""])
     if importlib.util.find_spec("model_signing") is not None:
-        from ..adapters.trust import public_pem
+        from ...adapters.trust import public_pem
 
         try:
             public_pem(pem.encode(), "it")
@@ -277,7 +278,7 @@ def make_policy(values: Any, origin: str, folder: Path | None = None) -> Policy:
 @lru_cache(maxsize=1000)
 def _trust(trusted: tuple[tuple[str, str], ...]) -> Trust:
     """One object for the same keys: it remembers which signatures held."""
-    from ..adapters.trust import Trust
+    from ...adapters.trust import Trust
 
     return Trust({name: pem.encode() for name, pem in trusted})
 

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from ..adapters.read import read_bundle
-from ..errors import AdapterError
-from ..inference.bank import Applied
-from ..models.base import load_tokenizer
-from .engine import (
+from ...adapters.read import read_bundle
+from ...errors import AdapterError
+from ...inference.bank import Applied
+from ...models.base import load_tokenizer
+from ..engine.base import (
     Busy,
     Candidate,
     EngineStats,
@@ -36,15 +36,15 @@ from .engine import (
     TokenLogprobs,
     Unavailable,
 )
-from .prompts import Prompt, Prompts
-from .set_cache import content_of
-from .set_names import LONGEST, SetName, set_digest
-from .text import TextStream, TokenBytes
-from .vllm_servers import Server, Servers, message_of
+from ..engine.detokenize import TextStream, TokenBytes
+from ..engine.encode import Prompt, Prompts
+from .lora_cache import content_of
+from .lora_names import LONGEST, SetName, set_digest
+from .servers import Server, Servers, message_of
 
 if TYPE_CHECKING:
-    from ..adapters.trust import Trust
-    from .policy import Policy
+    from ...adapters.trust import Trust
+    from ..policy.policy import Policy
 
 
 @dataclass

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import uvicorn
 from fastapi import FastAPI
 
-from ..errors import UnlearnError
-from .front import Front
+from ...errors import UnlearnError
+from ..handler import Front
 
 logger = logging.getLogger(__name__)
 

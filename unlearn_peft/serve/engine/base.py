@@ -10,12 +10,12 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import UnlearnError
+from ...errors import UnlearnError
 
 if TYPE_CHECKING:
-    from ..adapters.trust import Trust
-    from ..inference.bank import Applied
-    from .policy import Policy
+    from ...adapters.trust import Trust
+    from ...inference.bank import Applied
+    from ..policy.policy import Policy
 
 
 class Unavailable(UnlearnError):

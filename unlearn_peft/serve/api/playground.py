@@ -23,13 +23,13 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
-from ..adapters.bundle import CONFIG, CURVES, MANIFEST, WEIGHTS
-from ..adapters.card import FIGURES
-from ..adapters.read import identity_of, sha256
-from ..errors import PolicyError
-from .front import Call, Front
-from .openai_api import ApiError
-from .policy import AdapterEntry
+from ...adapters.bundle import CONFIG, CURVES, MANIFEST, WEIGHTS
+from ...adapters.card import FIGURES
+from ...adapters.read import identity_of, sha256
+from ...errors import PolicyError
+from ..handler import Front
+from ..policy.policy import AdapterEntry
+from ..request import ApiError, Call
 
 PICTURES = (CURVES, FIGURES)  # the second of `unlearn-peft eval`, whose default place is ADAPTER.eval beside it
 _PAGE = Path(__file__).parent / "page"

@@ -25,12 +25,13 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PolicyError, UnlearnError
+from ...errors import PolicyError, UnlearnError
 
 if TYPE_CHECKING:
-    from ..adapters.trust import Trust
-    from .policy import PolicySource
-    from .set_cache import SetCache
+    from ...adapters.trust import Trust
+    from ..policy.policy import PolicySource
+    from .lora_cache import SetCache
+
 
 NAME = "unlearn_peft"
 _YES, _NO = ("1", "true", "t", "yes", "y", "on"), ("", "0", "false", "f", "no", "n", "off")  # as the commands have it
@@ -71,8 +72,8 @@ class Sets:
             PolicyError: if one of them is no number, or no yes or no.
             TrustError: if keys cannot be read.
         """
-        from ..adapters.trust import Trust
-        from ..files.paths import cache_folder
+        from ...adapters.trust import Trust
+        from ...files.paths import cache_folder
 
         def number(name: str, default: float) -> float:
             text = os.environ.get(name) or str(default)
@@ -102,7 +103,7 @@ class Sets:
         Raises:
             UnlearnError: if the set cannot be had exactly as its name says.
         """
-        from .set_names import parse_set_name
+        from .lora_names import parse_set_name
 
         asked = parse_set_name(name)
         source, cache = self._open()
@@ -119,7 +120,7 @@ class Sets:
         self._open()[1].used_by(path, user)
 
     def _open(self) -> tuple[PolicySource, SetCache]:
-        from .set_cache import SetCache
+        from .lora_cache import SetCache
 
         with self._lock:
             if self._opened is None:
@@ -139,10 +140,10 @@ class Sets:
 def _source(where: str) -> PolicySource:
     """Open a policy; for a file without what a store needs, which vLLM's environment does not have."""
     if "://" not in where and where.endswith((".yaml", ".yml")):
-        from .policy_file import PolicyFile
+        from ..policy.yaml_file import PolicyFile
 
         return PolicyFile(where)
-    from .store import open_policy
+    from ..policy.store import open_policy
 
     return open_policy(where)
 

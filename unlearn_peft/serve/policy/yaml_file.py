@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import PolicyError
+from ...errors import PolicyError
 from .policy import Policy, make_policy, shown
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..errors import BaseModelError
+from ...errors import BaseModelError
 
 
 class Rows(Protocol):

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 
-from ..errors import PolicyError
+from ...errors import PolicyError
 
 _PART = re.compile(r"([A-Za-z0-9._-]{1,64})=([0-9.e+-]{1,32})")
 _DIGEST = re.compile(r"[0-9a-f]{64}")

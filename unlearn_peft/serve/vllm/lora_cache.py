@@ -21,17 +21,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..adapters.bundle import CONFIG, WEIGHTS
-from ..adapters.read import read_bundle
-from ..adapters.transform.export_vllm import export_nothing, export_vllm
-from ..errors import AdapterError, TrustError, refuse
-from ..files.atomic import folder_bytes
-from ..files.untrusted import list_files
-from .policy import Policy
-from .set_names import set_digest
+from ...adapters.bundle import CONFIG, WEIGHTS
+from ...adapters.read import read_bundle
+from ...adapters.transform.export_vllm import export_nothing, export_vllm
+from ...errors import AdapterError, TrustError, refuse
+from ...files.atomic import folder_bytes
+from ...files.untrusted import list_files
+from ..policy.policy import Policy
+from .lora_names import set_digest
 
 if TYPE_CHECKING:
-    from ..adapters.trust import Trust
+    from ...adapters.trust import Trust
+
 
 logger = logging.getLogger(__name__)
 

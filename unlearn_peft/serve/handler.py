@@ -10,48 +10,33 @@ import asyncio
 import logging
 import math
 import time
-import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from ..errors import OutputError, PolicyError
 from .audit import AuditLog, describe
-from .engine import Busy, Engine, EngineStats, Generation, GenerationError, Holding, Piece, PromptError, Unavailable
+from .engine.base import (
+    Busy,
+    Engine,
+    EngineStats,
+    Generation,
+    GenerationError,
+    Holding,
+    Piece,
+    PromptError,
+    Unavailable,
+)
+from .limits import Limits
 from .metrics import Metrics
-from .openai_api import ApiError, Asked
-from .policy import Policy, PolicySource
-from .settings import Limits
+from .policy.policy import PolicySource
+from .request import ApiError, Asked, Call
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _AHEAD = 2  # requests beyond a full batch that hold their sets already, so that a place is taken at the next step
-
-
-@dataclass
-class Call:
-    """One request on its way, and what there is to be recorded of it."""
-
-    tenant: str
-    policy: Policy
-    id: str = field(default_factory=lambda: f"req-{uuid.uuid4().hex}")
-    began: float = field(default_factory=time.monotonic)
-    created: int = field(default_factory=lambda: int(time.time()))
-    set_digest: str = ""
-    applied: list[Mapping[str, Any]] | None = None  # None: refused before anything was held
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    bare: bool = False  # the base alone is asked for; only where `Front.shows_base`
-
-    @property
-    def usage(self) -> dict[str, int]:
-        """Tokens so far, as OpenAI counts them."""
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total
-        }  # fmt: skip
 
 
 class Front:

@@ -15,9 +15,9 @@ from typing import Any
 
 import httpx
 
-from ..errors import BaseModelError
-from .engine import Unavailable
-from .set_names import SetName
+from ...errors import BaseModelError
+from ..engine.base import Unavailable
+from .lora_names import SetName
 
 _PROBE = "What was it that 12 of them said? Ünlearn — 3.14!"
 _SLACK, _FEW = 1.1, 8  # times the mean load that a server may have, and a load that never counts as too much

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .engine import Candidate, TokenLogprobs
+from ..engine.base import Candidate, TokenLogprobs
 
 
 @dataclass

@@ -18,11 +18,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from ..errors import PolicyError
+from ...errors import PolicyError
 from . import edits
 from .edits import Content
 from .policy import Policy, PolicySource, key_digest, make_policy, new_key, shown
-from .policy_file import PolicyFile
 from .tables import (
     PATIENCE,
     SQLAlchemyError,
@@ -36,6 +35,7 @@ from .tables import (
     state_of,
     write,
 )
+from .yaml_file import PolicyFile
 
 logger = logging.getLogger(__name__)
 _RETRY = 1.0  # seconds between attempts to reach a database that could not be reached

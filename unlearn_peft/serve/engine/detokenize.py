@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from .engine import TokenLogprobs
+from .base import TokenLogprobs
 
 _SEEDED = 6  # tokens of the prompt that are decoded along, so that a leading space is kept
 _BYTES_OF_A_CHARACTER = 4

@@ -16,17 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.read import read_bundle
-from ..errors import UnlearnError
-from ..inference.bank import Applied, Bank
-from ..models.base import Base
-from .engine import EngineStats, Generation, Holding, Piece, Unavailable
-from .prompts import Prompt, Prompts
+from ...adapters.read import read_bundle
+from ...errors import UnlearnError
+from ...inference.bank import Applied, Bank
+from ...models.base import Base
+from .base import EngineStats, Generation, Holding, Piece, Unavailable
+from .encode import Prompt, Prompts
 from .scheduler import Row, Scheduler
 
 if TYPE_CHECKING:
-    from ..adapters.trust import Trust
-    from .policy import Policy
+    from ...adapters.trust import Trust
+    from ..policy.policy import Policy
+
 
 _POLICIES_KEPT = 4  # versions whose requests may still be on their way here
 

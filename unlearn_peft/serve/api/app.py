@@ -14,14 +14,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
-from .answers import Answer, Shape
-from .audit import AuditLog
-from .engine import Engine, Piece
-from .front import Call, Front, as_api_error
-from .openai_api import ApiError, Asked, read_request
+from ..audit import AuditLog
+from ..engine.base import Engine, Piece
+from ..handler import Front, as_api_error
+from ..limits import LOOPBACK, Limits
+from ..policy.policy import PolicySource
+from ..request import ApiError, Asked, Call
 from .playground import Playground, add_playground
-from .policy import PolicySource
-from .settings import LOOPBACK, Limits
+from .requests import read_request
+from .responses import Answer, Shape
 
 Pieces = AsyncGenerator[tuple[int, Piece], None]
 

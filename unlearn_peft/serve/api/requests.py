@@ -7,13 +7,12 @@ JSON schemas, ...) is refused, and so is every parameter that is not known.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+from ..request import ApiError, Asked, Prompt
+
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 256
 # they tell the service about the caller, or steer what this server does not have
 _CHANGE_NOTHING = {
@@ -26,28 +25,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"), "logit_bias": ({},), "modalities": (["text"],), "best_of": (1,),
     "echo": (False,), "suffix": ("",),
 }  # fmt: skip
-
-
-class ApiError(Exception):
-    """An answer in OpenAI's error shape, with its HTTP status."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        adapter: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.headers = status, code, dict(headers or {})
-        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(status)
-        kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
-        self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-        if adapter is not None:
-            self.body["error"]["adapter"] = adapter
 
 
 class _Text(BaseModel):
@@ -120,21 +97,6 @@ class CompletionRequest(_Common):
     prompt: str | list[int] | list[str] | list[list[int]] = Field(min_length=1)
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request in terms of the engine; `n` answers to each prompt."""
-
-    model: str
-    chat: bool
-    prompts: tuple[Prompt, ...]
-    n: int
-    max_tokens: int | None  # None: as many as fit
-    settings: Mapping[str, Any]  # fields of `Generation`
-    stream: bool
-    include_usage: bool
-    forget: Mapping[str, float]
 
 
 def read_request(body: bytes, *, chat: bool) -> Asked:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..errors import PolicyError
+from ...errors import PolicyError
 
 try:
     from sqlalchemy import (
@@ -46,6 +46,7 @@ except ModuleNotFoundError:
     raise PolicyError(
         "a policy store needs SQLAlchemy, which is not installed: pip install 'unlearn-peft[serve]'"
     ) from None
+
 
 SCHEMA_VERSION = 2  # 1 has no table of trusted keys: read as it is, and gets one when the first key is trusted
 PATIENCE = 10  # seconds to wait for a connection, or for another's change to end

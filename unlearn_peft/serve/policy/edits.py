@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import PolicyError, did_you_mean
+from ...errors import PolicyError, did_you_mean
 from .policy import Policy, check_name, key_digest, shown
 
 Content = dict[str, Any]  # as the YAML form: adapters and tenants by name

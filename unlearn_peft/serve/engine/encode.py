@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .engine import PromptError
+from .base import PromptError
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from .engine import Candidate, Generation, TokenLogprobs
+from .base import Candidate, Generation, TokenLogprobs
 
 _GREEDY_BELOW = 1e-5  # a temperature; dividing logits by less than this leaves float32's range
 

@@ -24,11 +24,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import AdapterError
-from .engine import Generation, GenerationError, Piece, TokenLogprobs, Unavailable
-from .passes import Batch, Passes, Rows
+from ...errors import AdapterError
+from .base import Generation, GenerationError, Piece, TokenLogprobs, Unavailable
+from .detokenize import TextStream, TokenBytes
+from .kv_batch import Batch, Passes, Rows
 from .sampling import Sampler
-from .text import TextStream, TokenBytes
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Who must have what forgotten: in YAML or a database."""

@@ -1,0 +1,1 @@
+"""The gateway to vLLM, and the plugin inside it."""
