@@ -55,7 +55,7 @@ def section(name, command, level=2):
     shown = [p for p in command.params if p.name != "help" and not p.hidden]
     given = [called(one) + "..." * (one.nargs == -1) for one in shown if one.param_type_name == "argument"]
     usage = " ".join([name, *given, "[OPTION]..."]) if shown else f"{name} COMMAND"
-    parts = [f"{'#' * level} {name}", f"`{usage}`", *paragraphs(unescaped(command.help or ""))]
+    parts = [f"{'#' * level} {name}", f"`{usage}`", *paragraphs(command.help or "")]
     if shown:
         parts.append("| argument or option | default | meaning |\n|---|---|---|\n" + "\n".join(map(parameter, shown)))
     for inner, one in getattr(command, "commands", {}).items():
@@ -66,7 +66,7 @@ def section(name, command, level=2):
 def parameter(one):
     """Return the table's line for an argument or option."""
     names = [*one.opts, *one.secondary_opts] if one.param_type_name == "option" else [called(one)]
-    told = unescaped(getattr(one, "help", None) or "")
+    told = getattr(one, "help", None) or ""
     if one.multiple and "repeat" not in told:
         told += " Repeatable."
     if variable := one.envvar:
@@ -80,11 +80,6 @@ def parameter(one):
     if isinstance(kind, type) and issubclass(kind, Enum):
         told += f" One of `{'`, `'.join(choice.value for choice in kind)}`."
     return line(", ".join(f"`{name}`" for name in names), default, told.strip())
-
-
-def unescaped(text):
-    """Return a help text without the backslashes that keep the terminal from taking a bracket for markup."""
-    return text.replace("\\[", "[")
 
 
 def called(argument):

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_options import (
+from ..errors import UnlearnError
+from ..evaluate.suites import Suite
+from .options import (
     BaseOption,
     DeviceOption,
     DtypeOption,
@@ -20,8 +22,6 @@ from .cli_options import (
     load,
     trust_of,
 )
-from .errors import UnlearnError
-from .evaluate.suites import Suite
 
 
 def evaluate(
@@ -79,13 +79,13 @@ def evaluate(
     trusted_keys: TrustedOption = None,
     require_signature: RequireOption = False,
 ) -> None:
-    r"""Tell whether it is forgotten and what it cost: one table, one picture, one JSON file.
+    """Measure whether it is forgotten, and what that cost.
 
     Everything is measured on the base, with the adapters, and after their removal; every figure has its unit, the
     number n of rows behind it and a 95 % bootstrap interval. After removal all must be as before: exit code 1 if not.
 
     Give --recipe, single files, or both (a file goes before the recipe's); what has no rows is left out. Tasks of
-    --lm-eval (pip install 'unlearn-peft\[lm-eval]') run on the base and with the adapters, not a third time.
+    --lm-eval (pip install 'unlearn-peft[lm-eval]') run on the base and with the adapters, not a third time.
 
     The output folder gets report.html (opens without a network), figures.png and evaluation.json. The page and the
     terminal show your probes and the answers to them; evaluation.json and figures.png hold figures only, never a
@@ -99,17 +99,17 @@ def evaluate(
 
       unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml --attacks prefix,jailbreak,relearn_lora
     """
-    from .adapters.card import put_evaluation
-    from .evaluate.attacks import Target, find_attacks, run_attacks
-    from .evaluate.compare import show as show_answers
-    from .evaluate.custom import find_metrics
-    from .evaluate.evaluation import evaluate as evaluate_
-    from .evaluate.evaluation import read_measured
-    from .evaluate.lm_harness import read_tasks
-    from .evaluate.report.report import PICTURE, check_folder, eval_results, markdown_section, show, write_report
-    from .evaluate.suites import check
-    from .evaluate.suites.tofu import truth_ratios
-    from .models.base import load_base
+    from ..adapters.card import put_evaluation
+    from ..evaluate.attacks import Target, find_attacks, run_attacks
+    from ..evaluate.compare import show as show_answers
+    from ..evaluate.custom import find_metrics
+    from ..evaluate.evaluation import evaluate as evaluate_
+    from ..evaluate.evaluation import read_measured
+    from ..evaluate.lm_harness import read_tasks
+    from ..evaluate.report.report import PICTURE, check_folder, eval_results, markdown_section, show, write_report
+    from ..evaluate.suites import check
+    from ..evaluate.suites.tofu import truth_ratios
+    from ..models.base import load_base
 
     first = adapter[0].absolute()
     folder = output or first.with_name("+".join(path.absolute().name for path in adapter) + ".eval")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_options import (
+from ..errors import UnlearnError
+from .options import (
     BaseOption,
     DeviceOption,
     DifferentOption,
@@ -22,11 +23,11 @@ from .cli_options import (
     load,
     trust_of,
 )
-from .errors import UnlearnError
 
 if TYPE_CHECKING:
-    from .serve.engine.base import Engine
-    from .serve.policy.policy import Policy, PolicySource
+    from ..serve.engine.base import Engine
+    from ..serve.policy.policy import Policy, PolicySource
+
 
 _TENANT = "local"  # whoever asks, where there is no policy
 
@@ -79,7 +80,7 @@ def serve(
     trusted_keys: TrustedOption = None,
     require_signature: RequireOption = False,
 ) -> None:
-    """Serve one base to many tenants, each as if its forget set had never been learned.
+    """Serve one base to many tenants, each with its own forget set.
 
     The server speaks OpenAI's API (chat, completions, streaming). Each tenant
     is known by its API key; the policy says what must be forgotten for it
@@ -109,18 +110,18 @@ def serve(
     if engine is not None and policy is None:
         raise UnlearnError("--engine needs --policy, the one that the resolver inside vLLM has too")
     trust = trust_of(trusted_keys, require_signature)
-    from .serve.limits import LOOPBACK
+    from ..serve.limits import LOOPBACK
 
     if policy is None and host not in LOOPBACK:
         raise UnlearnError(
             f"--adapter serves without keys, and --host {host} would let others in: give --policy FILE, or leave it out"
         )
-    from .serve.api.app import create_app
-    from .serve.api.playground import Playground
-    from .serve.api.server import Server, listen
-    from .serve.audit import AuditLog
-    from .serve.engine.local import LocalEngine
-    from .serve.limits import Limits
+    from ..serve.api.app import create_app
+    from ..serve.api.playground import Playground
+    from ..serve.api.server import Server, listen
+    from ..serve.audit import AuditLog
+    from ..serve.engine.local import LocalEngine
+    from ..serve.limits import Limits
 
     listening = listen(host, port)
     source = _source(policy, adapter or [])
@@ -130,7 +131,7 @@ def serve(
         log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
     generates: Engine
     if engine is not None:
-        from .serve.vllm.engine import VllmEngine
+        from ..serve.vllm.engine import VllmEngine
 
         generates = VllmEngine(
             engine.split(","), base_of(base, adapter), name=model_name, seconds=max_seconds, trust=trust
@@ -179,9 +180,9 @@ class FixedPolicy:
 
 
 def _source(policy: str | None, adapters: list[Path]) -> PolicySource:
-    from .adapters.read import read_bundle
-    from .serve.policy.policy import make_policy
-    from .serve.policy.store import open_policy
+    from ..adapters.read import read_bundle
+    from ..serve.policy.policy import make_policy
+    from ..serve.policy.store import open_policy
 
     if policy is not None:
         return open_policy(policy)

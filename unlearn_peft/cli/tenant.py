@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_options import JsonOption
-from .errors import AdapterError, PolicyError
+from ..errors import AdapterError, PolicyError
+from .options import JsonOption
 
 if TYPE_CHECKING:
-    from .serve.policy.store import PolicyStore
+    from ..serve.policy.store import PolicyStore
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -92,7 +93,7 @@ def show(name: TenantArgument, store: StoreOption = _STORE, as_json: JsonOption 
 
     unlearn-peft tenant show acme
     """
-    from .serve.policy.edits import unknown
+    from ..serve.policy.edits import unknown
 
     tenants = _open(store).current().tenants
     if name not in tenants:
@@ -156,7 +157,7 @@ def adapter_(
 
       unlearn-peft tenant adapter hp out/harry_potter
     """
-    from .adapters.read import read_bundle
+    from ..adapters.read import read_bundle
 
     digest = read_bundle(path).identity
     if sha256 is not None and sha256.lower() != digest:
@@ -195,7 +196,7 @@ def key(
         revision = _open(store).revoke_key(name, revoke, who=_who(who), why=why)
         _told(f"a key of tenant '{name}' revoked", revision, as_json)
         return
-    from .serve.policy.policy import key_digest
+    from ..serve.policy.policy import key_digest
 
     made = _open(store).add_key(name, who=_who(who), why=why)
     print(json.dumps({"tenant": name, "key": made, "sha256": key_digest(made)}) if as_json else made)
@@ -216,7 +217,7 @@ def trust(
 
       unlearn-peft tenant trust acme keys/alice.pub --why 'contract 12'
     """
-    from .adapters.trust import Identity, Trust
+    from ..adapters.trust import Identity, Trust
 
     signers = Trust.read(*keys).signers
     pems = {key: one.decode() for key, one in signers.items() if not isinstance(one, Identity)}
@@ -273,7 +274,7 @@ def import_(
 
     unlearn-peft tenant import policy.yaml --why 'moved from the file'
     """
-    from .serve.policy.yaml_file import read_policy
+    from ..serve.policy.yaml_file import read_policy
 
     policy = read_policy(file)
     revision = _open(store, create=True).replace(policy, who=_who(who), why=why)
@@ -289,8 +290,8 @@ def export(
 
     unlearn-peft tenant export --output policy.yaml
     """
-    from .files.atomic import whole_file
-    from .serve.policy.yaml_file import dump_policy
+    from ..files.atomic import whole_file
+    from ..serve.policy.yaml_file import dump_policy
 
     text = dump_policy(_open(store).current())
     if output is None:
@@ -301,7 +302,7 @@ def export(
 
 
 def _open(store: str, create: bool = False) -> PolicyStore:
-    from .serve.policy.store import PolicyStore
+    from ..serve.policy.store import PolicyStore
 
     return PolicyStore(store, create=create)
 
@@ -323,7 +324,7 @@ def _told(text: str, revision: int, as_json: bool) -> None:
 
 
 def _tenant(entry: Any) -> dict[str, Any]:
-    from .serve.policy.edits import fingerprint
+    from ..serve.policy.edits import fingerprint
 
     trusted = {name: fingerprint(pem) for name, pem in (entry.trusted_keys or {}).items()}
     facts = {"forget": entry.forget, "keys": [digest[:12] for digest in entry.keys]}

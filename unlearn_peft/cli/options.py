@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from .adapters.trust import Trust
+    from ..adapters.trust import Trust
+
 
 BaseOption = Annotated[
     str | None,
@@ -21,7 +22,7 @@ StrengthOption = Annotated[
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
 QuantizeOption = Annotated[
-    str | None, typer.Option(help=r"int8, llm_int8 or nf4: fewer bits a weight; needs unlearn-peft\[quantized].")
+    str | None, typer.Option(help="int8, llm_int8 or nf4: fewer bits a weight; needs unlearn-peft[quantized].")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 DifferentOption = Annotated[
@@ -54,7 +55,7 @@ def trust_of(trusted: list[Path] | None, required: bool) -> Trust | None:
     """
     if not trusted and not required:
         return None
-    from .adapters.trust import Trust
+    from ..adapters.trust import Trust
 
     return Trust.read(*(trusted or ()), required=required)
 
@@ -68,15 +69,15 @@ def load(
     trust: Trust | None = None,
 ) -> Any:
     """Load the named base, or the one that the first adapter was trained on. Adapters are checked before."""
-    from .models.base import load_base
+    from ..models.base import load_base
 
     return load_base(base_of(base, adapters, trust), dtype, device, quantize)
 
 
 def base_of(base: str | None, adapters: list[Path] | None, trust: Trust | None = None) -> str:
     """Return the name of the base to load: as given, else the one that the first adapter was trained on."""
-    from .adapters.read import read_bundle
-    from .models.base import DEMO_HUB_ID
+    from ..adapters.read import read_bundle
+    from ..models.base import DEMO_HUB_ID
 
     bundles = [read_bundle(path, trust=trust) for path in adapters or []]
     if base is None and bundles:

@@ -1,0 +1,123 @@
+"""The commands `train` and `retain`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import BaseOption, QuantizeOption
+
+
+def train(
+    recipes: Annotated[list[Path], typer.Argument(help="YAML recipes, e.g. recipes/harry_potter.yaml.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override a field: retain_weight=10, adapter.r=16; repeatable."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where the adapter directory goes; of several, the folder of all.")
+    ] = None,
+    base: BaseOption = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps, ...")] = None,
+    quantize: QuantizeOption = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile the adapted layers with torch.compile.")
+    ] = None,
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(help="Memory for what the frozen base gives, computed once; what is over goes to disk. [1]"),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint beside the output.")] = False,
+    tracker: Annotated[str | None, typer.Option(help="tensorboard, trackio or wandb.")] = None,
+    quiet: Annotated[bool, typer.Option(help="No progress bar, no curves.")] = False,
+) -> None:
+    """Train a forget adapter from each of one or more recipes.
+
+    Several are trained at once, in one pass over one base, and each comes out
+    as if it had been trained alone; each is saved as soon as it is done:
+
+      unlearn-peft train mine.yaml --output out/mine
+
+      unlearn-peft train requests/*.yaml --output out/requests
+    """
+    from ..recipe.load import load_recipe
+
+    given = []
+    for path in recipes:
+        recipe = load_recipe(
+            path, set_ or (), base=base, dtype=dtype, device=device, quantize=quantize, compile=compile_,
+            cache_gb=cache_gb,
+        )  # fmt: skip
+        if output is not None:
+            recipe.output = str(output if len(recipes) == 1 else output / path.stem)
+        given.append(recipe.model_copy(update={"output": recipe.output or f"out/{path.stem}"}))
+    from ..training.curves import curve_lines
+    from ..training.run import unlearn_many
+
+    adapters = unlearn_many(given, resume=resume, tracker=tracker, quiet=quiet)
+    _part()
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    for adapter in adapters:
+        if not quiet and len(adapters) == 1:
+            print(curve_lines(adapter.progress.evaluations, adapter.progress.best_step))
+        m = adapter.metrics
+        print(
+            f"forget loss {m['forget_loss_base']:.3f} -> {m['forget_loss']:.3f} nats/token "
+            f"({m['forget_loss_change_percent']:+.0f}%), step {m['best_step']} kept, "
+            f"{m['training_seconds']:.0f} s of training"
+        )
+        print(f"adapter: {adapter.path} ({adapter.bytes / 1e6:.2f} MB)")
+
+
+def retain(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe; it need not name a retain set.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field, as for train; repeatable.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write a .jsonl here instead of printing it.")] = None,
+    base: BaseOption = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps, ...")] = None,
+    quantize: QuantizeOption = None,
+) -> None:
+    """Show the retain set that `retain: auto` makes for a recipe.
+
+    The rows are the base's own answers to broad prompts and to the forget
+    rows' questions about other subjects. They need not be true: they say how
+    the base answers now, and that is what is kept. Read them, delete what may
+    change, add near neighbours of the target (they protect best), and name
+    the file:
+
+      unlearn-peft retain mine.yaml --output retain.jsonl
+
+      unlearn-peft train mine.yaml --set retain=retain.jsonl
+    """
+    from ..files.atomic import whole_file
+    from ..models.base import load_base
+    from ..recipe.load import load_recipe
+    from ..training.examples.build import make_retain, read_sets
+
+    given = load_recipe(
+        recipe, [*(set_ or ()), "retain=auto"], base=base, dtype=dtype, device=device, quantize=quantize
+    )
+    made = make_retain(read_sets(given), load_base(given.base, given.dtype, given.device, given.quantize), given)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made.rows)
+    if output is None:
+        print(lines, end="")
+    else:
+        with whole_file(output) as temporary:
+            temporary.write_text(lines, encoding="utf-8")
+    print(made.line() + (f" -> {output}" if output else ""), file=sys.stderr)
+
+
+def _part() -> None:
+    """Take leave of the other processes, if there are any: one that just ends may abort in its group's threads."""
+    import torch.distributed as group
+
+    if group.is_available() and group.is_initialized():
+        group.destroy_process_group()
