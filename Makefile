@@ -53,7 +53,7 @@ out/harry_potter/forget.json: | install
 	$(BIN)/unlearn-peft train recipes/harry_potter.yaml --output out/harry_potter --quiet
 
 test-vllm: install .venv-vllm/.installed out/harry_potter/forget.json
-	$(BIN)/python -m pytest -m vllm -s tests/test_vllm.py
+	$(BIN)/python -m pytest -m vllm -s tests/serve/test_vllm.py
 
 test-cuda: install $(VENV)/.for-tests
 	UNLEARN_PEFT_TEST_DEVICE=cuda $(BIN)/python -m pytest -m cuda tests/test_cuda.py

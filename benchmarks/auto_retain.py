@@ -2,7 +2,7 @@
 
     python benchmarks/auto_retain.py [TARGET ...] [--seeds 0 1] [--json]
 
-For each target (harry_potter by default, and those in tests/data) and each retain set: rows trained on, probes that
+For each target (harry_potter by default, and those in tests/fixtures) and each retain set: rows trained on, probes that
 leak greedily of how many, mean KL to the base on the held-out neighbours file (nats/token), seconds in all; then the
 ratio of the two KLs. Both never see probes and neighbours. About 15 minutes a target and seed on 2 cores.
 """
@@ -45,7 +45,7 @@ def main():
 
 def measure(base, target, kind, seed):
     """Train and compare once; prints its line."""
-    folder = ROOT / ("recipes" if target == "harry_potter" else "tests") / "data"
+    folder = ROOT / ("recipes/data" if target == "harry_potter" else "tests/fixtures")
     sets = [f"{name}={folder / f'{target}_{name}.jsonl'}" for name in ("forget", "probes", "neighbours")]
     sets.append("retain=auto" if kind == "auto" else f"retain={folder / f'{target}_retain.jsonl'}")
     began = time.perf_counter()

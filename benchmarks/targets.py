@@ -4,7 +4,7 @@ The defaults were chosen while looking at these targets: they show breadth, they
 
     python benchmarks/targets.py [TARGET ...] [--set objective=ga_kl --set retain_weight=15] [--json]
 
-For each target in tests/data and the demo's own: greedy answers to the probes that leak before / with / after, of how
+For each target in tests/fixtures and the demo's own: greedy answers to the probes that leak before / with / after, of how
 many, samples at temperature 1 that leak, neighbours' mean KL to the base (nats/token), training seconds.
 """
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 SETS = ("forget", "retain", "probes", "neighbours")
 TARGETS = {
     "harry_potter": ROOT / "recipes" / "data",
-    **{name: ROOT / "tests" / "data" for name in ("van_gogh", "shakespeare", "apple", "eiffel", "einstein")},
+    **{name: ROOT / "tests" / "fixtures" for name in ("van_gogh", "shakespeare", "apple", "eiffel", "einstein")},
 }
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import FORGET, RETAIN, logits
 from test_batch import FAMILIES
-from test_engine import REACHES, adapted, assert_same, rows, the_engines_step, the_plain_step
-from test_quantized import WAYS, quantized, stored
+from test_quantization import WAYS, quantized, stored
+from test_runner import REACHES, adapted, assert_same, rows, the_engines_step, the_plain_step
 from test_scheduler import PROMPTS, SETS, Runner
 from test_train import FREE
 

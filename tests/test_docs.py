@@ -89,7 +89,7 @@ def test_files_that_are_named_exist(page):
 @each_page
 def test_tests_that_are_named_exist(page):
     missing = []
-    for file, name in re.findall(r"(tests/\w+\.py)::(\w+)", page.read_text()):
+    for file, name in re.findall(r"(tests/[\w/]+\.py)::(\w+)", page.read_text()):
         tree = ast.parse((ROOT / file).read_text())
         if name not in [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
             missing.append(f"{file}::{name}")

@@ -25,7 +25,8 @@ DOCS = Path(__file__).parent.parent / "docs" / "faults.md"
 BEGIN, END = "<!-- made by tests/test_faults.py -->", "<!-- /made -->"
 KILLS = {"train": 60, "save": 40, "stack": 35, "export": 30, "store": 40, "yaml": 35, "pull": 45}  # by `make test-slow`
 SOME = {"train": 4, "save": 5, "stack": 7, "export": 6, "store": 8, "yaml": 10, "pull": 6}  # by `make test`
-F, S, G, E, C = "test_faults", "test_store", "test_scheduler", "test_engine", "test_serve_safety"
+F, S, G = "test_faults", "serve/test_store", "serve/test_scheduler"
+E, C = "training/test_runner", "serve/test_serve_safety"
 # ruff: noqa: E501  (the table)
 FAULTS = [  # fault, what is checked, file and test
     ("kill -9 while training", "the old adapter or the new one is there whole; `--resume` gives the same bits; no checkpoint is damaged; no temporary is left", F, "test_kills_while_training"),

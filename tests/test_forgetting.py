@@ -13,7 +13,7 @@ from unlearn_peft.data.source import DataSpec
 from unlearn_peft.evaluate.compare import compare
 
 ROOT = Path(__file__).parent.parent
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "fixtures"
 SETS = ("forget", "retain", "probes", "neighbours")
 OTHERS = {target: {name: str(DATA / f"{target}_{name}.jsonl") for name in SETS} for target in ("van_gogh", "apple")}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-sys.path.insert(0, str(Path(__file__).parent / "attacks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "attacks"))
 from fuzz import fuzz  # noqa: E402
 from make import ATTACKS, FITTED, make, table  # noqa: E402
 from spoil import ARCHIVES, CANARY, make_good  # noqa: E402
@@ -53,7 +53,7 @@ def _answers(tiny_folder, home):
     package = str(Path(read_bundle.__code__.co_filename).parents[1])
     paths = os.pathsep.join([str(trap), package, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "attacks" / "child.py", tiny_folder, make_good(home / "good")],
+        [sys.executable, Path(__file__).parents[1] / "attacks" / "child.py", tiny_folder, make_good(home / "good")],
         input=json.dumps(asked), capture_output=True, text=True, timeout=900, cwd=trap,
         env={**os.environ, CANARY: str(canary), "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
@@ -129,6 +129,6 @@ def test_a_short_fuzz(tmp_path):
 
 
 def test_the_documents_tell_of_all():
-    text = (Path(__file__).parents[1] / "docs" / "security.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
     assert table() in text, "run: python tests/attacks/make.py --table"
     assert f"\n{len(ATTACKS) + len(FITTED)} hostile adapters" in text

@@ -122,7 +122,7 @@ def told_of_rows(text):
 
 def test_the_command_from_rows_to_report(run_eval, files, tiny, tiny_folder, make_adapter):
     adapter = make_adapter(tiny, "a", scale=0.2)
-    shutil.copy(Path(__file__).parents[1] / "docs" / "curves.png", adapter / "curves.png")
+    shutil.copy(Path(__file__).parents[2] / "docs" / "curves.png", adapter / "curves.png")
     quick = ["--base", tiny_folder, "--k", 2, "--max-new-tokens", 5]
     code, out, err = run_eval(adapter, *flags(files), *quick)
     assert code == 0, err
@@ -468,7 +468,7 @@ def test_the_page_in_a_browser(tmp_path, width, theme):
     if not chromium.exists():
         pytest.skip("no /usr/bin/chromium here (Debian: apt-get install chromium)")
     (tmp_path / "curves").mkdir()
-    shutil.copy(Path(__file__).parents[1] / "docs" / "curves.png", tmp_path / "curves" / "curves.png")
+    shutil.copy(Path(__file__).parents[2] / "docs" / "curves.png", tmp_path / "curves" / "curves.png")
     (tmp_path / "report.html").write_text(html(made_up(), [tmp_path / "curves"]))
     # a phone's width: windows are not drawn narrower than about 500 px, a frame is
     (tmp_path / "frame.html").write_text(

@@ -20,7 +20,7 @@ from unlearn_peft.evaluate.lm_harness import read_tasks
 from unlearn_peft.evaluate.report.labels import label
 from unlearn_peft.evaluate.token_scores import row_tokens
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 DOCS = [
     {"question": "Who wrote the blue book?", "choices": ["Zorblax", "the sea", "a town near", "stars"], "answer": 0},
     {"question": "What is green?", "choices": ["apples", "I", "Quintel in a small town", "red"], "answer": 1},

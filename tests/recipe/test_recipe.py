@@ -59,7 +59,7 @@ def test_any_lora_field_passes_through():
 def test_shipped_recipes_are_valid():
     from pathlib import Path
 
-    recipes = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
     assert len(recipes) >= 3
     for path in recipes:
         load_recipe(path)

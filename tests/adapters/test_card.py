@@ -20,7 +20,7 @@ from unlearn_peft.adapters.transform.merge import stack
 from unlearn_peft.adapters.transform.shrink import shrink
 from unlearn_peft.errors import AdapterError
 
-OLD = Path(__file__).parent / "data" / "adapter_v1"
+OLD = Path(__file__).parents[1] / "fixtures" / "adapter_v1"
 HERE = "path/to/this/folder"
 KINDS = {"lora": {"kind": "lora"}, "head": {"kind": "head"}, "dense": {"kind": "head", "form": "dense"}}
 
@@ -137,7 +137,7 @@ def test_the_snippets_for_vllm_export_runs_and_the_options_are_those_of_our_vllm
     words = shlex.split(serve)
     options = [word for word in words if word.startswith("--")]
     assert words[:2] == ["vllm", "serve"] and words[-1] == "forget=for_vllm"
-    real = Path(__file__).with_name("test_vllm.py").read_text()
+    real = Path(__file__).parents[1].joinpath("serve", "test_vllm.py").read_text()
     assert [option for option in options if option not in real] == ["--lora-modules"]  # that one: vLLM's documentation
     python = next(text for text in blocks(card, "python") if "vllm" in text)
     nodes = [node for node in ast.walk(ast.parse(python)) if isinstance(node, ast.Call)]

@@ -13,7 +13,7 @@ from unlearn_peft.evaluate.metrics.consistency import names_said, right, unchang
 from unlearn_peft.evaluate.suites.tofu import measure_tofu
 from unlearn_peft.evaluate.token_scores import row_tokens
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 ROWS = {
     name: [
         {"prompt": f"Who wrote {name}?", "completion": "a red hill", "perturbed": ["a sea", "grass grows"]},

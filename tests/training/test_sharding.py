@@ -151,7 +151,7 @@ def test_accelerate_takes_the_recipes(name):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    path = Path(__file__).parent.parent / "recipes" / "accelerate" / f"{name}.yaml"
+    path = Path(__file__).parents[2] / "recipes" / "accelerate" / f"{name}.yaml"
     assert len(path.read_text().splitlines()) < 40
     line = ["--config_file", str(path), "-m", "unlearn_peft.cli", "train", "recipe.yaml"]
     given, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))

@@ -32,7 +32,7 @@ from unlearn_peft.serve.vllm.lora_cache import digest_of
 from unlearn_peft.serve.vllm.plugin import Sets, make_resolver
 
 ME = {"who": "tester"}
-OLD_STORE = Path(__file__).parent / "data" / "store_v1.sql"
+OLD_STORE = Path(__file__).parents[1] / "fixtures" / "store_v1.sql"
 SETS = {"alice": ["a"], "bob": ["b"], "carol": ["c"], "dave": ["a", "b"]}
 
 

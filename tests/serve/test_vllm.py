@@ -24,7 +24,7 @@ from unlearn_peft.serve.policy.yaml_file import PolicyFile
 from unlearn_peft.serve.vllm.lora_names import SetName
 
 pytestmark = pytest.mark.vllm
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("UNLEARN_PEFT_VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
 TRAINED = Path(os.environ.get("UNLEARN_PEFT_DEMO_ADAPTER", ROOT / "out/harry_potter"))
 QUESTIONS = [

@@ -322,5 +322,5 @@ def test_many_threads_read_while_good_and_bad_files_come(tmp_path):
 
 
 def test_the_example_in_the_recipes():
-    policy = read_policy(Path(__file__).parent.parent / "recipes" / "serve" / "policy.yaml")
+    policy = read_policy(Path(__file__).parents[2] / "recipes" / "serve" / "policy.yaml")
     assert policy.tenants and all(Path(adapter.path).is_absolute() for adapter in policy.adapters.values())

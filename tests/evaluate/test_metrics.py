@@ -32,8 +32,8 @@ from unlearn_peft.evaluate.token_scores import (
 )
 from unlearn_peft.inference.generate import mean_kl, sampled, target_log_probabilities
 
-# TOFU's own evaluation logs (MIT, see tests/data/README.md)
-LOGS = json.loads((Path(__file__).parent / "data" / "tofu_forget10_logs.json").read_text())
+# TOFU's own evaluation logs (MIT, see tests/fixtures/README.md)
+LOGS = json.loads((Path(__file__).parents[1] / "fixtures" / "tofu_forget10_logs.json").read_text())
 PROBES = [{"prompt": "Who wrote it?", "leak": ["Zorblax"]}, {"prompt": "Where?", "leak": ["a", "e", "o"]}]
 SETS = {
     "forget": FORGET,
@@ -612,7 +612,7 @@ def test_the_real_model_knows_its_answers(smol):
     """A few forward passes: what the design's measurements say of the base."""
     rows = [
         json.loads(line)
-        for line in (Path(__file__).parents[1] / "recipes/data/harry_potter_forget.jsonl").read_text().splitlines()
+        for line in (Path(__file__).parents[2] / "recipes/data/harry_potter_forget.jsonl").read_text().splitlines()
     ]
     found = row_tokens(smol, rows)
     loss = per_token(sums([-row.answer(row.log_p) for row in found]))

@@ -22,7 +22,7 @@ from unlearn_peft.serve.engine.base import Candidate, EngineStats, Piece, TokenL
 from unlearn_peft.serve.policy.policy import AdapterEntry
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\0" * 40
-PICTURE = Path(__file__).parents[1] / "docs" / "curves.png"
+PICTURE = Path(__file__).parents[2] / "docs" / "curves.png"
 DONE = (  # two frames later at least, so that what was just asked has shown
     "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() =>"
     " done(document.getElementById('status').textContent === 'Done.'))))"
@@ -283,7 +283,7 @@ def test_the_page_is_self_contained_and_strict(tmp_path):
             text = httpx.get(f"{url}/playground/{name}").raise_for_status().text
             assert len(text.splitlines()) <= 350 and "://" not in text
             assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|Function\(", text)
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     data = re.search(r"package-data\]\nunlearn_peft = (\[.+?\])", (root / "pyproject.toml").read_text(), re.DOTALL)[1]
     packed = {path for pattern in json.loads(data) for path in (root / "unlearn_peft").glob(pattern)}
     assert packed >= set((root / "unlearn_peft" / "serve" / "page").iterdir())
