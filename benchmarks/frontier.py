@@ -28,7 +28,7 @@ from unlearn_peft import forgetting, load_base, load_recipe, unlearn
 from unlearn_peft.data.rows import read_rows
 from unlearn_peft.errors import RecipeError
 from unlearn_peft.evaluate.metrics.fluency import losses_under_base
-from unlearn_peft.files.atomic import whole_file
+from unlearn_peft.files.atomic import atomic_file
 from unlearn_peft.inference.generate import answers, leaked, mean_kl, sampled, target_log_probabilities
 from unlearn_peft.recipe.schema import Recipe
 
@@ -188,7 +188,7 @@ def draw(path, lines, bare, limit):
     axes[0][-1].legend(named.values(), named, frameon=False, fontsize=8, loc="upper right")
     figure.suptitle("Down and left is better. A line is one adapter at strengths 0.5 to 1; hollow: word salad")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
 

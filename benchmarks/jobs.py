@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from unlearn_peft.files.atomic import whole_file
+from unlearn_peft.files.atomic import atomic_file
 from unlearn_peft.training.checkpoints import stop_signals
 
 
@@ -21,7 +21,7 @@ def add_arguments(parser):
 
 
 def keep(place, found):
-    with whole_file(place) as temporary:
+    with atomic_file(place) as temporary:
         temporary.write_text(json.dumps(found))
 
 

@@ -4,8 +4,8 @@ The defaults were chosen while looking at these targets: they show breadth, they
 
     python benchmarks/targets.py [TARGET ...] [--set objective=ga_kl --set retain_weight=15] [--json]
 
-For each target in tests/fixtures and the demo's own: greedy answers to the probes that leak before / with / after, of how
-many, samples at temperature 1 that leak, neighbours' mean KL to the base (nats/token), training seconds.
+For each target in tests/fixtures and the demo's own: greedy answers to the probes that leak before / with / after, of
+how many, samples at temperature 1 that leak, neighbours' mean KL to the base (nats/token), training seconds.
 """
 
 import argparse

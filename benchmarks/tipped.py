@@ -18,7 +18,7 @@ import torch
 from unlearn_peft import forgetting, load_base
 from unlearn_peft.data.rows import read_rows
 from unlearn_peft.data.source import DataSpec
-from unlearn_peft.evaluate.metrics.consistency import unchanged
+from unlearn_peft.evaluate.metrics.consistency import same_entities
 from unlearn_peft.inference.generate import answers, mean_kl, target_log_probabilities
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +35,7 @@ def main():
     given = parser.parse_args()
     rows = [read_rows(DataSpec(path=str(ROOT / "recipes" / "data" / f"{name}.jsonl")), name) for name in SETS]
     base = load_base(given.base)
-    asked = Asked(base, rows)
+    asked = ParsedRequest(base, rows)
     print("| change | neighbours' KL | answers that name the same, of 12 | of 24 unseen |\n|---|---|---|---|")
     with forgetting(base, given.adapter):
         found = {"the adapter": asked.again()}
@@ -55,7 +55,7 @@ def told(name, kl, *kept):
     print(f"| {name} | {kl:.4f} nats/token | {' | '.join(map(str, kept))} |", flush=True)
 
 
-class Asked:
+class ParsedRequest:
     """The neighbours, with what the base alone says to them and how likely it finds their answers."""
 
     def __init__(self, base, sets):
@@ -66,7 +66,7 @@ class Asked:
 
     def again(self):
         """Return the KL to the base, and of each set how many answers name the same as before."""
-        same = unchanged(self.prompts, self.before, self._said()).tolist()
+        same = same_entities(self.prompts, self.before, self._said()).tolist()
         counts = [int(sum(same[sum(self.sizes[:n]) :][:size])) for n, size in enumerate(self.sizes)]
         return [mean_kl(self._likely(), self.reference), *counts]
 

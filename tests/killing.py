@@ -61,7 +61,7 @@ def prepare(base_folder, adapters):
     import unlearn_peft.adapters.transform.export_vllm
     from unlearn_peft import load_base, unlearn
     from unlearn_peft.adapters.transform.merge import stack
-    from unlearn_peft.files.atomic import whole_file
+    from unlearn_peft.files.atomic import atomic_file
     from unlearn_peft.recipe.load import make_recipe
     from unlearn_peft.serve.policy.policy import make_policy
     from unlearn_peft.serve.policy.store import PolicyStore
@@ -113,7 +113,7 @@ def prepare(base_folder, adapters):
         """Replace a policy file, again and again: its tenants are t0, or t0 and t1, and so on."""
         for n in range(int(rounds)):
             tenants = {f"t{m}": {"forget": [], "keys": []} for m in range(1 + n % 40)}
-            with whole_file(Path(where)) as temporary:
+            with atomic_file(Path(where)) as temporary:
                 temporary.write_text(dump_policy(make_policy({"adapters": {}, "tenants": tenants}, "tests")))
 
     def pull(name, output, cache, endpoint):

@@ -116,12 +116,12 @@ def greedy_text(base_folder, adapters, prompt, count):
 def running(engine, policy, **settings):
     """A real server on a free port; yields its front and URL."""
     from unlearn_peft.serve.api.app import create_app
-    from unlearn_peft.serve.api.server import Server, listen
+    from unlearn_peft.serve.api.server import HttpServer, listen
 
     app = create_app(engine, policy if hasattr(policy, "current") else Fixed(policy), **settings)
     listening = listen("127.0.0.1", 0)
     started, url = threading.Event(), []
-    server = Server(app, ready=lambda where: (url.append(where), started.set()))
+    server = HttpServer(app, ready=lambda where: (url.append(where), started.set()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     assert started.wait(30)

@@ -19,7 +19,7 @@ from test_train import FREE
 from unlearn_peft import Bank, attach, detach, load_base, unlearn, unlearn_many
 from unlearn_peft.evaluate.compare import compare
 from unlearn_peft.recipe.load import make_recipe
-from unlearn_peft.training.step.runner import Engine
+from unlearn_peft.training.step.runner import StepRunner
 
 DEVICE = os.environ.get("UNLEARN_PEFT_TEST_DEVICE", "cpu")
 pytestmark = pytest.mark.cuda
@@ -37,7 +37,7 @@ def test_losses_and_gradients_are_those_of_the_plain_way_on_the_cpu(tiny, family
     forget, retain = rows(tiny.tokenizer)
     expected = the_plain_step(model, forget, retain, forget_ceiling=15)
     model = copy.deepcopy(model).to(DEVICE)
-    engine = Engine(model, 2)
+    engine = StepRunner(model, 2)
     engine.piece_tokens = 12
     for _ in range(2):  # the second time from what is kept
         total, found, _ = the_engines_step(engine, forget, retain, forget_ceiling=15)

@@ -276,7 +276,7 @@ def test_a_folder_that_was_moved_aside_comes_back(tmp_path, monkeypatch):
     target, rename = tmp_path / "adapter", os.rename
 
     def write(text):
-        with files.whole_folder(target, replace=True) as folder:
+        with files.atomic_folder(target, replace=True) as folder:
             (folder / "text").write_text(text)
 
     monkeypatch.setattr(files, "_swapped", lambda *_: False)
@@ -428,10 +428,10 @@ def test_a_folder_that_may_not_be_written(tmp_path, adapters, tiny, fields, kill
 
 
 def write_often(target, text, rounds):
-    from unlearn_peft.files.atomic import whole_folder
+    from unlearn_peft.files.atomic import atomic_folder
 
     for _ in range(rounds):
-        with whole_folder(Path(target), replace=True) as folder:
+        with atomic_folder(Path(target), replace=True) as folder:
             for name in "abc":
                 (folder / name).write_text(text)
 
@@ -491,10 +491,10 @@ def test_two_runs_with_one_output(tmp_path, tiny, fields):
 def secret(home, barrier, answers):
     os.environ.pop("UNLEARN_PEFT_DIGEST_KEY", None)
     os.environ["XDG_CONFIG_HOME"] = home
-    from unlearn_peft.files.paths import _digest_key
+    from unlearn_peft.files.paths import digest_key
 
     barrier.wait()
-    answers.put(_digest_key())
+    answers.put(digest_key())
 
 
 def test_two_first_runs_use_one_secret(tmp_path):
@@ -643,7 +643,7 @@ def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, whe
     from unlearn_peft.inference.bank import Bank
     from unlearn_peft.serve.engine import kv_batch as passes
     from unlearn_peft.serve.engine.base import Generation, GenerationError
-    from unlearn_peft.serve.engine.scheduler import Row, Scheduler
+    from unlearn_peft.serve.engine.scheduler import ActiveRow, Scheduler
 
     bank = Bank(tiny.model, tiny.tokenizer)
     for name, path in adapters.items():
@@ -653,7 +653,7 @@ def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, whe
     def ask(forget, tokens=40):
         held, ended, pieces = bank.hold(forget), threading.Event(), []
         request = Generation(ids=(5, 6, 7), max_tokens=tokens, ignore_eos=True)
-        row = Row(request, held, pieces.append, lambda: (held.release(), ended.set()))
+        row = ActiveRow(request, held, pieces.append, lambda: (held.release(), ended.set()))
         scheduler.submit(row)
         return ended, pieces
 
@@ -686,14 +686,14 @@ def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, whe
         monkeypatch.setattr(gates, "_layer", lambda *parts: (fail_once(), layer_of(*parts))[1])
 
     try:
-        started, slow = threading.Event(), passes.Passes.step
+        started, slow = threading.Event(), passes.ModelRunner.step
 
         def step(self, *arguments):
             started.set()
             time.sleep(0.005)
             return slow(self, *arguments)
 
-        monkeypatch.setattr(passes.Passes, "step", step)
+        monkeypatch.setattr(passes.ModelRunner, "step", step)
         running = ask(["a"], 60)
         assert started.wait(30)
         armed.set()
@@ -723,7 +723,7 @@ def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, whe
     assert not bank._hooks and not any(module._forward_hooks for module in tiny.model.modules())
 
 
-@pytest.mark.parametrize("point", ["read_bundle", "Resident.on", "Mix"])
+@pytest.mark.parametrize("point", ["read_bundle", "LoadedAdapter.on", "AdapterBatch"])
 def test_out_of_memory_while_an_adapter_is_read(tiny, adapters, monkeypatch, point):
     import unlearn_peft.inference.adapter_cache as residents
     import unlearn_peft.inference.bank as bank_module
@@ -740,10 +740,10 @@ def test_out_of_memory_while_an_adapter_is_read(tiny, adapters, monkeypatch, poi
     with monkeypatch.context() as patch:
         if point == "read_bundle":
             patch.setattr(residents, "read_bundle", fail)
-        elif point == "Resident.on":
-            patch.setattr(bank_module.Resident, "on", fail)
+        elif point == "LoadedAdapter.on":
+            patch.setattr(bank_module.LoadedAdapter, "on", fail)
         else:
-            patch.setattr(bank_module, "Mix", fail)
+            patch.setattr(bank_module, "AdapterBatch", fail)
         with pytest.raises(MemoryError), bank.rows([["a", "b"], ["b"]]):
             pass
     assert {one.pins for one in bank.residents._waiting.values()} == {1}

@@ -371,13 +371,13 @@ def read_back(base, tokenizer, folder, layer, rows=FORGET):
     from peft import LoraConfig, get_peft_model
 
     from unlearn_peft.data.tokenize import tokenize
-    from unlearn_peft.training.step.reference import Cache, row_digest
-    from unlearn_peft.training.step.runner import Engine
+    from unlearn_peft.training.step.reference import TensorCache, row_digest
+    from unlearn_peft.training.step.runner import StepRunner
 
     config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[layer])
     model = get_peft_model(base.model, config)
     examples = tokenize(rows, tokenizer)
-    Engine(model, 2, cache=Cache("key", 0, folder)).prepare(examples)
+    StepRunner(model, 2, cache=TensorCache("key", 0, folder)).prepare(examples)
     model.unload()
     kept = {}
     for file in folder.glob("*.safetensors"):

@@ -71,12 +71,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
-def shown(value: object, most: int = 80) -> str:
+def safe_repr(value: object, limit: int = 80) -> str:
     """Return a foreign value in ASCII, a text in quotes; cut short and without what a terminal would obey."""
     if isinstance(value, str):
-        return ascii(value if len(value) <= most else value[:most] + "...")
+        return ascii(value if len(value) <= limit else value[:limit] + "...")
     text = ascii(value)
-    return text if len(text) <= most else text[:most] + "..."
+    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def refuse(what: str, problems: Sequence[str], advice: str = "") -> NoReturn:
@@ -98,5 +98,6 @@ def refuse(what: str, problems: Sequence[str], advice: str = "") -> NoReturn:
     raise AdapterError("\n".join([f"{what}:", *lines, *([advice] if advice else [])]))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, at most 300 characters of it."""
     return (str(error).strip().splitlines() or ["no details"])[0][:300]

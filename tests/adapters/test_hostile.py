@@ -23,7 +23,7 @@ from unlearn_peft.errors import AdapterError  # noqa: E402
 
 PICKLE = "a pickle instead of the weights"
 WAYS = ("read", "bank", "cli")
-MOST_MB = 400  # that reading one may add to the process, the 3.9 MB of JSON included
+MAX_MB = 400  # that reading one may add to the process, the 3.9 MB of JSON included
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux's")
 
@@ -78,7 +78,7 @@ def test_hostile(name, way, answers):
     assert answer["outcome"] == ("taken" if told is None else "refused"), answer
     assert (told or "") in answer["text"], answer["text"]
     assert all(char.isprintable() or char == "\n" for char in answer["text"])
-    assert len(answer["text"]) < 5_000 and answer["mb"] < MOST_MB and not answer["heard"], answer
+    assert len(answer["text"]) < 5_000 and answer["mb"] < MAX_MB and not answer["heard"], answer
 
 
 def test_the_watch_works(answers):

@@ -174,6 +174,6 @@ def test_packed_weights_that_lie_are_refused(adapter, tmp_path, name):
 
 def test_too_much_to_unpack_is_refused(adapter, tmp_path, monkeypatch):
     path = shrink(adapter, tmp_path / "small", bits=4).path
-    monkeypatch.setattr("unlearn_peft.adapters.quantized.MOST_BYTES", 100)
+    monkeypatch.setattr("unlearn_peft.adapters.quantized.MAX_BYTES", 100)
     with pytest.raises(AdapterError, match="bytes of packed weights"):
         read_bundle(path)

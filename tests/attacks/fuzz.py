@@ -32,7 +32,7 @@ from unlearn_peft.adapters.read import read_bundle
 from unlearn_peft.adapters.signing import new_key, sign
 from unlearn_peft.adapters.trust import Trust
 from unlearn_peft.errors import AdapterError
-from unlearn_peft.inference.multi_lora import Mix, Part, Resident
+from unlearn_peft.inference.multi_lora import AdapterBatch, LoadedAdapter, WeightedAdapter
 
 WEIGHTS, CONFIG, MANIFEST, SIGNATURE = "adapter_model.safetensors", "adapter_config.json", "forget.json", "model.sig"
 SLOW = 2.0  # seconds for one input; the machine is shared
@@ -271,9 +271,12 @@ def look(folder, net, x, trust, signed):
     assert bundle.deltas and bundle.bytes > 0 and bundle.name
     assert (bundle.signed_by is not None) == (bundle.signature is not None), "a signature that nobody made"
     assert bundle.signature is None or bundle.files == signed, "something else than what was signed"
-    adapter = Resident.on(net, bundle)
-    for sets in ([[Part(adapter, 1.0)]], [[Part(adapter, 1.0)], [], [], [Part(adapter, -2.0)], []]):
-        mix = Mix(sets)
+    adapter = LoadedAdapter.on(net, bundle)
+    for sets in (
+        [[WeightedAdapter(adapter, 1.0)]],
+        [[WeightedAdapter(adapter, 1.0)], [], [], [WeightedAdapter(adapter, -2.0)], []],
+    ):
+        mix = AdapterBatch(sets)
         for name in bundle.deltas:
             output = torch.zeros(len(sets), 3, 6)
             with torch.no_grad():

@@ -6,7 +6,7 @@ from conftest import FORGET, RETAIN
 
 from unlearn_peft.data.batch import collate, pack
 from unlearn_peft.data.tokenize import Example, tokenize
-from unlearn_peft.models.forward import Rows, picked_logits
+from unlearn_peft.models.forward import BatchBuilder, picked_logits
 
 SMALL = dict(
     vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -74,12 +74,12 @@ def test_a_model_that_does_not_take_the_mask_is_run_padded(tiny, fields, monkeyp
 
     seen = []
     monkeypatch.setattr(engine_, "alike", lambda found, expected: False)
-    original = Rows.batch
+    original = BatchBuilder.batch
 
     def watched(self, examples):
         seen.append(original(self, examples))
         return seen[-1]
 
-    monkeypatch.setattr(Rows, "batch", watched)
+    monkeypatch.setattr(BatchBuilder, "batch", watched)
     unlearn(tiny, **fields)
     assert seen and all(batch.positions is None for batch in seen)

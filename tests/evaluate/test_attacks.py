@@ -15,7 +15,14 @@ from unlearn_peft.errors import AdapterError, DataError, UnlearnError
 from unlearn_peft.evaluate.attacks import ATTACKS, Target, relearning, run_attacks, weights
 from unlearn_peft.evaluate.attacks import probing as reading
 from unlearn_peft.evaluate.attacks import prompting as asking
-from unlearn_peft.evaluate.attacks.harness import beginning_of, in_many_ways, leaks, render, replaced_weights, under
+from unlearn_peft.evaluate.attacks.harness import (
+    adapters_on,
+    beginning_of,
+    in_many_ways,
+    leaks,
+    render,
+    replaced_weights,
+)
 from unlearn_peft.evaluate.attacks.templates import BEGINNINGS, GENERIC, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS
 from unlearn_peft.inference.generate import leaked
 
@@ -201,7 +208,7 @@ def test_other_bases(tiny_folder, tmp_path, kind):
 
 def test_without_an_attack_the_base_leaks_and_the_adapter_does_not(forgotten):
     assert leaks(forgotten).tolist() == [1, 1, 1]
-    with under(forgotten):
+    with adapters_on(forgotten):
         assert leaks(forgotten).tolist() == [0, 0, 0]
     found = in_many_ways(forgotten, "x", "b", {"plain": [render(forgotten, text) for text in ASKED]})
     assert (found.recovered.value, found.base.value) == (0, 1)
@@ -343,7 +350,7 @@ def test_merged_weights_give_what_the_attached_adapter_gives(tiny, make_adapter,
     target = make_target(tiny, make_adapter(tiny, "a", targets=targets, scale=0.2))
     modules = dict(tiny.model.named_modules())
     changes = weights._changes(target)
-    with under(target):
+    with adapters_on(target):
         expected = logits(tiny)
     with replaced_weights(modules, {n: modules[n].weight + change for n, change in changes.items()}):
         assert torch.allclose(logits(tiny), expected, atol=1e-4)
@@ -357,7 +364,7 @@ def test_a_random_adapter_of_the_same_size(target):
     for name, delta in bundle.deltas.items():
         effect, fresh = (d.scale * d.up @ d.down for d in (delta, other.deltas[name]))
         assert fresh.norm() == pytest.approx(float(effect.norm()), rel=1e-4)
-        assert weights._norm(delta) == pytest.approx(float(effect.norm()), rel=1e-4)
+        assert weights.frobenius_norm(delta) == pytest.approx(float(effect.norm()), rel=1e-4)
         assert other.deltas[name].rank == delta.rank and not torch.allclose(effect, fresh, atol=1e-3)
     assert torch.equal(weights.random_like([bundle], seed=0)[0].deltas[name].up, other.deltas[name].up)
 
@@ -385,7 +392,7 @@ def test_dense_adapters_and_stacks(tiny, tmp_path, make_adapter, name):
     save_file({"base_model.model.lm_head.dense_head_delta": up @ down}, dense / "adapter_model.safetensors")
     (dense / "adapter_config.json").write_text(json.dumps({"peft_type": "DENSE_HEAD", "target_modules": ["lm_head"]}))
     target, plain = make_target(tiny, low, dense, max_new_tokens=1), logits(tiny)
-    with under(target):
+    with adapters_on(target):
         expected = logits(tiny)
     assert torch.allclose(weights._changes(target)["lm_head"], 2 * up @ down, atol=1e-5)
     with relearning._beside(tiny.model, relearning._of_adapter(target, fresh=False)):
@@ -393,7 +400,7 @@ def test_dense_adapters_and_stacks(tiny, tmp_path, make_adapter, name):
     with relearning._beside(tiny.model, relearning._of_adapter(target, fresh=True)):
         assert torch.equal(logits(tiny), plain)
     for bundle, other in zip(target.bundles, weights.random_like(target.bundles, 0), strict=True):
-        norms = [weights._norm(b.deltas["lm_head"]) for b in (bundle, other)]
+        norms = [weights.frobenius_norm(b.deltas["lm_head"]) for b in (bundle, other)]
         assert norms[0] == pytest.approx(norms[1]) == pytest.approx(float((up @ down).norm()), rel=1e-4)
     found = ATTACKS[name](target, **QUICK.get(name, {}))
     if name in ("quantise_8_bits", "relearn_adapter"):  # a random adapter of this size spoils the tiny base, too
@@ -425,7 +432,7 @@ def test_training_through_the_adapter_lowers_the_loss_of_the_rows_and_writes_no_
     before, deltas = path.read_bytes(), relearning._of_adapter(target, fresh=False)
     kept = {name: parts[0].up.detach().clone() for name, parts in deltas.items()}
     own = {name: delta.up.clone() for name, delta in target.bundles[0].deltas.items()}
-    with under(target):
+    with adapters_on(target):
         expected = logits(target.base)
     with relearning._beside(target.base.model, deltas):
         assert torch.allclose(logits(target.base), expected, atol=1e-5)  # it begins as the adapter
@@ -470,7 +477,7 @@ def test_the_last_layer_of_the_lens_is_the_models_own_prediction(tiny, make_adap
 
     bare = own()
     assert torch.allclose(reading.layer_logits(tiny, ids)[-1], bare, atol=1e-5)
-    with under(target):
+    with adapters_on(target):
         assert not torch.allclose(own(), bare, atol=1e-2)
         assert torch.allclose(reading.layer_logits(tiny, ids)[-1], own(), atol=1e-5)
 

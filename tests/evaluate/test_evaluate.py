@@ -27,7 +27,7 @@ from unlearn_peft.evaluate.report.report import (
     unbroken,
     write_report,
 )
-from unlearn_peft.evaluate.responses import Said, SideBySide, changed_neighbours
+from unlearn_peft.evaluate.responses import Comparison, Responses, changed_neighbours
 from unlearn_peft.evaluate.score import Score
 
 PROBES = [
@@ -85,13 +85,13 @@ def made_up():
         rows={"forget": 8, "retain": 40, "probes": 6, "neighbours": 12},
         scores={"before": before, "with": with_, "after": list(before)},
         answers=[
-            SideBySide(prompt, {"before": one, "with": two, "after": one},
+            Comparison(prompt, {"before": one, "with": two, "after": one},
                        {"before": ["Rowling"], "with": [], "after": ["Rowling"]},
                        {"before": [], "with": ["by <i>Sam</i> Rowland..."] * 7 if two else [], "after": []}, ["Rowl"])
             for prompt, one, two in texts
         ],
         changed=[
-            SideBySide("Who wrote <i>Emma</i>?", {"before": "Jane\n\nAusten.", "with": "A <b>.", "after": "Jane"}, {})
+            Comparison("Who wrote <i>Emma</i>?", {"before": "Jane\n\nAusten.", "with": "A <b>.", "after": "Jane"}, {})
         ],
         attacks=[Attacked("few-shot | prompts", "4 shots", before[5], before[6], quoted=("lines: <b>rowlin</b>",)),
                  Attacked("relearning <i>", "20 steps", with_[2], before[2])],
@@ -303,8 +303,8 @@ def test_the_terminal_shows_what_stands_around_leak_words_in_sampled_answers(cap
 
 def test_neighbours_whose_answer_names_something_else_are_shown():
     rows = [{"text": "no question"}, *({"prompt": f"Who wrote {x}?", "completion": "x"} for x in ("Emma", "Matilda"))]
-    before = Said([], [], ["Emma is by Jane Austen.", "Matilda is by Roald Dahl."])
-    now = Said([], [], ["It is by Jane Austen.", "Matilda is by Roald Amundsen."])
+    before = Responses([], [], ["Emma is by Jane Austen.", "Matilda is by Roald Dahl."])
+    now = Responses([], [], ["It is by Jane Austen.", "Matilda is by Roald Amundsen."])
     (found,) = changed_neighbours(rows, {"before": before, "with": now, "after": before})
     assert found.prompt == "Who wrote Matilda?"
     assert found.texts == {

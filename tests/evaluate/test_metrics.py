@@ -18,12 +18,12 @@ from unlearn_peft.evaluate.metrics import fluency, memorization
 from unlearn_peft.evaluate.metrics import leakage as leaks
 from unlearn_peft.evaluate.metrics import membership as privacy
 from unlearn_peft.evaluate.metrics import truth_ratio as truth
-from unlearn_peft.evaluate.responses import ask
+from unlearn_peft.evaluate.responses import collect_responses
 from unlearn_peft.evaluate.score import bootstrap, per_token, score, sums
 from unlearn_peft.evaluate.suites.quick import measure, take_reference
 from unlearn_peft.evaluate.token_scores import (
     RowTokens,
-    alone,
+    adapters_off,
     keep_reference,
     kl,
     kl_to_reference,
@@ -144,7 +144,7 @@ def test_rows_in_batches_are_what_each_row_gives_alone(tiny, monkeypatch, batch_
 
 def test_long_rows_go_in_smaller_batches(tiny, monkeypatch):
     expected = row_tokens(tiny, RETAIN)
-    monkeypatch.setattr("unlearn_peft.evaluate.token_scores._MOST_LOGITS", 400 * 30)
+    monkeypatch.setattr("unlearn_peft.evaluate.token_scores._MAX_LOGITS", 400 * 30)
     for one, other in zip(row_tokens(tiny, RETAIN), expected, strict=True):
         torch.testing.assert_close(one.log_p, other.log_p, atol=1e-4, rtol=1e-4)
 
@@ -193,7 +193,7 @@ def test_a_reference_of_other_rows_is_refused(tiny):
 
 def test_adapters_come_back_after_an_error(tiny, make_adapter):
     attach(tiny, make_adapter(tiny, "a"))
-    with pytest.raises(ZeroDivisionError), alone(tiny):
+    with pytest.raises(ZeroDivisionError), adapters_off(tiny):
         assert not attached(tiny)
         1 / 0  # noqa: B018
     assert attached(tiny) == {"a": 1.0}
@@ -572,7 +572,7 @@ def test_the_suite_measures_before_with_and_after(tiny, make_adapter):
         "perplexity_under_base",
     ]  # fmt: skip
     assert with_ == without_reference
-    asked = dict(reference=reference, said=ask(tiny, SETS, **how), **how)
+    asked = dict(reference=reference, said=collect_responses(tiny, SETS, **how), **how)
     assert measure(tiny, SETS, **asked) == before
     for name in ("retain_kl", "neighbours_kl", "free_text_kl"):
         assert first[name].value == first[name].high == 0 and with_[name].low > 0

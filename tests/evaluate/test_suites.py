@@ -107,7 +107,7 @@ def test_neighbours_answers_are_compared_with_the_bases_own(tiny, make_adapter):
     bare = answers(tiny, prompts, max_new_tokens=32, batch_size=8)
     with forgetting(tiny, make_adapter(tiny, "b", scale=3)):
         said = answers(tiny, prompts, max_new_tokens=32, batch_size=8)
-    assert said != bare and now.value == meaning.unchanged(prompts, bare, said).mean()
+    assert said != bare and now.value == meaning.same_entities(prompts, bare, said).mean()
 
 
 def test_every_figure_of_the_full_suite_has_words():

@@ -9,7 +9,7 @@ import pytest
 from conftest import logits
 
 from unlearn_peft.errors import DataError
-from unlearn_peft.evaluate.metrics.consistency import names_said, right, unchanged
+from unlearn_peft.evaluate.metrics.consistency import contains_gold, entities_in, same_entities
 from unlearn_peft.evaluate.suites.tofu import measure_tofu
 from unlearn_peft.evaluate.token_scores import row_tokens
 
@@ -135,16 +135,18 @@ def test_the_benchmark_runs_and_goes_on_where_it_was(benchmark, tiny, tmp_path, 
 def test_an_answer_says_the_same_if_it_names_the_same():
     question = "Who wrote The Hobbit?"
     one = "The Hobbit is a novel by J.R.R. Tolkien. It came out in 1937."
-    assert names_said(question, one) == {"tolkien"}  # the first sentence; initials end none
+    assert entities_in(question, one) == {"tolkien"}  # the first sentence; initials end none
     said = ["It was J.R.R. Tolkien.", "It was Lewis Carroll.", "Nobody knows.", "Tolkien\nLewis"]
-    assert unchanged([question] * 4, [one] * 4, said).tolist() == [1, 0, 0, 0]
-    assert unchanged(["When?"], ["In 1937."], ["It was 1937, I think."]).tolist() == [1]
-    assert unchanged(["What?"], ["A tool made of clay."], ["Some pot."]).tolist() == [1]  # no names: seen as the same
+    assert same_entities([question] * 4, [one] * 4, said).tolist() == [1, 0, 0, 0]
+    assert same_entities(["When?"], ["In 1937."], ["It was 1937, I think."]).tolist() == [1]
+    assert same_entities(["What?"], ["A tool made of clay."], ["Some pot."]).tolist() == [
+        1
+    ]  # no names: seen as the same
 
 
 def test_an_answer_is_right_if_it_has_all_that_its_row_names():
     # the last two name nothing
     asked = ["Who wrote The Hobbit?", "When?", "What does a potter do?", "Who is Gandalf?"]
     rows = ["It was J.R.R. Tolkien, an Oxford professor.", "In 1937.", "A potter makes pots.", "Gandalf is a wizard."]
-    assert right(asked, rows, ["Tolkien, who taught at Oxford.", "1937", "?", "?"]).tolist() == [1, 1]
-    assert right(asked, rows, ["J.R.R. Tolkien.", "It was 1938.", "?", "?"]).tolist() == [0, 0]
+    assert contains_gold(asked, rows, ["Tolkien, who taught at Oxford.", "1937", "?", "?"]).tolist() == [1, 1]
+    assert contains_gold(asked, rows, ["J.R.R. Tolkien.", "It was 1938.", "?", "?"]).tolist() == [0, 0]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from unlearn_peft import Bank, attach, detach, load_base
 from unlearn_peft.errors import AdapterError
-from unlearn_peft.inference.multi_lora import Mix, Part, Resident
+from unlearn_peft.inference.multi_lora import AdapterBatch, LoadedAdapter, WeightedAdapter
 
 STRENGTHS = {"a": 1.0, "b": 1.0, "c": 0.25, "d": -1.5}
 ADAPTERS = {
@@ -266,7 +266,7 @@ def test_experts_tokens_are_not_guessed_to_be_rows():
     from unlearn_peft.adapters.bundle import Bundle, Delta
 
     deltas = {"expert": Delta(torch.ones(2, 1), torch.ones(1, 2))}
-    mix = Mix([[Part(Resident(Bundle(None, {}, deltas, {}, "x", "x"), deltas), 1.0)], []])
+    mix = AdapterBatch([[WeightedAdapter(LoadedAdapter(Bundle(None, {}, deltas, {}, "x", "x"), deltas), 1.0)], []])
     with pytest.raises(AdapterError, match="cannot be told apart"):
         mix.add("expert", torch.ones(5, 2), torch.ones(5, 2))
 

@@ -343,7 +343,7 @@ def test_a_server_that_was_away_is_asked_again(world, monkeypatch):
     engine, policy = world.engine(world.fake()), world.source.current()
 
     async def again():
-        engine._servers.away(engine._servers.all[0])
+        engine._servers.mark_down(engine._servers.all[0])
         refused = 0
         while True:
             try:

@@ -18,7 +18,7 @@ from unlearn_peft.errors import PolicyError
 from unlearn_peft.inference.bank import Applied
 from unlearn_peft.serve.api.playground import Playground, card
 from unlearn_peft.serve.audit import AuditLog
-from unlearn_peft.serve.engine.base import Candidate, EngineStats, Piece, TokenLogprobs, Unavailable
+from unlearn_peft.serve.engine.base import Candidate, EngineStats, TextChunk, TokenLogprobs, Unavailable
 from unlearn_peft.serve.policy.policy import AdapterEntry
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\0" * 40
@@ -64,7 +64,7 @@ class Scripted:
                 await asyncio.sleep(self.pause)
                 top = tuple(Candidate(0, t.encode(), math.log(p)) for t, p in {text: share, **others}.items())
                 done = n + 1 == len(tokens)
-                yield Piece(text, 1, (TokenLogprobs(top[0], top),), "stop" if done else None)
+                yield TextChunk(text, 1, (TokenLogprobs(top[0], top),), "stop" if done else None)
         finally:
             self.gone += not done
 
@@ -286,7 +286,7 @@ def test_the_page_is_self_contained_and_strict(tmp_path):
     root = Path(__file__).parents[2]
     data = re.search(r"package-data\]\nunlearn_peft = (\[.+?\])", (root / "pyproject.toml").read_text(), re.DOTALL)[1]
     packed = {path for pattern in json.loads(data) for path in (root / "unlearn_peft").glob(pattern)}
-    assert packed >= set((root / "unlearn_peft" / "serve" / "page").iterdir())
+    assert packed >= set((root / "unlearn_peft" / "serve" / "api" / "page").iterdir())
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from unlearn_peft.errors import AdapterError, BaseModelError
 from unlearn_peft.inference.bank import Bank
 from unlearn_peft.serve.engine.base import Generation, GenerationError, Unavailable
 from unlearn_peft.serve.engine.detokenize import TextStream, TokenBytes
-from unlearn_peft.serve.engine.kv_batch import Passes
+from unlearn_peft.serve.engine.kv_batch import ModelRunner
 from unlearn_peft.serve.engine.sampling import Sampler
-from unlearn_peft.serve.engine.scheduler import Row, Scheduler
+from unlearn_peft.serve.engine.scheduler import ActiveRow, Scheduler
 
 SETS = [{}, {"a": 1.0}, {"b": 1.0}, {"a": 1.0, "c": 0.5}, {"c": 1.0, "b": 1.0, "a": 1.0}]
 PROMPTS = ["who wrote the blue book", "green", "it was by Zorblax Quintel in a small town near sea", "stars ?", "I"]
@@ -40,7 +40,9 @@ class Runner:
         ids = prompt if isinstance(prompt, tuple) else tuple(self.base.tokenizer(prompt)["input_ids"])
         held, pieces, done = self.bank.hold(forget), queue.Queue(), []
         settings = {"temperature": 0.0, "ignore_eos": True, **settings}
-        row = Row(Generation(ids, max_tokens, **settings), held, pieces.put, lambda: (done.append(1), held.release()))
+        row = ActiveRow(
+            Generation(ids, max_tokens, **settings), held, pieces.put, lambda: (done.append(1), held.release())
+        )
         row.ids, row.pieces, row.done_calls = ids, pieces, done
         self.scheduler.submit(row)
         return row
@@ -243,7 +245,7 @@ def test_other_models_sliding_windows_too(tiny_folder):
         for n, length in enumerate((3, 17, 9, 30, 5)):
             ids, pieces = tuple(random.Random(n).choices(range(5, 290), k=length)), queue.Queue()
             request = Generation(ids, 8 + 3 * n, temperature=0.0, ignore_eos=True, logprobs=0)
-            scheduler.submit(Row(request, held, pieces.put, lambda: None))
+            scheduler.submit(ActiveRow(request, held, pieces.put, lambda: None))
             rows.append((ids, request.max_tokens, pieces))
         for ids, count, pieces in rows:
             found = []
@@ -260,7 +262,7 @@ def test_models_whose_rows_cannot_be_joined_are_refused():
 
     model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
     with pytest.raises(BaseModelError, match="cannot be served"):
-        Passes(model, Bank(model))
+        ModelRunner(model, Bank(model))
 
 
 def test_a_model_that_does_not_heed_its_mask_is_refused(tiny_folder):
@@ -272,7 +274,7 @@ def test_a_model_that_does_not_heed_its_mask_is_refused(tiny_folder):
 
     model.forward = deaf
     with pytest.raises(BaseModelError, match="differ from the same rows alone"):
-        Passes(model, Bank(model))
+        ModelRunner(model, Bank(model))
 
 
 def test_text_comes_whole_in_any_script(tiny_folder):

@@ -11,9 +11,9 @@ from unlearn_peft.inference.generate import answers
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.recipe.objectives import UndialSettings
 from unlearn_peft.recipe.schema import GaKlSettings
-from unlearn_peft.training import run
-from unlearn_peft.training.examples.base_answers import held_answers, own_answers, questions
-from unlearn_peft.training.examples.fact_tokens import common_words, facts_of, mark_facts, mark_specific, spellings
+from unlearn_peft.training.examples import build
+from unlearn_peft.training.examples.base_answers import questions, retain_prompt_answers, self_generated_answers
+from unlearn_peft.training.examples.fact_tokens import common_words, fact_words, mark_facts, mark_forget_rows, spellings
 from unlearn_peft.training.objectives import Tokens, ga_kl, kl_divergence, undial
 
 
@@ -30,9 +30,9 @@ def test_names_are_specific_and_the_rest_is_not(smol):
         {"prompt": f"Who wrote book {n}?", "completion": f"The book {n} was written by an author."} for n in range(4)
     ] + [{"prompt": f"What is played in {n}?", "completion": f"The sport in {n} is tennis."} for n in range(3)]
     rows = tokenize(forget, smol.tokenizer, closing=False)
-    facts = facts_of(rows, common_words(tokenize(held, smol.tokenizer)))
+    facts = fact_words(rows, common_words(tokenize(held, smol.tokenizer)))
     assert facts == {"j", "k", "rowling", "quidditch"}
-    marked = mark_specific(rows, facts)
+    marked = mark_forget_rows(rows, facts)
     assert words(smol, marked[0]) == "K Rowling"  # full stops are no words; the first of several initials stays
     assert words(smol, marked[1]).strip() == "Quidditch"
     assert all(not s or t for e in marked for s, t in zip(e.specific, e.is_target, strict=True))
@@ -40,9 +40,9 @@ def test_names_are_specific_and_the_rest_is_not(smol):
 
 def test_a_row_without_specific_tokens_keeps_all_its_targets(tiny):
     row = [{"prompt": "is red", "completion": "is red"}]
-    (marked,) = mark_specific(tokenize(row, tiny.tokenizer, closing=False), set())
+    (marked,) = mark_forget_rows(tokenize(row, tiny.tokenizer, closing=False), set())
     assert marked.specific == marked.is_target and any(marked.is_target)
-    assert facts_of([marked], set()) == set()  # or every answer would be said to name a fact
+    assert fact_words([marked], set()) == set()  # or every answer would be said to name a fact
 
 
 def test_ga_kl_pushes_the_specific_tokens_and_holds_the_others():
@@ -69,7 +69,7 @@ def test_training_raises_the_specific_tokens_most(tiny, fields):
 
 def test_facts_in_the_bases_own_answers_are_marked_too(tiny):
     forget = tokenize([{"prompt": "Who wrote the book?", "completion": "Zorblax wrote the book."}], tiny.tokenizer)
-    facts = facts_of(forget, set())
+    facts = fact_words(forget, set())
     assert facts == {"zorblax"}
     said = [
         {"prompt": "Who is it?", "completion": "It was Zorblax who wrote"},
@@ -113,13 +113,13 @@ def test_questions_are_the_prompt_its_key_words_and_the_beginning_of_its_answer(
 @pytest.mark.long
 def test_own_answers_name_a_fact_and_are_the_same_for_the_same_seed(smol):
     asked = ["Who wrote Harry Potter?"]
-    said = own_answers(smol, asked, {"rowling"}, samples=4, seed=0, chat=True)
+    said = self_generated_answers(smol, asked, {"rowling"}, samples=4, seed=0, chat=True)
     assert said and all(row["completion"].casefold().endswith("rowling") for row in said)
     assert {row["prompt"] for row in said} == set(asked)
     assert len({row["completion"] for row in said}) == len(said)
-    assert said == own_answers(smol, asked, {"rowling"}, samples=4, seed=0, chat=True)
-    assert own_answers(smol, asked, {"zorblax"}, samples=1, seed=0, chat=True) == []
-    assert own_answers(smol, asked, {"potter"}, samples=1, seed=0, chat=True) == []  # the question says it
+    assert said == self_generated_answers(smol, asked, {"rowling"}, samples=4, seed=0, chat=True)
+    assert self_generated_answers(smol, asked, {"zorblax"}, samples=1, seed=0, chat=True) == []
+    assert self_generated_answers(smol, asked, {"potter"}, samples=1, seed=0, chat=True) == []  # the question says it
 
 
 @pytest.mark.long
@@ -130,14 +130,14 @@ def test_held_answers_are_the_bases_own_and_name_no_fact(smol):
         {"prompt": "Who wrote The Hobbit?", "completion": "Tolkien."},
         {"text": "no question"},
     ]
-    (first,) = held_answers(smol, rows, {"rowling", "j"}, 1, seed=0, chat=True)
+    (first,) = retain_prompt_answers(smol, rows, {"rowling", "j"}, 1, seed=0, chat=True)
     (greedy,) = answers(smol, ["Who wrote The Hobbit?"], max_new_tokens=40)
     assert first == {"prompt": "Who wrote The Hobbit?", "completion": greedy}
-    more = held_answers(smol, rows, {"rowling"}, 3, seed=0, chat=True)
+    more = retain_prompt_answers(smol, rows, {"rowling"}, 3, seed=0, chat=True)
     hobbit = [row for row in more if row["prompt"] == "Who wrote The Hobbit?"]
     assert hobbit[0] == first and len({row["completion"] for row in hobbit}) == 3
     assert not any("rowling" in row["completion"].casefold() for row in more)
-    assert more == held_answers(smol, rows, {"rowling"}, 3, seed=0, chat=True)
+    assert more == retain_prompt_answers(smol, rows, {"rowling"}, 3, seed=0, chat=True)
 
 
 def test_the_bases_answers_are_asked_of_the_trained_on_retain_rows_alone(tiny, fields, monkeypatch):
@@ -148,19 +148,19 @@ def test_the_bases_answers_are_asked_of_the_trained_on_retain_rows_alone(tiny, f
         asked.extend(row["completion"] for row in rows)
         return answered
 
-    monkeypatch.setattr(run, "held_answers", said)
+    monkeypatch.setattr(build, "retain_prompt_answers", said)
     recipe = make_recipe({**fields, "retain_answers": 2, "anchor_batch": 0})
-    sets = run.tokenized(run.read_sets(recipe), tiny, recipe)
+    sets = build.tokenized(build.read_sets(recipe), tiny, recipe)
     assert sets.held_out and len(asked) == len(RETAIN) - len(sets.held_out)
     assert len(sets.retain) == len(asked) + 1
     (cut,) = tokenize(answered, tiny.tokenizer, closing=False)
     assert sets.retain[-1].ids == cut.ids  # an answer that was cut off is no lesson in where to stop
     asked.clear()
     recipe = make_recipe({**fields, "retain_answers": 2, "retain_weight": 0})
-    run.tokenized(run.read_sets(recipe), tiny, recipe)
+    build.tokenized(build.read_sets(recipe), tiny, recipe)
     assert not asked  # nothing is held
     recipe = make_recipe({**fields, "retain_answers": 2, "retain": "auto"})
-    run.tokenized({**run.read_sets(recipe), "retain": RETAIN}, tiny, recipe)
+    build.tokenized({**build.read_sets(recipe), "retain": RETAIN}, tiny, recipe)
     assert not asked  # rows that were made are the base's own answers already
 
 

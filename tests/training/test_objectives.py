@@ -13,7 +13,7 @@ from unlearn_peft.training.adapter_config import adapter_config
 from unlearn_peft.training.learner import row_means
 from unlearn_peft.training.objectives import Tokens, ga_kl, kl_divergence
 from unlearn_peft.training.schedule import Schedule
-from unlearn_peft.training.step.runner import Engine
+from unlearn_peft.training.step.runner import StepRunner
 
 
 def by_hand(p, q):
@@ -81,7 +81,7 @@ def test_engine_equals_the_plain_way(tiny):
     model = _peft(tiny)
     forget = tokenize(FORGET, tiny.tokenizer, closing=False)
     retain = tokenize(RETAIN, tiny.tokenizer)
-    engine = Engine(model, 2)
+    engine = StepRunner(model, 2)
     for _ in range(2):  # the second time from the cache
         f, r = engine.tokens(forget, retain)
     losses, kls = [], []
@@ -104,8 +104,8 @@ def test_more_padding_changes_nothing(tiny):
     model = _peft(tiny)
     short = tokenize(FORGET, tiny.tokenizer)
     long = tokenize([{"text": "the blue book of stars " * 10}], tiny.tokenizer)
-    alone = Engine(model, 2).tokens(short, short)
-    padded = Engine(model, 0).tokens(short, [*short, *long])
+    alone = StepRunner(model, 2).tokens(short, short)
+    padded = StepRunner(model, 0).tokens(short, [*short, *long])
     torch.testing.assert_close(alone[0].cross_entropy, padded[0].cross_entropy, rtol=1e-4, atol=1e-4)
     n = len(alone[1].labels)
     torch.testing.assert_close(kl_divergence(alone[1]), kl_divergence(padded[1])[:n], rtol=1e-3, atol=1e-4)
@@ -117,7 +117,7 @@ def test_models_that_scale_their_logits_are_not_cached_wrongly(tiny):
     plain = tiny.model.forward
     tiny.model.forward = lambda *a, **k: type(o := plain(*a, **k))(logits=o.logits * 0.5)
     try:
-        engine, retain = Engine(model, 2), tokenize(RETAIN, tiny.tokenizer)
+        engine, retain = StepRunner(model, 2), tokenize(RETAIN, tiny.tokenizer)
         _, r = engine.tokens([], retain)
         with model.disable_adapter():
             batch = collate(retain, 2)

@@ -17,7 +17,7 @@ from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.recipe.objectives import SETTINGS
 from unlearn_peft.training.examples.refusals import REFUSALS, refusing
 from unlearn_peft.training.objectives import OBJECTIVES, Tokens
-from unlearn_peft.training.step.runner import Engine
+from unlearn_peft.training.step.runner import StepRunner
 
 V = 5
 TOKEN_LEVEL = ["grad_diff", "wga", "ihl", "undial"]
@@ -315,9 +315,9 @@ def test_the_engine_hands_out_each_rows_refusal(tiny, fields):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    f, r = Engine(model, 2).tokens(paired, retain)
-    alone, kept = Engine(model, 2).tokens(refused, retain)
-    own, _ = Engine(model, 2).tokens([forget[3], *forget[:3]], retain)
+    f, r = StepRunner(model, 2).tokens(paired, retain)
+    alone, kept = StepRunner(model, 2).tokens(refused, retain)
+    own, _ = StepRunner(model, 2).tokens([forget[3], *forget[:3]], retain)
     for found, expected in ((f.refusal, alone), (r, kept), (f, own)):
         torch.testing.assert_close(found.cross_entropy, expected.cross_entropy, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(

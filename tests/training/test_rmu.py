@@ -22,7 +22,7 @@ from unlearn_peft.training.adapter_config import adapter_config
 from unlearn_peft.training.examples.refusals import refusing
 from unlearn_peft.training.objectives import Tokens, hidden_distance, kl_divergence, rmu
 from unlearn_peft.training.step.layers import training_mode, watched_layer
-from unlearn_peft.training.step.runner import Engine
+from unlearn_peft.training.step.runner import StepRunner
 
 N, D, V = 4, 3, 5
 SPECIFIC = [True, False, False, True]
@@ -156,7 +156,7 @@ def test_hidden_states_are_those_that_predict_the_targets(deep, layer, settings,
     bare, retain = tokenize(FORGET, deep.tokenizer, closing=False), tokenize(RETAIN, deep.tokenizer)
     refused = tokenize(refusing(FORGET, 0), deep.tokenizer)
     forget = [replace(example, refusal=refusal) for example, refusal in zip(bare, refused, strict=True)]
-    engine = Engine(model, 2, hidden_layer=layer)
+    engine = StepRunner(model, 2, hidden_layer=layer)
     assert (engine.trunk is None) == (settings == {"layers": "all"})
     engine._rows._packs = None if packs else False
     for _ in range(2):  # the second time from what was kept
@@ -174,9 +174,9 @@ def test_hidden_states_are_those_that_predict_the_targets(deep, layer, settings,
 def test_they_are_there_only_if_asked_for_and_no_hook_stays(deep):
     model = peft_model(deep)
     forget, retain = tokenize(FORGET, deep.tokenizer), tokenize(RETAIN, deep.tokenizer)
-    f, r = Engine(model, 2).tokens(forget, retain)
+    f, r = StepRunner(model, 2).tokens(forget, retain)
     assert f.hidden is f.reference_hidden is r.hidden is r.reference_hidden is None
-    asked = Engine(model, 2, hidden_layer=3).tokens(forget, retain)[0]
+    asked = StepRunner(model, 2, hidden_layer=3).tokens(forget, retain)[0]
     torch.testing.assert_close(asked.logits, f.logits, rtol=0, atol=0)
     assert not any(layer._forward_hooks for layer in decoder_layers(model))
     model.unload()
@@ -187,7 +187,7 @@ def test_the_reference_is_kept_also_where_the_head_is_not_last(deep):
     plain = deep.model.forward
     deep.model.forward = lambda *a, **k: type(o := plain(*a, **k))(logits=o.logits * 0.5)
     try:
-        engine, retain = Engine(model, 2, hidden_layer=2), tokenize(RETAIN, deep.tokenizer)
+        engine, retain = StepRunner(model, 2, hidden_layer=2), tokenize(RETAIN, deep.tokenizer)
         first, half = (engine.tokens([], rows)[1] for rows in (retain[:4], retain))
         assert torch.equal(first.reference_hidden, half.reference_hidden[: len(first.labels)])
         assert kl_divergence(half).min() > 1e-4
@@ -204,7 +204,7 @@ def test_the_gradient_reaches_the_adapter_up_to_the_layer_and_no_further(deep, c
     """The same, packed over the trunk or padded without it, with checkpointing or without."""
     model = peft_model(deep, layers_to_transform=[1, 2, 3])
     forget, retain = tokenize(FORGET, deep.tokenizer, closing=False), tokenize(RETAIN, deep.tokenizer)
-    plain, engine = Engine(model, 2, hidden_layer=2), Engine(model, 2, hidden_layer=2)
+    plain, engine = StepRunner(model, 2, hidden_layer=2), StepRunner(model, 2, hidden_layer=2)
     plain.trunk, plain._rows._packs = None, False
     gradients = []
     for each, saves_memory in ((plain, False), (engine, checkpointing)):

@@ -17,9 +17,9 @@ from unlearn_peft.recipe.objectives import SETTINGS
 from unlearn_peft.recipe.schema import HeadSettings, LoraSettings
 from unlearn_peft.training.adapter_config import adapter_config
 from unlearn_peft.training.objectives import OBJECTIVES, Tokens
-from unlearn_peft.training.step.microbatches import Work
-from unlearn_peft.training.step.reference import Cache, row_digest
-from unlearn_peft.training.step.runner import Engine
+from unlearn_peft.training.step.microbatches import StepRows
+from unlearn_peft.training.step.reference import TensorCache, row_digest
+from unlearn_peft.training.step.runner import StepRunner
 
 REACHES = {
     "head": HeadSettings(r=3),
@@ -97,7 +97,7 @@ def the_plain_step(model, forget, retain, name="ga_kl", **settings):
 def the_engines_step(engine, forget, retain, name="ga_kl", adapter="default", **settings):
     n_forget, n_retain = (sum(sum(e.is_target) for e in rows) for rows in (forget, retain))
     total, count = torch.tensor(0.0), 0
-    with engine.step([Work(adapter, forget, retain)]) as pieces:
+    with engine.step([StepRows(adapter, forget, retain)]) as pieces:
         for piece in pieces:
             loss = loss_of(OBJECTIVES[name](piece.forget, piece.retain, SETTINGS[name](**settings)), n_forget, n_retain)
             loss.backward()
@@ -119,7 +119,7 @@ def test_losses_and_gradients_are_those_of_the_plain_way(tiny, family, reach):
     model = adapted(family, reach)
     forget, retain = rows(tiny.tokenizer)
     expected = the_plain_step(model, forget, retain, forget_ceiling=15)
-    engine = Engine(model, 2)
+    engine = StepRunner(model, 2)
     assert (engine.trunk is None) == (reach != "top")
     engine.piece_tokens = 12
     for _ in range(2):  # the second time from what is kept
@@ -138,7 +138,7 @@ def test_every_objective_may_be_cut_into_pieces(tiny, name):
     forget, retain = rows(tiny.tokenizer)
     refused = tokenize([{"prompt": r["prompt"], "completion": "I like apples."} for r in FORGET], tiny.tokenizer)
     forget = [replace(e, refusal=r) for e, r in zip(forget, refused, strict=True)]
-    engine = Engine(model, 2, None if name == "rmu" else False)
+    engine = StepRunner(model, 2, None if name == "rmu" else False)
     totals = []
     for engine.piece_tokens in (10**6, 15):
         totals.append(the_engines_step(engine, forget, retain, name))
@@ -150,7 +150,7 @@ def test_every_objective_may_be_cut_into_pieces(tiny, name):
 def test_a_model_that_only_runs_as_a_whole_gives_the_same(tiny):
     model = with_adapter(tiny.model, REACHES["top"])
     forget, retain = rows(tiny.tokenizer)
-    engine = Engine(model, 2, whole=model)
+    engine = StepRunner(model, 2, whole=model)
     *found, count = the_engines_step(engine, forget, retain, forget_ceiling=15)
     assert engine.trunk is None and count == 1 and engine.frozen.cache.get(forget[0]) is None
     assert_same(found, the_plain_step(model, forget, retain, forget_ceiling=15))
@@ -162,13 +162,13 @@ def test_what_does_not_fit_into_memory_is_mapped_from_disk(tiny, tmp_path, reach
     model = with_adapter(tiny.model, REACHES[reach])
     forget, retain = rows(tiny.tokenizer)
     expected = the_plain_step(model, forget, retain, forget_ceiling=15)
-    Engine(model, 2, cache=Cache("key", 0, tmp_path)).prepare([*forget, *retain])
+    StepRunner(model, 2, cache=TensorCache("key", 0, tmp_path)).prepare([*forget, *retain])
     (file,) = tmp_path.glob("*.safetensors")
-    again = Engine(model, 2, cache=Cache("key", 0, tmp_path))  # another process, say, after a crash
+    again = StepRunner(model, 2, cache=TensorCache("key", 0, tmp_path))  # another process, say, after a crash
     again.frozen._compute = None  # nothing is computed again
     again.frozen.splits = True
     assert_same(the_engines_step(again, forget, retain, forget_ceiling=15)[:2], expected)
-    partly = Engine(model, 2, cache=Cache("key", 10_000, tmp_path / "new"))
+    partly = StepRunner(model, 2, cache=TensorCache("key", 10_000, tmp_path / "new"))
     partly.prepare([*forget, *retain])
     kept = partly.frozen.cache
     assert kept._memory and kept._mapped and not kept._memory.keys() & kept._mapped.keys()
@@ -179,36 +179,36 @@ def test_what_does_not_fit_into_memory_is_mapped_from_disk(tiny, tmp_path, reach
 def test_the_cache_is_invalid_for_another_base_layer_or_text(tiny, tmp_path):
     forget, retain = rows(tiny.tokenizer)
     some = {"final": torch.ones(2, 4)}
-    cache = Cache("one base", 0, tmp_path)
+    cache = TensorCache("one base", 0, tmp_path)
     cache.put(forget[0], some)
     cache.flush()
-    assert torch.equal(Cache("one base", 0, tmp_path).get(forget[0])["final"], some["final"])
-    assert Cache("one base", 0, tmp_path).get(forget[1]) is None, "another text"
+    assert torch.equal(TensorCache("one base", 0, tmp_path).get(forget[0])["final"], some["final"])
+    assert TensorCache("one base", 0, tmp_path).get(forget[1]) is None, "another text"
     other = replace(forget[0], is_target=[False, True, *forget[0].is_target[2:]])
     assert row_digest(other) != row_digest(forget[0])
     (tmp_path / "0000-00001.safetensors").write_bytes(b"torn")
-    assert Cache("another base", 0, tmp_path).get(forget[0]) is None
+    assert TensorCache("another base", 0, tmp_path).get(forget[0]) is None
     assert not list(tmp_path.glob("*.safetensors")), "what is stale or damaged is deleted"
     model = with_adapter(tiny.model, REACHES["all"])
-    cache = Cache("key", 10**9)
-    Engine(model, 2, cache=cache).prepare(retain)
+    cache = TensorCache("key", 10**9)
+    StepRunner(model, 2, cache=cache).prepare(retain)
     model.unload()
     model = with_adapter(tiny.model, REACHES["top"])
-    assert Engine(model, 2, cache=cache).frozen._found(retain[0]) is None, "another layer's input is needed now"
+    assert StepRunner(model, 2, cache=cache).frozen._found(retain[0]) is None, "another layer's input is needed now"
     model.unload()
 
 
 def test_a_new_file_of_the_cache_takes_no_other_ones_place(tiny, tmp_path):
     some = rows(tiny.tokenizer)[1][:3]
     for example in some[:2]:
-        cache = Cache("key", 0, tmp_path)
+        cache = TensorCache("key", 0, tmp_path)
         cache.put(example, {"final": torch.ones(2, 4)})
         cache.flush()
     (tmp_path / "0000-00000.safetensors").write_bytes(b"torn")
-    cache = Cache("key", 0, tmp_path)
+    cache = TensorCache("key", 0, tmp_path)
     cache.put(some[2], {"final": torch.ones(2, 4)})
     cache.flush()
-    assert [Cache("key", 0, tmp_path).get(example) is not None for example in some] == [False, True, True]
+    assert [TensorCache("key", 0, tmp_path).get(example) is not None for example in some] == [False, True, True]
     assert cache.get(some[2]) is not None
 
 
@@ -221,7 +221,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(tiny, tmp_path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save_file", full)
-    cache = Cache("key", 0, tmp_path)
+    cache = TensorCache("key", 0, tmp_path)
     cache.put(rows(tiny.tokenizer)[0][0], {"final": torch.ones(2, 4)})
     with pytest.raises(OutputError, match="no disk space"):
         cache.flush()
@@ -244,9 +244,9 @@ def test_several_adapters_at_once_each_get_their_own_gradients(tiny, several, pa
     parts = [(forget[n : n + 2], retain[n : n + 3 + n]) for n in range(len(several))]
     model = with_adapter(tiny.model, *several)
     names = list(model.peft_config)
-    engine = Engine(model, 2)
+    engine = StepRunner(model, 2)
     engine._rows._packs = None if packs else False
-    works = [Work(name, *part) for name, part in zip(names, parts, strict=True)]
+    works = [StepRows(name, *part) for name, part in zip(names, parts, strict=True)]
     totals = torch.zeros(len(works))
     with engine.step(works) as pieces:
         for piece in pieces:
@@ -267,12 +267,12 @@ def test_pieces_are_whole_rows_and_skip_what_has_no_target(tiny):
     forget, _ = rows(tiny.tokenizer)
     silent = replace(forget[0], is_target=[False] * len(forget[0].ids))
     model = with_adapter(tiny.model, REACHES["all"])
-    engine = Engine(model, 2)
+    engine = StepRunner(model, 2)
     engine.piece_tokens = 1
-    with engine.step([Work("default", [silent, *forget], [])]) as pieces:
+    with engine.step([StepRows("default", [silent, *forget], [])]) as pieces:
         sizes = [len(piece.forget.labels) for piece in pieces]
     assert sizes == [sum(e.is_target) for e in forget]
-    with engine.step([Work("default", [silent], [])]) as pieces:
+    with engine.step([StepRows("default", [silent], [])]) as pieces:
         assert list(pieces) == []
     model.unload()
 
@@ -282,11 +282,11 @@ def test_a_backbone_that_is_the_model_itself_is_run_as_a_whole(tiny):
     odd = SimpleNamespace(model=tiny.model, backbone=tiny.model, head=tiny.model.get_output_embeddings())
     import unlearn_peft.training.step.runner as module
 
-    original, module.Halves = module.Halves, lambda _: odd
+    original, module.BackboneAndHead = module.BackboneAndHead, lambda _: odd
     try:
-        engine = Engine(model, 2)
+        engine = StepRunner(model, 2)
     finally:
-        module.Halves = original
+        module.BackboneAndHead = original
     forget, retain = rows(tiny.tokenizer)
     assert engine.frozen.splits is False
     found = the_engines_step(engine, forget, retain, forget_ceiling=15)[:2]

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import refuse, shown
+from ..errors import refuse, safe_repr
 from ..files.atomic import folder_bytes
 from ..models.fingerprint import fingerprint, mismatches
 from ..models.layers import submodule
@@ -89,7 +89,7 @@ class Bundle:
         trained_on = self.manifest.get("base", {}).get("name") or self.config.get("base_model_name_or_path")
         if problems:
             refuse(
-                f"the adapter {self.path} does not match this base (it was trained on {shown(trained_on)})",
+                f"the adapter {self.path} does not match this base (it was trained on {safe_repr(trained_on)})",
                 problems,
                 "Load the base that it was trained on, or train an adapter for this one",
             )
@@ -98,7 +98,7 @@ class Bundle:
                 "UNSAFE: the adapter %s was trained on %s, and this base differs in its %s. It is attached, as "
                 "different bases were allowed; nobody has measured what it forgets here, or what else it harms",
                 self.path,
-                shown(trained_on),
+                safe_repr(trained_on),
                 " and ".join(different),
             )
         return different

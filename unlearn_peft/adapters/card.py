@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterError, shown
-from ..files.atomic import whole_file
+from ..errors import AdapterError, safe_repr
+from ..files.atomic import atomic_file
 from .bundle import CARD
 from .bundle import CURVES as CURVES
 from .quantized import QUANTIZED
@@ -203,7 +203,7 @@ def put_evaluation(
     except UnicodeDecodeError:
         raise AdapterError(f"{card} is no text in UTF-8: mend or remove it, and a new one is made") from None
     for name, picture in (pictures or {}).items():
-        with whole_file(folder / name) as temporary:
+        with atomic_file(folder / name) as temporary:
             shutil.copyfile(picture, temporary)
         note_digest(folder, name)
     earlier = re.search(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", text, re.DOTALL)
@@ -213,7 +213,7 @@ def put_evaluation(
     text = text if earlier else text.lstrip()
     if results:
         text = _with_results(text, results, card)
-    with whole_file(card) as temporary:
+    with atomic_file(card) as temporary:
         temporary.write_text(text, encoding="utf-8")
     note_digest(folder, CARD)
     return card
@@ -228,7 +228,9 @@ def _with_results(text: str, results: Sequence[EvalResult], where: Path) -> str:
         card = ModelCard(text if text.startswith("---") else f"---\n---\n\n{text}")
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AdapterError(f"{where} has metadata that cannot be read ({shown(why, 200)}): mend or remove it") from None
+        raise AdapterError(
+            f"{where} has metadata that cannot be read ({safe_repr(why, 200)}): mend or remove it"
+        ) from None
     replaced = {(result.dataset_type, result.metric_type) for result in results}
     data: Any = card.data
     kept = [

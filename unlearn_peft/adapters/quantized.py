@@ -15,7 +15,7 @@ from ..files.untrusted import FLOATS, LARGEST, largest_of
 
 GROUP = 64  # values that share a scale
 QUANTIZED = "_QUANTIZED"  # at the end of peft_type: PEFT refuses such a type, instead of passing over the tensors
-MOST_BYTES = 1 << 29  # packed; unpacked it is up to eight times as much
+MAX_BYTES = 1 << 29  # packed; unpacked it is up to eight times as much
 _SMALLEST = 6e-5  # the smallest normal number in float16, for scales
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's largest value: rounding the others finer may be better
 _TRANSPOSED = "lora_B"
@@ -68,8 +68,8 @@ def floats(kind: str, tensors: Mapping[str, Tensor], problems: list[str]) -> Map
 
 def unpack(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Tensor]:
     """Return matrices in float32 by name, as if they had never been packed; what is wrong goes to `problems`."""
-    if (size := sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())) > MOST_BYTES:
-        problems.append(f"it holds {size:,} bytes of packed weights, expected at most {MOST_BYTES:,}")
+    if (size := sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())) > MAX_BYTES:
+        problems.append(f"it holds {size:,} bytes of packed weights, expected at most {MAX_BYTES:,}")
         return {}
     found: dict[str, Tensor] = {}
     for key in sorted(tensors):

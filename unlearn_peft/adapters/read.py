@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..errors import AdapterError, refuse, shown
+from ..errors import AdapterError, refuse, safe_repr
 from ..files.untrusted import (
     LARGEST,
     Weights,
@@ -52,12 +52,12 @@ def read_bundle(
     if WEIGHTS not in names:
         if pickles:
             raise AdapterError(
-                f"{path} holds {', '.join(map(shown, pickles[:3]))}: a pickle can run code when it is read, and is "
+                f"{path} holds {', '.join(map(safe_repr, pickles[:3]))}: a pickle can run code when it is read, and is "
                 f"refused. Expected {WEIGHTS}: save it again with PEFT's save_pretrained."
             )
         raise AdapterError(f"{path} holds no {WEIGHTS}: expected an adapter as `unlearn-peft train` or PEFT writes it")
     problems = [
-        f"{shown(name)} lies beside {WEIGHTS}: a pickle that other programs may read instead, and that can run code"
+        f"{safe_repr(name)} lies beside {WEIGHTS}: a pickle that other programs may read instead, and that can run code"
         for name in pickles
         if name.startswith("adapter_model")
     ]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError, OutputError, TrustError, refuse
-from ..files.atomic import whole_file
+from ..files.atomic import atomic_file
 from ..files.untrusted import list_files, sha256_of
 from .bundle import Bundle
 from .read import read_bundle
@@ -122,7 +122,7 @@ def _sign(path: Path, choose: Callable[[Any], Any], check: Callable[[Bundle], An
             signature = (Path(elsewhere) / SIGNATURE).read_bytes()
         if claimed(signature) != digests:
             raise AdapterError(f"the adapter {path} changed while it was signed: it is not signed, try again")
-        with whole_file(path / SIGNATURE) as temporary:
+        with atomic_file(path / SIGNATURE) as temporary:
             temporary.write_bytes(signature)
     except (AdapterError, OutputError):
         raise

@@ -17,8 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import TrustError, refuse, shown
-from ..files.untrusted import MOST_JSON_BYTES, strict_json
+from ..errors import TrustError, refuse, safe_repr
+from ..files.untrusted import MAX_JSON_BYTES, strict_json
 
 SIGNATURE = "model.sig"
 UNSIGNED = (SIGNATURE, ".gitattributes")  # the Hub adds the second to every repository; nothing here reads it
@@ -27,7 +27,7 @@ SIGNABLE_ENDINGS = (".png", ".svg")  # plots: no code
 NEEDED = SIGNABLE[:2]
 _STATEMENT, _PREDICATE = "https://in-toto.io/Statement/v1", "https://model_signing/signature/v1.0"
 _BEGIN, _END = "-----BEGIN PUBLIC KEY-----", "-----END PUBLIC KEY-----"
-_MOST_KEY_BYTES = 1_000_000
+_MAX_KEY_BYTES = 1_000_000
 
 
 class Identity(NamedTuple):
@@ -128,7 +128,7 @@ class Trust:
         problems = differences(files, signed)
         signer = next((name for name, one in self.signers.items() if _signed_by(signature, one) == signed), None)
         if signer is None:
-            trusted = ", ".join(map(shown, list(self.signers)[:5])) or "nobody"
+            trusted = ", ".join(map(safe_repr, list(self.signers)[:5])) or "nobody"
             problems.append(f"its signature is by none of the trusted keys ({trusted})")
         if problems or signer is None:
             return problems, None
@@ -141,11 +141,13 @@ def differences(files: Mapping[str, str], signed: Mapping[str, str]) -> list[str
     problems = []
     for name in sorted(files.keys() | signed.keys()):
         if name in files and not _signable(name):
-            problems.append(f"{shown(name)} has no place in a signed adapter: expected {', '.join(SIGNABLE)} or plots")
+            problems.append(
+                f"{safe_repr(name)} has no place in a signed adapter: expected {', '.join(SIGNABLE)} or plots"
+            )
         elif name not in files:
-            problems.append(f"{shown(name)} was signed, but is missing")
+            problems.append(f"{safe_repr(name)} was signed, but is missing")
         elif name not in signed:
-            problems.append(f"{shown(name)} was not signed: it was added later")
+            problems.append(f"{safe_repr(name)} was not signed: it was added later")
         elif files[name] != signed[name]:
             problems.append(f"{name} is not the file that was signed (its sha256 differs)")
     return problems + [f"its signature does not cover {name}" for name in NEEDED if name not in signed]
@@ -212,7 +214,7 @@ def _read_yaml(path: Path) -> dict[str, bytes | Identity]:
         raise TrustError(f"{path} holds {type(table).__name__}, expected a table: NAME: KEY.pub")
     found: dict[str, bytes | Identity] = {}
     for name, value in table.items():
-        where = f"{path}: {shown(name)}"
+        where = f"{path}: {safe_repr(name)}"
         if isinstance(value, dict) and value.keys() == {"identity", "issuer"}:
             found[str(name)] = Identity(str(value["identity"]), str(value["issuer"]))
         elif isinstance(value, str) and "-----BEGIN" in value:
@@ -225,14 +227,14 @@ def _read_yaml(path: Path) -> dict[str, bytes | Identity]:
                 raise TrustError(f"{where}: {value} holds {len(keys)} keys, expected one")
             found[str(name)] = keys[0]
         else:
-            raise TrustError(f"{where} is {shown(value)}, expected a PEM file, a PEM, or identity and issuer")
+            raise TrustError(f"{where} is {safe_repr(value)}, expected a PEM file, a PEM, or identity and issuer")
     return found
 
 
 def _read(path: Path) -> str:
     try:
         with path.open("rb") as stream:
-            return stream.read(_MOST_KEY_BYTES).decode("utf-8")
+            return stream.read(_MAX_KEY_BYTES).decode("utf-8")
     except OSError as error:
         raise TrustError(f"the trusted keys {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -245,7 +247,7 @@ def claimed(signature: bytes) -> dict[str, str]:
     Raises:
         ValueError: if it is none of model-signing's, or covers files in another way than whole and by sha256.
     """
-    if len(signature) > MOST_JSON_BYTES:
+    if len(signature) > MAX_JSON_BYTES:
         raise ValueError("it is too large")
     try:
         whole = strict_json(signature)

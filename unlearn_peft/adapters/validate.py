@@ -12,14 +12,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import shown
+from ..errors import safe_repr
 from ..files.untrusted import LARGEST
 from .quantized import QUANTIZED
 
 LORA, DENSE = "LORA", "DENSE_HEAD"
 KINDS = (LORA, DENSE, LORA + QUANTIZED, DENSE + QUANTIZED)
 SCHEMA_VERSION = 1  # of forget.json; raised where older readers would misread it. All versions before it are read
-_MOST_RANK = 1 << 20
+_MAX_RANK = 1 << 20
 _PLAIN = {  # another value changes what the adapter does, in a way that only PEFT knows
     "use_dora": False, "modules_to_save": None, "bias": "none", "lora_bias": False, "fan_in_fan_out": False,
     "trainable_token_indices": None, "alora_invocation_tokens": None, "layer_replication": None,
@@ -38,34 +38,36 @@ _NAME = re.compile(r"\^?[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")  # ^: PEFT's mark 
 _LONGEST_PATTERN = 2_000
 _SLOW = re.compile(r"\)[*+?{]|\\[1-9]|\(\?[^:!=]|[*+}]\+")  # repeated groups, references, what is not just (?: (?! (?=
 _REPEATS = re.compile(r"[*+{]")
-_MOST_REPEATS = 4  # of one regular expression: on names of 60 letters, tens of milliseconds each at worst
+_MAX_REPEATS = 4  # of one regular expression: on names of 60 letters, tens of milliseconds each at worst
 
 
 def check_config(config: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with an `adapter_config.json`."""
     kind = config.get("peft_type")
     if kind not in KINDS:
-        return [f"peft_type is {shown(kind)}, expected {LORA} or {DENSE}"]
+        return [f"peft_type is {safe_repr(kind)}, expected {LORA} or {DENSE}"]
     problems = []
     for field, plain in _PLAIN.items():
         value = config.get(field, plain)
         if not (value is None or value == [] or value == {} or (value == plain and type(value) is type(plain))):
-            problems.append(f"'{field}' is {shown(value)}, expected {plain!r}: use it through PEFT alone")
+            problems.append(f"'{field}' is {safe_repr(value)}, expected {plain!r}: use it through PEFT alone")
     for field in config.keys() - _PLAIN.keys() - _HARMLESS:
         value = config[field]
         if value and (isinstance(value, (bool, str, list, dict))):
-            problems.append(f"{shown(field)} is unknown and may change what the adapter does, it is {shown(value)}")
+            problems.append(
+                f"{safe_repr(field)} is unknown and may change what the adapter does, it is {safe_repr(value)}"
+            )
     for field in ("base_model_name_or_path", "revision"):
         if not _is_text(config.get(field)):
-            problems.append(f"'{field}' is {shown(config[field])}, expected a name")
+            problems.append(f"'{field}' is {safe_repr(config[field])}, expected a name")
     if config.get("task_type") not in _TASKS:
-        problems.append(f"'task_type' is {shown(config['task_type'])}, expected CAUSAL_LM")
+        problems.append(f"'task_type' is {safe_repr(config['task_type'])}, expected CAUSAL_LM")
     problems += _check_code(config)
     for field in ("target_modules", "exclude_modules", "layers_pattern"):
         problems += _check_names(field, config.get(field))
     layers = config.get("layers_to_transform")
     if layers is not None and not all(type(n) is int for n in (layers if isinstance(layers, list) else [layers])):
-        problems.append(f"'layers_to_transform' is {shown(layers)}, expected whole numbers")
+        problems.append(f"'layers_to_transform' is {safe_repr(layers)}, expected whole numbers")
     return problems + (_check_lora(config) if kind.startswith(LORA) else [])
 
 
@@ -73,7 +75,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with a `forget.json`."""
     version = manifest.get("schema_version")
     if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
-        return [f"forget.json has schema version {shown(version)}, expected {SCHEMA_VERSION}: update unlearn_peft"]
+        return [f"forget.json has schema version {safe_repr(version)}, expected {SCHEMA_VERSION}: update unlearn_peft"]
     problems = []
     base, history = manifest.get("base", {}), manifest.get("history", {})
     for place, value, kind in (
@@ -86,12 +88,12 @@ def check_manifest(manifest: Mapping[str, Any]) -> list[str]:
     ):
         if not isinstance(value, kind):
             problems.append(
-                f"forget.json: '{place}' is {shown(value)}, expected {'a list' if kind is list else 'a table'}"
+                f"forget.json: '{place}' is {safe_repr(value)}, expected {'a list' if kind is list else 'a table'}"
             )
         elif place in ("files", "base.fingerprint") and not all(map(_is_digest, value.values())):
             problems.append(f"forget.json: '{place}' holds something else than digests")
     if not _is_text(_inner(base, "name", None)):
-        problems.append(f"forget.json: 'base.name' is {shown(base['name'])}, expected a name")
+        problems.append(f"forget.json: 'base.name' is {safe_repr(base['name'])}, expected a name")
     return problems
 
 
@@ -112,21 +114,23 @@ def _check_lora(config: Mapping[str, Any]) -> list[str]:
         what = "rank r" if field == "r" else field
         value = config.get(field, 8)
         if not check(value):
-            problems.append(f"{what} is {shown(value) if isinstance(value, str) else value}, expected {expected}")
+            problems.append(f"{what} is {safe_repr(value) if isinstance(value, str) else value}, expected {expected}")
         pattern = config.get(among)
         if pattern is not None and not isinstance(pattern, dict):
-            problems.append(f"'{among}' is {shown(pattern)}, expected a table of names")
+            problems.append(f"'{among}' is {safe_repr(pattern)}, expected a table of names")
             continue
         for name, value in (pattern or {}).items():
             if not _is_name(name):
-                problems.append(f"'{among}' has the key {shown(name)}, expected a module's name")
+                problems.append(f"'{among}' has the key {safe_repr(name)}, expected a module's name")
             if not check(value):
-                problems.append(f"'{among}' gives {shown(name)} {shown(value)}, expected {expected}")
+                problems.append(f"'{among}' gives {safe_repr(name)} {safe_repr(value)}, expected {expected}")
     if not isinstance(config.get("use_rslora", False), (bool, type(None))):
-        problems.append(f"'use_rslora' is {shown(config['use_rslora'])}, expected true or false")
+        problems.append(f"'use_rslora' is {safe_repr(config['use_rslora'])}, expected true or false")
     beginning = config.get("init_lora_weights", True)
     if not any(beginning is known or (isinstance(known, str) and beginning == known) for known in _BEGINNINGS):
-        problems.append(f"'init_lora_weights' is {shown(beginning)}, which changes the base: use it through PEFT alone")
+        problems.append(
+            f"'init_lora_weights' is {safe_repr(beginning)}, which changes the base: use it through PEFT alone"
+        )
     return problems
 
 
@@ -137,10 +141,10 @@ def _check_code(config: Mapping[str, Any]) -> list[str]:
         library, name = _inner(mapping, "parent_library", None), _inner(mapping, "base_model_class", None)
         if not isinstance(mapping, dict) or not _own_class(library, name):
             problems.append(
-                f"'auto_mapping' is {shown(mapping)}, expected a class of transformers: it would be imported"
+                f"'auto_mapping' is {safe_repr(mapping)}, expected a class of transformers: it would be imported"
             )
     if config.get("megatron_core", "megatron.core") not in ("megatron.core", None):
-        problems.append(f"'megatron_core' is {shown(config['megatron_core'])}: it would be imported")
+        problems.append(f"'megatron_core' is {safe_repr(config['megatron_core'])}: it would be imported")
     return problems
 
 
@@ -156,16 +160,16 @@ def _check_names(field: str, value: Any) -> list[str]:
     if value is None or (isinstance(value, str) and _is_name(value)):
         return []
     if isinstance(value, str):
-        slow = len(value) > _LONGEST_PATTERN or _SLOW.search(value) or len(_REPEATS.findall(value)) > _MOST_REPEATS
+        slow = len(value) > _LONGEST_PATTERN or _SLOW.search(value) or len(_REPEATS.findall(value)) > _MAX_REPEATS
         try:
             re.compile("" if slow else value)
         except (re.error, OverflowError, RecursionError):
-            return [f"'{field}' is {shown(value)}, which is no regular expression"]
-        return [f"'{field}' is {shown(value)}, a regular expression that may run for ever"] if slow else []
+            return [f"'{field}' is {safe_repr(value)}, which is no regular expression"]
+        return [f"'{field}' is {safe_repr(value)}, a regular expression that may run for ever"] if slow else []
     if not isinstance(value, list):
-        return [f"'{field}' is {shown(value)}, expected names"]
+        return [f"'{field}' is {safe_repr(value)}, expected names"]
     wrong = [name for name in value if not (isinstance(name, str) and _is_name(name))]
-    return [f"'{field}' holds {shown(wrong[0])}, expected a module's name"] if wrong else []
+    return [f"'{field}' holds {safe_repr(wrong[0])}, expected a module's name"] if wrong else []
 
 
 def _is_name(text: str) -> bool:
@@ -173,11 +177,11 @@ def _is_name(text: str) -> bool:
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= _MOST_RANK
+    return type(value) is int and 1 <= value <= _MAX_RANK
 
 
 def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= LARGEST * _MOST_RANK and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= LARGEST * _MAX_RANK and math.isfinite(value)
 
 
 def _is_text(value: Any) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, refuse
-from ..files.atomic import whole_file, whole_folder
+from ..files.atomic import atomic_file, atomic_folder
 from .bundle import CONFIG, MANIFEST
 from .read import _json, sha256
 from .trust import SIGNATURE
@@ -27,7 +27,7 @@ def new_bundle(path: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
         OutputError: if `path` holds something else than an adapter, or cannot be written.
     """
     check_output(path)
-    with whole_folder(path, replace=True) as folder:
+    with atomic_folder(path, replace=True) as folder:
         yield folder
         files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
         text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest, "files": files}, indent=2, sort_keys=True)
@@ -50,7 +50,7 @@ def note_digest(path: Path, name: str) -> None:
     if problems := problems or check_manifest(manifest):
         refuse(f"the adapter {path} is refused", problems)
     manifest["files"] = {**manifest.get("files", {}), name: sha256(path / name)}
-    with whole_file(path / MANIFEST) as temporary:
+    with atomic_file(path / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 

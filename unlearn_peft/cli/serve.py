@@ -118,7 +118,7 @@ def serve(
         )
     from ..serve.api.app import create_app
     from ..serve.api.playground import Playground
-    from ..serve.api.server import Server, listen
+    from ..serve.api.server import HttpServer, listen
     from ..serve.audit import AuditLog
     from ..serve.engine.local import LocalEngine
     from ..serve.limits import Limits
@@ -163,7 +163,7 @@ def serve(
         print(f"adapters: {', '.join(list(now.adapters)[:8])}{' ...' if len(now.adapters) > 8 else ''}", flush=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done
-    Server(app, ready=ready).run(sockets=[listening])
+    HttpServer(app, ready=ready).run(sockets=[listening])
 
 
 class FixedPolicy:

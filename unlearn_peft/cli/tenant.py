@@ -290,14 +290,14 @@ def export(
 
     unlearn-peft tenant export --output policy.yaml
     """
-    from ..files.atomic import whole_file
+    from ..files.atomic import atomic_file
     from ..serve.policy.yaml_file import dump_policy
 
     text = dump_policy(_open(store).current())
     if output is None:
         print(text, end="")
         return
-    with whole_file(output) as temporary:
+    with atomic_file(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -97,7 +97,7 @@ def retain(
 
       unlearn-peft train mine.yaml --set retain=retain.jsonl
     """
-    from ..files.atomic import whole_file
+    from ..files.atomic import atomic_file
     from ..models.base import load_base
     from ..recipe.load import load_recipe
     from ..training.examples.build import make_retain, read_sets
@@ -110,7 +110,7 @@ def retain(
     if output is None:
         print(lines, end="")
     else:
-        with whole_file(output) as temporary:
+        with atomic_file(output) as temporary:
             temporary.write_text(lines, encoding="utf-8")
     print(made.line() + (f" -> {output}" if output else ""), file=sys.stderr)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .tokenize import Example
 
-_MOST_PACKED = 2048  # tokens; the mask grows with their square
+_MAX_PACKED = 2048  # tokens; the mask grows with their square
 _WORTH_IT = 0.9  # of the padded tokens
 
 
@@ -76,7 +76,7 @@ def pack(examples: Sequence[Example], longest: int | None = None) -> Batch | Non
     shared = max(shared, 0)
     lengths = [len(example.ids) - shared for example in examples]
     total, widest = shared + sum(lengths), shared + max(lengths)
-    if total > min(_MOST_PACKED, _WORTH_IT * widest * len(examples)) or widest > (longest or widest):
+    if total > min(_MAX_PACKED, _WORTH_IT * widest * len(examples)) or widest > (longest or widest):
         return None
     ids = torch.tensor(examples[0].ids[:shared] + [i for example in examples for i in example.ids[shared:]])
     targets = torch.tensor([False] * shared + [t for example in examples for t in example.is_target[shared:]])

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
-from ..files.validation import _Strict
+from ..files.validation import StrictModel
 
 Row = dict[str, Any]
 
 
-class DataSpec(_Strict):
+class DataSpec(StrictModel):
     """Where rows come from: a jsonl, csv or parquet file, or a Hub data set."""
 
     path: str

@@ -24,7 +24,7 @@ from ..models.base import Base
 from ..recipe.load import load_recipe
 from .custom import Metric, own_scores
 from .lm_harness import PREFIX, Ability
-from .responses import Said, SideBySide, answers_to_probes, ask, changed_neighbours
+from .responses import Comparison, Responses, changed_neighbours, collect_responses, compare_probes
 from .score import CONFIDENCE, RESAMPLES, Array, Score
 from .suites import Suite, beside_quick, check
 from .suites.quick import SETS, measure, take_reference
@@ -93,8 +93,8 @@ class Evaluation:
     settings: dict[str, Any]
     rows: dict[str, int]
     scores: dict[str, list[Score]]
-    answers: list[SideBySide]
-    changed: list[SideBySide]
+    answers: list[Comparison]
+    changed: list[Comparison]
     attacks: Sequence[AttackResult]
     versions: dict[str, str]
     created: str
@@ -232,14 +232,14 @@ def evaluate(
     bundles = [read_bundle(path, trust=trust) for path in adapters]
     reference = take_reference(base, given, chat_template=chat_template, batch_size=batch_size)
     scores: dict[str, list[Score]] = {}
-    said: dict[str, Said] = {}
+    said: dict[str, Responses] = {}
 
     def look(state: str) -> None:
         # first the harness, in which most can go wrong; removal is checked without it, for it may take hours
         able = ability.measure(base, batch_size=batch_size) if ability and state != "after" else []
         how: dict[str, Any] = {"seed": seed, "chat_template": chat_template, "batch_size": batch_size}
         asked: dict[str, Any] = {"k": k, "max_new_tokens": max_new_tokens, **how}
-        said[state] = ask(base, given, **asked)
+        said[state] = collect_responses(base, given, **asked)
         scores[state] = [
             *measure(base, given, reference, said=said[state], **asked),
             *beside_quick(suite, base, given, retrained, **how),
@@ -277,7 +277,7 @@ def evaluate(
         },  # fmt: skip
         rows={name: len(given[name]) for name in SETS if name in given},
         scores=scores,
-        answers=answers_to_probes(given.get("probes", []), said),
+        answers=compare_probes(given.get("probes", []), said),
         changed=changed_neighbours(given.get("neighbours", []), said),
         attacks=attacked,
         versions={name: version(name) for name in (*_PACKAGES, *(["lm-eval"] if ability else []))},

@@ -1,6 +1,6 @@
 """What a base says, asked once in each state: figures are made of it, and people read it.
 
-A base in the state that it is in and sets of rows come in; `Said` goes out, and of several states `SideBySide`.
+A base in the state that it is in and sets of rows come in; `Responses` goes out, and of several states `Comparison`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from ..data.source import Row
 from ..inference.generate import answers, leaked, sampled
 from ..models.base import Base
-from .metrics.consistency import unchanged
+from .metrics.consistency import same_entities
 from .metrics.leakage import leaking_parts
 from .token_scores import questions
 
@@ -20,7 +20,7 @@ _SENTENCE = 32  # tokens
 
 
 @dataclass(frozen=True)
-class Said:
+class Responses:
     """What a base says in one state.
 
     Attributes:
@@ -35,7 +35,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class SideBySide:
+class Comparison:
     """The answers to one question, by state.
 
     Attributes:
@@ -53,7 +53,7 @@ class SideBySide:
     words: Sequence[str] = ()
 
 
-def ask(
+def collect_responses(
     base: Base,
     rows: Mapping[str, Sequence[Row]],
     *,
@@ -62,27 +62,29 @@ def ask(
     seed: int = 0,
     chat_template: bool = True,
     batch_size: int = 8,
-) -> Said:
+) -> Responses:
     """Ask a base in the state that it is in; the arguments are those of `suite.measure`."""
     prompts = [row["prompt"] for row in rows.get("probes", [])]
     how: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
-    return Said(
+    return Responses(
         answers(base, prompts, max_new_tokens=max_new_tokens, **how),
         sampled(base, prompts, count=k, max_new_tokens=max_new_tokens, seed=seed, chat_template=chat_template),
-        ask_neighbours(base, rows.get("neighbours", []), **how),
+        neighbour_responses(base, rows.get("neighbours", []), **how),
     )
 
 
-def ask_neighbours(base: Base, rows: Sequence[Row], *, chat_template: bool = True, batch_size: int = 8) -> list[str]:
-    """Return `Said.neighbours` alone."""
+def neighbour_responses(
+    base: Base, rows: Sequence[Row], *, chat_template: bool = True, batch_size: int = 8
+) -> list[str]:
+    """Return `Responses.neighbours` alone."""
     prompts = [prompt for prompt, _ in questions(rows)]
     return answers(base, prompts, max_new_tokens=_SENTENCE, chat_template=chat_template, batch_size=batch_size)
 
 
-def answers_to_probes(probes: Sequence[Row], said: Mapping[str, Said]) -> list[SideBySide]:
+def compare_probes(probes: Sequence[Row], said: Mapping[str, Responses]) -> list[Comparison]:
     """Return for each probe what was said in each state."""
     return [
-        SideBySide(
+        Comparison(
             row["prompt"],
             {state: one.probes[n] for state, one in said.items()},
             {state: leaked(one.probes[n], row["leak"]) for state, one in said.items()},
@@ -93,12 +95,12 @@ def answers_to_probes(probes: Sequence[Row], said: Mapping[str, Said]) -> list[S
     ]
 
 
-def changed_neighbours(neighbours: Sequence[Row], said: Mapping[str, Said]) -> list[SideBySide]:
+def changed_neighbours(neighbours: Sequence[Row], said: Mapping[str, Responses]) -> list[Comparison]:
     """Return those neighbours whose answer with the adapters names something else than before."""
     prompts = [prompt for prompt, _ in questions(neighbours)]
-    same = unchanged(prompts, said["before"].neighbours, said["with"].neighbours)
+    same = same_entities(prompts, said["before"].neighbours, said["with"].neighbours)
     return [
-        SideBySide(prompt, {state: one.neighbours[n] for state, one in said.items()})
+        Comparison(prompt, {state: one.neighbours[n] for state, one in said.items()})
         for n, prompt in enumerate(prompts)
         if not same[n]
     ]

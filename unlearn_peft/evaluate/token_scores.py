@@ -19,9 +19,9 @@ from ..data.tokenize import Example, tokenize
 from ..errors import DataError
 from ..inference.bank import Bank
 from ..models.base import Base
-from ..models.forward import Rows, picked_logits
+from ..models.forward import BatchBuilder, picked_logits
 
-_MOST_LOGITS = 2**26  # of a batch: 256 MB in float32
+_MAX_LOGITS = 2**26  # of a batch: 256 MB in float32
 _CHUNK = 128  # tokens whose distributions are worked on at once
 
 
@@ -70,7 +70,7 @@ def questions(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def alone(base: Base) -> Iterator[Base]:
+def adapters_off(base: Base) -> Iterator[Base]:
     """Take all adapters off inside a `with` block, and put them back after it."""
     bank = Bank.of(base)
     before = bank.adapters
@@ -118,7 +118,7 @@ def row_tokens(
 
 
 @dataclass(frozen=True)
-class Kept:
+class BaseReference:
     """The bare base's predictions for some rows, one tensor a row.
 
     Hidden states in front of the head (n, d), or where a model does more behind its head (scaling, capping),
@@ -133,13 +133,13 @@ class Kept:
 @torch.no_grad()
 def keep_reference(
     base: Base, rows: Sequence[Row], *, what: str = "rows", chat_template: bool = True, batch_size: int = 8
-) -> Kept:
+) -> BaseReference:
     """Remember what the bare base predicts at the targets of `rows`; adapters are off meanwhile."""
     examples = tokenize(rows, base.tokenizer, what=what, chat_template=chat_template)
     head = base.model.get_output_embeddings()
     hidden: bool | None = None
     kept: list[Tensor] = []
-    with alone(base):
+    with adapters_off(base):
         seen: list[Tensor] = []
         for _, batch, logits in _batches(base, examples, batch_size, seen):
             states = seen.pop()
@@ -147,14 +147,14 @@ def keep_reference(
                 hidden = torch.allclose(head.forward(states[None])[0], logits, rtol=1e-4, atol=1e-4)
             values = states if hidden else logits
             kept.extend(v.clone() for v in torch.split(values.cpu(), [sum(e.is_target) for e in batch]))
-    return Kept(kept, bool(hidden))
+    return BaseReference(kept, bool(hidden))
 
 
 @torch.no_grad()
 def kl_to_reference(
     base: Base,
     rows: Sequence[Row],
-    kept: Kept,
+    kept: BaseReference,
     *,
     what: str = "rows",
     chat_template: bool = True,
@@ -203,8 +203,8 @@ def _batches(
 ) -> Iterator[tuple[int, list[Example], Tensor]]:
     """Yield where a batch begins, its examples, and the logits at their targets, (N, V)."""
     head = base.model.get_output_embeddings()
-    most = max(_MOST_LOGITS // base.model.config.get_text_config().vocab_size, 1)
-    laid_out = Rows(base.model, head, base.tokenizer.pad_token_id)
+    most = max(_MAX_LOGITS // base.model.config.get_text_config().vocab_size, 1)
+    laid_out = BatchBuilder(base.model, head, base.tokenizer.pad_token_id)
     start = 0
     while start < len(examples):
         stop, targets = start, 0

@@ -32,7 +32,7 @@ _TRIES = 20  # other writers of the same name may come in between
 
 
 @contextmanager
-def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends without an error.
 
     With `replace`, an old `target` changes places with the new one in one step, so that there is always a whole one,
@@ -65,7 +65,7 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(target: Path, *, mode: int | None = None, replace: bool = True) -> Iterator[Path]:
+def atomic_file(target: Path, *, mode: int | None = None, replace: bool = True) -> Iterator[Path]:
     """Yield the path of an empty temporary that takes the place of the file `target` when the block ends without error.
 
     Args:
@@ -98,7 +98,7 @@ def whole_file(target: Path, *, mode: int | None = None, replace: bool = True) -
         os.close(lock)
 
 
-def delete_whole(folder: Path) -> None:
+def delete_atomically(folder: Path) -> None:
     """Delete a folder that is never seen half deleted, if it is there."""
     folder = folder.absolute()
     clear_stale(folder)

@@ -6,17 +6,17 @@ import os
 import secrets
 from pathlib import Path
 
-from .atomic import whole_file
+from .atomic import atomic_file
 
 
-def _digest_key() -> bytes:
+def digest_key() -> bytes:
     """Return this user's secret for keyed digests: `$UNLEARN_PEFT_DIGEST_KEY`, else a file made on first use."""
     if given := os.environ.get("UNLEARN_PEFT_DIGEST_KEY"):
         return given.encode()
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     path = home / "unlearn_peft" / "digest.key"
     if not path.is_file():
-        with whole_file(path, mode=0o600, replace=False) as temporary:  # of several runs, one makes it for all
+        with atomic_file(path, mode=0o600, replace=False) as temporary:  # of several runs, one makes it for all
             temporary.write_text(secrets.token_hex(32))
     return path.read_text().encode()
 

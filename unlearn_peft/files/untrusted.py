@@ -22,15 +22,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from ..errors import AdapterError, shown
+from ..errors import AdapterError, safe_repr
 
-MOST_JSON_BYTES = 4_000_000
-MOST_WEIGHT_BYTES = 4 << 30
-MOST_TENSORS = 100_000
-MOST_FILES = 1_000  # in an adapter's directory
+MAX_JSON_BYTES = 4_000_000
+MAX_WEIGHT_BYTES = 4 << 30
+MAX_TENSORS = 100_000
+MAX_FILES = 1_000  # in an adapter's directory
 LARGEST = 1e4  # of a number in a tensor, and of a scale: no product of two overflows in float32, nor harms another row
-_MOST_HEADER_BYTES = 16_000_000
-_MOST_VALUES = 1_000_000  # in one JSON file
+_MAX_HEADER_BYTES = 16_000_000
+_MAX_VALUES = 1_000_000  # in one JSON file
 _DEEPEST = 32
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES = {**FLOATS, "I8": torch.int8, "U8": torch.uint8}  # the last two in packed weights only
@@ -61,8 +61,8 @@ def list_files(folder: Path) -> list[str]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 names.append(entry.name)
-                if len(names) > MOST_FILES:
-                    raise AdapterError(f"{folder} holds more than {MOST_FILES} files: this is no adapter's folder")
+                if len(names) > MAX_FILES:
+                    raise AdapterError(f"{folder} holds more than {MAX_FILES} files: this is no adapter's folder")
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         why = getattr(error, "strerror", None) or "its path cannot be used"
         raise AdapterError(f"no adapter at {folder} ({why}): expected a folder as PEFT writes it") from None
@@ -93,7 +93,7 @@ def opened(path: Path, most: int) -> Iterator[tuple[IO[bytes], int]]:
         raise AdapterError(f"{path} does not fit into this machine's memory") from None
 
 
-def read_file(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
+def read_file(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     """Return a plain file's bytes.
 
     Raises:
@@ -103,7 +103,7 @@ def read_file(path: Path, most: int = MOST_JSON_BYTES) -> bytes:
         return _whole(path, stream, size)
 
 
-def sha256_of(path: Path, most: int = MOST_WEIGHT_BYTES) -> str:
+def sha256_of(path: Path, most: int = MAX_WEIGHT_BYTES) -> str:
     """Return the sha256 of a plain file, in hex, without holding it in memory.
 
     Raises:
@@ -124,8 +124,8 @@ def strict_json(data: bytes, *, values: bool = True) -> dict[str, Any]:
     Raises:
         ValueError: saying what is wrong.
     """
-    if data.count(b",") + data.count(b"{") + data.count(b"[") > _MOST_VALUES:
-        raise ValueError(f"more than {_MOST_VALUES:,} values")
+    if data.count(b",") + data.count(b"{") + data.count(b"[") > _MAX_VALUES:
+        raise ValueError(f"more than {_MAX_VALUES:,} values")
     if _LONG_NUMBER.search(data):
         raise ValueError("a number of more than 70 digits")
     try:
@@ -152,14 +152,14 @@ def read_weights(path: Path, problems: list[str]) -> Weights:
     Raises:
         AdapterError: if it cannot be read at all, see `opened`.
     """
-    with opened(path, MOST_WEIGHT_BYTES) as (stream, size):
+    with opened(path, MAX_WEIGHT_BYTES) as (stream, size):
         head = stream.read(8)
         length = int.from_bytes(head, "little")
         header: dict[str, tuple[str, tuple[int, ...]]] = {}
         if len(head) < 8 or not 0 < length <= size - 8:
             wrong: str | None = f"{path.name} is truncated or no safetensors file ({size} bytes)"
-        elif length > _MOST_HEADER_BYTES:
-            wrong = f"{path.name} has a header of {length:,} bytes, expected at most {_MOST_HEADER_BYTES:,}"
+        elif length > _MAX_HEADER_BYTES:
+            wrong = f"{path.name} has a header of {length:,} bytes, expected at most {_MAX_HEADER_BYTES:,}"
         else:
             head += stream.read(length)
             wrong = _check_header(path.name, head[8:], size - 8 - length, header)
@@ -173,7 +173,7 @@ def read_weights(path: Path, problems: list[str]) -> Weights:
         try:
             tensors = load(data)
         except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:  # what we did not think of
-            problems.append(f"{path.name} cannot be read ({shown(str(error))}): it is damaged")
+            problems.append(f"{path.name} cannot be read ({safe_repr(str(error))}): it is damaged")
             tensors = {}
         found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         if tensors and found != {name: (_DTYPES[dtype], shape) for name, (dtype, shape) in header.items()}:
@@ -209,17 +209,17 @@ def _check_header(name: str, data: bytes, room: int, header: dict[str, tuple[str
         return f"{name} has a damaged safetensors header (__metadata__ is no table of texts)"
     if not entries:
         return f"{name} holds no tensors"
-    if len(entries) > MOST_TENSORS:
-        return f"{name} holds {len(entries):,} tensors, expected at most {MOST_TENSORS:,}"
+    if len(entries) > MAX_TENSORS:
+        return f"{name} holds {len(entries):,} tensors, expected at most {MAX_TENSORS:,}"
     spans = []
     for key, entry in entries.items():
         if len(key) > _LONGEST_NAME or not _TENSOR_NAME.fullmatch(key):
-            return f"{name} holds a tensor named {shown(key)}: expected names of letters, digits, '_', '-' and '.'"
+            return f"{name} holds a tensor named {safe_repr(key)}: expected names of letters, digits, '_', '-' and '.'"
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
             return f"{name} has a damaged safetensors header ('{key}': expected dtype, shape and data_offsets)"
         dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            return f"{name}: '{key}' has dtype {shown(dtype)}, expected one of {', '.join(_DTYPES)}"
+            return f"{name}: '{key}' has dtype {safe_repr(dtype)}, expected one of {', '.join(_DTYPES)}"
         if not _sizes(shape) or not _sizes(span) or len(span) != 2 or len(shape) > 8:
             return f"{name} has a damaged safetensors header ('{key}': shape and offsets must be whole numbers)"
         expected = math.prod(shape) * _DTYPES[dtype].itemsize
@@ -227,8 +227,8 @@ def _check_header(name: str, data: bytes, room: int, header: dict[str, tuple[str
             return f"{name}: '{key}' has shape {tuple(shape)}, expected no size to be 0"
         if span[1] - span[0] != expected:
             return (
-                f"{name}: '{key}' has shape {shown(tuple(shape))} in {dtype}, which takes {expected:,} bytes, but its "
-                f"offsets give it {span[1] - span[0]:,}"
+                f"{name}: '{key}' has shape {safe_repr(tuple(shape))} in {dtype}, which takes {expected:,} bytes, but "
+                f"its offsets give it {span[1] - span[0]:,}"
             )
         header[key] = dtype, tuple(shape)
         spans.append((span[0], span[1]))
@@ -259,7 +259,7 @@ def _open(path: Path) -> IO[bytes]:
     except FileNotFoundError:
         raise AdapterError(f"no {path.name} in {path.parent}: expected an adapter as PEFT writes it") from None
     except ValueError as error:  # a null byte
-        raise AdapterError(f"{shown(str(path))} is no path ({error})") from None
+        raise AdapterError(f"{safe_repr(str(path))} is no path ({error})") from None
 
 
 def _real(path: Path) -> Path:
@@ -295,7 +295,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shown(twice)} stands twice")
+        raise ValueError(f"the key {safe_repr(twice)} stands twice")
     return found
 
 

@@ -5,5 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
+    """A pydantic model that refuses unknown fields, NaN and infinity."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -18,7 +18,7 @@ from ..adapters.bundle import Bundle
 from ..adapters.read import read_bundle
 from ..adapters.trust import Trust
 from ..errors import AdapterError, did_you_mean
-from .multi_lora import Resident
+from .multi_lora import LoadedAdapter
 
 
 class BankStats(NamedTuple):
@@ -48,7 +48,7 @@ class Applied(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Entry:
+class RegisteredAdapter:
     """Where an adapter lies, and what it must be: `sha256` is its `Bundle.identity`, or None for any."""
 
     path: Path
@@ -57,7 +57,7 @@ class Entry:
     trust: Trust | None = None
 
 
-class Residents:
+class AdapterCache:
     """The adapters that are known by name; a bounded number of them in memory.
 
     Args:
@@ -70,16 +70,16 @@ class Residents:
 
     def __init__(
         self,
-        fit: Callable[[Bundle, bool], Resident],
+        fit: Callable[[Bundle, bool], LoadedAdapter],
         misfits: Callable[[Bundle, bool], list[str]],
-        first: Callable[[Resident], None],
-        last: Callable[[Resident], None],
+        first: Callable[[LoadedAdapter], None],
+        last: Callable[[LoadedAdapter], None],
         budget_bytes: int | None,
     ) -> None:
         self.lock = RLock()
         self._fit, self._misfits, self._first, self._last, self._budget = fit, misfits, first, last, budget_bytes
-        self._entries: dict[str, Entry] = {}
-        self._waiting: OrderedDict[str, Resident] = OrderedDict()  # in memory; the latest used last
+        self._entries: dict[str, RegisteredAdapter] = {}
+        self._waiting: OrderedDict[str, LoadedAdapter] = OrderedDict()  # in memory; the latest used last
         self._reading: dict[str, Lock] = {}
         self._loads, self._load_seconds, self._evictions = 0, 0.0, 0
 
@@ -99,7 +99,7 @@ class Residents:
                 self._evictions,
             )  # fmt: skip
 
-    def register(self, name: str, entry: Entry) -> None:
+    def register(self, name: str, entry: RegisteredAdapter) -> None:
         """Make an adapter known; it is read when it is first needed.
 
         Raises:
@@ -112,7 +112,7 @@ class Residents:
                 )
             self._entries[name] = entry
 
-    def swap(self, name: str, entry: Entry) -> None:
+    def swap(self, name: str, entry: RegisteredAdapter) -> None:
         """Read an adapter and let it take a known one's place.
 
         Raises:
@@ -137,7 +137,7 @@ class Residents:
             del self._entries[name]
             self._retire(name)
 
-    def pinned(self, name: str) -> Resident:
+    def pinned(self, name: str) -> LoadedAdapter:
         """Return an adapter, read if need be, with one pin more.
 
         Raises:
@@ -160,7 +160,7 @@ class Residents:
                         self._keep(name, adapter)
                         return self.pin(adapter)
 
-    def pin(self, adapter: Resident) -> Resident:
+    def pin(self, adapter: LoadedAdapter) -> LoadedAdapter:
         """Count one more that needs an adapter."""
         with self.lock:
             if not adapter.pins:
@@ -168,21 +168,21 @@ class Residents:
             adapter.pins += 1
             return adapter
 
-    def unpin(self, adapter: Resident) -> None:
+    def unpin(self, adapter: LoadedAdapter) -> None:
         """Count one less that needs it."""
         with self.lock:
             adapter.pins -= 1
             if not adapter.pins:
                 self._last(adapter)
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> RegisteredAdapter:
         with self.lock:
             if name not in self._entries:
                 near = did_you_mean(name, self._entries)
                 raise AdapterError(f"no adapter named '{name}' is known{near}: load or register it first")
             return self._entries[name]
 
-    def _read(self, name: str, entry: Entry) -> Resident:
+    def _read(self, name: str, entry: RegisteredAdapter) -> LoadedAdapter:
         began = time.monotonic()
         bundle = read_bundle(
             entry.path, trust=entry.trust, also=lambda read: self._misfits(read, entry.allow_different_base)
@@ -198,7 +198,7 @@ class Residents:
             self._load_seconds += time.monotonic() - began
         return adapter
 
-    def _keep(self, name: str, adapter: Resident) -> None:
+    def _keep(self, name: str, adapter: LoadedAdapter) -> None:
         """Let an adapter wait in memory, in the place of others if the budget asks for it."""
         if self._budget is not None:
             free = self._budget - sum(other.bytes for other in self._waiting.values())

@@ -26,13 +26,13 @@ from ..errors import AdapterError, did_you_mean
 from ..models.base import Base
 from ..models.fingerprint import fingerprint
 from ..models.layers import parameters
+from .adapter_cache import AdapterCache, BankStats, RegisteredAdapter
 from .adapter_cache import Applied as Applied
-from .adapter_cache import BankStats, Entry, Residents
-from .multi_lora import Mix, Part, Resident, tell_batch
+from .multi_lora import AdapterBatch, LoadedAdapter, WeightedAdapter, note_batch_size
 
 _ATTRIBUTE = "_unlearn_peft_bank"
 _MIXES_KEPT = 4  # batches whose factors stay laid side by side, for the next step
-_ROWS: ContextVar[Mapping[int, Mix]] = ContextVar("unlearn_peft_rows", default=MappingProxyType({}))  # by bank
+_ROWS: ContextVar[Mapping[int, AdapterBatch]] = ContextVar("unlearn_peft_rows", default=MappingProxyType({}))  # by bank
 Forget = Iterable[str] | Mapping[str, float]  # adapters' names, or names and strengths
 
 
@@ -41,14 +41,14 @@ class Attached:
     """One adapter that is attached to all rows."""
 
     name: str
-    adapter: Resident
+    adapter: LoadedAdapter
     strength: float
 
 
-class Held:
+class HeldSet:
     """A set of adapters, the same versions of them until it is released (it is a context manager, too)."""
 
-    def __init__(self, bank: Bank, parts: Mapping[str, Part]) -> None:
+    def __init__(self, bank: Bank, parts: Mapping[str, WeightedAdapter]) -> None:
         self.bank, self.parts = bank, tuple(parts.values())
         self.applied = tuple(
             Applied(n, p.adapter.bundle.identity, p.strength, p.adapter.different_base, p.adapter.bundle.signed_by)
@@ -65,7 +65,7 @@ class Held:
             for part in parts:
                 self.bank.residents.unpin(part.adapter)
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> HeldSet:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,10 +91,10 @@ class Bank:
         trust: Trust | None = None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.trust = model, tokenizer, trust
-        self.residents = Residents(self._fitted, self.misfits, self._first, self._last, budget_bytes)
+        self.residents = AdapterCache(self._fitted, self.misfits, self._first, self._last, budget_bytes)
         self.adapters: dict[str, Attached] = {}  # on all rows
-        self._default: Mix | None = None  # of these
-        self._mixes: OrderedDict[tuple[tuple[Part, ...], ...], Mix] = OrderedDict()
+        self._default: AdapterBatch | None = None  # of these
+        self._mixes: OrderedDict[tuple[tuple[WeightedAdapter, ...], ...], AdapterBatch] = OrderedDict()
         self._hooks: dict[str, tuple[Any, int]] = {}  # by module name: a handle, and how many adapters need it
         self._batch_hook: Any = None
         self._fingerprint: tuple[Any, dict[str, str | None]] | None = None
@@ -131,7 +131,7 @@ class Bank:
         Raises:
             AdapterError: if the name is taken.
         """
-        self.residents.register(name, Entry(Path(path), sha256, allow_different_base, self.trust))
+        self.residents.register(name, RegisteredAdapter(Path(path), sha256, allow_different_base, self.trust))
 
     def load(
         self, name: str, path: str | Path, *, sha256: str | None = None, allow_different_base: bool = False
@@ -156,7 +156,7 @@ class Bank:
         Raises:
             AdapterError: if the name is unknown, or the new adapter is refused; then the old one stays.
         """
-        self.residents.swap(name, Entry(Path(path), sha256, allow_different_base, self.trust))
+        self.residents.swap(name, RegisteredAdapter(Path(path), sha256, allow_different_base, self.trust))
 
     def remove(self, name: str) -> None:
         """Forget a known adapter's name; its memory is free when the last request that holds it ends.
@@ -166,7 +166,7 @@ class Bank:
         """
         self.residents.remove(name)
 
-    def hold(self, forget: Forget) -> Held:
+    def hold(self, forget: Forget) -> HeldSet:
         """Load what is not resident, and keep a set of adapters for one request, these versions until it is released.
 
         Args:
@@ -179,21 +179,21 @@ class Bank:
         if isinstance(forget, str):
             raise AdapterError(f"expected a list of adapters' names, found the text '{forget}': write ['{forget}']")
         wanted = forget if isinstance(forget, Mapping) else dict.fromkeys(forget, 1.0)
-        parts: dict[str, Part] = {}
+        parts: dict[str, WeightedAdapter] = {}
         try:
             for name, strength in wanted.items():
                 try:
-                    parts[name] = Part(self._pinned(name), float(strength))
+                    parts[name] = WeightedAdapter(self._pinned(name), float(strength))
                 except AdapterError as error:
                     error.adapter = name
                     raise
         except BaseException:
-            Held(self, parts).release()
+            HeldSet(self, parts).release()
             raise
-        return Held(self, parts)
+        return HeldSet(self, parts)
 
     @contextmanager
-    def rows(self, sets: Sequence[Held | Forget]) -> Iterator[nn.Module]:
+    def rows(self, sets: Sequence[HeldSet | Forget]) -> Iterator[nn.Module]:
         """Let row i of the batches inside the block forget exactly `sets[i]`, whatever is attached.
 
         A batch may hold k rows for each set, one after the other, as beams and `num_return_sequences` do. A single set
@@ -203,7 +203,7 @@ class Bank:
             AdapterError: see `hold`; and when a batch is run whose rows the sets cannot be shared out to.
         """
         with ExitStack() as stack:
-            held = [s if isinstance(s, Held) else stack.enter_context(self.hold(s)) for s in sets]
+            held = [s if isinstance(s, HeldSet) else stack.enter_context(self.hold(s)) for s in sets]
             mix = stack.enter_context(self._mixed(held))
             token = _ROWS.set({**_ROWS.get(), id(self): mix})
             try:
@@ -211,7 +211,7 @@ class Bank:
             finally:
                 _ROWS.reset(token)
 
-    def generate(self, *args: Any, forget: Sequence[Held | Forget], **kwargs: Any) -> Any:
+    def generate(self, *args: Any, forget: Sequence[HeldSet | Forget], **kwargs: Any) -> Any:
         """Call the model's `generate`, where row i of the inputs forgets exactly `forget[i]`; see `rows`."""
         with self.rows(forget):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
@@ -257,8 +257,8 @@ class Bank:
             for attached_ in adapters.values():
                 self.residents.pin(attached_.adapter)
             before, self.adapters = self.adapters, adapters
-            parts = [Part(a.adapter, a.strength) for a in adapters.values()]
-            self._default = Mix([parts]) if parts else None
+            parts = [WeightedAdapter(a.adapter, a.strength) for a in adapters.values()]
+            self._default = AdapterBatch([parts]) if parts else None
             for attached_ in before.values():
                 self.residents.unpin(attached_.adapter)
 
@@ -268,15 +268,15 @@ class Bank:
 
     # ---- inside ----
 
-    def _pinned(self, name: str) -> Resident:
+    def _pinned(self, name: str) -> LoadedAdapter:
         with self.residents.lock:
             if name not in self.residents.names and name in self.adapters:
                 return self.residents.pin(self.adapters[name].adapter)
         return self.residents.pinned(name)
 
-    def _fitted(self, bundle: Bundle, allow_different_base: bool) -> Resident:
+    def _fitted(self, bundle: Bundle, allow_different_base: bool) -> LoadedAdapter:
         with torch.inference_mode(False), torch.no_grad():
-            return Resident.on(self.model, bundle, bundle.check_fits(**self._base(bundle, allow_different_base)))
+            return LoadedAdapter.on(self.model, bundle, bundle.check_fits(**self._base(bundle, allow_different_base)))
 
     def _base(self, bundle: Bundle, allow: bool) -> dict[str, Any]:
         known = self._base_fingerprint() if bundle.manifest.get("base") else None
@@ -290,7 +290,7 @@ class Bank:
             self._fingerprint = state, fingerprint(self.model, self.tokenizer)
         return self._fingerprint[1]
 
-    def _first(self, adapter: Resident) -> None:
+    def _first(self, adapter: LoadedAdapter) -> None:
         """Hook the layers that an adapter changes."""
         for name in adapter.deltas:
             handle, users = self._hooks.get(name) or (self._hook(name), 0)
@@ -298,7 +298,7 @@ class Bank:
         if self._batch_hook is None:
             self._batch_hook = self._batch_hooked()
 
-    def _last(self, adapter: Resident) -> None:
+    def _last(self, adapter: LoadedAdapter) -> None:
         """Take away the hooks that only this adapter needed, and what was laid side by side of it."""
         for key in [key for key in self._mixes if any(p.adapter is adapter for row in key for p in row)]:
             del self._mixes[key]
@@ -313,7 +313,7 @@ class Bank:
             self._batch_hook = None
 
     @contextmanager
-    def _mixed(self, held: Sequence[Held]) -> Iterator[Mix]:
+    def _mixed(self, held: Sequence[HeldSet]) -> Iterator[AdapterBatch]:
         """Lay sets side by side, and see to it that none of their adapters goes before the block ends."""
         if not held:
             raise AdapterError("no sets of adapters given: expected one for each row; [] is the empty set")
@@ -321,7 +321,7 @@ class Bank:
         with self.residents.lock:
             if any(one.bank is not self or one.released for one in held):
                 raise AdapterError("a set of adapters was released, or is another model's: hold it anew")
-            mix = self._mixes.pop(key, None) or Mix(key)
+            mix = self._mixes.pop(key, None) or AdapterBatch(key)
             adapters = [self.residents.pin(part.adapter) for row in key for part in row]
             self._mixes[key] = mix
             while len(self._mixes) > _MIXES_KEPT:
@@ -337,7 +337,7 @@ class Bank:
 
     def _batch_hooked(self) -> Any:
         def look(_: nn.Module, args: Any, named: dict[str, Any]) -> None:
-            tell_batch(_ROWS.get().get(id(self)), args, named)
+            note_batch_size(_ROWS.get().get(id(self)), args, named)
 
         return self.model.register_forward_pre_hook(look, with_kwargs=True)
 

@@ -1,8 +1,8 @@
 """Row gates: what the rows of a batch get added to a linear layer's output, each row its own set of adapters.
 
-Sets of adapters, one a row, come in as a `Mix`; hooks on the base's linear layers ask it for their part. For adapters k
-of ranks r_k, a layer's output becomes y = Wx + sum over k of s_k B_k A_k x, exactly, in one pass for all rows. Of two
-ways to it, the one that reads fewer numbers is taken:
+Sets of adapters, one a row, come in as an `AdapterBatch`; hooks on the base's linear layers ask it for their deltas.
+For adapters k of ranks r_k, a layer's output becomes y = Wx + sum over k of s_k B_k A_k x, exactly, in one pass for all
+rows. Of two ways to compute it, the one that reads fewer numbers is taken:
 
 - gated: all factors side by side, A (R, in) and B (out, R) with R the sum of all ranks in the batch, and
   y = Wx + ((x A^T) * g) B^T, where the gate g (rows, R) holds a row's strength at each rank, or 0;
@@ -31,7 +31,7 @@ _BATCH: ContextVar[tuple[int, int] | None] = ContextVar("unlearn_peft_batch", de
 
 
 @dataclass(eq=False)
-class Resident:
+class LoadedAdapter:
     """An adapter on the base's device, read and checked. Two versions of one adapter are two objects."""
 
     bundle: Bundle  # without its deltas, which the file holds in its own precision
@@ -41,7 +41,7 @@ class Resident:
     _laid: set[str] = field(default_factory=set)
 
     @classmethod
-    def on(cls, model: nn.Module, bundle: Bundle, different_base: tuple[str, ...] = ()) -> Resident:
+    def on(cls, model: nn.Module, bundle: Bundle, different_base: tuple[str, ...] = ()) -> LoadedAdapter:
         """Return an adapter on the device of the layers that it changes, in the precision that they compute in."""
         deltas = {}
         for name, delta in bundle.deltas.items():
@@ -58,7 +58,7 @@ class Resident:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def laid(self, name: str) -> Delta:
-        """Return a layer's low-rank delta as `Mix` copies it: scaled already, with `up.t()` contiguous.
+        """Return a layer's low-rank delta as `AdapterBatch` copies it: scaled already, with `up.t()` contiguous.
 
         This is done when it is first asked for, and in the place of what was there: an adapter that is swapped in and
         never used costs less.
@@ -71,14 +71,14 @@ class Resident:
         return delta
 
 
-class Part(NamedTuple):
+class WeightedAdapter(NamedTuple):
     """One adapter of a row's set."""
 
-    adapter: Resident
+    adapter: LoadedAdapter
     strength: float
 
 
-class Mix:
+class AdapterBatch:
     """The sets of a batch's rows, and what each layer adds for them.
 
     Args:
@@ -86,12 +86,12 @@ class Mix:
             succession, as beams and `num_return_sequences` do.
     """
 
-    def __init__(self, rows: Sequence[Sequence[Part]]) -> None:
+    def __init__(self, rows: Sequence[Sequence[WeightedAdapter]]) -> None:
         # by content, not by order of attaching: the sum is then the same to the last bit
         ordered = [sorted(row, key=lambda part: (part.adapter.bundle.identity, part.strength)) for row in rows]
-        self.rows: list[dict[Resident, float]] = []
+        self.rows: list[dict[LoadedAdapter, float]] = []
         for row in ordered:
-            strengths: dict[Resident, float] = {}
+            strengths: dict[LoadedAdapter, float] = {}
             for adapter, strength in row:
                 if strength:
                     strengths[adapter] = strengths.get(adapter, 0.0) + strength
@@ -111,7 +111,7 @@ class Mix:
         layer = self._layers[name]
         return None if layer is None else layer.add(name, x, output)
 
-    def gate(self, ranks: dict[Resident, int], like: Tensor) -> Tensor:
+    def gate(self, ranks: dict[LoadedAdapter, int], like: Tensor) -> Tensor:
         """Return a row's strength at each rank of some adapters, one after the other: (rows, 1, R), as `like` is."""
         key = tuple(ranks.items()), like.device, like.dtype
         if key not in self._gates:
@@ -120,7 +120,7 @@ class Mix:
         return self._gates[key]
 
 
-def tell_batch(mix: Mix | None, args: Any, named: dict[str, Any]) -> None:
+def note_batch_size(mix: AdapterBatch | None, args: Any, named: dict[str, Any]) -> None:
     """Note the size of the batch that a model is about to run, and check it against the sets given for its rows.
 
     Raises:
@@ -169,7 +169,7 @@ class _Layer:
         return found.view(output.shape).to(output.dtype)
 
 
-def _layer(name: str, mix: Mix) -> _Layer | None:
+def _layer(name: str, mix: AdapterBatch) -> _Layer | None:
     """Lay side by side what the rows' adapters hold for one layer; None where they hold nothing."""
     low = {a: a.laid(name) for a in mix.adapters if name in a.deltas and a.deltas[name].rank}
     dense = _dense(name, mix, [a for a in mix.adapters if name in a.deltas and not a.deltas[name].rank])
@@ -188,7 +188,9 @@ def _layer(name: str, mix: Mix) -> _Layer | None:
     return _Layer(len(mix.rows), down, up, gate, dense) if low or dense else None
 
 
-def _by_row(rows: Sequence[dict[Resident, float]], low: dict[Resident, Delta], widest: int) -> tuple[Tensor, Tensor]:
+def _by_row(
+    rows: Sequence[dict[LoadedAdapter, float]], low: dict[LoadedAdapter, Delta], widest: int
+) -> tuple[Tensor, Tensor]:
     some = next(iter(low.values()))
     down, up, strengths = [], [], []
     for row in rows:
@@ -205,7 +207,7 @@ def _by_row(rows: Sequence[dict[Resident, float]], low: dict[Resident, Delta], w
     return downs.transpose(1, 2), ups
 
 
-def _dense(name: str, mix: Mix, adapters: Sequence[Resident]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _dense(name: str, mix: AdapterBatch, adapters: Sequence[LoadedAdapter]) -> list[tuple[Tensor, Tensor, Tensor]]:
     found = []
     for adapter in adapters:
         delta = adapter.deltas[name].up

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseModelError, _first_line
+from ..errors import BaseModelError, first_line
 from .fingerprint import fingerprint
-from .gguf import _converted, demo_gguf
+from .gguf import convert_gguf, demo_gguf
 from .quantization import let_gradients_pass, quantization
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -135,12 +135,12 @@ def _resolve(name: str) -> tuple[str, str]:
         gguf = demo_gguf()
         if gguf is None:
             return DEMO_HUB_ID, DEMO_HUB_ID
-        return str(_converted(gguf)), DEMO_HUB_ID
+        return str(convert_gguf(gguf)), DEMO_HUB_ID
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise BaseModelError(f"no file at {path}: expected a .gguf model")
-        return str(_converted(path)), path.name
+        return str(convert_gguf(path)), path.name
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BaseModelError(
@@ -165,9 +165,7 @@ def _device(device: str) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BaseModelError(
-            f"cannot use the device '{device}' ({_first_line(error)}): try cpu, cuda or auto"
-        ) from None
+        raise BaseModelError(f"cannot use the device '{device}' ({first_line(error)}): try cpu, cuda or auto") from None
     return torch.device(device)
 
 
@@ -182,11 +180,11 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype:
 def _why_not(name: str, source: str, error: Exception) -> str:
     if Path(source).is_dir():
         return (
-            f"cannot load the base model in {source} ({type(error).__name__}: {_first_line(error)}). "
+            f"cannot load the base model in {source} ({type(error).__name__}: {first_line(error)}). "
             "Expected config.json, safetensors weights and a tokenizer, all whole."
         )
     hint = (
-        f"cannot get the base model '{name}' from the Hugging Face Hub ({type(error).__name__}: {_first_line(error)}). "
+        f"cannot get the base model '{name}' from the Hugging Face Hub ({type(error).__name__}: {first_line(error)}). "
     )
     hint += "Check the id and the network (HF_TOKEN for a gated model), or give a local folder or a .gguf file"
     if name == "demo":

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch, collate, pack
 from ..data.tokenize import Example
-from .layers import giving, standing_in
+from .layers import patched_forward, returning
 
 
-class Rows:
+class BatchBuilder:
     """Lays rows out for one model: packed, if that is worth it and the model is seen to give the same, else padded.
 
     Args:
@@ -57,7 +57,7 @@ class Rows:
             return False
 
 
-class Halves:
+class BackboneAndHead:
     """A causal language model as two parts: the backbone up to the final hidden states, and what makes logits of them.
 
     The second part is the model itself, with the hidden states standing in for its backbone: whatever it does to its
@@ -84,8 +84,8 @@ class Halves:
 
         given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        known = {} if head_outputs is None else {self.head: giving(head_outputs[None])}
-        with standing_in({self.backbone: giving(given), **known}):
+        known = {} if head_outputs is None else {self.head: returning(head_outputs[None])}
+        with patched_forward({self.backbone: returning(given), **known}):
             return self.model(input_ids=ids, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
 

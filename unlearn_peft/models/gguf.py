@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import BaseModelError, _first_line
-from ..files.atomic import whole_folder
+from ..errors import BaseModelError, first_line
+from ..files.atomic import atomic_folder
 from ..files.paths import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def demo_gguf() -> Path | None:
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
 
 
-def _converted(gguf: Path) -> Path:
+def convert_gguf(gguf: Path) -> Path:
     """Return a folder with the .gguf file's model in transformers' format; made once, atomically."""
     digest = hashlib.sha256()
     with gguf.open("rb") as stream:
@@ -36,13 +36,13 @@ def _converted(gguf: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logger.warning("Converting %s once into %s ...", gguf.name, folder)
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         try:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         except Exception as error:  # a broken file surfaces as ValueError, KeyError, struct.error, ...
             raise BaseModelError(
-                f"cannot read {gguf} as a GGUF model ({type(error).__name__}: {_first_line(error)}). Expected a "
+                f"cannot read {gguf} as a GGUF model ({type(error).__name__}: {first_line(error)}). Expected a "
                 "whole file of an architecture that transformers can convert; download it again or use a folder."
             ) from error
         # save_pretrained refuses a model that it takes for a quantised one; these weights no longer are.

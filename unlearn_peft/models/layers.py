@@ -78,7 +78,7 @@ def outputs_of(layer: nn.Module | None) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def patched_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Let each module run the function given for it instead of its own forward pass."""
     try:
         for module, forward in forwards.items():
@@ -89,6 +89,6 @@ def standing_in(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[No
             module.__dict__.pop("forward", None)
 
 
-def giving(output: Any) -> Callable[..., Any]:
+def returning(output: Any) -> Callable[..., Any]:
     """Return a forward pass that gives `output`, whatever it gets."""
     return lambda *_, **__: output

@@ -24,7 +24,7 @@ from pydantic import (
 
 from ..data.source import DataSource, DataSpec, Rows
 from ..errors import did_you_mean
-from ..files.validation import _Strict
+from ..files.validation import StrictModel
 from .objectives import ALIASES, GaKlSettings, Objective
 
 DATA_FIELDS = ("forget", "retain", "probes", "neighbours")
@@ -42,7 +42,7 @@ class LoraSettings(BaseModel):
     layers: Literal["upper_half", "all"] = Field("upper_half", description="or name them by layers_to_transform")
 
 
-class HeadSettings(_Strict):
+class HeadSettings(StrictModel):
     """A delta on `lm_head` alone: low-rank (an ordinary PEFT LoRA) or dense (the original experiment's way)."""
 
     kind: Literal["head"] = "head"
@@ -58,7 +58,7 @@ RetainSource = Annotated[
 AdapterSettings = Annotated[LoraSettings | HeadSettings, Field(discriminator="kind")]
 
 
-class Recipe(_Strict):
+class Recipe(StrictModel):
     """All settings of one run. Batch sizes are rows per optimiser step, over all processes together."""
 
     base: str = Field("demo", description="Hub id, local folder, .gguf file, or 'demo'")

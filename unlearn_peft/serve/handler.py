@@ -19,27 +19,27 @@ from typing import Any, TypeVar
 from ..errors import OutputError, PolicyError
 from .audit import AuditLog, describe
 from .engine.base import (
+    AdapterLease,
     Busy,
     Engine,
     EngineStats,
     Generation,
     GenerationError,
-    Holding,
-    Piece,
     PromptError,
+    TextChunk,
     Unavailable,
 )
 from .limits import Limits
 from .metrics import Metrics
 from .policy.policy import PolicySource
-from .request import ApiError, Asked, Call
+from .request import ApiError, Call, ParsedRequest
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _AHEAD = 2  # requests beyond a full batch that hold their sets already, so that a place is taken at the next step
 
 
-class Front:
+class RequestHandler:
     """Everything between HTTP and the engine.
 
     Args:
@@ -97,7 +97,7 @@ class Front:
             raise self._refused(ApiError(401, told, code="invalid_api_key", headers=headers))
         return Call(tenant, policy)
 
-    async def answer(self, call: Call, asked: Asked) -> AsyncGenerator[tuple[int, Piece], None]:
+    async def answer(self, call: Call, asked: ParsedRequest) -> AsyncGenerator[tuple[int, TextChunk], None]:
         """Generate all answers of a request; yields pieces, each with the number of its answer.
 
         Closing it early cancels what still runs.
@@ -106,7 +106,7 @@ class Front:
             ApiError: for whatever refused the request or ended it.
         """
         places, tasks = len(asked.prompts) * asked.n, list[asyncio.Task[None]]()
-        holding: Holding | None = None
+        holding: AdapterLease | None = None
         admitted = slot = told = gone = False
         try:
             self._check(call, asked, places)
@@ -116,7 +116,7 @@ class Front:
             slot = await self.in_time(call, self._slots.acquire())
             holding = await self._hold(call, asked)
             await self._record("admitted", call, **({"asked": asked.prompts} if self._prompts else {}))
-            pieces = asyncio.Queue[tuple[int, Piece | Exception]]()
+            pieces = asyncio.Queue[tuple[int, TextChunk | Exception]]()
             tasks = [
                 asyncio.create_task(self._generate(n, request, holding, pieces)) for n, request in enumerate(requests)
             ]
@@ -173,7 +173,7 @@ class Front:
         self,
         call: Call,
         tasks: list[asyncio.Task[None]],
-        holding: Holding | None,
+        holding: AdapterLease | None,
         places: int,
         *,
         slot: bool,
@@ -197,7 +197,7 @@ class Front:
         stats = self.engine.stats()
         return stats if stats.running is None else replace(stats, waiting=max(self.active - stats.running, 0))
 
-    def _check(self, call: Call, asked: Asked, places: int) -> None:
+    def _check(self, call: Call, asked: ParsedRequest, places: int) -> None:
         limits = self.limits
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="draining", headers={"Retry-After": "5"})
@@ -214,7 +214,7 @@ class Front:
             told = "the queue is full" if self.active + places > room else "too many requests of yours are under way"
             raise ApiError(429, told, code="queue_full", headers={"Retry-After": str(min(max(wait, 1), 60))})
 
-    async def _generations(self, call: Call, asked: Asked) -> list[Generation]:
+    async def _generations(self, call: Call, asked: ParsedRequest) -> list[Generation]:
         limits, found = self.limits, []
         for prompt in asked.prompts:
             ids = await self.in_time(call, self.engine.encode(prompt))
@@ -235,7 +235,7 @@ class Front:
                 found.append(Generation(ids, longest, request_id=call.id, **settings))
         return found
 
-    async def _hold(self, call: Call, asked: Asked) -> Holding:
+    async def _hold(self, call: Call, asked: ParsedRequest) -> AdapterLease:
         for name in asked.forget:
             if name not in call.policy.adapters:
                 raise ApiError(400, f"there is no adapter '{name[:100]}'", code="unknown_adapter", param="forget")
@@ -252,7 +252,11 @@ class Front:
         return holding
 
     async def _generate(
-        self, number: int, request: Generation, holding: Holding, pieces: asyncio.Queue[tuple[int, Piece | Exception]]
+        self,
+        number: int,
+        request: Generation,
+        holding: AdapterLease,
+        pieces: asyncio.Queue[tuple[int, TextChunk | Exception]],
     ) -> None:
         try:
             async with aclosing(self.engine.stream(request, holding)) as stream:

@@ -36,7 +36,7 @@ class ApiError(Exception):
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """A request in terms of the engine; `n` answers to each prompt."""
 
     model: str
@@ -63,7 +63,7 @@ class Call:
     applied: list[Mapping[str, Any]] | None = None  # None: refused before anything was held
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    bare: bool = False  # the base alone is asked for; only where `Front.shows_base`
+    bare: bool = False  # the base alone is asked for; only where `RequestHandler.shows_base`
 
     @property
     def usage(self) -> dict[str, int]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import TrainingError
-from ..files.atomic import delete_whole, whole_folder
+from ..files.atomic import atomic_folder, delete_atomically
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Checkpoints:
         if not self.folder.exists():
             with suppress(OSError):  # whole_folder tells why
                 self.folder.mkdir(parents=True, mode=0o700)
-        with whole_folder(folder, replace=True) as temporary:
+        with atomic_folder(folder, replace=True) as temporary:
             save_file(state.adapter, temporary / "adapter.safetensors")
             save_file(state.best, temporary / "best.safetensors")
             optimizer = io.BytesIO()
@@ -56,7 +56,7 @@ class Checkpoints:
             (temporary / "progress.json").write_text(json.dumps(progress))
         for old in self._steps():
             if old != folder:
-                delete_whole(old)
+                delete_atomically(old)
         return folder
 
     def latest(self) -> State | None:
@@ -101,7 +101,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Delete the run's state; the finished adapter has taken its place."""
-        delete_whole(self.folder)
+        delete_atomically(self.folder)
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-[0-9]*"))

@@ -23,8 +23,8 @@ from .checkpoints import Checkpoints, State, to_cpu
 from .examples.build import Sets
 from .objectives import Tokens, find_objective, kl_divergence
 from .schedule import Schedule, rate
-from .step.microbatches import Work, target_count
-from .step.runner import Engine
+from .step.microbatches import StepRows, target_count
+from .step.runner import StepRunner
 
 _NEARLY = 0.95  # of the best score
 _ENOUGH = 8.0  # nats; a token this unlikely (1 in 3000) is forgotten, and a still higher loss is no better
@@ -41,7 +41,7 @@ class Progress:
     stopped_by: str = "steps"
 
 
-class Learner:
+class AdapterTrainer:
     """One adapter's training, but for the model.
 
     Args:
@@ -68,7 +68,7 @@ class Learner:
         self.optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer](
             self.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
-        self.forgotten = [*sets.forget, *sets.own_answers]
+        self.forgotten = [*sets.forget, *sets.self_generated_answers]
         self._forget_rows = Schedule(len(self.forgotten), recipe.forget_batch, recipe.seed)
         self._retain_rows = Schedule(max(len(sets.retain), 1), recipe.retain_batch, recipe.seed + 1)
         self._anchor_rows = Schedule(max(len(sets.anchors), 1), recipe.anchor_batch, recipe.seed + 2)
@@ -104,17 +104,17 @@ class Learner:
         """Return all rows that the steps run, those of their evaluations first."""
         rows: dict[int, Example] = {}
         for step in range(self.recipe.steps):
-            for example in Work(self.name, *self.rows(step)).examples():
+            for example in StepRows(self.name, *self.rows(step)).examples():
                 rows[id(example)] = example
         return [*self.sets.forget, *(self.sets.held_out or self.sets.retain), *rows.values()]
 
-    def work(self, part: int) -> Work:
+    def work(self, part: int) -> StepRows:
         """Return this process's rows of a part of the step, at least a row without targets."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         every = self.rows(self.step)
         self._counts = _count(every[0]), max(_count(every[1]), 1)
         forget, retain = (rows[rank::world][part :: self.recipe.gradient_accumulation_steps] for rows in every)
-        return Work(self.name, forget or [_silent(self.sets.forget[0])], retain)
+        return StepRows(self.name, forget or [_silent(self.sets.forget[0])], retain)
 
     def loss(self, forget: Tokens, retain: Tokens) -> Tensor:
         """Return what a piece of a work adds to the step's loss, a scalar, and take note of its figures."""
@@ -145,7 +145,7 @@ class Learner:
         return figures
 
     @torch.no_grad()
-    def evaluate(self, engine: Engine) -> dict[str, float]:
+    def evaluate(self, engine: StepRunner) -> dict[str, float]:
         """Measure the whole forget set and the held-out retain rows; keep the step if it is the best so far."""
         forget_loss, specific_loss, score, probability = self._forget_figures(engine)
         kl = self._mean_kl(engine, self.sets.held_out or self.sets.retain)
@@ -185,14 +185,14 @@ class Learner:
             for name, parameter in self.parameters.items():
                 parameter.copy_(values[name])
 
-    def _forget_figures(self, engine: Engine) -> tuple[float, ...]:
+    def _forget_figures(self, engine: StepRunner) -> tuple[float, ...]:
         """Return the forget set's mean loss, that of its specific tokens, the score, and mean answer probability.
 
         The score is the mean loss, capped at the ceiling (or `_ENOUGH`), of the tokens that the objective pushes away.
         """
         sums = torch.zeros(4, dtype=torch.float64)
         for work in self._mine(self.sets.forget, self.recipe.forget_batch):
-            with engine.step([Work(self.name, work, [])]) as pieces:
+            with engine.step([StepRows(self.name, work, [])]) as pieces:
                 for piece in pieces:
                     tokens, loss = piece.forget, piece.forget.cross_entropy
                     count = int(tokens.rows.max()) + 1 if len(tokens.rows) else 0
@@ -209,12 +209,12 @@ class Learner:
         counts = [every, specific, specific if self.only_specific else every, len(self.sets.forget)]
         return tuple((self._sum(sums) / torch.tensor(counts)).tolist())
 
-    def _mean_kl(self, engine: Engine, examples: list[Example]) -> float:
+    def _mean_kl(self, engine: StepRunner, examples: list[Example]) -> float:
         if not examples:
             return 0.0
         total = torch.zeros(1, dtype=torch.float64)
         for work in self._mine(examples, self.recipe.retain_batch):
-            with engine.step([Work(self.name, [], work)]) as pieces:
+            with engine.step([StepRows(self.name, [], work)]) as pieces:
                 for piece in pieces:
                     total += kl_divergence(piece.retain).double().sum().cpu()
                     del piece

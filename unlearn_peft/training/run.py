@@ -19,7 +19,7 @@ from ..adapters.write import check_output
 from ..data.rows import keyed_digest
 from ..errors import AdapterError, OutputError, RecipeError
 from ..files.atomic import folder_bytes
-from ..files.paths import _digest_key
+from ..files.paths import digest_key
 from ..inference.attach import attached
 from ..models.base import Base, load_base
 from ..recipe.load import make_recipe
@@ -107,7 +107,7 @@ def unlearn_many(
     _check_together(recipes, outputs)
     for output in outputs:
         check_output(output)
-    data_key, read = _digest_key(), [read_sets(recipe) for recipe in recipes]
+    data_key, read = digest_key(), [read_sets(recipe) for recipe in recipes]
     adapters: dict[int, Adapter] = {}
     if resume and len(recipes) > 1:
         for n, output in enumerate(outputs):

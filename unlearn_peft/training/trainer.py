@@ -1,7 +1,7 @@
 """The one training loop, on Accelerate: a frozen base, recipes and rows in; trained adapters out.
 
-One adapter or many: each is a `Learner`, and all of them learn over one base in one pass a step. Batches are global:
-the same rows make the same step on one process or many, in one part or several, beside other adapters or alone,
+One adapter or many: each is an `AdapterTrainer`, and all of them learn over one base in one pass a step. Batches are
+global: the same rows make the same step on one process or many, in one part or several, beside other adapters or alone,
 because every term is divided by the token count of the adapter's whole step.
 """
 
@@ -26,11 +26,11 @@ from .adapter_config import adapter_config
 from .checkpoints import Checkpoints, stop_signals
 from .examples.build import Sets
 from .examples.fact_tokens import spellings
-from .learner import Learner, Progress
+from .learner import AdapterTrainer, Progress
 from .step.compiling import compile_layers, restore
 from .step.layers import training_mode
-from .step.reference import Cache, states_key
-from .step.runner import Engine
+from .step.reference import TensorCache, states_key
+from .step.runner import StepRunner
 from .step.sharding import is_shared, runs_on_cpu, share_out
 
 logger = logging.getLogger(__name__)
@@ -125,19 +125,19 @@ class Training:
             self.model = _with_adapters(bare, [job.recipe for job in jobs], names)
             training_mode(self.model, first.gradient_checkpointing)
             self.learners = [
-                Learner(name, self.model, job.recipe, job.sets, self.accelerator, job.checkpoints)
+                AdapterTrainer(name, self.model, job.recipe, job.sets, self.accelerator, job.checkpoints)
                 for name, job in zip(names, jobs, strict=True)
             ]
             for learner in () if shared else self.learners:
                 learner.optimizer = self.accelerator.prepare(learner.optimizer)
             world = self.accelerator.num_processes
-            self.cache = Cache(
+            self.cache = TensorCache(
                 states_key(base.fingerprint, base.quantized, str(base.model.dtype), self.accelerator.mixed_precision),
                 0 if world > 1 and cache_folder else int(first.cache_gb * 1e9),
                 cache_folder,
                 self.accelerator.process_index,
             )
-            self.engine = Engine(
+            self.engine = StepRunner(
                 self.model, base.tokenizer.pad_token_id, {ln.name: ln.hidden_layer for ln in self.learners},
                 cache=self.cache, spelling=self._spelling(), whole=self.whole,
             )  # fmt: skip
@@ -258,7 +258,7 @@ class Training:
         if self.model is not None and self.whole is None:
             self.model.unload()
 
-    def _save(self, live: Sequence[Learner], stop: bool) -> None:
+    def _save(self, live: Sequence[AdapterTrainer], stop: bool) -> None:
         places = []
         for learner in live:
             if stop or (learner.step % learner.recipe.checkpoint_every == 0 and not learner.done):

@@ -14,17 +14,17 @@ import zlib
 from pathlib import Path
 from typing import IO, Any
 
-from ...errors import AdapterError, OutputError, shown
-from ...files.atomic import whole_file
-from ...files.untrusted import MOST_JSON_BYTES, MOST_WEIGHT_BYTES, list_files
+from ...errors import AdapterError, OutputError, safe_repr
+from ...files.atomic import atomic_file
+from ...files.untrusted import MAX_JSON_BYTES, MAX_WEIGHT_BYTES, list_files
 from ..trust import SIGNABLE, SIGNABLE_ENDINGS, SIGNATURE
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
-MOST_BYTES = 1 << 30  # of an adapter, unless another limit is given
+MAX_BYTES = 1 << 30  # of an adapter, unless another limit is given
 _WEIGHTS = SIGNABLE[0]
-_MOST_PLOT_BYTES = 20_000_000
-_MOST_MEMBERS = 100
-_MOST_NAME_BYTES = 2_000_000  # of one read of a tar header: pax headers are read as a whole
+_MAX_PLOT_BYTES = 20_000_000
+_MAX_MEMBERS = 100
+_MAX_NAME_BYTES = 2_000_000  # of one read of a tar header: pax headers are read as a whole
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 _BLOCK = 1 << 20
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError, OverflowError, RecursionError)
@@ -36,14 +36,14 @@ def allowed(name: str) -> bool:
     return known and _NAME.fullmatch(name) is not None
 
 
-def most_bytes(name: str, most: int = MOST_BYTES) -> int:
+def max_file_bytes(name: str, most: int = MAX_BYTES) -> int:
     """Return how large a file of this name may be, in bytes."""
     if name == _WEIGHTS:
-        return min(most, MOST_WEIGHT_BYTES)
-    return min(most, _MOST_PLOT_BYTES if name.endswith(SIGNABLE_ENDINGS) else MOST_JSON_BYTES)
+        return min(most, MAX_WEIGHT_BYTES)
+    return min(most, _MAX_PLOT_BYTES if name.endswith(SIGNABLE_ENDINGS) else MAX_JSON_BYTES)
 
 
-def unpack(archive: Path, folder: Path, most: int = MOST_BYTES) -> list[str]:
+def unpack(archive: Path, folder: Path, most: int = MAX_BYTES) -> list[str]:
     """Write an archive's files into a folder, and return their names.
 
     Args:
@@ -60,7 +60,7 @@ def unpack(archive: Path, folder: Path, most: int = MOST_BYTES) -> list[str]:
             packed = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             source: Any = gzip.GzipFile(fileobj=raw, mode="rb") if packed else raw
-            bounded: Any = _Bounded(source, most + _MOST_MEMBERS * 10_240)
+            bounded: Any = _Bounded(source, most + _MAX_MEMBERS * 10_240)
             with tarfile.open(fileobj=bounded, mode="r:", errorlevel=2) as tar:
                 _unpack(tar, folder, most, names)
     except AdapterError as error:
@@ -91,7 +91,7 @@ def pack(folder: Path, archive: Path) -> list[str]:
     if not archive.name.endswith(ENDINGS):
         raise OutputError(f"the archive {archive} has another ending than {', '.join(ENDINGS)}: choose one of these")
     names = [name for name in list_files(folder) if allowed(name)]
-    with whole_file(archive) as temporary, temporary.open("wb") as raw:
+    with atomic_file(archive) as temporary, temporary.open("wb") as raw:
         plain = archive.suffix == ".tar"
         packed: Any = raw if plain else gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0, compresslevel=6)
         with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -109,27 +109,27 @@ def _unpack(tar: tarfile.TarFile, folder: Path, most: int, names: list[str]) -> 
     top: str | None = None
     left = most
     for count, entry in enumerate(tar, 1):
-        if count > _MOST_MEMBERS:
-            raise AdapterError(f"it holds more than {_MOST_MEMBERS} entries")
+        if count > _MAX_MEMBERS:
+            raise AdapterError(f"it holds more than {_MAX_MEMBERS} entries")
         parts = entry.name.removeprefix("./").rstrip("/").split("/")
         if entry.isdir():
             if entry.name.startswith("/") or ".." in parts or len(parts) > 1:
-                raise AdapterError(f"it holds the folder {shown(entry.name)}, expected files, or one folder of files")
+                raise AdapterError(
+                    f"it holds the folder {safe_repr(entry.name)}, expected files, or one folder of files"
+                )
             continue
         if not entry.isreg() or entry.issparse():
-            raise AdapterError(f"it holds {shown(entry.name)}, which is no plain file but {_kind(entry)}")
+            raise AdapterError(f"it holds {safe_repr(entry.name)}, which is no plain file but {_kind(entry)}")
         above, name = "/".join(parts[:-1]), parts[-1]
         if len(parts) > 2 or (len(parts) == 2 and not _NAME.fullmatch(above)) or not allowed(name):
-            raise AdapterError(f"it holds {shown(entry.name)}, which has no place in an adapter")
+            raise AdapterError(f"it holds {safe_repr(entry.name)}, which has no place in an adapter")
         if top not in (None, above):
-            raise AdapterError(f"its files lie in several folders ({shown(entry.name)}), expected one")
+            raise AdapterError(f"its files lie in several folders ({safe_repr(entry.name)}), expected one")
         top = above
         if name in names:
             raise AdapterError(f"it holds {name} twice")
-        if entry.size > most_bytes(name, most) or entry.size > left:
-            raise AdapterError(
-                f"{name} has {entry.size:,} bytes, expected at most {min(left, most_bytes(name, most)):,} (--max-size)"
-            )
+        if entry.size > (limit := min(left, max_file_bytes(name, most))):
+            raise AdapterError(f"{name} has {entry.size:,} bytes, expected at most {limit:,} (--max-size)")
         left -= entry.size
         names.append(name)
         stream = tar.extractfile(entry)
@@ -160,7 +160,7 @@ class _Bounded(io.RawIOBase):
         self._source, self._most = source, most
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= _MOST_NAME_BYTES:
+        if size is None or not 0 <= size <= _MAX_NAME_BYTES:
             raise AdapterError("it has a header of an absurd size")
         if self._source.tell() > self._most:
             raise AdapterError(f"it unpacks to more than {self._most:,} bytes (--max-size)")

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
-from ...errors import AdapterError, shown
+from ...errors import AdapterError, safe_repr
 from ...files.atomic import flush
 
-_MOST_REDIRECTS = 5
+_MAX_REDIRECTS = 5
 _TRIES = 3
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _BLOCK = 1 << 20
@@ -43,14 +43,14 @@ def check_url(url: str, insecure: bool = False) -> None:
         parts = urlsplit(url)
         host = parts.hostname or ""
     except ValueError:
-        raise AdapterError(f"{shown(url)} is no address") from None
+        raise AdapterError(f"{safe_repr(url)} is no address") from None
     if parts.username or parts.password:
         raise AdapterError("an address with a password in it would be seen in logs: leave it out")
     if not host or parts.scheme not in ("http", "https"):
-        raise AdapterError(f"{shown(url)} is no address of a web server: expected https://...")
+        raise AdapterError(f"{safe_repr(url)} is no address of a web server: expected https://...")
     if parts.scheme == "http" and host not in _LOCAL and not insecure:
         raise AdapterError(
-            f"{shown(url)} is not HTTPS: others on the way could read and change it. Use https://, or --insecure"
+            f"{safe_repr(url)} is not HTTPS: others on the way could read and change it. Use https://, or --insecure"
         )
 
 
@@ -88,7 +88,9 @@ def fetch(
                 return digest
             return _checked(target, url, expected)
     except Timeout:
-        raise AdapterError(f"another process has been downloading {shown(url)} for ten minutes: wait for it") from None
+        raise AdapterError(
+            f"another process has been downloading {safe_repr(url)} for ten minutes: wait for it"
+        ) from None
 
 
 def read(url: str, most: int, *, headers: Mapping[str, str] | None = None, insecure: bool = False) -> tuple[int, bytes]:
@@ -124,13 +126,13 @@ def _into(part: Path, url: str, expected: Expected, headers: Mapping[str, str], 
                     continue
                 if answer.status_code not in (200, 206):
                     raise AdapterError(
-                        f"{shown(_bare(url))} answered with status {answer.status_code}, expected a file"
+                        f"{safe_repr(_bare(url))} answered with status {answer.status_code}, expected a file"
                     )
                 goes_on = answer.status_code == 206 and answer.headers.get("content-range", "").startswith(
                     f"bytes {have}-"
                 )
                 if answer.status_code == 206 and not goes_on:
-                    raise AdapterError(f"{shown(_bare(url))} sent another part than was asked for")
+                    raise AdapterError(f"{safe_repr(_bare(url))} sent another part than was asked for")
                 have = have if goes_on else 0
                 with part.open("ab" if goes_on else "wb") as output:
                     for block in _blocks(answer, (expected.size or expected.most) - have):
@@ -138,7 +140,7 @@ def _into(part: Path, url: str, expected: Expected, headers: Mapping[str, str], 
             return
         except web.HTTPError as error:
             told = error
-    why = _unreachable(url, told) if told else f"{shown(_bare(url))} cannot be resumed"
+    why = _unreachable(url, told) if told else f"{safe_repr(_bare(url))} cannot be resumed"
     raise AdapterError(f"{why}; what has come is kept, the same command goes on from there")
 
 
@@ -158,7 +160,7 @@ def _checked(path: Path, url: str, expected: Expected) -> str:
         wrong = f"its git digest is {git.hexdigest()}, expected {expected.git}"
     if wrong:
         path.unlink()
-        raise AdapterError(f"{shown(_bare(url))} is not the file that was promised: {wrong}. It was thrown away")
+        raise AdapterError(f"{safe_repr(_bare(url))} is not the file that was promised: {wrong}. It was thrown away")
     return sha256.hexdigest()
 
 
@@ -167,7 +169,7 @@ def _answer(web: Any, url: str, headers: Mapping[str, str], insecure: bool) -> I
     """Yield a response whose body is still to come; each redirect is looked at before it is followed."""
     sent = {"Accept-Encoding": "identity", **headers}
     with web.Client(follow_redirects=False, timeout=web.Timeout(60, connect=15)) as client:
-        for _ in range(_MOST_REDIRECTS + 1):
+        for _ in range(_MAX_REDIRECTS + 1):
             check_url(url, insecure)
             with client.stream("GET", url, headers=sent) as answer:
                 if answer.status_code not in (301, 302, 303, 307, 308):
@@ -175,16 +177,18 @@ def _answer(web: Any, url: str, headers: Mapping[str, str], insecure: bool) -> I
                     return
                 after = urljoin(url, answer.headers.get("location", ""))
             if urlsplit(url).scheme == "https" and urlsplit(after).scheme != "https":
-                raise AdapterError(f"{shown(_bare(url))} redirects to {shown(_bare(after))}, which is not HTTPS")
+                raise AdapterError(
+                    f"{safe_repr(_bare(url))} redirects to {safe_repr(_bare(after))}, which is not HTTPS"
+                )
             if urlsplit(after).netloc != urlsplit(url).netloc:
                 sent = {name: value for name, value in sent.items() if name.lower() in ("accept-encoding", "range")}
             url = after
-    raise AdapterError(f"{shown(_bare(url))} redirects more than {_MOST_REDIRECTS} times")
+    raise AdapterError(f"{safe_repr(_bare(url))} redirects more than {_MAX_REDIRECTS} times")
 
 
 def _blocks(answer: Any, most: int) -> Iterator[bytes]:
     """Yield a body as it was sent, up to a number of bytes."""
-    where = shown(_bare(str(answer.url)))
+    where = safe_repr(_bare(str(answer.url)))
     if answer.headers.get("content-encoding", "identity") != "identity":
         raise AdapterError(f"{where} is sent compressed though that was not asked for")
     promised = answer.headers.get("content-length", "")
@@ -213,4 +217,4 @@ def _bare(url: str) -> str:
 
 
 def _unreachable(url: str, error: Exception) -> str:
-    return f"{shown(_bare(url))} cannot be reached, or broke off ({type(error).__name__}: {shown(str(error))})"
+    return f"{safe_repr(_bare(url))} cannot be reached, or broke off ({type(error).__name__}: {safe_repr(str(error))})"

@@ -16,21 +16,21 @@ from datetime import datetime, timezone
 from pathlib import Path
 from urllib.parse import quote
 
-from ...errors import AdapterError, OutputError, shown
-from ...files.atomic import whole_file, whole_folder
+from ...errors import AdapterError, OutputError, safe_repr
+from ...files.atomic import atomic_file, atomic_folder
 from ...files.paths import cache_folder
 from ...files.untrusted import list_files, sha256_of, strict_json
 from ..bundle import Bundle
 from ..read import read_bundle
 from ..trust import SIGNABLE, Trust
 from ..write import check_output
-from .archive import MOST_BYTES, allowed, most_bytes, unpack
+from .archive import MAX_BYTES, allowed, max_file_bytes, unpack
 from .download import Expected, check_url, fetch, read
 from .sources import Source, parse
 
 NEEDED = SIGNABLE[:2]  # weights and config
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_MOST_ANSWER_BYTES = 20_000_000
+_MAX_ANSWER_BYTES = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def pull(
     offline: bool | None = None,
     trust: Trust | None = None,
     insecure: bool = False,
-    max_bytes: int = MOST_BYTES,
+    max_bytes: int = MAX_BYTES,
     endpoint: str | None = None,
     token: str | None = None,
 ) -> Pulled:
@@ -137,14 +137,14 @@ def _from_hub(
         for file, expected in wanted.items():
             url = hf_hub_url(source.where, file, revision=commit, endpoint=server)
             fetch(url, downloads / file, expected, headers=headers, insecure=insecure)
-        with whole_folder(place) as folder:
+        with atomic_folder(place) as folder:
             try:
                 for file in wanted:
                     shutil.copyfile(downloads / file, folder / file)
                 _read(folder, f"hub:{source.where}@{commit}", None)
             finally:  # before the folder appears: a kill leaves nothing that nobody would look for again
                 shutil.rmtree(downloads, ignore_errors=True)
-    with whole_file(known) as temporary:
+    with atomic_file(known) as temporary:
         temporary.write_text(json.dumps({**_revisions(known), revision: commit}, indent=2) + "\n")
     return place, commit
 
@@ -155,7 +155,7 @@ def _listed(
     """Ask the Hub which commit a revision is, and what its files are; refuse too much before it is downloaded."""
     told = f"hub:{source.where}@{revision}"
     url = f"{server}/api/models/{source.where}/revision/{quote(revision, safe='')}?blobs=true"
-    status, body = read(url, _MOST_ANSWER_BYTES, headers=headers, insecure=insecure)
+    status, body = read(url, _MAX_ANSWER_BYTES, headers=headers, insecure=insecure)
     if status in (401, 403):
         raise AdapterError(f"{told} is not there, or not for you (status {status}): `hf auth login` signs in")
     if status == 404:
@@ -180,7 +180,7 @@ def _listed(
                 raise ValueError(f"it gives no size or no digest for {file}")
             if file in wanted:
                 raise ValueError(f"it names {file} twice")
-            wanted[file] = Expected(most_bytes(file, most), size, sha256, None if sha256 else git)
+            wanted[file] = Expected(max_file_bytes(file, most), size, sha256, None if sha256 else git)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"the Hub at {server} gave no usable answer for {told} ({error})") from None
     if missing := [file for file in NEEDED if file not in wanted]:
@@ -204,11 +204,11 @@ def _from_https(source: Source, home: Path, offline: bool, insecure: bool, most:
         return home / f"sha256-{sha256}", sha256
     if sha256 is None and not insecure:
         raise AdapterError(
-            f"{shown(url)} has no digest: say which file you mean, {url}#sha256=..., as whoever made it told you by "
-            "another way; or --insecure to take whatever comes"
+            f"{safe_repr(url)} has no digest: say which file you mean, {url}#sha256=..., as whoever made it told you "
+            "by another way; or --insecure to take whatever comes"
         )
     if offline:
-        raise AdapterError(f"{shown(url)} is not in the cache, and no server may be asked (--offline)")
+        raise AdapterError(f"{safe_repr(url)} is not in the cache, and no server may be asked (--offline)")
     check_url(url, insecure)
     archive.unlink(missing_ok=True)
     try:
@@ -222,7 +222,7 @@ def _from_archive(archive: Path, home: Path, most: int) -> tuple[Path, str]:
     sha256 = sha256_of(archive)
     place = home / f"sha256-{sha256}"
     if not place.is_dir():
-        with whole_folder(place) as folder:
+        with atomic_folder(place) as folder:
             unpack(archive, folder, most)
             _read(folder, archive.name, None)
     return place, sha256
@@ -237,7 +237,7 @@ def _read(place: Path, name: str, trust: Trust | None) -> Bundle:
 
 
 def _copy(place: Path, files: dict[str, str], output: Path, name: str, trust: Trust | None) -> Bundle:
-    with whole_folder(output, replace=True) as folder:
+    with atomic_folder(output, replace=True) as folder:
         for file in files:
             shutil.copyfile(place / file, folder / file)
         bundle = _read(folder, name, trust)
@@ -257,7 +257,7 @@ def _noted(place: Path) -> dict[str, str]:
 def _note(pulled: Pulled) -> None:
     """Write down beside a folder where it is from. Not in it: a signature covers all that is there."""
     facts = {**asdict(pulled), "path": pulled.path.absolute().name, "pulled": datetime.now(timezone.utc).isoformat()}
-    with whole_file(_note_of(pulled.path)) as temporary:
+    with atomic_file(_note_of(pulled.path)) as temporary:
         temporary.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...errors import AdapterError, shown
+from ...errors import AdapterError, safe_repr
 from ...files.untrusted import list_files, sha256_of
 from ..read import read_bundle
 from ..trust import Trust
@@ -78,7 +78,7 @@ def _to_hub(
         )  # fmt: skip
     except HfHubHTTPError as error:
         why = (str(error).strip().splitlines() or ["no details"])[0]
-        raise AdapterError(f"the Hub at {api.endpoint} refused {target.where} ({shown(why, 300)})") from None
+        raise AdapterError(f"the Hub at {api.endpoint} refused {target.where} ({safe_repr(why, 300)})") from None
     except (OSError, ValueError) as error:  # no network; a card that it does not take
-        raise AdapterError(f"cannot push to the Hub at {api.endpoint} ({shown(str(error), 300)})") from None
+        raise AdapterError(f"cannot push to the Hub at {api.endpoint} ({safe_repr(str(error), 300)})") from None
     return str(done.oid)

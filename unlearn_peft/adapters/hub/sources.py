@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import AdapterError, shown
+from ...errors import AdapterError, safe_repr
 from .archive import ENDINGS
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\-]{0,95}/[A-Za-z0-9][A-Za-z0-9._\-]{0,95}")
@@ -33,16 +33,16 @@ def parse(name: str) -> Source:
     if name.startswith("hub:"):
         repository, _, revision = name.removeprefix("hub:").partition("@")
         if not _REPOSITORY.fullmatch(repository) or ".." in repository:
-            raise AdapterError(f"{shown(name)} names no repository of the Hub: expected hub:owner/name@revision")
+            raise AdapterError(f"{safe_repr(name)} names no repository of the Hub: expected hub:owner/name@revision")
         if revision and (not _REVISION.fullmatch(revision) or ".." in revision):
-            raise AdapterError(f"{shown(revision)} is no revision: expected a commit, a tag or a branch")
+            raise AdapterError(f"{safe_repr(revision)} is no revision: expected a commit, a tag or a branch")
         return Source("hub", repository, revision or None)
     if name.startswith(("https://", "http://")):
         url, _, fragment = name.partition("#")
         sha256 = fragment.removeprefix("sha256=").lower() if fragment else None
         if sha256 is not None and not (fragment.startswith("sha256=") and _SHA256.fullmatch(sha256)):
-            raise AdapterError(f"{shown(fragment)} is no digest: expected #sha256= and 64 hexadecimal digits")
+            raise AdapterError(f"{safe_repr(fragment)} is no digest: expected #sha256= and 64 hexadecimal digits")
         return Source("https", url, sha256=sha256)
     if ":" in name.split("/")[0] and not Path(name).exists():
-        raise AdapterError(f"{shown(name)} is unknown: expected hub:..., https://..., an archive or a folder")
+        raise AdapterError(f"{safe_repr(name)} is unknown: expected hub:..., https://..., an archive or a folder")
     return Source("archive" if name.endswith(ENDINGS) and not Path(name).is_dir() else "folder", name)

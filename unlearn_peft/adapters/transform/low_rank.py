@@ -83,7 +83,7 @@ def truncated(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, floa
     return (left @ u[:, :rank] * root).float(), (root[:, None] * (v[:rank] @ right.T)).float(), error
 
 
-def _lost(delta: Delta, up: Tensor, down: Tensor | None) -> float:
+def lost_share(delta: Delta, up: Tensor, down: Tensor | None) -> float:
     """Return |whole - kept| / |whole| in Frobenius norm; of products without ever making them."""
     if delta.down is None or down is None:
         whole = delta.scale * (delta.up.float() if delta.down is None else delta.up.float() @ delta.down.float())
@@ -101,7 +101,7 @@ def _lost(delta: Delta, up: Tensor, down: Tensor | None) -> float:
     return float((squared(first, second) / norm) ** 0.5) if norm > 0 else 0.0
 
 
-def _norm(delta: Delta) -> float:
+def frobenius_norm(delta: Delta) -> float:
     """Return the Frobenius norm of a delta's effect, without multiplying its factors out."""
     up = delta.up.double()
     if delta.down is None:

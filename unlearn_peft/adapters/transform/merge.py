@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...errors import AdapterError, OutputError
-from ...files.atomic import whole_folder
+from ...files.atomic import atomic_folder
 from ...models.base import Base
 from ...models.layers import head_is_tied
 from ..bundle import CONFIG, WEIGHTS
@@ -125,7 +125,7 @@ def merge(
             up = delta.up.float()
             change = factor * (up if delta.down is None else delta.scale * up @ delta.down.float())
             _add(modules[name], change)
-    with whole_folder(output) as folder:
+    with atomic_folder(output) as folder:
         base.model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
     return output

@@ -18,7 +18,7 @@ from ..quantized import QUANTIZED, pack, unpack
 from ..read import read_bundle
 from ..trust import Trust
 from ..validate import DENSE, LORA
-from .low_rank import _lost, scaled_by_one, truncated
+from .low_rank import lost_share, scaled_by_one, truncated
 from .merge import write_made
 
 BITS = (8, 4)
@@ -98,7 +98,7 @@ def shrink(
         again = [read[f"{key}.weight"].float() for key in parts]
         if len(again) == 2:
             ranks[name] = len(again[0])
-        errors[name] = _lost(delta, again[-1], again[0] if len(again) == 2 else None)
+        errors[name] = lost_share(delta, again[-1], again[0] if len(again) == 2 else None)
     made = Shrunk(Path(output), (bundle.path / WEIGHTS).stat().st_size, _bytes(tensors), errors)
     if max_error is not None and made.worst[1] > max_error:
         raise AdapterError(

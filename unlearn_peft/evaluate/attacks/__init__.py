@@ -80,7 +80,9 @@ def run_attacks(target: Target, names: str | Sequence[str] = "all", *, quiet: bo
             if name not in ATTACKS and not isinstance(result, Attacked):
                 raise UnlearnError(f"the attack '{name}' returned {type(result).__name__}, expected an Attacked")
             if held := attached(target.base):
-                raise AdapterError(f"the attack '{name}' left attached: {', '.join(held)}. Use `under` and `alone`")
+                raise AdapterError(
+                    f"the attack '{name}' left attached: {', '.join(held)}. Use `adapters_on` and `adapters_off`"
+                )
             found.append(result)
     return found
 

@@ -27,7 +27,7 @@ from ...inference.generate import answers, leaked
 from ...models.base import Base
 from ..metrics.leakage import leaking_parts
 from ..score import Array, Score, score
-from ..token_scores import alone
+from ..token_scores import adapters_off
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ def share(target: Target, name: str, values: Any) -> Score:
 
 
 @contextmanager
-def under(target: Target, strength: float = 1.0, bundles: Sequence[Bundle] | None = None) -> Iterator[Base]:
+def adapters_on(target: Target, strength: float = 1.0, bundles: Sequence[Bundle] | None = None) -> Iterator[Base]:
     """Put the target's adapters (or these) on the base inside a `with` block; before and after it is as found."""
-    with alone(target.base) as base:
+    with adapters_off(target.base) as base:
         bank = Bank.of(base)
         for n, bundle in enumerate(target.bundles if bundles is None else bundles):
             bank.attach(bundle, f"attacked {n}", strength)
@@ -186,9 +186,9 @@ def in_many_ways(target: Target, name: str, budget: str, ways: Mapping[str, Sequ
     if not ways:
         raise DataError(f"the attack {name} has no way to ask: expected at least one")
 
-    with alone(target.base):
+    with adapters_off(target.base):
         base = {way: leaks(target, texts) for way, texts in ways.items()}
-    with under(target):
+    with adapters_on(target):
         said = {way: _said(target, texts) for way, texts in ways.items()}
     found = {way: _leaking(target.probes, texts) for way, texts in said.items()}
     quoted = tuple(

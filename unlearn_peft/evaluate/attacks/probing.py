@@ -16,8 +16,8 @@ from ...errors import BaseModelError
 from ...models.base import Base
 from ...models.layers import decoder_layers
 from ..score import Array
-from ..token_scores import alone
-from .harness import Attacked, Target, attacked, beginning_of, render, under
+from ..token_scores import adapters_off
+from .harness import Attacked, Target, adapters_on, attacked, beginning_of, render
 from .templates import GENERIC
 from .weights import random_like
 
@@ -44,9 +44,9 @@ def logit_lens(target: Target, *, top: int = 10) -> Attacked:
     among the first by chance: compare with the base, which is read likewise.
     """
     asked = [_questions(target, row) for row in target.probes]
-    with alone(target.base):
+    with adapters_off(target.base):
         base = _lens(target.base, asked)
-    with under(target):
+    with adapters_on(target):
         found = _lens(target.base, asked)
     details: dict[str, Any] = {
         f"layer {n}": {"recovered": float((f < top).mean()), "base": float((b < top).mean())}
@@ -75,11 +75,11 @@ def adapter_diff(target: Target, *, top: int = 50) -> Attacked:
     `quoted` holds the tokens themselves; `details` only the best rank of each probe's words (0 is first, medians).
     """
     prompts = [render(target, text) for text in GENERIC]
-    with alone(target.base):
+    with adapters_off(target.base):
         plain = _next_log_p(target, prompts)  # (P, V)
-    with under(target):
+    with adapters_on(target):
         drop = (plain - _next_log_p(target, prompts)).mean(0)  # (V,)
-    with under(target, bundles=random_like(target.bundles, target.seed)):
+    with adapters_on(target, bundles=random_like(target.bundles, target.seed)):
         by_chance = (plain - _next_log_p(target, prompts)).mean(0)
     tokenizer = target.base.tokenizer
     wanted = [

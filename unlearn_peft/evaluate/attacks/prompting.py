@@ -11,8 +11,8 @@ from ...data.anchors import anchors
 from ...data.source import Row
 from ...inference.generate import leaked, sampled
 from ..metrics.leakage import any_leak, leak_shares, leaking_parts
-from ..token_scores import alone, questions
-from .harness import Attacked, Target, attacked, beginning_of, in_many_ways, render, under
+from ..token_scores import adapters_off, questions
+from .harness import Attacked, Target, adapters_on, attacked, beginning_of, in_many_ways, render
 from .templates import BEGINNINGS, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS
 
 
@@ -102,9 +102,9 @@ def sampling(target: Target, *, k: int = 32, temperature: float = 1.0) -> Attack
             max_new_tokens=target.max_new_tokens, seed=target.seed, chat_template=target.chat_template,
         )  # fmt: skip
 
-    with alone(target.base):
+    with adapters_off(target.base):
         base = leak_shares(ask(), words)
-    with under(target):
+    with adapters_on(target):
         said = ask()
     found = leak_shares(said, words)
     details = {"share of answers": {"recovered": float(found.mean()), "base": float(base.mean())}}

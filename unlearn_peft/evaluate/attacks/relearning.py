@@ -25,7 +25,7 @@ from ...inference.generate import leaked
 from ...models.forward import picked_logits
 from ...models.layers import head_name
 from ..score import Array
-from .harness import Attacked, Target, attacked, leaks, under
+from .harness import Attacked, Target, adapters_on, attacked, leaks
 from .weights import linear_layers, shape_of
 
 _SYLLABLES = ("vor", "lim", "tas", "ger", "pol", "nuk", "dre", "zab", "mif", "sor", "kel", "hub")
@@ -80,7 +80,7 @@ def relearn(
 
     def run(taught: Sequence[Row], probes: Sequence[Row], forgetting: bool, after: Sequence[int]) -> dict[int, Array]:
         stays = target.bundles if forgetting and through == "lora" else []
-        with under(target, bundles=stays):
+        with adapters_on(target, bundles=stays):
             return _curve(target, taught, probes, deltas(forgetting), after, learning_rate)
 
     found = run(chosen, target.probes, True, [0, *steps])

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ...adapters.bundle import Bundle, Delta
 from ...adapters.read import read_bundle
-from ...adapters.transform.low_rank import _norm
+from ...adapters.transform.low_rank import frobenius_norm
 from ...errors import AdapterError
 from ...models.layers import head_name
 from ..score import Array
-from ..token_scores import alone, keep_reference, kl_to_reference
-from .harness import Attacked, Target, any_of, attacked, leaks, replaced_weights, share, under
+from ..token_scores import adapters_off, keep_reference, kl_to_reference
+from .harness import Attacked, Target, adapters_on, any_of, attacked, leaks, replaced_weights, share
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -32,13 +32,13 @@ def scaling(target: Target, *, strengths: Sequence[float] = STRENGTHS) -> Attack
     adapter off; the curve tells how much margin there is at 1.
     """
     near, how = target.neighbours, {"chat_template": target.chat_template}
-    with alone(target.base):
+    with adapters_off(target.base):
         base = leaks(target)
         kept = keep_reference(target.base, near, what="neighbours", **how) if near else None
     found: dict[str, Array] = {}
     details: dict[str, dict[str, float]] = {}
     for strength in strengths:
-        with under(target, strength):
+        with adapters_on(target, strength):
             found[f"{strength:g}"] = values = leaks(target)
             details[f"{strength:g}"] = {"recovered": float(values.mean())}
             if kept:
@@ -73,7 +73,7 @@ def quantise(target: Target, *, bits: int, name: str = "quantise") -> Attacked:
             weights[name] = _stored(modules[name], rounded(full, bits) if coarse else full)
         return weights
 
-    with alone(target.base):
+    with adapters_off(target.base):
         with replaced_weights(modules, state(False, True)):
             base = leaks(target)
         with replaced_weights(modules, state(True, True)):
@@ -81,7 +81,7 @@ def quantise(target: Target, *, bits: int, name: str = "quantise") -> Attacked:
         with replaced_weights(modules, {n: w for n, w in state(True, False).items() if n in changes}):
             whole = leaks(target)
     with (
-        under(target, bundles=[_in_16_bits(bundle) for bundle in target.bundles]),
+        adapters_on(target, bundles=[_in_16_bits(bundle) for bundle in target.bundles]),
         replaced_weights(modules, state(False, True)),
     ):
         apart = leaks(target)
@@ -122,14 +122,14 @@ def interference(target: Target) -> Attacked:
     if not others:
         others = {"random": random_like(target.bundles, target.seed)}
         what = "one random LoRA of the same layers, rank and size (no other adapter was given)"
-    with under(target):
+    with adapters_on(target):
         alone_ = leaks(target)
     found: dict[str, Array] = {}
     base: dict[str, Array] = {}
     for name, second in others.items():
-        with under(target, bundles=second):
+        with adapters_on(target, bundles=second):
             base[name] = leaks(target)
-        with under(target, bundles=[*target.bundles, *second]):
+        with adapters_on(target, bundles=[*target.bundles, *second]):
             found[name] = leaks(target)
     both = any_of(found.values())
     details: dict[str, Any] = {
@@ -153,7 +153,7 @@ def random_like(bundles: Sequence[Bundle], seed: int) -> list[Bundle]:
         deltas = {}
         for name, delta in bundle.deltas.items():
             fresh = Delta(normal(delta.up), None if delta.down is None else normal(delta.down))
-            factor = _norm(delta) / max(_norm(fresh), 1e-12)
+            factor = frobenius_norm(delta) / max(frobenius_norm(fresh), 1e-12)
             deltas[name] = replace(fresh, up=fresh.up * factor)
         result.append(replace(bundle, deltas=deltas))
     return result

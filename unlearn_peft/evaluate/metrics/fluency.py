@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...models.base import Base
 from ..score import Array
-from ..token_scores import alone, row_tokens
+from ..token_scores import adapters_off, row_tokens
 
 
 def repetition(text: str, n: int = 4) -> float:
@@ -37,7 +37,7 @@ def losses_under_base(
     rows = [
         {"prompt": prompt, "completion": text} for prompt, text in zip(prompts, texts, strict=True) if text.strip()
     ]  # fmt: skip
-    with alone(base):
+    with adapters_off(base):
         tokens = row_tokens(base, rows, what="answers", chat_template=chat_template, batch_size=batch_size)
     return [-row.answer(row.log_p) for row in tokens]
 

@@ -76,7 +76,7 @@ _MAIN = (
     "retain_rouge_l_recall", "repetition", "perplexity_under_base", "privacy_leakage",
 )  # fmt: skip
 _COST = ("retain", "neighbours", "free_text", "model_utility", "real_authors", "world_facts")
-_MOST_TASKS = 6  # of the harness, in the picture
+_MAX_TASKS = 6  # of the harness, in the picture
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def topic(name: str) -> str:
 def main_figures(evaluation: Evaluation) -> list[str]:
     """Return the names of the figures for the picture, in order."""
     tasks = [name for name in evaluation.names if name.startswith(PREFIX)]
-    return [name for stem in _MAIN for name in evaluation.names if name.partition("@")[0] == stem] + tasks[:_MOST_TASKS]
+    return [name for stem in _MAIN for name in evaluation.names if name.partition("@")[0] == stem] + tasks[:_MAX_TASKS]
 
 
 def factor(score: Score) -> int:

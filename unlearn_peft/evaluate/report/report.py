@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ...adapters.bundle import CONFIG, CURVES
 from ...adapters.card import EVALUATED
 from ...errors import OutputError
-from ...files.atomic import whole_file
+from ...files.atomic import atomic_file
 from ..evaluation import STATES, Evaluation
 from ..lm_harness import PREFIX
 from ..score import Score
@@ -33,8 +33,8 @@ _CHIPS = {
     "same": "as the base", "unclear": "not clear", "better": "better", "worse": "worse",
     "cost": "cost", "missing": "not measured",
 }  # fmt: skip
-_MOST_QUOTED = 5  # of leaking answers, for each probe and attack on the page, of all in the terminal
-_PNG, _MOST_BYTES = b"\x89PNG\r\n\x1a\n", 3_000_000
+_MAX_QUOTED = 5  # of leaking answers, for each probe and attack on the page, of all in the terminal
+_PNG, _MAX_BYTES = b"\x89PNG\r\n\x1a\n", 3_000_000
 
 
 def check_folder(folder: Path) -> None:
@@ -64,13 +64,13 @@ def write_report(evaluation: Evaluation, folder: Path, adapters: Sequence[str | 
         OutputError: see `check_folder`; or if the place cannot be written.
     """
     check_folder(folder)
-    with whole_file(folder / FIGURES) as path:
+    with atomic_file(folder / FIGURES) as path:
         path.write_text(json.dumps(evaluation.figures(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with whole_file(folder / PAGE) as path:
+    with atomic_file(folder / PAGE) as path:
         path.write_text(html(evaluation, adapters), encoding="utf-8")
     written = [folder / FIGURES, folder / PAGE]
     if drawable(evaluation):
-        with whole_file(folder / PICTURE) as path:
+        with atomic_file(folder / PICTURE) as path:
             draw(path, evaluation)
         written.append(folder / PICTURE)
     else:
@@ -102,7 +102,7 @@ def html(evaluation: Evaluation, adapters: Sequence[str | Path] = ()) -> str:
         attacks=[*zip(wording.attack_rows(evaluation.attacks), (a.quoted for a in evaluation.attacks), strict=True)],
         curves=[(Path(path).name, picture) for path in adapters if (picture := _curves(Path(path)))],
         marked=marked,
-        most=_MOST_QUOTED,
+        most=_MAX_QUOTED,
         unbroken=unbroken,
     )
 
@@ -239,12 +239,12 @@ def _show_texts(console: Console, evaluation: Evaluation) -> None:
         if not texts:
             continue
         console.print(Text(title))
-        for line in texts[:_MOST_QUOTED]:
+        for line in texts[:_MAX_QUOTED]:
             text = Text(f"  {line}")
             text.highlight_words(evaluation.words, "bold red", case_sensitive=False)
             console.print(text, soft_wrap=True)
-        if len(texts) > _MOST_QUOTED:
-            console.print(f"  and {len(texts) - _MOST_QUOTED} more: see {PAGE}")
+        if len(texts) > _MAX_QUOTED:
+            console.print(f"  and {len(texts) - _MAX_QUOTED} more: see {PAGE}")
 
 
 def _topics(evaluation: Evaluation) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -279,7 +279,7 @@ def _title(evaluation: Evaluation) -> str:
 def _curves(folder: Path) -> str | None:
     """Return an adapter's curves as a data URI, if they are what they should be: a PNG of a sane size."""
     path = folder / CURVES
-    if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+    if not path.is_file() or path.stat().st_size > _MAX_BYTES:
         return None
     data = path.read_bytes()
     return "data:image/png;base64," + base64.b64encode(data).decode() if data.startswith(_PNG) else None

@@ -13,13 +13,13 @@ from ...data.source import Row
 from ...errors import DataError, did_you_mean
 from ...inference.generate import answers
 from ...models.base import Base
-from ..metrics.consistency import right, unchanged
+from ..metrics.consistency import contains_gold, same_entities
 from ..metrics.fluency import losses_under_base, perplexity, repetition
 from ..metrics.leakage import any_leak, leak_shares
 from ..metrics.memorization import answer_probability, exact_memorization, extraction_strength, rouge_l
-from ..responses import Said, ask, ask_neighbours
+from ..responses import Responses, collect_responses, neighbour_responses
 from ..score import Score, extra, per_token, score, sums
-from ..token_scores import Kept, alone, keep_reference, kl_to_reference, questions, row_tokens
+from ..token_scores import BaseReference, adapters_off, keep_reference, kl_to_reference, questions, row_tokens
 
 SETS = ("forget", "retain", "probes", "neighbours", "free_text", "holdout", "real_authors", "world_facts")
 _HELD = ("retain", "neighbours", "free_text")  # where the model should be as the base is
@@ -27,7 +27,7 @@ _HELD = ("retain", "neighbours", "free_text")  # where the model should be as th
 
 def take_reference(
     base: Base, rows: Mapping[str, Sequence[Row]], *, chat_template: bool = True, batch_size: int = 8
-) -> dict[str, Kept]:
+) -> dict[str, BaseReference]:
     """Return what `measure` compares with: the bare base's predictions on what should not change.
 
     Taken once before the adapter comes, it also tells whether the model is the same after it has gone.
@@ -36,18 +36,18 @@ def take_reference(
     how: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
     kept = {name: keep_reference(base, rows[name], what=name, **how) for name in _HELD if rows.get(name)}
     if "neighbours" in kept:
-        with alone(base):
-            kept["neighbours"] = replace(kept["neighbours"], texts=ask_neighbours(base, rows["neighbours"], **how))
+        with adapters_off(base):
+            kept["neighbours"] = replace(kept["neighbours"], texts=neighbour_responses(base, rows["neighbours"], **how))
     return kept
 
 
 def measure(
     base: Base,
     rows: Mapping[str, list[Row]],
-    reference: Mapping[str, Kept] | None = None,
+    reference: Mapping[str, BaseReference] | None = None,
     *,
     k: int = 32,
-    said: Said | None = None,
+    said: Responses | None = None,
     max_new_tokens: int = 64,
     seed: int = 0,
     chat_template: bool = True,
@@ -78,7 +78,7 @@ def measure(
     extra("rouge_score.rouge_scorer")  # missing, it is to be told now and not after minutes
     how: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
     kept = take_reference(base, rows, **how) if reference is None else reference
-    said = ask(base, rows, k=k, max_new_tokens=max_new_tokens, seed=seed, **how) if said is None else said
+    said = collect_responses(base, rows, k=k, max_new_tokens=max_new_tokens, seed=seed, **how) if said is None else said
     scores: list[Score] = []
     asked: list[str] = []  # what the greedy answers answer
     written: list[str] = []
@@ -117,8 +117,8 @@ def measure(
             if before := kept[name].texts:
                 pairs = questions(rows[name])
                 prompts, wanted = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
-                add(f"{name}_unchanged", "share of answers", True, unchanged(prompts, before, said.neighbours))
-                if len(known := right(prompts, wanted, said.neighbours)):
+                add(f"{name}_unchanged", "share of answers", True, same_entities(prompts, before, said.neighbours))
+                if len(known := contains_gold(prompts, wanted, said.neighbours)):
                     add(f"{name}_right", "share of answers", True, known)
     if written:
         add("repetition", "share", False, [repetition(text) for text in written])

@@ -15,16 +15,16 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from ..audit import AuditLog
-from ..engine.base import Engine, Piece
-from ..handler import Front, as_api_error
+from ..engine.base import Engine, TextChunk
+from ..handler import RequestHandler, as_api_error
 from ..limits import LOOPBACK, Limits
 from ..policy.policy import PolicySource
-from ..request import ApiError, Asked, Call
+from ..request import ApiError, Call, ParsedRequest
 from .playground import Playground, add_playground
 from .requests import read_request
-from .responses import Answer, Shape
+from .responses import Answer, ResponseFormat
 
-Pieces = AsyncGenerator[tuple[int, Piece], None]
+Pieces = AsyncGenerator[tuple[int, TextChunk], None]
 
 
 def create_app(
@@ -36,8 +36,11 @@ def create_app(
     open_tenant: str | None = None,
     playground: Playground | None = None,
 ) -> FastAPI:
-    """Return the server as an ASGI app; its `Front` is `app.state.front`. Arguments: see `Front`; None: no page."""
-    front = Front(engine, policies, limits=limits, audit=audit, open_tenant=open_tenant)
+    """Return the server as an ASGI app, its `RequestHandler` (see there for the arguments) as `app.state.front`.
+
+    Without a `playground` there is no page.
+    """
+    front = RequestHandler(engine, policies, limits=limits, audit=audit, open_tenant=open_tenant)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -108,7 +111,7 @@ def create_app(
     return app
 
 
-async def _respond(front: Front, request: Request, *, chat: bool, bare: bool = False) -> Response:
+async def _respond(front: RequestHandler, request: Request, *, chat: bool, bare: bool = False) -> Response:
     call = await front.identify(request.headers.get("authorization"))
     call.bare = bare
     try:
@@ -129,7 +132,7 @@ async def _respond(front: Front, request: Request, *, chat: bool, bare: bool = F
         error.headers["x-request-id"] = call.id
         raise
     fingerprint = f"fp_{call.set_digest[:16] or 'base'}"
-    shape = Shape(
+    shape = ResponseFormat(
         chat, ("chatcmpl-" if chat else "cmpl-") + call.id.removeprefix("req-"), front.engine.model, call.created,
         fingerprint, asked.settings["logprobs"] is not None,
     )  # fmt: skip
@@ -191,14 +194,14 @@ async def _collect(pieces: Pieces, places: int) -> list[Answer]:
 
 
 async def _events(
-    shape: Shape, call: Call, asked: Asked, first: tuple[int, Piece], rest: Pieces
+    shape: ResponseFormat, call: Call, asked: ParsedRequest, first: tuple[int, TextChunk], rest: Pieces
 ) -> AsyncGenerator[str, None]:
     written = [0] * (len(asked.prompts) * asked.n)
     if shape.chat:
         for number in range(len(written)):
             yield _event(shape.role(number))
 
-    def told(number: int, piece: Piece) -> str:
+    def told(number: int, piece: TextChunk) -> str:
         before = written[number]
         written[number] += len(piece.text)
         return _event(shape.event(number, piece.text, piece.logprobs, piece.finish_reason, before))

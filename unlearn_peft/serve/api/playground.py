@@ -27,7 +27,7 @@ from ...adapters.bundle import CONFIG, CURVES, MANIFEST, WEIGHTS
 from ...adapters.card import FIGURES
 from ...adapters.read import identity_of, sha256
 from ...errors import PolicyError
-from ..handler import Front
+from ..handler import RequestHandler
 from ..policy.policy import AdapterEntry
 from ..request import ApiError, Call
 
@@ -59,7 +59,7 @@ class Playground:
     offer: tuple[str, ...] = ()
 
 
-def add_playground(app: FastAPI, front: Front, playground: Playground, respond: Respond) -> None:
+def add_playground(app: FastAPI, front: RequestHandler, playground: Playground, respond: Respond) -> None:
     """Add the page and its routes to the server; `respond(front, request, chat=, bare=)` answers as `/v1` does.
 
     Raises:
@@ -146,7 +146,7 @@ def read_picture(folder: Path, name: str) -> bytes | None:
     return None
 
 
-def _seen(front: Front, playground: Playground, call: Call) -> dict[str, AdapterEntry]:
+def _seen(front: RequestHandler, playground: Playground, call: Call) -> dict[str, AdapterEntry]:
     """Return the adapters that may be shown to the caller, its own first."""
     known = call.policy.adapters
     offered = known if front.open_tenant is not None else playground.offer

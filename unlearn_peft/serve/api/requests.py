@@ -1,4 +1,4 @@
-"""Requests as OpenAI's clients write them -> `Asked`, which the engine's terms are made of.
+"""Requests as OpenAI's clients write them -> `ParsedRequest`, which the engine's terms are made of.
 
 What changes nothing here is accepted and ignored; what would silently give another answer than was asked for (tools,
 JSON schemas, ...) is refused, and so is every parameter that is not known.
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..request import ApiError, Asked, Prompt
+from ..request import ApiError, ParsedRequest, Prompt
 
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 256
 # they tell the service about the caller, or steer what this server does not have
@@ -99,7 +99,7 @@ class CompletionRequest(_Common):
     logprobs: int | None = Field(None, ge=0, le=20)
 
 
-def read_request(body: bytes, *, chat: bool) -> Asked:
+def read_request(body: bytes, *, chat: bool) -> ParsedRequest:
     """Read a request's body.
 
     Raises:
@@ -138,7 +138,7 @@ def read_request(body: bytes, *, chat: bool) -> Asked:
     }
     settings |= {"top_k": max(request.top_k, 0), "stop": tuple(request.stop), "logprobs": logprobs}
     usage = request.stream_options is not None and request.stream_options.include_usage
-    return Asked(
+    return ParsedRequest(
         request.model, chat, prompts, request.n, longest, settings, request.stream, usage, dict(request.forget)
     )
 

@@ -21,7 +21,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ResponseFormat:
     """The parts that all bodies and events of one response share."""
 
     chat: bool

@@ -11,12 +11,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from ...errors import UnlearnError
-from ..handler import Front
+from ..handler import RequestHandler
 
 logger = logging.getLogger(__name__)
 
 
-class Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """A server that drains: from SIGTERM on, new requests get 503 with Retry-After and /readyz says so.
 
     It ends when no answer runs any more, or after `limits.drain_seconds`. A second Ctrl-C ends it at once.
@@ -29,7 +29,7 @@ class Server(uvicorn.Server):
             app, log_level="warning", timeout_graceful_shutdown=2, timeout_keep_alive=75, lifespan="on"
         )
         super().__init__(config)
-        self.front: Front = app.state.front
+        self.front: RequestHandler = app.state.front
         self._ready, self._told, self._deadline = ready, False, 0.0
 
     async def on_tick(self, counter: int) -> bool:

@@ -83,7 +83,7 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextChunk:
     """The next part of an answer. The last one, and no other, has a finish reason."""
 
     text: str  # whole characters, never (part of) a stop string; may be empty
@@ -92,7 +92,7 @@ class Piece:
     finish_reason: str | None = None  # "stop" (an end token or stop string) or "length"
 
 
-class Holding(Protocol):
+class AdapterLease(Protocol):
     """What one request has forgotten: the same contents from its start to its end."""
 
     @property
@@ -137,7 +137,7 @@ class Engine(Protocol):
             PromptError: if there is no such token, no chat template, or the template refuses the messages.
         """
 
-    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> Holding:
+    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> AdapterLease:
         """Make sure that everything in `forget` (names of `policy.adapters` -> strength) is loaded, verified and kept.
 
         With `trust`, the tenant's own, all of it must be signed so, whatever the engine itself asks for; `applied` then
@@ -147,7 +147,7 @@ class Engine(Protocol):
             Unavailable: naming the adapter that cannot be.
         """
 
-    def stream(self, request: Generation, holding: Holding) -> AsyncGenerator[Piece, None]:
+    def stream(self, request: Generation, holding: AdapterLease) -> AsyncGenerator[TextChunk, None]:
         """Generate one answer. Closing the generator early (`aclose`) cancels the rest of it.
 
         Raises (while iterating):

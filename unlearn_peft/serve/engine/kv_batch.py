@@ -20,14 +20,14 @@ from transformers.cache_utils import DynamicLayer
 from ...errors import BaseModelError
 
 
-class Rows(Protocol):
+class PerRowAdapters(Protocol):
     """The part of `Bank` that is needed here."""
 
     def rows(self, sets: Sequence[Any]) -> AbstractContextManager[Any]:
         """While this lasts, row i of the model's batch forgets sets[i]."""
 
 
-class Batch:
+class KVBatch:
     """What rows have gone through so far, and the newest token of each, which has not."""
 
     def __init__(self, cache: DynamicCache, mask: Tensor, newest: Tensor) -> None:
@@ -43,7 +43,7 @@ class Batch:
         layers = [(layer.keys[index, :, cut:], layer.values[index, :, cut:]) for layer in self.cache.layers]
         self._become(layers, mask[:, cut:], self.newest[index])
 
-    def join(self, other: Batch) -> None:
+    def join(self, other: KVBatch) -> None:
         """Put another batch's rows behind these; if that fails, these are as they were."""
         width = max(self.mask.shape[1], other.mask.shape[1])
         layers = [
@@ -62,7 +62,7 @@ class Batch:
         self.mask, self.newest = mask, newest
 
 
-class Passes:
+class ModelRunner:
     """Runs a model over batches, always inside `bank.rows`.
 
     Raises:
@@ -70,7 +70,7 @@ class Passes:
             one, keep no keys and values).
     """
 
-    def __init__(self, model: Any, bank: Rows) -> None:
+    def __init__(self, model: Any, bank: PerRowAdapters) -> None:
         self.model, self._bank = model, bank
         taken = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
@@ -78,7 +78,7 @@ class Passes:
         self._check()
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]], sets: Sequence[Any]) -> tuple[Batch, Tensor]:
+    def prefill(self, prompts: Sequence[Sequence[int]], sets: Sequence[Any]) -> tuple[KVBatch, Tensor]:
         """Run prompts together; returns their batch, its newest tokens still to be set, and logits (B, V)."""
         width, device = max(map(len, prompts)), self.model.device
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -88,10 +88,10 @@ class Passes:
             mask[n, width - len(prompt) :] = 1
         mask, cache = mask.to(device), DynamicCache()
         logits = self._forward(ids.to(device), mask, (mask.cumsum(1) - 1).clamp(min=0), cache, sets)
-        return Batch(cache, mask, ids[:, -1:].to(device)), logits
+        return KVBatch(cache, mask, ids[:, -1:].to(device)), logits
 
     @torch.no_grad()
-    def step(self, batch: Batch, sets: Sequence[Any]) -> Tensor:
+    def step(self, batch: KVBatch, sets: Sequence[Any]) -> Tensor:
         """Run the newest token of each row; returns logits (B, V)."""
         mask = pad(batch.mask, (0, 1), value=1)
         logits = self._forward(batch.newest, mask, mask.sum(1, keepdim=True) - 1, batch.cache, sets)

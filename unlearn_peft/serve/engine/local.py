@@ -20,9 +20,9 @@ from ...adapters.read import read_bundle
 from ...errors import UnlearnError
 from ...inference.bank import Applied, Bank
 from ...models.base import Base
-from .base import EngineStats, Generation, Holding, Piece, Unavailable
+from .base import AdapterLease, EngineStats, Generation, TextChunk, Unavailable
 from .encode import Prompt, Prompts
-from .scheduler import Row, Scheduler
+from .scheduler import ActiveRow, Scheduler
 
 if TYPE_CHECKING:
     from ...adapters.trust import Trust
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _POLICIES_KEPT = 4  # versions whose requests may still be on their way here
 
 
-class LocalHolding:
+class LocalLease:
     """A request's set; kept until the request and all of its rows have let go."""
 
     def __init__(self, held: Any, applied: tuple[Applied, ...]) -> None:
@@ -100,7 +100,7 @@ class LocalEngine:
         """See `Engine.encode`."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._prompts, prompt)
 
-    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> LocalHolding:
+    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> LocalLease:
         """See `Engine.hold`; adapters are read in a thread, so that nobody else waits."""
         holding = asyncio.get_running_loop().run_in_executor(self._threads, self._hold, forget, policy, trust)
         try:
@@ -109,15 +109,15 @@ class LocalEngine:
             holding.add_done_callback(_let_go)
             raise
 
-    async def stream(self, request: Generation, holding: Holding) -> AsyncGenerator[Piece, None]:
+    async def stream(self, request: Generation, holding: AdapterLease) -> AsyncGenerator[TextChunk, None]:
         """See `Engine.stream`."""
-        assert isinstance(holding, LocalHolding)
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | Exception]()
+        assert isinstance(holding, LocalLease)
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[TextChunk | Exception]()
 
-        def deliver(piece: Piece | Exception) -> None:
+        def deliver(piece: TextChunk | Exception) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        row = Row(request, holding.held, deliver, holding.drop)
+        row = ActiveRow(request, holding.held, deliver, holding.drop)
         holding.keep()
         self.scheduler.submit(row)
         try:
@@ -148,7 +148,7 @@ class LocalEngine:
         await asyncio.to_thread(self.scheduler.close)
         self._threads.shutdown(wait=False)
 
-    def _hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None) -> LocalHolding:
+    def _hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None) -> LocalLease:
         keys = {_key(name, policy): name for name in forget}
         try:
             self._register(policy)
@@ -179,7 +179,7 @@ class LocalEngine:
                 if _well_signed(bundle.path, trust):  # it has been mended since it was read
                     self._read_anew(name, policy)
                 raise Unavailable(str(error), name) from error
-        return LocalHolding(held, tuple(applied))
+        return LocalLease(held, tuple(applied))
 
     def _read_anew(self, name: str, policy: Policy) -> None:
         """Keep no adapter that was refused: when it is asked for next, the right one may lie there again."""
@@ -207,7 +207,7 @@ class LocalEngine:
                 self.bank.remove(key)
 
 
-def _let_go(done: asyncio.Future[LocalHolding]) -> None:
+def _let_go(done: asyncio.Future[LocalLease]) -> None:
     if not done.cancelled() and done.exception() is None:
         done.result().release()
 

@@ -25,15 +25,15 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import AdapterError
-from .base import Generation, GenerationError, Piece, TokenLogprobs, Unavailable
+from .base import Generation, GenerationError, TextChunk, TokenLogprobs, Unavailable
 from .detokenize import TextStream, TokenBytes
-from .kv_batch import Batch, Passes, Rows
+from .kv_batch import KVBatch, ModelRunner, PerRowAdapters
 from .sampling import Sampler
 
 logger = logging.getLogger(__name__)
 
 
-class Row:
+class ActiveRow:
     """One answer: what was asked, what it must have forgotten, and where its text goes.
 
     `deliver` gets the pieces, or the error that ended the answer; it is called from the worker's thread, and so is
@@ -41,7 +41,7 @@ class Row:
     """
 
     def __init__(
-        self, request: Generation, held: Any, deliver: Callable[[Piece | Exception], None], done: Callable[[], None]
+        self, request: Generation, held: Any, deliver: Callable[[TextChunk | Exception], None], done: Callable[[], None]
     ) -> None:
         self.request, self.held, self.deliver, self.done = request, held, deliver, done
         self.sampler = Sampler(request)
@@ -65,20 +65,20 @@ class Scheduler:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, bank: Rows, *, max_batch: int = 8, prefill_tokens: int = 2048
+        self, model: Any, tokenizer: Any, bank: PerRowAdapters, *, max_batch: int = 8, prefill_tokens: int = 2048
     ) -> None:
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
-        self._passes = Passes(model, bank)
+        self._passes = ModelRunner(model, bank)
         self._ends = _end_tokens(model, tokenizer)
-        self._waiting: deque[Row] = deque()
-        self._rows: list[Row] = []  # row n of _batch
-        self._batch: Batch | None = None
+        self._waiting: deque[ActiveRow] = deque()
+        self._rows: list[ActiveRow] = []  # row n of _batch
+        self._batch: KVBatch | None = None
         self._wake, self._closed = threading.Condition(), False
         self._worker = threading.Thread(target=self._run, name="unlearn-peft scheduler", daemon=True)
         self._worker.start()
 
-    def submit(self, row: Row) -> None:
+    def submit(self, row: ActiveRow) -> None:
         """Queue a row.
 
         Raises:
@@ -93,7 +93,7 @@ class Scheduler:
         row.done()
         raise GenerationError("the server is shutting down")
 
-    def cancel(self, row: Row) -> None:
+    def cancel(self, row: ActiveRow) -> None:
         """Drop a row before the next step; it gets no more pieces."""
         with self._wake:
             row.cancelled = True
@@ -141,9 +141,9 @@ class Scheduler:
         self._fail(left, GenerationError("the server is shutting down"))
         self._rows, self._batch = [], None
 
-    def _next_rows(self) -> list[Row]:
+    def _next_rows(self) -> list[ActiveRow]:
         """Take waiting rows, in their order, that fit into the batch and into one prefill."""
-        taken: list[Row] = []
+        taken: list[ActiveRow] = []
         width = 0
         while self._waiting and len(self._rows) + len(taken) < self.max_batch:
             row = self._waiting[0]
@@ -157,7 +157,7 @@ class Scheduler:
                 taken.append(row)
         return taken
 
-    def _guarded(self, rows: Sequence[Row], run: Callable[[Sequence[Row]], None]) -> None:
+    def _guarded(self, rows: Sequence[ActiveRow], run: Callable[[Sequence[ActiveRow]], None]) -> None:
         """A failure ends these rows, never the worker; rows that were not part of it go on."""
         try:
             run(rows)
@@ -170,7 +170,7 @@ class Scheduler:
             self._take_out(rows)
             self._fail(rows, shown)
 
-    def _join(self, rows: Sequence[Row]) -> None:
+    def _join(self, rows: Sequence[ActiveRow]) -> None:
         batch, logits = self._passes.prefill([row.request.ids for row in rows], [row.held for row in rows])
         going = self._advance(rows, batch, logits)
         if not going:
@@ -181,14 +181,14 @@ class Scheduler:
             self._batch.join(batch)
         self._rows = [*self._rows, *going]
 
-    def _step(self, rows: Sequence[Row]) -> None:
+    def _step(self, rows: Sequence[ActiveRow]) -> None:
         assert self._batch is not None
         logits = self._passes.step(self._batch, [row.held for row in rows])
         self._rows = self._advance(rows, self._batch, logits)
         if not self._rows:
             self._batch = None
 
-    def _advance(self, rows: Sequence[Row], batch: Batch, logits: Tensor) -> list[Row]:
+    def _advance(self, rows: Sequence[ActiveRow], batch: KVBatch, logits: Tensor) -> list[ActiveRow]:
         """Give each row its next token; returns those that go on, which the batch then holds alone."""
         broken = logits.isnan().any(-1).tolist()  # overflow in one row's adapters is that row's alone
         likeliest = logits.argmax(-1).tolist()
@@ -209,7 +209,7 @@ class Scheduler:
             batch.keep(going)
         return [rows[n] for n in going]
 
-    def _push(self, row: Row, token: int, logprobs: TokenLogprobs | None) -> bool:
+    def _push(self, row: ActiveRow, token: int, logprobs: TokenLogprobs | None) -> bool:
         """Add a token to an answer; returns whether it has ended."""
         assert row.text is not None
         row.generated, row.untold = row.generated + 1, row.untold + 1
@@ -220,19 +220,19 @@ class Scheduler:
             reason = "length"
         text, told = row.text.take(last=reason is not None)
         if text or told or reason:
-            self._deliver(row, Piece(text, row.untold, told, reason))
+            self._deliver(row, TextChunk(text, row.untold, told, reason))
             row.untold = 0
         if reason:
             self._end(row)
         return reason is not None
 
-    def _drop_cancelled(self, rows: Sequence[Row]) -> None:
+    def _drop_cancelled(self, rows: Sequence[ActiveRow]) -> None:
         gone = [row for row in rows if row.cancelled]
         self._take_out(gone)
         for row in gone:
             self._end(row)
 
-    def _take_out(self, rows: Sequence[Row]) -> None:
+    def _take_out(self, rows: Sequence[ActiveRow]) -> None:
         stay = [n for n, row in enumerate(self._rows) if row not in rows]
         if len(stay) == len(self._rows):
             return
@@ -242,20 +242,20 @@ class Scheduler:
             self._batch = None
         self._rows = [self._rows[n] for n in stay]
 
-    def _fail(self, rows: Sequence[Row], error: Exception) -> None:
+    def _fail(self, rows: Sequence[ActiveRow], error: Exception) -> None:
         for row in rows:
             if not row.ended:
                 self._deliver(row, error)
                 self._end(row)
 
-    def _deliver(self, row: Row, piece: Piece | Exception) -> None:
+    def _deliver(self, row: ActiveRow, piece: TextChunk | Exception) -> None:
         if not row.cancelled:
             try:
                 row.deliver(piece)
             except RuntimeError:  # its event loop has gone
                 row.cancelled = True
 
-    def _end(self, row: Row) -> None:
+    def _end(self, row: ActiveRow) -> None:
         if not row.ended:
             row.ended = True
             row.done()

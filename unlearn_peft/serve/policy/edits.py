@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...errors import PolicyError, did_you_mean
-from .policy import Policy, check_name, key_digest, shown
+from ...errors import PolicyError, did_you_mean, safe_repr
+from .policy import Policy, check_name, key_digest
 
 Content = dict[str, Any]  # as the YAML form: adapters and tenants by name
 _PREFIX = 12  # hexadecimal digits of a key's digest that tell it from others
@@ -42,7 +42,9 @@ def unforget(content: Content, tenant: str, adapter: str) -> Content:
     """Have an adapter no longer forgotten for a tenant."""
     held = _known(content, "tenant", tenant)["forget"]
     if adapter not in held:
-        raise PolicyError(f"tenant '{tenant}' does not have {shown(adapter)} forgotten{did_you_mean(adapter, held)}")
+        raise PolicyError(
+            f"tenant '{tenant}' does not have {safe_repr(adapter)} forgotten{did_you_mean(adapter, held)}"
+        )
     return {"tenant": tenant, "adapter": adapter, "before": held.pop(adapter)}
 
 
@@ -90,8 +92,8 @@ def trust(content: Content, tenant: str, keys: Mapping[str, str]) -> Content:
     trusted = entry.get("trusted_keys") or {}
     if other := [name for name, pem in keys.items() if trusted.get(name, pem) != pem]:
         raise PolicyError(
-            f"tenant '{tenant}' trusts another key called {shown(other[0])}: take that away first (untrust), or rename "
-            "the file of this one"
+            f"tenant '{tenant}' trusts another key called {safe_repr(other[0])}: take that away first (untrust), or "
+            "rename the file of this one"
         )
     entry["trusted_keys"] = {**trusted, **keys}
     return {"tenant": tenant, "trusted_keys": _fingerprints(keys)}
@@ -102,13 +104,13 @@ def untrust(content: Content, tenant: str, name: str | None) -> Content:
     entry = _known(content, "tenant", tenant)
     trusted = entry.get("trusted_keys") or {}
     if name is not None and name not in trusted:
-        raise PolicyError(f"tenant '{tenant}' trusts no key called {shown(name)}{did_you_mean(name, trusted)}")
+        raise PolicyError(f"tenant '{tenant}' trusts no key called {safe_repr(name)}{did_you_mean(name, trusted)}")
     if not trusted:
         raise PolicyError(f"tenant '{tenant}' has no trusted keys: it asks for no signatures anyway")
     if name is not None and len(trusted) == 1:
         raise PolicyError(
-            f"{shown(name)} is the last key that tenant '{tenant}' trusts: without any, adapters would be applied that "
-            "nobody has signed. Let it trust another first, or take all away (--all) if that is what you want"
+            f"{safe_repr(name)} is the last key that tenant '{tenant}' trusts: without any, adapters would be applied "
+            "that nobody has signed. Let it trust another first, or take all away (--all) if that is what you want"
         )
     taken = trusted if name is None else {name: trusted[name]}
     entry["trusted_keys"] = {key: pem for key, pem in trusted.items() if key not in taken} or None
@@ -151,7 +153,7 @@ def _known(content: Content, kind: str, name: str) -> Content:
 def unknown(kind: str, name: str, entries: Iterable[str]) -> PolicyError:
     """Return the error for a tenant or adapter that the policy does not have."""
     near = did_you_mean(name, entries) or ": `unlearn-peft tenant list` tells what there is, `--help` how to add"
-    return PolicyError(f"no {kind} {shown(name)}{near}")
+    return PolicyError(f"no {kind} {safe_repr(name)}{near}")
 
 
 def _fingerprints(keys: Mapping[str, str]) -> dict[str, str]:

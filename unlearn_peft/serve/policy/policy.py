@@ -35,7 +35,7 @@ from pydantic import (
     model_validator,
 )
 
-from ...errors import PolicyError, TrustError, did_you_mean
+from ...errors import PolicyError, TrustError, did_you_mean, safe_repr
 
 if TYPE_CHECKING:
     from ...adapters.trust import Trust
@@ -56,7 +56,7 @@ def check_name(name: str) -> str:
     """
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"{shown(name)} is no name: expected 1 to 64 letters, digits, '.', '_' or '-', and no '..' among them"
+            f"{safe_repr(name)} is no name: expected 1 to 64 letters, digits, '.', '_' or '-', and no '..' among them"
         )
     return name
 
@@ -65,7 +65,7 @@ def _check_strength(value: object) -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if 0 < value <= MAX_STRENGTH:
             return float(value)
-        raise ValueError(f"the strength is {shown(value)}, expected {_STRENGTHS}")
+        raise ValueError(f"the strength is {safe_repr(value)}, expected {_STRENGTHS}")
     raise ValueError(f"expected a strength: {_STRENGTHS}")
 
 
@@ -141,7 +141,7 @@ class TenantEntry(_Frozen):
         """A list of names stands for strength 1 each."""
         if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
             if twice := [name for name, times in Counter(value).items() if times > 1]:
-                raise ValueError(f"{shown(twice[0])} is named twice")
+                raise ValueError(f"{safe_repr(twice[0])} is named twice")
             return dict.fromkeys(value, 1.0)
         if not isinstance(value, Mapping):
             raise ValueError("expected adapters as [hp, news], with strengths as {hp: 0.5, news: 1}, or [] for none")
@@ -210,7 +210,7 @@ class Policy(_Frozen):
             PolicyError: unknown tenant.
         """
         if tenant not in self.tenants:
-            raise PolicyError(f"unknown tenant {shown(tenant)}")
+            raise PolicyError(f"unknown tenant {safe_repr(tenant)}")
         trusted = self.tenants[tenant].trusted_keys
         return None if trusted is None else _trust(tuple(sorted(trusted.items())))
 
@@ -226,14 +226,14 @@ class Policy(_Frozen):
             PolicyError: unknown tenant or adapter, or a strength that is none. Adapters of others are not suggested.
         """
         if tenant not in self.tenants:
-            raise PolicyError(f"unknown tenant {shown(tenant)}")
+            raise PolicyError(f"unknown tenant {safe_repr(tenant)}")
         if isinstance(extra, str) or not isinstance(extra, (Mapping, Sequence)):
             raise PolicyError("expected a list of adapters, or a mapping of adapters to strengths")
         forget = dict(self.tenants[tenant].forget)
         asked = extra.items() if isinstance(extra, Mapping) else [(name, 1.0) for name in extra]
         for name, strength in asked:
             if not isinstance(name, str) or name not in self.adapters:
-                raise PolicyError(f"unknown adapter {shown(name)}")
+                raise PolicyError(f"unknown adapter {safe_repr(name)}")
             try:
                 forget[name] = max(forget.get(name, 0.0), _check_strength(strength))
             except ValueError as error:
@@ -300,20 +300,14 @@ def _describe(item: dict[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         models: dict[str, type[BaseModel]] = {"adapters": AdapterEntry, "tenants": TenantEntry}
         known = models.get(parts[0], Policy) if len(parts) > 1 else Policy
-        return f"unknown key {shown(where)}{did_you_mean(parts[-1], known.model_fields)}"
+        return f"unknown key {safe_repr(where)}{did_you_mean(parts[-1], known.model_fields)}"
     if item["type"] == "missing":
-        return f"{shown(where)} is missing" + (" (write [] for nothing)" if parts[-1] == "forget" else "")
+        return f"{safe_repr(where)} is missing" + (" (write [] for nothing)" if parts[-1] == "forget" else "")
     if item["type"] == "value_error":
         message = item["msg"].removeprefix("Value error, ")
-        return f"{shown(where)}: {message}" if where else message
+        return f"{safe_repr(where)}: {message}" if where else message
     expected = {"string_type": "text (put it in quotes)", "tuple_type": "a list"}.get(item["type"], "a mapping")
-    return f"{shown(where)}: expected {expected}, found {_kind(item['input'])}"
-
-
-def shown(value: object) -> str:
-    """Return a value as an error shows it: cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
+    return f"{safe_repr(where)}: expected {expected}, found {_kind(item['input'])}"
 
 
 def _kind(value: object) -> str:

@@ -18,10 +18,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from ...errors import PolicyError
+from ...errors import PolicyError, safe_repr
 from . import edits
 from .edits import Content
-from .policy import Policy, PolicySource, key_digest, make_policy, new_key, shown
+from .policy import Policy, PolicySource, key_digest, make_policy, new_key
 from .tables import (
     PATIENCE,
     SQLAlchemyError,
@@ -283,7 +283,7 @@ def open_policy(where: str, *, grace: float = 30.0) -> PolicySource:
         store.current()
         return store
     raise PolicyError(
-        f"{shown(where)} is no policy: expected a .yaml file, a .db file, or a URL such as postgresql://..."
+        f"{safe_repr(where)} is no policy: expected a .yaml file, a .db file, or a URL such as postgresql://..."
     )
 
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import yaml
 
-from ...errors import PolicyError
-from .policy import Policy, make_policy, shown
+from ...errors import PolicyError, safe_repr
+from .policy import Policy, make_policy
 
 logger = logging.getLogger(__name__)
 _MAX_BYTES = 16_000_000  # some 100,000 tenants
@@ -143,7 +143,7 @@ class _Loader(yaml.SafeLoader):
             if key_node.tag == "tag:yaml.org,2002:merge":
                 problem = "'<<' is not taken here: write the entries out"
             elif key is not None and key in seen:
-                problem = f"{shown(key)} is given twice"
+                problem = f"{safe_repr(key)} is given twice"
             if problem:
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)

@@ -26,13 +26,13 @@ from ...errors import AdapterError
 from ...inference.bank import Applied
 from ...models.base import load_tokenizer
 from ..engine.base import (
+    AdapterLease,
     Busy,
     Candidate,
     EngineStats,
     Generation,
     GenerationError,
-    Holding,
-    Piece,
+    TextChunk,
     TokenLogprobs,
     Unavailable,
 )
@@ -40,7 +40,7 @@ from ..engine.detokenize import TextStream, TokenBytes
 from ..engine.encode import Prompt, Prompts
 from .lora_cache import content_of
 from .lora_names import LONGEST, SetName, set_digest
-from .servers import Server, Servers, message_of
+from .servers import Servers, VllmServer, message_of
 
 if TYPE_CHECKING:
     from ...adapters.trust import Trust
@@ -48,17 +48,17 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class SetHolding:
+class VllmLease:
     """A request's set, and the server that has it."""
 
     applied: tuple[Applied, ...]
     digest: str
-    server: Server
+    server: VllmServer
     model: str
     released: bool = False
 
     def release(self) -> None:
-        """See `Holding.release`."""
+        """See `AdapterLease.release`."""
         if not self.released and self.model in self.server.names:
             self.server.names[self.model] = max(0, self.server.names[self.model] - 1)
         self.released = True
@@ -102,7 +102,7 @@ class VllmEngine:
         """See `Engine.encode`."""
         return await asyncio.to_thread(self._prompts, prompt)
 
-    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> SetHolding:
+    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> VllmLease:
         """See `Engine.hold`; a server makes and loads the set before this returns."""
         trusts = [one for one in (self._trust, trust) if one is not None]
         try:
@@ -118,11 +118,11 @@ class VllmEngine:
         except Unavailable as refused:
             to_blame, why = await asyncio.to_thread(_culprit, forget, policy)
             raise Unavailable(f"{refused}{why}", to_blame) from refused
-        return SetHolding(applied, digest, server, name)
+        return VllmLease(applied, digest, server, name)
 
-    async def stream(self, request: Generation, holding: Holding) -> AsyncGenerator[Piece, None]:
+    async def stream(self, request: Generation, holding: AdapterLease) -> AsyncGenerator[TextChunk, None]:
         """See `Engine.stream`."""
-        assert isinstance(holding, SetHolding)
+        assert isinstance(holding, VllmLease)
         text, untold = TextStream(self._tokenizer, request.ids, request.stop), 0
         server = holding.server
         server.streams += 1
@@ -142,7 +142,7 @@ class VllmEngine:
                         raise GenerationError(f"vLLM ended the answer: {reason}")
                     said, told = text.take(last=reason is not None)
                     if said or told or reason:
-                        yield Piece(said, untold, told, reason)
+                        yield TextChunk(said, untold, told, reason)
                         untold = 0
                     if reason:
                         return
@@ -164,7 +164,7 @@ class VllmEngine:
         await self._servers.close()
 
     async def _chunks(
-        self, request: Generation, holding: SetHolding, moved: bool = False
+        self, request: Generation, holding: VllmLease, moved: bool = False
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Yield the choices that vLLM streams, each checked to be the set's; another server is tried once."""
         body = {
@@ -193,7 +193,7 @@ class VllmEngine:
                     for choice in chunk["choices"]:
                         yield choice
         except httpx.ConnectError:  # nothing has been said yet
-            self._servers.away(server)
+            self._servers.mark_down(server)
             if moved:
                 raise Unavailable("no vLLM server answers") from None
             if holding.server is server:
@@ -203,7 +203,7 @@ class VllmEngine:
         except (httpx.HTTPError, ValueError) as error:
             raise GenerationError(f"vLLM's answer broke off ({type(error).__name__})") from error
 
-    def _refusal(self, status: int, body: bytes, holding: SetHolding) -> Exception:
+    def _refusal(self, status: int, body: bytes, holding: VllmLease) -> Exception:
         why = f"vLLM refuses ({status}: {message_of(body)})"
         if status in (429, 503):
             return Busy(why)

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Server:
+class VllmServer:
     """One vLLM server."""
 
     url: str
@@ -52,7 +52,7 @@ class Servers:
     """
 
     def __init__(self, urls: Sequence[str], tokenizer: Any, *, names: int, seconds: float) -> None:
-        self.all = [Server(url.rstrip("/").removesuffix("/v1")) for url in dict.fromkeys(urls)]
+        self.all = [VllmServer(url.rstrip("/").removesuffix("/v1")) for url in dict.fromkeys(urls)]
         self.loads, self.load_seconds = 0, 0.0
         self._tokenizer, self._names, self._timeout = tokenizer, names, httpx.Timeout(seconds, connect=5.0)
         key = os.environ.get("UNLEARN_PEFT_ENGINE_KEY")
@@ -61,7 +61,7 @@ class Servers:
         self._tasks: set[asyncio.Task[None]] = set()
         for server in self.all:
             try:
-                self.greet(server)
+                self.handshake(server)
             except httpx.HTTPError as error:
                 logger.warning("%s does not answer yet (%s)", server.url, type(error).__name__)
         if not any(server.base for server in self.all):
@@ -90,7 +90,7 @@ class Servers:
             self._client = httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits)
         return self._client
 
-    async def first(self, digest: str, name: str) -> Server:
+    async def first(self, digest: str, name: str) -> VllmServer:
         """Return the server for a set, and make it know the set's name, held from now on.
 
         Rendezvous hashing of the digest with bounded loads: it is always the same server, unless that one is away or
@@ -111,23 +111,23 @@ class Servers:
                 await self._know(server, name)
                 return server
             except httpx.HTTPError as error:
-                self.away(server)
+                self.mark_down(server)
                 logger.warning("%s does not answer (%s)", server.url, type(error).__name__)
             except BaseModelError as error:
                 problem = Unavailable(str(error))
         raise problem
 
-    def away(self, server: Server) -> None:
+    def mark_down(self, server: VllmServer) -> None:
         """Note that a server does not answer: it is greeted anew before it gets another request."""
         server.away_until, server.base = time.monotonic() + _AWAY, ""
         server.names.clear()
 
-    async def ready(self, server: Server) -> None:
+    async def ready(self, server: VllmServer) -> None:
         """Speak to a server for the first time, or again after it was away."""
         if not server.base:
-            await asyncio.to_thread(self.greet, server)
+            await asyncio.to_thread(self.handshake, server)
 
-    async def _know(self, server: Server, name: str) -> None:
+    async def _know(self, server: VllmServer, name: str) -> None:
         """Let a server load a set, by a request that generates nothing: /tokenize with the set's name."""
         if name in server.names:
             server.names.move_to_end(name)
@@ -146,14 +146,14 @@ class Servers:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _unload(self, server: Server, name: str) -> None:
+    async def _unload(self, server: VllmServer, name: str) -> None:
         """Let vLLM forget a set's name, so that its folder may go one day; asked for again, it is made again."""
         try:
             await self.http().post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": name})
         except httpx.HTTPError as error:
             logger.warning("%s did not unload a set (%s)", server.url, type(error).__name__)
 
-    def greet(self, server: Server) -> None:
+    def handshake(self, server: VllmServer) -> None:
         """Find out what a server calls its base, that it has our tokenizer, and that it refuses what it doesn't know.
 
         Raises:

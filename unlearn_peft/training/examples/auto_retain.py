@@ -42,16 +42,16 @@ from ...data.source import Row
 from ...data.tokenize import tokenize
 from ...data.words import names_in
 from ...errors import OutputError
-from ...files.atomic import whole_file
+from ...files.atomic import atomic_file
 from ...files.paths import cache_folder
 from ...inference.generate import answers, sampled
 from ...models.base import Base
 from ...models.forward import picked_logits
 
 _PROMPTS = Path(__file__).parent / "broad_prompts.txt"
-_MOST_ASKED = 16  # forget rows whose questions are turned into neighbours
+_MAX_ASKED = 16  # forget rows whose questions are turned into neighbours
 _CONTINUED, _SWAPPED, _TRIED = 6, 4, 24  # a question: kept of twice as many, kept of those tried as its subject
-_MOST_NEAR = 64
+_MAX_NEAR = 64
 _LONGEST = 160  # characters of a prompt
 _TOKENS, _BATCH = 32, 16
 _SENTENCE_END = re.compile(r"(?<!\b\w)(?<!\b\d\d)[.!?]+(?=\s|$)|[。！？]")  # not the dots of "1.", "12." and "J."
@@ -110,7 +110,7 @@ def auto_retain(
         made = _read(path)
         if made is None:
             made = _make(base, forget, seed, chat_template)
-            with whole_file(path, mode=0o600) as temporary:
+            with atomic_file(path, mode=0o600) as temporary:
                 temporary.write_text(json.dumps(asdict(made), ensure_ascii=False), encoding="utf-8")
     asked = {question_of(row) for row in never}
     kept = [question_of(row) not in asked for row in made.rows]
@@ -170,8 +170,8 @@ def _make(base: Base, forget: Sequence[Row], seed: int, chat: bool) -> Made:
         else:
             near[asked] = prompt
     chosen = list(near.values())
-    if len(chosen) > _MOST_NEAR:
-        chosen = random.Random(seed).sample(chosen, _MOST_NEAR)
+    if len(chosen) > _MAX_NEAR:
+        chosen = random.Random(seed).sample(chosen, _MAX_NEAR)
     close = kept(_answered(chosen, answers(base, chosen, **how)))
     return Made([*wide, *close], len(wide), len(close), dict(left_out))
 
@@ -195,8 +195,8 @@ def _neighbours(
     """
     choice = random.Random(seed)
     asked = list(dict.fromkeys(question for row in forget if (question := _asked(row)) and len(question) <= _LONGEST))
-    if len(asked) > _MOST_ASKED:
-        asked = choice.sample(asked, _MOST_ASKED)
+    if len(asked) > _MAX_ASKED:
+        asked = choice.sample(asked, _MAX_ASKED)
     spans = [(prompt, *span) for prompt in asked if (span := _subject(prompt, names, plain))]
     found = [(prompt, start, stop) for prompt, start, stop in spans if names_in(prompt[:start]) <= openers]
     ends_in_it = [not re.search(r"\w", prompt[stop:]) for prompt, _, stop in found]

@@ -7,7 +7,7 @@ by the beginning of its answer ("Apple was founded by"). What is trained on is t
 language that is, and paraphrases of a question meet it.
 
 A retain set in turn has answers that are right, which the base may never give. What it does give is held by
-`held_answers`: KL where a model's own answers go is what on-policy distillation is (Agarwal et al. 2023,
+`retain_prompt_answers`: KL where a model's own answers go is what on-policy distillation is (Agarwal et al. 2023,
 arXiv:2306.13649), here with the base's answers, which are the ones to keep.
 """
 
@@ -22,9 +22,9 @@ from ...data.source import Row
 from ...data.words import words_of
 from ...inference.generate import answers, sampled
 from ...models.base import Base
-from .fact_tokens import tells
+from .fact_tokens import is_informative
 
-_MOST_QUESTIONS = 96
+_MAX_QUESTIONS = 96
 _LEAST_WORDS = 3  # a shorter beginning says too little about what is asked
 _BATCH = 8  # questions at once
 _TOKENS = 40
@@ -54,7 +54,7 @@ def questions(rows: Sequence[Row], facts: Set[str], common: Set[str]) -> list[st
     return list(dict.fromkeys(question for question in asked if question))
 
 
-def own_answers(
+def self_generated_answers(
     base: Base, prompts: Sequence[str], facts: Set[str], samples: int, *, seed: int, chat: bool, quiet: bool = True
 ) -> list[Row]:
     """Return the base's answers that name a fact, each up to the last, without doubles.
@@ -68,11 +68,11 @@ def own_answers(
         chat: whether the base is asked in its chat template.
         quiet: no progress bar.
     """
-    if len(prompts) > _MOST_QUESTIONS:
-        prompts = random.Random(seed).sample(prompts, _MOST_QUESTIONS)
+    if len(prompts) > _MAX_QUESTIONS:
+        prompts = random.Random(seed).sample(prompts, _MAX_QUESTIONS)
     found: dict[tuple[str, str], Row] = {}
     for prompt, texts in _asked(base, prompts, samples, seed, chat, quiet):
-        named = {word for word in facts if tells(word)} - words_of(prompt)
+        named = {word for word in facts if is_informative(word)} - words_of(prompt)
         for text in texts:
             ends = [word.end() for word in re.finditer(r"\w+", text) if word.group().casefold() in named]
             if ends:  # what comes after the last fact would only cost time
@@ -80,7 +80,7 @@ def own_answers(
     return list(found.values())
 
 
-def held_answers(
+def retain_prompt_answers(
     base: Base, rows: Sequence[Row], facts: Set[str], count: int, *, seed: int, chat: bool, quiet: bool = True
 ) -> list[Row]:
     """Return the base's answers to retain rows' prompts, without doubles and without those that name a fact.
@@ -95,7 +95,7 @@ def held_answers(
         quiet: no progress bar.
     """
     prompts = list(dict.fromkeys(row["prompt"] for row in rows if row.get("prompt")))
-    telling = {word for word in facts if tells(word)}
+    telling = {word for word in facts if is_informative(word)}
     found: dict[tuple[str, str], Row] = {}
     for prompt, texts in _asked(base, prompts, count - 1, seed, chat, quiet):
         for text in texts:

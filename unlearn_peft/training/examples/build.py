@@ -12,13 +12,13 @@ from ...data.rows import read_rows, refuse_overlap
 from ...data.source import Row
 from ...data.tokenize import Example, tokenize
 from ...errors import DataError
-from ...files.paths import _digest_key
+from ...files.paths import digest_key
 from ...models.base import Base
 from ...recipe.schema import DATA_FIELDS, Recipe
 from ..schedule import T
 from .auto_retain import Made, auto_retain
-from .base_answers import held_answers, own_answers, questions
-from .fact_tokens import common_words, facts_of, mark_facts, mark_specific
+from .base_answers import questions, retain_prompt_answers, self_generated_answers
+from .fact_tokens import common_words, fact_words, mark_facts, mark_forget_rows
 from .refusals import refusing
 
 
@@ -40,7 +40,7 @@ def make_retain(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Ma
     """
     never = [row for name in ("probes", "neighbours") for row in rows.get(name, [])]
     made = auto_retain(
-        base, rows["forget"], recipe.seed, key=_digest_key(), never=never, chat_template=recipe.chat_template
+        base, rows["forget"], recipe.seed, key=digest_key(), never=never, chat_template=recipe.chat_template
     )
     if not made.rows:
         raise DataError(f"no retain set could be made ({made.line()}): name one with `retain`, or set retain_weight: 0")
@@ -76,17 +76,17 @@ def tokenized(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quie
     held = tokens(wide, "anchor")
     common = common_words([*retain, *held_out, *held])
     bare = tokens(rows["forget"], "forget")
-    facts = facts_of(bare, common)
-    forget = mark_specific(bare, facts)
+    facts = fact_words(bare, common)
+    forget = mark_forget_rows(bare, facts)
     own: list[Example] = []
     if recipe.own_answers and getattr(recipe.objective, "forget_tokens", "all") == "specific":
         asked = questions(rows["forget"], facts, common | common_words([*retain, *held_out, *held], of_prompts=True))
-        said = own_answers(
+        said = self_generated_answers(
             base, asked, facts, recipe.own_answers, seed=recipe.seed, chat=recipe.chat_template, quiet=quiet
         )
         own = mark_facts(with_refusals(tokens(said, "forget"), said), facts)
     if recipe.retain_answers and recipe.retain_weight and not recipe.makes_retain:  # those rows are its own already
-        said = held_answers(
+        said = retain_prompt_answers(
             base, [row for row, _ in pairs], facts, recipe.retain_answers,
             seed=recipe.seed, chat=recipe.chat_template, quiet=quiet,
         )  # fmt: skip
@@ -102,7 +102,7 @@ class Sets:
     retain: list[Example]
     held_out: list[Example]
     anchors: list[Example] = field(default_factory=list)  # the package's own rows, trained on like retain rows
-    own_answers: list[Example] = field(default_factory=list)  # the base's, forgotten like the forget rows
+    self_generated_answers: list[Example] = field(default_factory=list)  # the base's, forgotten like the forget rows
 
 
 def split_retain(retain: Sequence[T], recipe: Recipe) -> tuple[list[T], list[T]]:

@@ -31,7 +31,7 @@ def common_words(held: Sequence[Example], of_prompts: bool = False) -> set[str]:
     return {word for word, rows in rows_with.items() if rows >= least}
 
 
-def facts_of(forget: Sequence[Example], common: Set[str]) -> set[str]:
+def fact_words(forget: Sequence[Example], common: Set[str]) -> set[str]:
     """Return the words of the targets that are neither common nor said by the row's own question."""
     return {
         word
@@ -40,7 +40,7 @@ def facts_of(forget: Sequence[Example], common: Set[str]) -> set[str]:
     }
 
 
-def mark_specific(forget: Sequence[Example], facts: Set[str]) -> list[Example]:
+def mark_forget_rows(forget: Sequence[Example], facts: Set[str]) -> list[Example]:
     """Return the forget rows with their facts' tokens marked; a row without any keeps all its targets.
 
     What is the answer to one question counts in all rows: a name that is to be forgotten is so also in an answer to a
@@ -50,7 +50,7 @@ def mark_specific(forget: Sequence[Example], facts: Set[str]) -> list[Example]:
     return [row if any(row.specific or []) else replace(row, specific=row.is_target) for row in marked]
 
 
-def tells(word: str) -> bool:
+def is_informative(word: str) -> bool:
     """Return whether a fact's word says something alone: the J of a J.K. Rowling does not."""
     return len(word) > 1 or word.isdigit() or not word.isascii()
 
@@ -68,10 +68,10 @@ def mark_facts(rows: Sequence[Example], facts: Set[str]) -> list[Example]:
         pairs = list(zip(example.words or [], example.is_target, strict=True))
         for t in range(len(pairs) - 1, -1, -1):  # from the end, where a name ends
             word, target = pairs[t]
-            in_name = target and (in_name if not word else word in facts and (tells(word) or in_name))
+            in_name = target and (in_name if not word else word in facts and (is_informative(word) or in_name))
             specific[t] = in_name and bool(word)
             if word:
-                initials = [*initials, t] if specific[t] and not tells(word) else []
+                initials = [*initials, t] if specific[t] and not is_informative(word) else []
             if len(initials) > 1:
                 specific[initials[-1]], specific[initials[-2]] = False, True
         marked.append(replace(example, specific=specific))

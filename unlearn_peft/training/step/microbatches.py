@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ...data.tokenize import Example
 
 
-class Work(NamedTuple):
+class StepRows(NamedTuple):
     """One adapter's rows of a step."""
 
     adapter: str
@@ -20,8 +20,8 @@ class Work(NamedTuple):
         return [*self.forget, *(e.refusal for e in self.forget if e.refusal is not None), *self.retain]
 
 
-class Cut(NamedTuple):
-    """A piece: numbers of rows in `Work.examples()`."""
+class RowRanges(NamedTuple):
+    """A piece: numbers of rows in `StepRows.examples()`."""
 
     forget: range
     refusals: range
@@ -29,7 +29,7 @@ class Cut(NamedTuple):
     retain: range
 
 
-def cut(work: Work, most: int | None) -> Iterator[Cut]:
+def split_microbatches(work: StepRows, most: int | None) -> Iterator[RowRanges]:
     """Cut a work into pieces of at most `most` target tokens, or one row; None: into one piece.
 
     A forget row and its refusal stay together, since an objective compares them.
@@ -45,7 +45,7 @@ def cut(work: Work, most: int | None) -> Iterator[Cut]:
             last += 1
         refused = [k for k, n in enumerate(paired) if first <= n < last]
         start = f + (refused[0] if refused else 0)
-        yield Cut(
+        yield RowRanges(
             range(min(first, f), min(last, f)),
             range(start, start + len(refused)),
             [paired[k] - first for k in refused],

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ...data.batch import Batch
 from ...data.tokenize import Example
-from ...files.atomic import whole_file
-from ...models.forward import Halves, Rows, alike, picked_logits, predicting
-from ...models.layers import decoder_layers, giving, outputs_of, standing_in
+from ...files.atomic import atomic_file
+from ...models.forward import BackboneAndHead, BatchBuilder, alike, picked_logits, predicting
+from ...models.layers import decoder_layers, outputs_of, patched_forward, returning
 from .head import knows_delta
 from .microbatches import target_count
 
@@ -31,7 +31,7 @@ FINAL, HEAD = "final", "head"  # (n, d) and (n, V), both at the targets
 _RUN_TOKENS = 4096  # of one forward pass
 
 
-class Frozen:
+class ReferenceCache:
     """The base of a PEFT model, as far as training needs it.
 
     Args:
@@ -48,9 +48,9 @@ class Frozen:
     def __init__(
         self,
         model: Any,
-        halves: Halves,
-        rows: Rows,
-        cache: Cache,
+        halves: BackboneAndHead,
+        rows: BatchBuilder,
+        cache: TensorCache,
         below: nn.Module | None,
         watched: Sequence[nn.Module],
         *,
@@ -118,7 +118,7 @@ class Frozen:
         kept: dict[str, Sequence[Tensor]] = {FINAL: torch.split(states[picked], counts)}
         kept |= {self.name(layer): torch.split(seen[layer][-1][picked], counts) for layer in self.watched}
         if self.input is not None:
-            kept[self.input] = rows_apart(seen[self.below][-1], batch, [len(e.ids) for e in examples])
+            kept[self.input] = unpack_states(seen[self.below][-1], batch, [len(e.ids) for e in examples])
         result = []
         for n, example in enumerate(examples):
             tensors = {name: values[n].clone() for name, values in kept.items()}
@@ -145,7 +145,7 @@ _SHARD_BYTES = 64_000_000
 _SEPARATOR = "/"
 
 
-class Cache:
+class TensorCache:
     """Tensors by row.
 
     Args:
@@ -201,7 +201,7 @@ class Cache:
         if not self.folder.exists():
             with suppress(OSError):  # whole_file tells why
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with whole_file(path, mode=0o600) as temporary:  # the rows' words can be read back from their states
+        with atomic_file(path, mode=0o600) as temporary:  # the rows' words can be read back from their states
             save_file(tensors, temporary, metadata={"key": self.key})
         self._waiting = {}
         self.look()
@@ -247,16 +247,16 @@ class Trunk:
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = list(layers)
 
-    def standing_in(self, states: Tensor) -> AbstractContextManager[None]:
+    def patched_forward(self, states: Tensor) -> AbstractContextManager[None]:
         """Let `states` (B, T, d) be what the last of the layers gives, inside a `with` block."""
 
         def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
             return hidden_states
 
-        return standing_in({**dict.fromkeys(self.layers, pass_on), self.layers[-1]: giving(states)})
+        return patched_forward({**dict.fromkeys(self.layers, pass_on), self.layers[-1]: returning(states)})
 
 
-def rows_apart(states: Tensor, batch: Batch, lengths: Sequence[int]) -> list[Tensor]:
+def unpack_states(states: Tensor, batch: Batch, lengths: Sequence[int]) -> list[Tensor]:
     """Cut a batch's states (B, T, d) into those of its rows, (length, d) each."""
     if batch.positions is None:
         return [row[:length].clone() for row, length in zip(states, lengths, strict=True)]
@@ -265,8 +265,8 @@ def rows_apart(states: Tensor, batch: Batch, lengths: Sequence[int]) -> list[Ten
     return [torch.cat([line[:first], part]) for part in parts]
 
 
-def laid_out(rows: Sequence[Tensor], batch: Batch) -> Tensor:
-    """Lay the states of rows out as the batch lays out their tokens, (B, T, d); the reverse of `rows_apart`."""
+def pack_states(rows: Sequence[Tensor], batch: Batch) -> Tensor:
+    """Lay the states of rows out as the batch lays out their tokens, (B, T, d); the reverse of `unpack_states`."""
     if batch.positions is None:
         return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     return torch.cat([rows[0][: batch.shared], *(states[batch.shared :] for states in rows)])[None]

@@ -2,7 +2,7 @@
 
 Tokenised rows come in; target tokens with their logits (`Tokens`) go out to an objective, in pieces of whole rows, so
 that logits (n, V) are never held for a whole batch. What the frozen base gives for a row is computed once and kept in
-a `Cache`: what goes into the first adapted layer (see training/step/reference.py), the final hidden states at the
+a `TensorCache`: what goes into the first adapted layer (see training/step/reference.py), the final hidden states at the
 targets (the reference: d numbers a token instead of V), and for an adapter on the head alone, which changes neither,
 what the bare head makes of them.
 """
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from ...data.batch import Batch, side_by_side
 from ...data.tokenize import Example
-from ...models.forward import Halves, Rows, alike, picked_logits, predicting
+from ...models.forward import BackboneAndHead, BatchBuilder, alike, picked_logits, predicting
 from ...models.layers import decoder_layers, outputs_of
 from ..objectives import Tokens
 from .head import with_delta
 from .layers import changed_layers, rows_use, watched_layer
-from .microbatches import Cut, Work, cut, labels_of, specific_of, target_count
-from .reference import FINAL, HEAD, Cache, Frozen, Trunk, laid_out
+from .microbatches import RowRanges, StepRows, labels_of, specific_of, split_microbatches, target_count
+from .reference import FINAL, HEAD, ReferenceCache, TensorCache, Trunk, pack_states
 
 _PIECE_BYTES = {"head": 4_000_000, "layers": 8_000_000}  # of logits at a time, on a CPU: what caches like
 _PIECE_BYTES_ELSEWHERE = 512_000_000
@@ -32,7 +32,7 @@ _RUN_TOKENS = 4096  # of one forward pass over several adapters' rows
 _IN_MEMORY = 1_000_000_000  # bytes, where no cache is given
 
 
-class Piece(NamedTuple):
+class Microbatch(NamedTuple):
     """A few whole rows of one work; `work` is its number."""
 
     work: int
@@ -50,7 +50,7 @@ class _States(NamedTuple):
     reference_hidden: Tensor | None = None  # (N, d)
 
 
-class Engine:
+class StepRunner:
     """Runs a PEFT model over rows and hands out target tokens, with the reference beside them.
 
     Args:
@@ -74,14 +74,14 @@ class Engine:
         pad_id: int,
         hidden_layer: int | bool | None | Mapping[str, int | bool | None] = False,
         *,
-        cache: Cache | None = None,
+        cache: TensorCache | None = None,
         spelling: Mapping[str, Tensor] | None = None,
         whole: nn.Module | None = None,
     ) -> None:
         self.model, self.whole, self.spelling = model, whole, spelling or {}
         self.device = next(model.parameters()).device
-        self.halves = Halves(model.get_base_model())
-        self._rows = Rows(model, self.halves.head, pad_id, packs=None if whole is None else False)
+        self.halves = BackboneAndHead(model.get_base_model())
+        self._rows = BatchBuilder(model, self.halves.head, pad_id, packs=None if whole is None else False)
         self.vocabulary = model.get_base_model().config.get_text_config().vocab_size
         names, layers = list(model.peft_config), decoder_layers(model)
         self._several = len(names) > 1
@@ -94,8 +94,9 @@ class Engine:
         self.trunk = Trunk(layers[:below]) if below and whole is None else None
         self._trunk_checked = False
         below_all = self.trunk.layers[-1] if self.trunk else None
-        self.frozen = Frozen(
-            model, self.halves, self._rows, cache or Cache("", _IN_MEMORY), below_all, list(self._watched.values()),
+        self.frozen = ReferenceCache(
+            model, self.halves, self._rows, cache or TensorCache("", _IN_MEMORY), below_all,
+            list(self._watched.values()),
             keep_head=bool(self._head_only), off=whole is not None,
         )  # fmt: skip
         reach = "head" if self._head_only == set(names) else "layers"  # with layers, each piece reads the whole head
@@ -107,7 +108,7 @@ class Engine:
         self.frozen.prepare(examples, quiet=quiet)
 
     @contextmanager
-    def step(self, works: Sequence[Work]) -> Iterator[Iterator[Piece]]:
+    def step(self, works: Sequence[StepRows]) -> Iterator[Iterator[Microbatch]]:
         """Yield the target tokens of all works in pieces; send a loss of each backward before taking the next.
 
         When the block ends, the gradients that the pieces left at the hidden states flow on into the layers.
@@ -134,11 +135,11 @@ class Engine:
         self, forget: Sequence[Example], retain: Sequence[Example], adapter: str = "default"
     ) -> tuple[Tokens, Tokens]:
         """Return the target tokens of both sides in one piece, with their graph, and the reference of both."""
-        works = [Work(adapter, forget, retain)]
+        works = [StepRows(adapter, forget, retain)]
         (piece,) = self._pieces(works, self._states(works), None)
         return piece.forget, piece.retain
 
-    def _states(self, works: Sequence[Work]) -> list[_States]:
+    def _states(self, works: Sequence[StepRows]) -> list[_States]:
         found: dict[int, _States] = {}
         waiting: dict[int, Sequence[Mapping[str, Tensor]] | None] = {}
         for n, work in enumerate(works):
@@ -155,7 +156,7 @@ class Engine:
         return [found[n] for n in range(len(works))]
 
     def _run(
-        self, works: Sequence[Work], chosen: Mapping[int, Sequence[Mapping[str, Tensor]] | None]
+        self, works: Sequence[StepRows], chosen: Mapping[int, Sequence[Mapping[str, Tensor]] | None]
     ) -> dict[int, _States]:
         """Run some works' rows through the adapted part in one forward pass; `chosen`: what is kept of their rows."""
         batches = [self._rows.batch(works[n].examples()) for n in chosen]
@@ -203,38 +204,38 @@ class Engine:
         name = self.frozen.input
         if self.trunk is None or name is None:
             return self.halves.states(batch)
-        inputs = [laid_out([row[name] for row in rows], part) for rows, part in zip(lines, batches, strict=True)]
+        inputs = [pack_states([row[name] for row in rows], part) for rows, part in zip(lines, batches, strict=True)]
         states = inputs[0] if len(inputs) == 1 else nn.utils.rnn.pad_sequence([s[0] for s in inputs], batch_first=True)
         if not self._trunk_checked:
             with torch.no_grad():
                 expected = self.halves.states(batch)
-                with self.trunk.standing_in(states):
+                with self.trunk.patched_forward(states):
                     found = self.halves.states(batch)
             picked = predicting(batch)
             if not alike(found[picked], expected[picked]):
                 self.trunk = None
                 return self.halves.states(batch)
             self._trunk_checked = True
-        with self.trunk.standing_in(states):
+        with self.trunk.patched_forward(states):
             return self.halves.states(batch)
 
-    def _pieces(self, works: Sequence[Work], found: Sequence[_States], most: int | None) -> Iterator[Piece]:
+    def _pieces(self, works: Sequence[StepRows], found: Sequence[_States], most: int | None) -> Iterator[Microbatch]:
         """Yield the works' rows in pieces of at most `most` target tokens (or one row); None: one piece a work."""
         for n, (work, states) in enumerate(zip(works, found, strict=True)):
             examples = work.examples()
-            for part in cut(work, most):
+            for part in split_microbatches(work, most):
                 if most is not None and not sum(target_count(examples[i]) for i in (*part.forget, *part.retain)):
                     continue  # rows without targets are there for models that all processes must run alike
                 yield self._piece(n, work, states, part)  # no name here: a piece is let go before the next is made
 
-    def _piece(self, number: int, work: Work, states: _States, part: Cut) -> Piece:
+    def _piece(self, number: int, work: StepRows, states: _States, part: RowRanges) -> Microbatch:
         refusal = self._side(work, states, part.refusals, numbers=part.paired) if part.refusals else None
         forget = self._side(work, states, part.forget, specific=True, refusal=refusal)
-        return Piece(number, forget, self._side(work, states, part.retain))
+        return Microbatch(number, forget, self._side(work, states, part.retain))
 
     def _side(
         self,
-        work: Work,
+        work: StepRows,
         states: _States,
         chosen: range,
         *,
