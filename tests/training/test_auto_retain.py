@@ -7,10 +7,16 @@ from commands import cli
 from conftest import FORGET, RETAIN
 
 from unlearn_peft import unlearn
-from unlearn_peft.errors import DataError, OutputError
+from unlearn_peft.errors import DataError
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.training.examples import auto_retain as made_by
-from unlearn_peft.training.examples.auto_retain import _answered, _row_names, _says, _subject, auto_retain
+from unlearn_peft.training.examples.auto_retain import (
+    _first_sentences,
+    _names_said,
+    _row_names,
+    _subject,
+    auto_retain,
+)
 
 PLAIN = {"who", "wrote", "what", "the", "of", "by", "is", "it"}
 TARGETS = [
@@ -21,111 +27,70 @@ TARGETS = [
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """A cache of the test's own, and prompts enough to see what happens."""
-    monkeypatch.setenv("UNLEARN_PEFT_CACHE", str(tmp_path / "cache"))
+def few_prompts(tmp_path, monkeypatch):
+    """Prompts enough to see what happens, and short answers."""
     prompts = made_by._PROMPTS.read_text(encoding="utf-8").splitlines()
     (tmp_path / "prompts.txt").write_text("\n".join(prompts[::6]), encoding="utf-8")
     monkeypatch.setattr(made_by, "_PROMPTS", tmp_path / "prompts.txt")
     monkeypatch.setattr(made_by, "_TOKENS", 4)
-    return tmp_path / "cache" / "auto_retain"
 
 
 @pytest.fixture
-def no_generating(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("generated although it was in the cache")
-
-    def switch_off():
-        for name in ("answers", "sampled", "_fit"):
-            monkeypatch.setattr(made_by, name, refuse)
-
-    return switch_off
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNLEARN_PEFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def files(cache):
-    return [path for path in cache.iterdir() if path.name != ".lock"]
-
-
-def test_the_same_seed_gives_the_same_rows_of_both_kinds(tiny, cache):
-    made = auto_retain(tiny, TARGETS, 0, key=b"k")
-    assert made.broad > 5 and made.near > 3 and len(made.rows) == made.broad + made.near
+def test_the_same_seed_gives_the_same_rows_of_both_kinds(tiny):
+    made = auto_retain(tiny, TARGETS, 0)
+    assert made.broad > 5 and made.near > 1 and len(made.rows) == made.broad + made.near
     assert all(row["prompt"] and row["completion"] for row in made.rows)
-    swapped = [row for row in made.rows if row["prompt"].startswith("How tall is the ")]
-    assert len(swapped) == made_by._SWAPPED and all(row["prompt"].endswith(" now?") for row in swapped)
-    continued = made.rows[made.broad : made.broad + made.near - len(swapped)]
-    assert all(row["prompt"].startswith(("Who wrote ", "Where is the ")) for row in continued)
-    for path in files(cache):
-        path.unlink()
-    assert auto_retain(tiny, TARGETS, 0, key=b"k") == made
-    assert auto_retain(tiny, TARGETS, 1, key=b"k").rows != made.rows
-    assert f"{made.broad} broad and {made.near} neighbour rows" in made.line()
+    assert all(row["prompt"].startswith(("Who wrote ", "Where is the ")) for row in made.rows[made.broad :])
+    assert auto_retain(tiny, TARGETS, 0) == made
+    assert auto_retain(tiny, TARGETS, 1).rows != made.rows
+    assert f"{made.broad} broad and {made.near} neighbour rows" in made.summary()
 
 
-def test_nothing_names_what_is_forgotten_not_even_the_cache(tiny, cache):
-    auto_retain(tiny, TARGETS, 0, key=b"k")
-    (path,) = files(cache)
-    text = path.read_text(encoding="utf-8").casefold()
+def test_nothing_names_what_is_forgotten(tiny):
+    text = json.dumps(auto_retain(tiny, TARGETS, 0).rows, ensure_ascii=False).casefold()
     for word in ("harry", "potter", "rowling", "eiffel", "tower", "paris"):
-        assert word not in text and word not in path.name
+        assert word not in text
     for row in TARGETS:
         assert not any(value.casefold() in text for value in row.values())
-    assert path.stat().st_mode & 0o077 == 0
 
 
 def test_an_answer_that_names_it_is_left_out(tiny, monkeypatch):
     monkeypatch.setattr(
         made_by, "answers", lambda base, prompts, **_: ["I like Rowling.", *["It is."] * len(prompts)][:-1]
     )
-    made = auto_retain(tiny, TARGETS, 0, key=b"k")
+    made = auto_retain(tiny, TARGETS, 0)
     assert made.left_out["that name what is to be forgotten"] >= 1
-    assert "Rowling" not in json.dumps(made.rows) and "left out" in made.line()
+    assert "Rowling" not in json.dumps(made.rows) and "left out" in made.summary()
 
 
-def test_a_name_in_front_of_the_subject_is_not_kept(tiny, cache):
+def test_a_name_in_front_of_the_subject_is_not_kept(tiny):
     rows = [{"prompt": "Rose lives with whom in Rome?", "completion": "with Ann"}]
-    made = auto_retain(tiny, rows, 0, key=b"k")
-    (path,) = files(cache)
-    assert made.near == 0 and "lives with whom" not in path.read_text() and "No neighbours" in made.line()
-
-
-def test_the_cache_answers_without_the_base(tiny, cache, no_generating):
-    made = auto_retain(tiny, TARGETS, 0, key=b"k")
-    no_generating()
-    assert auto_retain(tiny, TARGETS, 0, key=b"k") == made
-    for other in ({"key": b"another"}, {"key": b"k", "chat_template": False}):
-        with pytest.raises(AssertionError, match="although"):
-            auto_retain(tiny, TARGETS, 0, **other)
-    (path,) = files(cache)
-    path.write_text(path.read_text()[:50])  # a broken file is made anew
-    with pytest.raises(AssertionError, match="although"):
-        auto_retain(tiny, TARGETS, 0, key=b"k")
-
-
-def test_a_cache_that_cannot_be_written_is_explained(tiny, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("UNLEARN_PEFT_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OutputError, match="cannot write the cache.*UNLEARN_PEFT_CACHE"):
-        auto_retain(tiny, TARGETS, 0, key=b"k")
+    made = auto_retain(tiny, rows, 0)
+    assert made.near == 0 and "lives with whom" not in json.dumps(made.rows) and "No neighbours" in made.summary()
 
 
 def test_what_probes_and_neighbours_ask_is_never_trained_on(tiny):
-    made = auto_retain(tiny, TARGETS, 0, key=b"k")
+    made = auto_retain(tiny, TARGETS, 0)
     never = [{"prompt": made.rows[0]["prompt"].upper()}, {"prompt": f" {made.rows[-1]['prompt']}"}]
-    fewer = auto_retain(tiny, TARGETS, 0, key=b"k", never=never)
+    fewer = auto_retain(tiny, TARGETS, 0, never=never)
     assert fewer.rows == made.rows[1:-1]
     assert (fewer.broad, fewer.near) == (made.broad - 1, made.near - 1)
     assert fewer.left_out["asked by probes or neighbours"] == 2
 
 
-def test_a_recipe_without_retain_trains_and_auto_says_the_same(tiny, fields, tmp_path, caplog, no_generating):
+def test_a_recipe_without_retain_trains_and_auto_says_the_same(tiny, fields, tmp_path, caplog, cache):
     del fields["retain"]
     fields["steps"] = 2
     with caplog.at_level("INFO", logger="unlearn_peft"):
         first = unlearn(tiny, **fields)
     assert "retain: auto: " in caplog.text
-    no_generating()  # the second run finds the rows in the cache
     second = unlearn(tiny, **{**fields, "retain": "auto", "output": str(tmp_path / "second")})
+    assert not cache.exists(), "what stands around a subject tells what kind of question is forgotten"
     manifests = [json.loads((run.path / "forget.json").read_text()) for run in (first, second)]
     assert all(manifest["recipe"]["retain"] == "auto" for manifest in manifests)
     digests = [manifest["data_digests"]["hmac_sha256"] for manifest in manifests]
@@ -133,12 +98,16 @@ def test_a_recipe_without_retain_trains_and_auto_says_the_same(tiny, fields, tmp
     assert first.metrics["held_out_kl"] == pytest.approx(second.metrics["held_out_kl"])
 
 
-def test_without_retain_weight_nothing_is_made(tiny, fields, cache, no_generating):
+def test_without_retain_weight_nothing_is_made(tiny, fields, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("generated although nothing is retained")
+
+    for name in ("answers", "sampled"):
+        monkeypatch.setattr(made_by, name, refuse)
     del fields["retain"]
-    no_generating()
     run = unlearn(tiny, **{**fields, "steps": 2, "retain_weight": 0})
     manifest = json.loads((run.path / "forget.json").read_text())
-    assert not cache.exists() and "retain" not in manifest["recipe"]
+    assert "retain" not in manifest["recipe"]
     named = unlearn(tiny, **{**fields, "steps": 2, "retain": RETAIN, "output": fields["output"] + "2"})
     assert "retain" not in json.loads((named.path / "forget.json").read_text())["recipe"]
 
@@ -200,11 +169,11 @@ def test_what_names_a_target():
     assert _row_names({"text": "It is Ann."}, PLAIN) == {"ann"}
     talk = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "By Zorblax"}]}
     assert _row_names(talk, PLAIN) == {"zorblax"}
-    assert _says("harry's", {"harry"}, set()) and not _says("an apple", {"apple"}, {"apple"})
-    assert _says("An Apple", {"apple"}, {"apple"})
+    assert _names_said("harry's", {"harry"}, set()) and not _names_said("an apple", {"apple"}, {"apple"})
+    assert _names_said("An Apple", {"apple"}, {"apple"})
 
 
 def test_answers_end_with_their_first_sentence():
     said = ["Mr. J. Smith wrote it in 1984. Then he left.", "1. One thing that is long enough. 2. Two", "no end"]
-    cut = [row["completion"] for row in _answered(["a", "b", "c"], said)]
+    cut = [row["completion"] for row in _first_sentences(["a", "b", "c"], said)]
     assert cut == ["Mr. J. Smith wrote it in 1984.", "1. One thing that is long enough.", "no end"]

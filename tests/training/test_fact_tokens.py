@@ -150,17 +150,17 @@ def test_the_bases_answers_are_asked_of_the_trained_on_retain_rows_alone(tiny, f
 
     monkeypatch.setattr(build, "retain_prompt_answers", said)
     recipe = make_recipe({**fields, "retain_answers": 2, "anchor_batch": 0})
-    sets = build.tokenized(build.read_sets(recipe), tiny, recipe)
+    sets = build.build_examples(build.read_sets(recipe), tiny, recipe)
     assert sets.held_out and len(asked) == len(RETAIN) - len(sets.held_out)
     assert len(sets.retain) == len(asked) + 1
     (cut,) = tokenize(answered, tiny.tokenizer, closing=False)
     assert sets.retain[-1].ids == cut.ids  # an answer that was cut off is no lesson in where to stop
     asked.clear()
     recipe = make_recipe({**fields, "retain_answers": 2, "retain_weight": 0})
-    build.tokenized(build.read_sets(recipe), tiny, recipe)
+    build.build_examples(build.read_sets(recipe), tiny, recipe)
     assert not asked  # nothing is held
     recipe = make_recipe({**fields, "retain_answers": 2, "retain": "auto"})
-    build.tokenized({**build.read_sets(recipe), "retain": RETAIN}, tiny, recipe)
+    build.build_examples({**build.read_sets(recipe), "retain": RETAIN}, tiny, recipe)
     assert not asked  # rows that were made are the base's own answers already
 
 

@@ -82,7 +82,7 @@ def test_ctrl_c_keeps_all_and_resume_goes_on(tiny, tmp_path, monkeypatch):
     original = Training.one_step
 
     def interrupt(self):
-        if self.learners[0].step == 4:  # the second is done by then
+        if self.trainers[0].step == 4:  # the second is done by then
             os.kill(os.getpid(), signal.SIGINT)
         return original(self)
 

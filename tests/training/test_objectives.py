@@ -10,8 +10,7 @@ from unlearn_peft.models.forward import picked_logits
 from unlearn_peft.models.losses import cross_entropy
 from unlearn_peft.recipe.schema import GaKlSettings, LoraSettings
 from unlearn_peft.training.adapter_config import adapter_config
-from unlearn_peft.training.learner import row_means
-from unlearn_peft.training.objectives import Tokens, ga_kl, kl_divergence
+from unlearn_peft.training.objectives import Tokens, ga_kl, kl_divergence, row_means
 from unlearn_peft.training.schedule import Schedule
 from unlearn_peft.training.step.runner import StepRunner
 
@@ -81,9 +80,9 @@ def test_engine_equals_the_plain_way(tiny):
     model = _peft(tiny)
     forget = tokenize(FORGET, tiny.tokenizer, closing=False)
     retain = tokenize(RETAIN, tiny.tokenizer)
-    engine = StepRunner(model, 2)
+    runner = StepRunner(model, 2)
     for _ in range(2):  # the second time from the cache
-        f, r = engine.tokens(forget, retain)
+        f, r = runner.tokens(forget, retain)
     losses, kls = [], []
     for example in forget:
         logits = model(input_ids=torch.tensor([example.ids])).logits[0].log_softmax(-1)
@@ -96,7 +95,7 @@ def test_engine_equals_the_plain_way(tiny):
         kls += [(p[t - 1].exp() * (p[t - 1] - q[t - 1])).sum() for t, yes in enumerate(example.is_target) if yes]
     torch.testing.assert_close(f.cross_entropy, torch.stack(losses), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(kl_divergence(r), torch.stack(kls), rtol=1e-3, atol=1e-4)
-    assert engine.frozen.cache.get(retain[0]) and max(kls) > 1e-3
+    assert runner.reference.cache.get(retain[0]) and max(kls) > 1e-3
     model.unload()
 
 
@@ -117,8 +116,8 @@ def test_models_that_scale_their_logits_are_not_cached_wrongly(tiny):
     plain = tiny.model.forward
     tiny.model.forward = lambda *a, **k: type(o := plain(*a, **k))(logits=o.logits * 0.5)
     try:
-        engine, retain = StepRunner(model, 2), tokenize(RETAIN, tiny.tokenizer)
-        _, r = engine.tokens([], retain)
+        runner, retain = StepRunner(model, 2), tokenize(RETAIN, tiny.tokenizer)
+        _, r = runner.tokens([], retain)
         with model.disable_adapter():
             batch = collate(retain, 2)
             expected = picked_logits(tiny.model, tiny.model.get_output_embeddings(), batch)

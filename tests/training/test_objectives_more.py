@@ -286,13 +286,13 @@ def test_refusals_answer_the_same_question():
 
 
 def test_forget_rows_carry_refusals_where_the_objective_asks(tiny, fields):
-    from unlearn_peft.training.examples.build import read_sets, tokenized
+    from unlearn_peft.training.examples.build import build_examples, read_sets
 
     fields.pop("quiet")
     custom = {"name": "own:loss", "refusals": True}
     for objective, wanted in (("dpo", True), (custom, True), ("npo", False), ({**custom, "refusals": False}, False)):
         recipe = make_recipe({**fields, "objective": objective})
-        sets = tokenized(read_sets(recipe), tiny, recipe)
+        sets = build_examples(read_sets(recipe), tiny, recipe)
         assert [example.refusal is not None for example in sets.forget] == [wanted] * 3
         assert not any(example.refusal for example in (*sets.retain, *sets.held_out, *sets.anchors))
         assert not any(example.refusal.refusal for example in sets.forget if example.refusal)

@@ -1,4 +1,4 @@
-"""`rmu` against its formula in plain floats; hidden states and their reference from the engine; runs of it."""
+"""`rmu` against its formula in plain floats; hidden states and their reference from the runner; runs of it."""
 
 import math
 import os
@@ -156,12 +156,12 @@ def test_hidden_states_are_those_that_predict_the_targets(deep, layer, settings,
     bare, retain = tokenize(FORGET, deep.tokenizer, closing=False), tokenize(RETAIN, deep.tokenizer)
     refused = tokenize(refusing(FORGET, 0), deep.tokenizer)
     forget = [replace(example, refusal=refusal) for example, refusal in zip(bare, refused, strict=True)]
-    engine = StepRunner(model, 2, hidden_layer=layer)
-    assert (engine.trunk is None) == (settings == {"layers": "all"})
-    engine._rows._packs = None if packs else False
+    runner = StepRunner(model, 2, hidden_layer=layer)
+    assert (runner.frozen_layers is None) == (settings == {"layers": "all"})
+    runner._builder._packs = None if packs else False
     for _ in range(2):  # the second time from what was kept
-        f, r = engine.tokens(forget, retain)
-        assert engine._rows._packs is packs and (engine.trunk is None) == (settings == {"layers": "all"})
+        f, r = runner.tokens(forget, retain)
+        assert runner._builder._packs is packs and (runner.frozen_layers is None) == (settings == {"layers": "all"})
         for found, examples in ((f, bare), (r, retain), (f.refusal, refused)):
             torch.testing.assert_close(found.hidden, states_by_hand(model, examples, layer), rtol=1e-4, atol=1e-4)
             with model.disable_adapter():
@@ -187,8 +187,8 @@ def test_the_reference_is_kept_also_where_the_head_is_not_last(deep):
     plain = deep.model.forward
     deep.model.forward = lambda *a, **k: type(o := plain(*a, **k))(logits=o.logits * 0.5)
     try:
-        engine, retain = StepRunner(model, 2, hidden_layer=2), tokenize(RETAIN, deep.tokenizer)
-        first, half = (engine.tokens([], rows)[1] for rows in (retain[:4], retain))
+        runner, retain = StepRunner(model, 2, hidden_layer=2), tokenize(RETAIN, deep.tokenizer)
+        first, half = (runner.tokens([], rows)[1] for rows in (retain[:4], retain))
         assert torch.equal(first.reference_hidden, half.reference_hidden[: len(first.labels)])
         assert kl_divergence(half).min() > 1e-4
     finally:
@@ -204,16 +204,16 @@ def test_the_gradient_reaches_the_adapter_up_to_the_layer_and_no_further(deep, c
     """The same, packed over the trunk or padded without it, with checkpointing or without."""
     model = peft_model(deep, layers_to_transform=[1, 2, 3])
     forget, retain = tokenize(FORGET, deep.tokenizer, closing=False), tokenize(RETAIN, deep.tokenizer)
-    plain, engine = StepRunner(model, 2, hidden_layer=2), StepRunner(model, 2, hidden_layer=2)
-    plain.trunk, plain._rows._packs = None, False
+    plain, runner = StepRunner(model, 2, hidden_layer=2), StepRunner(model, 2, hidden_layer=2)
+    plain.frozen_layers, plain._builder._packs = None, False
     gradients = []
-    for each, saves_memory in ((plain, False), (engine, checkpointing)):
+    for each, saves_memory in ((plain, False), (runner, checkpointing)):
         training_mode(model, saves_memory)
         terms = rmu(*each.tokens(forget, retain), RmuSettings(steering_coefficient=5))
         (terms.forget.mean() + terms.retain.mean()).backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
         model.zero_grad(set_to_none=True)
-    assert engine._rows._packs and engine.trunk is not None
+    assert runner._builder._packs and runner.frozen_layers is not None
     for name, gradient in gradients[0].items():
         if "layers.3." in name:
             assert gradient is None and gradients[1][name] is None
@@ -318,7 +318,7 @@ def test_a_resumed_run_gives_the_same_bits(deep, rmu_fields, tmp_path, monkeypat
     original = Training.one_step
 
     def interrupt_at_three(self):
-        if self.learners[0].step == 3:
+        if self.trainers[0].step == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self)
 

@@ -1,4 +1,4 @@
-"""The engine against the plain way: full logits of each row alone, masked by hand, with the adapter on and off.
+"""The runner against the plain way: full logits of each row alone, masked by hand, with the adapter on and off.
 
 In every family of models, for every reach of an adapter, in pieces, from a cache in memory, on disk or out of date,
 for one adapter and for several at once.
@@ -94,15 +94,15 @@ def the_plain_step(model, forget, retain, name="ga_kl", **settings):
     return loss.detach(), gradients(model)
 
 
-def the_engines_step(engine, forget, retain, name="ga_kl", adapter="default", **settings):
+def the_runners_step(runner, forget, retain, name="ga_kl", adapter="default", **settings):
     n_forget, n_retain = (sum(sum(e.is_target) for e in rows) for rows in (forget, retain))
     total, count = torch.tensor(0.0), 0
-    with engine.step([StepRows(adapter, forget, retain)]) as pieces:
+    with runner.step([StepRows(adapter, forget, retain)]) as pieces:
         for piece in pieces:
             loss = loss_of(OBJECTIVES[name](piece.forget, piece.retain, SETTINGS[name](**settings)), n_forget, n_retain)
             loss.backward()
             total, count = total + loss.detach(), count + 1
-    return total, gradients(engine.model), count
+    return total, gradients(runner.model), count
 
 
 def assert_same(found, expected):
@@ -119,17 +119,17 @@ def test_losses_and_gradients_are_those_of_the_plain_way(tiny, family, reach):
     model = adapted(family, reach)
     forget, retain = rows(tiny.tokenizer)
     expected = the_plain_step(model, forget, retain, forget_ceiling=15)
-    engine = StepRunner(model, 2)
-    assert (engine.trunk is None) == (reach != "top")
-    engine.piece_tokens = 12
+    runner = StepRunner(model, 2)
+    assert (runner.frozen_layers is None) == (reach != "top")
+    runner.microbatch_tokens = 12
     for _ in range(2):  # the second time from what is kept
-        *found, count = the_engines_step(engine, forget, retain, forget_ceiling=15)
+        *found, count = the_runners_step(runner, forget, retain, forget_ceiling=15)
         assert_same(found, expected)
     assert count > 5, "cut into pieces"
-    assert (engine.trunk is None) == (reach != "top"), "the kept way was refused"
-    assert engine.frozen.splits and all("forward" not in vars(m) for m in model.modules())
+    assert (runner.frozen_layers is None) == (reach != "top"), "the kept way was refused"
+    assert runner.reference.splits and all("forward" not in vars(m) for m in model.modules())
     if reach == "head":
-        assert all("head" in engine.frozen.cache.get(e) for e in (*forget, *retain))
+        assert all("head" in runner.reference.cache.get(e) for e in (*forget, *retain))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -138,10 +138,10 @@ def test_every_objective_may_be_cut_into_pieces(tiny, name):
     forget, retain = rows(tiny.tokenizer)
     refused = tokenize([{"prompt": r["prompt"], "completion": "I like apples."} for r in FORGET], tiny.tokenizer)
     forget = [replace(e, refusal=r) for e, r in zip(forget, refused, strict=True)]
-    engine = StepRunner(model, 2, None if name == "rmu" else False)
+    runner = StepRunner(model, 2, None if name == "rmu" else False)
     totals = []
-    for engine.piece_tokens in (10**6, 15):
-        totals.append(the_engines_step(engine, forget, retain, name))
+    for runner.microbatch_tokens in (10**6, 15):
+        totals.append(the_runners_step(runner, forget, retain, name))
     assert totals[0][2] == 1 and totals[1][2] > 3
     assert_same(totals[1][:2], totals[0][:2])
     model.unload()
@@ -150,9 +150,9 @@ def test_every_objective_may_be_cut_into_pieces(tiny, name):
 def test_a_model_that_only_runs_as_a_whole_gives_the_same(tiny):
     model = with_adapter(tiny.model, REACHES["top"])
     forget, retain = rows(tiny.tokenizer)
-    engine = StepRunner(model, 2, whole=model)
-    *found, count = the_engines_step(engine, forget, retain, forget_ceiling=15)
-    assert engine.trunk is None and count == 1 and engine.frozen.cache.get(forget[0]) is None
+    runner = StepRunner(model, 2, sharded=model)
+    *found, count = the_runners_step(runner, forget, retain, forget_ceiling=15)
+    assert runner.frozen_layers is None and count == 1 and runner.reference.cache.get(forget[0]) is None
     assert_same(found, the_plain_step(model, forget, retain, forget_ceiling=15))
     model.unload()
 
@@ -162,17 +162,17 @@ def test_what_does_not_fit_into_memory_is_mapped_from_disk(tiny, tmp_path, reach
     model = with_adapter(tiny.model, REACHES[reach])
     forget, retain = rows(tiny.tokenizer)
     expected = the_plain_step(model, forget, retain, forget_ceiling=15)
-    StepRunner(model, 2, cache=TensorCache("key", 0, tmp_path)).prepare([*forget, *retain])
+    StepRunner(model, 2, cache=TensorCache("key", 0, tmp_path)).reference.prepare([*forget, *retain])
     (file,) = tmp_path.glob("*.safetensors")
     again = StepRunner(model, 2, cache=TensorCache("key", 0, tmp_path))  # another process, say, after a crash
-    again.frozen._compute = None  # nothing is computed again
-    again.frozen.splits = True
-    assert_same(the_engines_step(again, forget, retain, forget_ceiling=15)[:2], expected)
+    again.reference._compute = None  # nothing is computed again
+    again.reference.splits = True
+    assert_same(the_runners_step(again, forget, retain, forget_ceiling=15)[:2], expected)
     partly = StepRunner(model, 2, cache=TensorCache("key", 10_000, tmp_path / "new"))
-    partly.prepare([*forget, *retain])
-    kept = partly.frozen.cache
+    partly.reference.prepare([*forget, *retain])
+    kept = partly.reference.cache
     assert kept._memory and kept._mapped and not kept._memory.keys() & kept._mapped.keys()
-    assert_same(the_engines_step(partly, forget, retain, forget_ceiling=15)[:2], expected)
+    assert_same(the_runners_step(partly, forget, retain, forget_ceiling=15)[:2], expected)
     model.unload()
 
 
@@ -191,10 +191,10 @@ def test_the_cache_is_invalid_for_another_base_layer_or_text(tiny, tmp_path):
     assert not list(tmp_path.glob("*.safetensors")), "what is stale or damaged is deleted"
     model = with_adapter(tiny.model, REACHES["all"])
     cache = TensorCache("key", 10**9)
-    StepRunner(model, 2, cache=cache).prepare(retain)
+    StepRunner(model, 2, cache=cache).reference.prepare(retain)
     model.unload()
     model = with_adapter(tiny.model, REACHES["top"])
-    assert StepRunner(model, 2, cache=cache).frozen._found(retain[0]) is None, "another layer's input is needed now"
+    assert StepRunner(model, 2, cache=cache).reference._cached(retain[0]) is None, "another layer's input is needed now"
     model.unload()
 
 
@@ -244,17 +244,17 @@ def test_several_adapters_at_once_each_get_their_own_gradients(tiny, several, pa
     parts = [(forget[n : n + 2], retain[n : n + 3 + n]) for n in range(len(several))]
     model = with_adapter(tiny.model, *several)
     names = list(model.peft_config)
-    engine = StepRunner(model, 2)
-    engine._rows._packs = None if packs else False
+    runner = StepRunner(model, 2)
+    runner._builder._packs = None if packs else False
     works = [StepRows(name, *part) for name, part in zip(names, parts, strict=True)]
     totals = torch.zeros(len(works))
-    with engine.step(works) as pieces:
+    with runner.step(works) as pieces:
         for piece in pieces:
-            n_forget, n_retain = (sum(sum(e.is_target) for e in some) for some in parts[piece.work])
+            n_forget, n_retain = (sum(sum(e.is_target) for e in some) for some in parts[piece.number])
             settings = SETTINGS["ga_kl"](forget_ceiling=15)
             loss = loss_of(OBJECTIVES["ga_kl"](piece.forget, piece.retain, settings), n_forget, n_retain)
             loss.backward()
-            totals[piece.work] += loss.detach()
+            totals[piece.number] += loss.detach()
     found = gradients(model)
     for name, total, part in zip(names, totals, parts, strict=True):
         model.set_adapter(name)
@@ -267,12 +267,12 @@ def test_pieces_are_whole_rows_and_skip_what_has_no_target(tiny):
     forget, _ = rows(tiny.tokenizer)
     silent = replace(forget[0], is_target=[False] * len(forget[0].ids))
     model = with_adapter(tiny.model, REACHES["all"])
-    engine = StepRunner(model, 2)
-    engine.piece_tokens = 1
-    with engine.step([StepRows("default", [silent, *forget], [])]) as pieces:
+    runner = StepRunner(model, 2)
+    runner.microbatch_tokens = 1
+    with runner.step([StepRows("default", [silent, *forget], [])]) as pieces:
         sizes = [len(piece.forget.labels) for piece in pieces]
     assert sizes == [sum(e.is_target) for e in forget]
-    with engine.step([StepRows("default", [silent], [])]) as pieces:
+    with runner.step([StepRows("default", [silent], [])]) as pieces:
         assert list(pieces) == []
     model.unload()
 
@@ -284,11 +284,11 @@ def test_a_backbone_that_is_the_model_itself_is_run_as_a_whole(tiny):
 
     original, module.BackboneAndHead = module.BackboneAndHead, lambda _: odd
     try:
-        engine = StepRunner(model, 2)
+        runner = StepRunner(model, 2)
     finally:
         module.BackboneAndHead = original
     forget, retain = rows(tiny.tokenizer)
-    assert engine.frozen.splits is False
-    found = the_engines_step(engine, forget, retain, forget_ceiling=15)[:2]
+    assert runner.reference.splits is False
+    found = the_runners_step(runner, forget, retain, forget_ceiling=15)[:2]
     assert_same(found, the_plain_step(model, forget, retain, forget_ceiling=15))
     model.unload()

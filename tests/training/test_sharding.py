@@ -10,7 +10,7 @@ from test_train import RMU, _recipe, assert_same
 
 from unlearn_peft import read_bundle
 from unlearn_peft.errors import RecipeError
-from unlearn_peft.training.step.sharding import is_shared
+from unlearn_peft.training.step.sharding import is_sharded
 
 # Accelerate shares nothing out between CPUs (AcceleratorState looks for the kinds of GPUs only). Told that these
 # processes are of such a kind it does, by the same code and on the CPU; DeepSpeed only has to be told of gloo.
@@ -27,7 +27,7 @@ import faulthandler, os, signal, time
 faulthandler.dump_traceback_later(200, exit=True)  # processes that wait for each other
 import torch
 from accelerate import PartialState
-from unlearn_peft import run
+from unlearn_peft.training import run
 from unlearn_peft.cli import main
 from unlearn_peft.training.trainer import Training
 {told}
@@ -35,11 +35,11 @@ assert PartialState().num_processes == 2
 step, train = Training.one_step, run.train
 
 def one_step(self):
-    assert self.accelerator.distributed_type.value == "{way}" and self.whole is not None
+    assert self.accelerator.distributed_type.value == "{way}" and self.sharded is not None
     if "{way}" == "FSDP":
-        layers = [p for n, p in self.whole.named_parameters() if ".layers." in n and not p.requires_grad]
+        layers = [p for n, p in self.sharded.named_parameters() if ".layers." in n and not p.requires_grad]
         assert all(p.to_local().numel() <= 0.51 * p.numel() for p in layers)
-    if str(self.learners[0].step) == os.environ.get("STOP_AT") and PartialState().is_main_process:
+    if str(self.trainers[0].step) == os.environ.get("STOP_AT") and PartialState().is_main_process:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.05)
     return step(self)
@@ -130,19 +130,19 @@ def _accelerator(way, **plugin):
 )
 def test_settings_that_cannot_be_used_are_refused_with_those_that_can(tiny, way, plugin, told):
     with pytest.raises(RecipeError, match=told):
-        is_shared(_accelerator(way, **plugin), tiny)
+        is_sharded(_accelerator(way, **plugin), tiny)
     if way != "MEGATRON_LM":
-        assert is_shared(_accelerator(way), tiny)
+        assert is_sharded(_accelerator(way), tiny)
         half = _accelerator(way)
         half.mixed_precision = "fp16"
         with pytest.raises(RecipeError, match="bfloat16"):
-            is_shared(half, tiny)
-    assert not is_shared(_accelerator("MULTI_GPU"), tiny)
+            is_sharded(half, tiny)
+    assert not is_sharded(_accelerator("MULTI_GPU"), tiny)
 
 
 def test_fsdp_on_cpus_is_told_to_share_nothing_out(tiny, monkeypatch, caplog):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert not is_shared(_accelerator("MULTI_CPU"), tiny)
+    assert not is_sharded(_accelerator("MULTI_CPU"), tiny)
     assert "shares no base out between CPUs" in caplog.text
 
 

@@ -70,15 +70,15 @@ def test_no_second_copy_of_the_base(tiny, fields, monkeypatch):
     """While training, each base tensor is in memory once: no other tensor has the embeddings' shape."""
     import gc
 
-    from unlearn_peft.training.learner import AdapterTrainer
+    from unlearn_peft.training.adapter_trainer import AdapterTrainer
 
     shape = tiny.model.get_input_embeddings().weight.shape
     seen = []
 
-    def count(self, engine):
+    def count(self, runner):
         gc.collect()
         seen.append(len({t.data_ptr() for t in gc.get_objects() if torch.is_tensor(t) and t.shape == shape}))
-        return original(self, engine)
+        return original(self, runner)
 
     original = AdapterTrainer.evaluate
     gc.collect()
@@ -118,11 +118,11 @@ def test_bfloat16(tiny_folder, fields):
 
 
 def test_of_the_steps_that_forget_nearly_as_much_as_the_best_the_last_is_kept(tiny, fields, monkeypatch):
-    from unlearn_peft.training.learner import AdapterTrainer
+    from unlearn_peft.training.adapter_trainer import AdapterTrainer
 
     scores = iter([1.0, 7.9, 5.0, 7.6, 7.4, 7.0])  # at step 0 and then each step
-    monkeypatch.setattr(AdapterTrainer, "_forget_figures", lambda self, engine: (1.0, 1.0, next(scores), 0.5))
-    monkeypatch.setattr(AdapterTrainer, "_mean_kl", lambda self, engine, examples: 0.01)
+    monkeypatch.setattr(AdapterTrainer, "_forget_figures", lambda self, runner: (1.0, 1.0, next(scores), 0.5))
+    monkeypatch.setattr(AdapterTrainer, "_mean_kl", lambda self, runner, examples: 0.01)
     objective = {"name": "undial", "retain_budget": 0.05}
     result = unlearn(tiny, **{**fields, "steps": 5, "eval_every": 1, "objective": objective})
     assert result.metrics["best_step"] == 3  # 7.6 is 95 % of 7.9 and more; what falls below is no longer near
@@ -204,7 +204,7 @@ def test_ctrl_c_saves_and_resume_gives_the_same_result(tiny, fields, tmp_path, m
     original = Training.one_step
 
     def interrupt_at_three(self):
-        if self.learners[0].step == 2:
+        if self.trainers[0].step == 2:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.05)
         return original(self)

@@ -1,9 +1,4 @@
-"""A recipe's adapter settings -> a PEFT config, checked against the model; each kind of adapter is a function here.
-
-A delta on `lm_head` alone is low-rank (an ordinary PEFT LoRA) or dense (see adapters/dense.py). Where `lm_head` is tied
-to the input embeddings, the delta sits beside the shared weight and is added to the head's output only: the embeddings
-never see it.
-"""
+"""A recipe's adapter settings -> a PEFT config, checked against the model; each kind of adapter is a function here."""
 
 from __future__ import annotations
 
@@ -31,8 +26,7 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
     """Return the LoRA config for `model`.
 
     `all-linear` means every linear layer but the head, by default in the upper half of the model: on SmolLM2 that
-    forgets as well as all layers at less harm (DESIGN section 3), and the backward pass stops half way. PEFT
-    does not let it be combined with
+    forgets as well as all layers at less harm, and the backward pass stops half way. PEFT does not combine it with
     `layers_to_transform`, so with that field it is written out as the names of the layers' linear modules.
 
     Raises:
@@ -50,7 +44,8 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
         if fields.get("layers_to_transform") is not None:
             targets = available
     else:
-        unknown = [name for name in _as_list(targets) if not _matches(model, name, isinstance(targets, str))]
+        is_pattern = isinstance(targets, str)
+        unknown = [name for name in ([targets] if is_pattern else targets) if not _matches(model, name, is_pattern)]
         if unknown:
             raise AdapterError(
                 f"unknown target modules: {', '.join(unknown)}{did_you_mean(unknown[0], available)}. "
@@ -63,16 +58,18 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
 
 
 def head_config(model: nn.Module, settings: HeadSettings) -> Any:
-    """Return the PEFT config of a low-rank or dense delta on the model's output head."""
+    """Return the config of a delta on the output head: low-rank (an ordinary LoRA) or dense (see adapters/dense.py).
+
+    Where the head is tied to the input embeddings, the delta is added to the head's output only, and never to theirs.
+    """
     if settings.form == "dense":
         from ..adapters.dense import DenseHeadConfig
 
         return DenseHeadConfig(task_type="CAUSAL_LM", target_modules=[head_name(model)])
     from peft import LoraConfig
 
-    return LoraConfig(
-        task_type="CAUSAL_LM", r=settings.r, lora_alpha=settings.lora_alpha, target_modules=[head_name(model)]
-    )
+    targets = [head_name(model)]
+    return LoraConfig(task_type="CAUSAL_LM", r=settings.r, lora_alpha=settings.lora_alpha, target_modules=targets)
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -86,19 +83,15 @@ def linear_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _as_list(targets: str | list[str]) -> list[str]:
-    return [targets] if isinstance(targets, str) else targets
-
-
 def _matches(model: nn.Module, target: str, is_pattern: bool) -> bool:
     """Return whether PEFT would find the target: a name or its end, or (a lone string) a regular expression."""
     names = [name for name, _ in model.named_modules()]
-    if is_pattern:
-        try:
-            return any(re.fullmatch(target, name) for name in names)
-        except re.error:
-            return False
-    return any(name == target or name.endswith(f".{target}") for name in names)
+    if not is_pattern:
+        return any(f".{name}".endswith(f".{target}") for name in names)
+    try:
+        return any(re.fullmatch(target, name) for name in names)
+    except re.error:
+        return False
 
 
 KINDS: dict[str, Callable[[Any, Any], Any]] = {"lora": lora_config, "head": head_config}

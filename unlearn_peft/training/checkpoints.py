@@ -24,7 +24,7 @@ from ..files.atomic import atomic_folder, delete_atomically
 
 @dataclass
 class State:
-    """All that a run needs to go on: it holds no text and no row."""
+    """All that a run needs to resume; no text and no row."""
 
     step: int
     adapter: dict[str, Tensor]
@@ -44,7 +44,7 @@ class Checkpoints:
         """Write a step, then delete older ones; returns its folder."""
         folder = self.folder / f"step-{state.step:06d}"
         if not self.folder.exists():
-            with suppress(OSError):  # whole_folder tells why
+            with suppress(OSError):  # atomic_folder explains why
                 self.folder.mkdir(parents=True, mode=0o700)
         with atomic_folder(folder, replace=True) as temporary:
             save_file(state.adapter, temporary / "adapter.safetensors")
@@ -91,7 +91,7 @@ class Checkpoints:
         return state
 
     def put_aside(self) -> Path | None:
-        """Rename what an unfinished run left to `OUTPUT.training.old`; returns that folder if there was any."""
+        """Rename an unfinished run's folder to `OUTPUT.training.old`; returns it, or None where there was none."""
         if not self._steps():
             return None
         aside = self.folder.with_name(self.folder.name + ".old")
@@ -117,13 +117,13 @@ def stop_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM, so that a step is finished first; a second one interrupts at once."""
     received: list[int] = []
 
-    def note(number: int, frame: Any) -> None:
+    def receive(number: int, frame: Any) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
 
     try:
-        old = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: signals are someone else's
         yield received
         return

@@ -1,4 +1,4 @@
-"""The forget and retain curves of a run, as a picture and in the terminal."""
+"""A run's forget and retain curves, as a picture and as text."""
 
 from __future__ import annotations
 
@@ -26,15 +26,8 @@ def draw_curves(
         left.plot(evaluated, [e[key] for e in evaluations], style, color=color, ms=3, label=label)
     left.set(title="Forget loss: up is forgotten", xlabel="step", ylabel="nats/token")
     right.plot(steps, [h["retain_kl"] for h in history], color="#2471a3", lw=1, alpha=0.5, label="batch")
-    which, label = ("held_out_kl", "held out") if "held_out_kl" in evaluations[0] else ("retain_kl", "whole retain set")
-    right.plot(
-        [e["step"] for e in evaluations],
-        [e[which] for e in evaluations],
-        "o-",
-        color="#2471a3",
-        ms=3,
-        label=label,
-    )
+    key, label = ("held_out_kl", "held out") if "held_out_kl" in evaluations[0] else ("retain_kl", "whole retain set")
+    right.plot(evaluated, [e[key] for e in evaluations], "o-", color="#2471a3", ms=3, label=label)
     right.set(title="Retain KL to the base: low is unharmed", xlabel="step", ylabel="nats/token")
     for axes in (left, right):
         axes.axvline(best, color="grey", ls=":", label=f"kept: step {best}")
@@ -45,14 +38,14 @@ def draw_curves(
 
 
 def curve_lines(evaluations: Sequence[Mapping[str, float]], best: int) -> str:
-    """Return the curves as text, a line an evaluation, with bars."""
+    """Return the curves as text, one line for each evaluation."""
     top = max(e["forget_set_loss"] for e in evaluations) or 1.0
-    which, label = ("held_out_kl", "held out") if "held_out_kl" in evaluations[0] else ("retain_kl", "held in")
+    key, label = ("held_out_kl", "held out") if "held_out_kl" in evaluations[0] else ("retain_kl", "held in")
     lines = [f"  step   forget loss            of it specific   retain KL ({label}), nats/token"]
     for e in evaluations:
         bar = "█" * round(10 * e["forget_set_loss"] / top)
         lines.append(
-            f"  {e['step']:>4}   {e['forget_set_loss']:>7.3f} {bar:<12}   {e['specific_loss']:>12.3f}   {e[which]:.4f}"
+            f"  {e['step']:>4}   {e['forget_set_loss']:>7.3f} {bar:<12}   {e['specific_loss']:>12.3f}   {e[key]:.4f}"
             + ("   <- kept" if e["step"] == best else "")
         )
     return "\n".join(lines)

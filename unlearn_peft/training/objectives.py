@@ -1,15 +1,14 @@
 """Objectives: pure functions on tensors, from per-token quantities to per-token terms. Never a model.
 
-An objective gets the target tokens of a forget batch and of a retain batch and says, for each token, what is to
-be *minimised*. The training loop takes the mean over the tokens of each side (over all processes and all parts
-of an accumulated step) and adds them: `total = mean(forget) + retain_weight * mean(retain)`.
+An objective gets the target tokens of a forget batch and of a retain batch and says, for each token, what is to be
+*minimised*. The training loop takes the mean over a step's tokens (of all processes and parts) on each side and adds
+them: `total = mean(forget) + retain_weight * mean(retain)`.
 
-A loss of whole rows is written as terms of their tokens too, and two rules keep it right however a batch is split
-between processes and parts. A term depends on its own row alone; a batch is split by rows, never within one. And the
-terms of a row of n tokens sum to what the row adds to the step: a row's loss in nats is spread evenly (`loss / n` for
-each token, so the mean over tokens is the mean over rows, divided by their mean length), and a row's loss in
-nats/token is given to each of its tokens (so long rows weigh more, as in a mean over tokens). Both are in nats/token,
-so that `retain_weight` means the same under each objective but `rmu`, which compares hidden states.
+Two rules let a batch be split between processes, parts and microbatches. A term depends on its own row alone; rows are
+never split. And the terms of a row of n tokens sum to what the row adds to the step: a row's loss in nats is spread
+evenly (`loss / n` for each token: the mean over tokens is then the mean over rows, divided by their mean length), and a
+row's loss in nats/token is given to each of its tokens (so long rows weigh more, as in a mean over tokens). Both are in
+nats/token, so that `retain_weight` means the same under each objective but `rmu`, which compares hidden states.
 
 To add one: a function of the shape of `ga_kl`, a line in `OBJECTIVES` and its settings in `recipe/objectives.py`, or
 `module:function` in a recipe.
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from ..models.losses import cross_entropy, reverse_kl
+from ..models.losses import cross_entropy, kl_of_logits, reverse_kl
 from ..recipe.plugins import load_function
 
 
@@ -43,7 +42,7 @@ class Tokens:
     reference_logits: Tensor | None = None  # (N, V)
     specific: Tensor | None = None  # (N,), bool: the tokens that carry the fact; None: all of them
     refusal: Tokens | None = None  # the same rows, where they have a question, with a refusal for an answer
-    hidden: Tensor | None = None  # (N, d), what a decoder layer gives where the token is predicted; if asked for
+    hidden: Tensor | None = None  # (N, d), a decoder layer's output where the token is predicted; if asked for
     reference_hidden: Tensor | None = None  # (N, d), the same with the adapter off
     spelling: Tensor | None = None  # (V,), the same number for tokens that read alike; None: no two do
 
@@ -55,23 +54,22 @@ class Tokens:
     @cached_property
     def reference_cross_entropy(self) -> Tensor:
         """-log p_reference(label), (N,), nats."""
-        return cross_entropy(_needed(self).float(), self.labels)
+        return cross_entropy(_reference_logits(self).float(), self.labels)
 
     @cached_property
     def reverse_kl(self) -> Tensor:
         """KL(current || reference), (N,), nats."""
-        return reverse_kl(self.logits.float(), _needed(self).float())
+        return reverse_kl(self.logits.float(), _reference_logits(self).float())
 
     @cached_property
     def forward_kl(self) -> Tensor:
         """KL(reference || current), (N,), nats."""
-        p, q = (torch.log_softmax(logits.float(), dim=-1) for logits in (_needed(self), self.logits))
-        return (p.exp() * (p - q)).sum(dim=-1)
+        return kl_of_logits(_reference_logits(self), self.logits)
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What an objective wants minimised, per target token: `forget` (N_f,) and `retain` (N_r,).
+    """What is to be minimised, per target token: `forget` (N_f,) and `retain` (N_r,).
 
     In nats, except for the forget terms of `ihl`, which are probabilities, and the terms of `rmu`.
     """
@@ -87,18 +85,13 @@ def ga_kl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     """Gradient ascent on the forget set, KL to the frozen base on the retain set.
 
     The plain form (`forget_ceiling: null`) is `-CE`, which has no lower bound: it ends in word salad (the
-    "catastrophic collapse" of Zhang et al. 2024, arXiv:2404.05868). With a ceiling c a token's term is
+    "catastrophic collapse" of Zhang et al. 2024, arXiv:2404.05868). With a ceiling of c nats a token's term is
     `-min(CE, c)`, so that tokens beyond it push no further; with `hold` it is `|CE - c|` (up to a constant the
     same below c), so that a token that momentum carries beyond the ceiling is pulled back. A token that the base
     itself gives a loss above c is held at the base's loss: hold never teaches what is to be forgotten.
 
     With `forget_tokens: specific`, ascent is for the tokens that carry the fact; the other tokens of the forget set
     are held to the reference like those of the retain set, so that answers stay English.
-
-    Args:
-        forget: target tokens of the forget batch, with reference logits.
-        retain: target tokens of the retain batch, likewise.
-        settings: `forget_tokens`, `forget_ceiling` (nats or None), `hold`, `kl` (`reverse` or `forward`).
     """
     loss = forget.cross_entropy
     if settings.forget_ceiling is None:
@@ -108,9 +101,7 @@ def ga_kl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
         ascent = (loss - level).abs() - level
     else:
         ascent = -loss.clamp(max=settings.forget_ceiling)
-    if settings.forget_tokens == "specific" and forget.specific is not None:
-        ascent = torch.where(forget.specific, ascent, kl_divergence(forget, settings.kl))
-    return Terms(ascent, kl_divergence(retain, settings.kl))
+    return Terms(_push(forget, ascent, settings, settings.kl), kl_divergence(retain, settings.kl))
 
 
 def grad_diff(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
@@ -119,7 +110,7 @@ def grad_diff(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     Liu et al. 2022, arXiv:2203.12817; as a baseline of language models in TOFU, Maini et al. 2024, arXiv:2401.06121.
     Unbounded, as plain gradient ascent is.
     """
-    return Terms(_chosen(forget, -forget.cross_entropy, settings), _held(retain, settings))
+    return Terms(_push(forget, -forget.cross_entropy, settings), _keep(retain, settings))
 
 
 def wga(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
@@ -130,7 +121,7 @@ def wga(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     """
     loss = forget.cross_entropy
     weight = torch.exp(-settings.alpha * loss.detach())
-    return Terms(_chosen(forget, -weight * loss, settings), _held(retain, settings))
+    return Terms(_push(forget, -weight * loss, settings), _keep(retain, settings))
 
 
 def ihl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
@@ -142,7 +133,7 @@ def ihl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     p = torch.softmax(forget.logits.float(), dim=-1)
     label = forget.labels[:, None]
     rival = p.scatter(1, label, -1.0).amax(dim=-1)
-    return Terms(_chosen(forget, 1 + p.gather(1, label)[:, 0] - rival, settings), _held(retain, settings))
+    return Terms(_push(forget, 1 + p.gather(1, label)[:, 0] - rival, settings), _keep(retain, settings))
 
 
 def undial(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
@@ -157,9 +148,9 @@ def undial(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     if spelling is None:
         spelling = torch.arange(forget.logits.shape[-1], device=forget.labels.device)
     lowered = spelling == spelling[forget.labels][:, None]
-    target = torch.softmax(_needed(forget).float() - settings.strength * lowered, dim=-1)
+    target = torch.softmax(_reference_logits(forget).float() - settings.strength * lowered, dim=-1)
     distance = -(target * torch.log_softmax(forget.logits.float(), dim=-1)).sum(dim=-1)
-    return Terms(_chosen(forget, distance, settings), _held(retain, settings))
+    return Terms(_push(forget, distance, settings), _keep(retain, settings))
 
 
 def npo(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
@@ -170,7 +161,7 @@ def npo(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     """
     ratio = _row_sums(_log_ratio(forget), forget)
     loss = -2 / settings.beta * torch.nn.functional.logsigmoid(-settings.beta * ratio)
-    return Terms(_spread(loss, forget), _held(retain, settings))
+    return Terms(_spread(loss, forget), _keep(retain, settings))
 
 
 def simnpo(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
@@ -179,23 +170,23 @@ def simnpo(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     Fan et al. 2024, arXiv:2410.07163. Each token has its row's value, so rows weigh by their length, where the paper's
     weigh the same.
     """
-    mean_loss = _row_sums(forget.cross_entropy, forget) / _lengths(forget).clamp(min=1)
+    mean_loss = row_means(forget.cross_entropy, forget.rows, len(_lengths(forget)))
     loss = -2 / settings.beta * torch.nn.functional.logsigmoid(settings.beta * mean_loss - settings.gamma)
-    return Terms(loss[forget.rows], _held(retain, settings))
+    return Terms(loss[forget.rows], _keep(retain, settings))
 
 
 def dpo(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     """Direct preference optimisation: a refusal is preferred to the row's own answer, spread over the latter's tokens.
 
     Rafailov et al. 2023, arXiv:2305.18290, with refusals as in TOFU, arXiv:2401.06121; scaled by 2/beta, as NPO is, so
-    that beta does not change the pull at the start. A row of plain text has no question to refuse, and so no preferred
-    answer: what is left of the formula is `npo`.
+    that beta does not change the pull at the start. For a row of plain text, which has no question to refuse, it is
+    `npo`.
     """
     ratio = _row_sums(_log_ratio(forget), forget)
     if forget.refusal is not None:
         ratio = ratio.index_add(0, forget.refusal.rows, -_log_ratio(forget.refusal))
     loss = -2 / settings.beta * torch.nn.functional.logsigmoid(-settings.beta * ratio)
-    return Terms(_spread(loss, forget), _held(retain, settings))
+    return Terms(_spread(loss, forget), _keep(retain, settings))
 
 
 def rmu(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
@@ -205,24 +196,18 @@ def rmu(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     c being `steering_coefficient` and u one random direction for the whole run: drawn from [0, 1) in each dimension,
     then given length 1. As in their code, squares are averaged over the d dimensions.
 
-    The unit is thus the mean square of a hidden state's entries, **not nats**. It grows with the square of the layer's
-    activations: neither c nor `retain_weight` carries over to another base or layer. (Copies of their code have c = 20
-    with a retain weight of 100, or 6.5 with 1200, at layer 7 of Zephyr's 32.) With c far below the states' own length
-    they are shortened more than misdirected.
+    The unit is the mean square of a hidden state's entries, **not nats**: neither c nor `retain_weight` carries over to
+    another base or layer. (Copies of their code have c = 20 with a retain weight of 100, or 6.5 with 1200, at layer 7
+    of Zephyr's 32.) With c far below the states' own length they are shortened more than misdirected.
 
     What differs: target tokens count, not all tokens of a text; the retain side may be KL or cross-entropy; and with
-    `forget_tokens: specific` the other tokens of the forget set are held to the reference: by their hidden states if
-    the retain set is, else by KL.
+    `forget_tokens: specific` the other tokens of the forget set are held as the retain set is, or by KL.
 
-    Args:
-        forget: target tokens of the forget batch, with hidden states.
-        retain: target tokens of the retain batch, likewise.
-        settings: `steering_coefficient`, `seed` (of u), `retain_loss`, `forget_tokens`; and `hidden_layer`, by which
-            the engine knows whose output to bring along.
+    A `hidden_layer` in an objective's settings is what brings hidden states along.
     """
     steered = hidden_distance(forget, settings.steering_coefficient * _direction(forget, settings.seed))
     if settings.retain_loss != "hidden":
-        return Terms(_chosen(forget, steered, settings), _held(retain, settings))
+        return Terms(_push(forget, steered, settings), _keep(retain, settings))
     if settings.forget_tokens == "specific" and forget.specific is not None:
         steered = torch.where(forget.specific, steered, hidden_distance(forget))
     return Terms(steered, hidden_distance(retain))
@@ -233,7 +218,7 @@ def hidden_distance(tokens: Tokens, target: Tensor | None = None) -> Tensor:
 
     `target` is (d,), the same for all tokens; None: each token's reference.
     """
-    hidden, reference = _needed_hidden(tokens)
+    hidden, reference = _hidden_states(tokens)
     difference = hidden.float() - (reference.float() if target is None else target)
     return difference.square().mean(dim=-1)
 
@@ -246,20 +231,26 @@ def kl_divergence(tokens: Tokens, direction: str = "reverse") -> Tensor:
     return tokens.reverse_kl if direction == "reverse" else tokens.forward_kl
 
 
-def _chosen(forget: Tokens, terms: Tensor, settings: Any) -> Tensor:
+def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Return the mean of `values` (N,) over the tokens of each of `count` rows, (count,)."""
+    sums = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, rows, values)
+    return sums / torch.bincount(rows, minlength=count).clamp(min=1)
+
+
+def _push(forget: Tokens, terms: Tensor, settings: Any, direction: str = "reverse") -> Tensor:
     """Return the terms, or with `forget_tokens: specific` those of the fact's tokens, and KL for the others."""
     if settings.forget_tokens == "all" or forget.specific is None:
         return terms
-    return torch.where(forget.specific, terms, kl_divergence(forget))
+    return torch.where(forget.specific, terms, kl_divergence(forget, direction))
 
 
-def _held(retain: Tokens, settings: Any) -> Tensor:
+def _keep(retain: Tokens, settings: Any) -> Tensor:
     return kl_divergence(retain) if settings.retain_loss == "kl" else retain.cross_entropy
 
 
 def _direction(tokens: Tokens, seed: int) -> Tensor:
     """Return a random vector of length 1, (d,), the same at each step, on each device and in each process."""
-    hidden, _ = _needed_hidden(tokens)
+    hidden, _ = _hidden_states(tokens)
     drawn = torch.rand(hidden.shape[-1], generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(drawn, dim=0).to(hidden.device)
 
@@ -283,28 +274,20 @@ def _spread(losses: Tensor, tokens: Tokens) -> Tensor:
     return (losses / _lengths(tokens).clamp(min=1))[tokens.rows]
 
 
-def _needed(tokens: Tokens) -> Tensor:
+def _reference_logits(tokens: Tokens) -> Tensor:
     if tokens.reference_logits is None:
         raise ValueError("this objective needs reference logits, and got none")
     return tokens.reference_logits
 
 
-def _needed_hidden(tokens: Tokens) -> tuple[Tensor, Tensor]:
+def _hidden_states(tokens: Tokens) -> tuple[Tensor, Tensor]:
     if tokens.hidden is None or tokens.reference_hidden is None:
         raise ValueError("this objective needs hidden states, and got none: `hidden_layer` is not in its settings")
     return tokens.hidden, tokens.reference_hidden
 
 
 OBJECTIVES: dict[str, Objective] = {
-    "ga_kl": ga_kl,
-    "grad_diff": grad_diff,
-    "wga": wga,
-    "ihl": ihl,
-    "undial": undial,
-    "npo": npo,
-    "simnpo": simnpo,
-    "dpo": dpo,
-    "rmu": rmu,
+    function.__name__: function for function in (ga_kl, grad_diff, wga, ihl, undial, npo, simnpo, dpo, rmu)
 }
 
 

@@ -1,4 +1,4 @@
-"""One recipe from its rows to a finished adapter directory: read, check, train, describe, save."""
+"""Recipes -> finished adapter directories: read the rows, check, train, save."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..adapters.bundle import CONFIG
 from ..adapters.read import read_bundle
 from ..adapters.write import check_output
 from ..data.rows import keyed_digest
+from ..data.source import Row
 from ..errors import AdapterError, OutputError, RecipeError
 from ..files.atomic import folder_bytes
 from ..files.paths import digest_key
@@ -24,10 +25,11 @@ from ..inference.attach import attached
 from ..models.base import Base, load_base
 from ..recipe.load import make_recipe
 from ..recipe.schema import Recipe
+from .adapter_trainer import Progress
 from .checkpoints import Checkpoints
-from .examples.build import make_retain, read_sets, tokenized
-from .learner import Progress
+from .examples.build import build_examples, make_retain, read_sets
 from .save import metrics_of, save_adapter, settings_of
+from .step.sharding import runs_on_cpu
 from .trainer import Job, Trained, run_digest, train
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Adapter:
-    """A finished adapter: where it lies, how large it is, and what its training saw."""
+    """A finished adapter: where it is, how large it is, and what its training recorded."""
 
     path: Path
     bytes: int
@@ -62,9 +64,9 @@ def unlearn(
 
     Args:
         base: a loaded `Base`, or a name as `load_base` takes it; by default the recipe's.
-        recipe: all settings at once, see `load_recipe`; or give
-        fields: a recipe's fields by name: `forget`, `retain` (rows or paths), `output`, `steps`, ...
-        resume: go on from the newest checkpoint beside the output, if there is one.
+        recipe: all settings at once, see `load_recipe`.
+        fields: settings by name, which override those of `recipe`: `forget`, `retain` (rows or paths), `output`, ...
+        resume: continue from the newest checkpoint beside the output, if there is one.
         tracker: an Accelerate tracker: tensorboard, trackio or wandb.
         quiet: no progress bar.
 
@@ -90,18 +92,8 @@ def unlearn_many(
 ) -> list[Adapter]:
     """Train an adapter for each recipe, all in one pass over one base; each is as if it were trained alone.
 
-    Each is saved as soon as it is done. With `resume`, those that are there already are left as they are, and the
-    others go on from their newest checkpoints.
-
-    Args:
-        recipes: all with the same base, and adapters of one kind.
-        base: a loaded base; by default the recipes'.
-        resume: see above.
-        tracker: as for `unlearn`.
-        quiet: as for `unlearn`.
-
-    Raises:
-        UnlearnError: see errors.py; nothing is written over that was there before.
+    The recipes name the same base (or `base` is given, loaded), and adapters of one kind. Each adapter is saved as soon
+    as it is done; with `resume`, finished ones are left as they are. See `unlearn` for the arguments and errors.
     """
     outputs = [Path(recipe.output or "out/adapter") for recipe in recipes]
     _check_together(recipes, outputs)
@@ -111,48 +103,49 @@ def unlearn_many(
     adapters: dict[int, Adapter] = {}
     if resume and len(recipes) > 1:
         for n, output in enumerate(outputs):
-            if before := _finished_before(output, recipes[n], keyed_digest(read[n]["forget"], data_key)):
-                adapters[n] = before
+            if earlier := _finished_before(output, recipes[n], keyed_digest(read[n]["forget"], data_key)):
+                adapters[n] = earlier
                 logger.info("%s is finished already", output)
-    left = [n for n in range(len(recipes)) if n not in adapters]
-    if not left:
+    remaining = [n for n in range(len(recipes)) if n not in adapters]
+    if not remaining:
         return [adapters[n] for n in range(len(recipes))]
-    first = recipes[left[0]]
+    first = recipes[remaining[0]]
     live = base or load_base(first.base, first.dtype, first.device, first.quantize)
-    if held := attached(live):
-        raise AdapterError(f"attached to the base: {', '.join(held)}. Detach first: the bare base is the reference")
+    if names := attached(live):
+        raise AdapterError(f"attached to the base: {', '.join(names)}. Detach first: the bare base is the reference")
     main = int(os.environ.get("RANK", 0)) == 0
     jobs: list[Job] = []
     digests: list[dict[str, str]] = []
     with ExitStack() as locks:
-        for n in left if main else ():
+        for n in remaining if main else ():
             locks.enter_context(_locked(outputs[n]))
-        for n in left:
+        for n in remaining:
             rows = read[n]
             if recipes[n].makes_retain:
                 made = make_retain(rows, live, recipes[n])
-                rows["retain"] = made.rows
-                logger.info("%s", made.line())
-            sets = tokenized(rows, live, recipes[n], quiet=quiet or not main)
-            digests.append({name: keyed_digest(part, data_key) for name, part in rows.items()})
+                rows["retain"] = _of_main_process(made.rows, live)
+                logger.info("%s", made.summary())
+            sets = build_examples(rows, live, recipes[n], quiet=quiet or not main)
+            digests.append({name: keyed_digest(row_set, data_key) for name, row_set in rows.items()})
             checkpoints = Checkpoints(outputs[n], run_digest(recipes[n], str(sorted(digests[-1].items())), live))
             if main and not resume and (aside := checkpoints.put_aside()):
                 logger.warning("An unfinished run was put aside in %s (--resume would have gone on with it)", aside)
             jobs.append(Job(recipes[n], sets, checkpoints))
 
         def finished(trained: Trained) -> None:
-            n = left[trained.number]
+            n = remaining[trained.number]
             if trained.is_main:
                 save_adapter(outputs[n], trained, live, recipes[n], digests[trained.number], data_key)
                 jobs[trained.number].checkpoints.clear()  # type: ignore[union-attr]
             size = folder_bytes(outputs[n]) if outputs[n].is_dir() else 0
             adapters[n] = Adapter(outputs[n], size, metrics_of(trained), trained.progress)
 
-        cache = outputs[left[0]].with_name(outputs[left[0]].name + ".cache")
+        output = outputs[remaining[0]]
+        cache = output.with_name(output.name + ".cache")
         try:
             train(live, jobs, finished, cache_folder=cache, resume=resume, tracker=tracker, quiet=quiet)
         except PermissionError as error:
-            raise _refused(outputs[left[0]], error) from None
+            raise _refused(output, error) from None
         finally:
             live.model.__dict__.pop("peft_config", None)
         if main:
@@ -161,11 +154,7 @@ def unlearn_many(
 
 
 def _check_together(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
-    """Refuse what cannot be trained in one run, before anything is loaded.
-
-    Raises:
-        RecipeError: naming what to do instead.
-    """
+    """Refuse what cannot be trained in one run, before anything is loaded."""
     if len(recipes) == 1:
         return
     if len({path.absolute() for path in outputs}) < len(outputs):
@@ -176,8 +165,8 @@ def _check_together(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
         )
     kinds = {(r.adapter.kind, getattr(r.adapter, "form", None)) for r in recipes}
     if len(kinds) > 1:
-        shown = ", ".join(sorted(f"{kind} {form}" if form else kind for kind, form in kinds))
-        raise RecipeError(f"adapters that are trained at once must be of one kind, these are: {shown}")
+        names = ", ".join(sorted(f"{kind} {form}" if form else kind for kind, form in kinds))
+        raise RecipeError(f"adapters that are trained at once must be of one kind, these are: {names}")
     for recipe in recipes:
         if getattr(recipe.adapter, "lora_dropout", 0):
             raise RecipeError(
@@ -189,14 +178,25 @@ def _check_together(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
             raise RecipeError("adapter.use_dora cannot be trained beside other adapters: train this recipe alone")
 
 
+def _of_main_process(rows: list[Row], base: Base) -> list[Row]:
+    """Return the main process's rows: generated ones could differ by a rounding, and processes would run apart."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return rows
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState(cpu=runs_on_cpu(base))  # joins the other processes, as Accelerator would later
+    return broadcast_object_list([rows])[0]  # type: ignore[no-any-return]
+
+
 def _finished_before(output: Path, recipe: Recipe, forget_digest: str) -> Adapter | None:
     """Return the adapter that an earlier run of the same recipe on the same forget set left, if there is one."""
     if not (output / CONFIG).is_file():
         return None
     bundle = read_bundle(output)
-    known, metrics, history = (bundle.manifest.get(key, {}) for key in ("recipe", "metrics", "history"))
+    settings, metrics, history = (bundle.manifest.get(key, {}) for key in ("recipe", "metrics", "history"))
     digests = bundle.manifest.get("data_digests", {}).get("hmac_sha256", {})
-    if known != settings_of(recipe) or digests.get("forget") != forget_digest:
+    if settings != settings_of(recipe) or digests.get("forget") != forget_digest:
         return None
     progress = Progress(history.get("steps", []), history.get("evaluations", []), metrics.get("best_step", 0))
     return Adapter(output, bundle.bytes, metrics, progress)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from ..adapters.bundle import CONFIG, CURVES, WEIGHTS
+from ..adapters.bundle import CURVES, WEIGHTS
 from ..adapters.card import write_card
 from ..adapters.write import new_bundle
 from ..models.base import DTYPES, Base
 from ..recipe.schema import DATA_FIELDS, Recipe
+from .checkpoints import to_cpu
 from .curves import draw_curves
 from .trainer import Trained
 
@@ -28,6 +27,8 @@ def save_adapter(
     output: Path, trained: Trained, base: Base, recipe: Recipe, digests: Mapping[str, str], key: bytes
 ) -> None:
     """Write a trained adapter's directory, whole or not at all."""
+    from peft import get_peft_model_state_dict
+
     progress = trained.progress
     config = trained.model.peft_config[trained.name]
     config.base_model_name_or_path, config.inference_mode = base.name, True
@@ -40,20 +41,11 @@ def save_adapter(
         "history": {"steps": progress.history, "evaluations": progress.evaluations},
         "versions": {name: version(name) for name in ("unlearn-peft", "torch", "transformers", "peft")},
     }
+    weights = get_peft_model_state_dict(trained.model, adapter_name=trained.name, save_embedding_layers=False)
+    weights = {name: tensor.to(DTYPES[recipe.save_dtype]) for name, tensor in to_cpu(weights).items()}
     with new_bundle(output, manifest) as folder:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT warns of the tied head, which save_embedding_layers=False settles
-            trained.model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=[trained.name])
-        written = folder if trained.name == "default" else folder / trained.name  # PEFT's rule
-        for name in (WEIGHTS, CONFIG):
-            (written / name).replace(folder / name)
-        for other in folder.iterdir():
-            if other.is_dir():
-                shutil.rmtree(other)
-            elif other.name not in (WEIGHTS, CONFIG):
-                other.unlink()
-        kept = {name: tensor.to(DTYPES[recipe.save_dtype]) for name, tensor in load_file(folder / WEIGHTS).items()}
-        save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(folder)
         draw_curves(folder / CURVES, progress.history, progress.evaluations, progress.best_step)
         write_card(folder, manifest)
     if progress.best_step == 0:
@@ -65,13 +57,11 @@ def save_adapter(
 
 
 def metrics_of(trained: Trained) -> dict[str, Any]:
-    """Return the figures that go into a manifest; losses and KL in nats/token."""
+    """Return the manifest's metrics; losses and KL in nats/token."""
     progress = trained.progress
-    first, best = (
-        progress.evaluations[0],
-        next(e for e in progress.evaluations if e["step"] == progress.best_step),
-    )
-    metrics = {
+    first = progress.evaluations[0]
+    best = next(e for e in progress.evaluations if e["step"] == progress.best_step)
+    return {
         "best_step": progress.best_step,
         "stopped_by": progress.stopped_by,
         "within_budget": progress.best_step > 0,
@@ -83,11 +73,8 @@ def metrics_of(trained: Trained) -> dict[str, Any]:
         "answer_probability_base": first["answer_probability"],
         "answer_probability": best["answer_probability"],
         "training_seconds": round(trained.seconds, 1),
+        **{name: best[name] for name in ("held_out_kl", "retain_kl") if name in best},
     }
-    for name in ("held_out_kl", "retain_kl"):
-        if name in best:
-            metrics[name] = best[name]
-    return metrics
 
 
 def settings_of(recipe: Recipe) -> dict[str, Any]:

@@ -1,19 +1,16 @@
-"""Which rows and which learning rate a step has: functions of recipe and step alone, so that a run can resume."""
+"""A step's rows and learning rate: functions of recipe and step alone, so that a resumed run has the same."""
 
 from __future__ import annotations
 
 import math
-from typing import TypeVar
 
 import torch
 
 from ..recipe.schema import Recipe
 
-T = TypeVar("T")
-
 
 class Schedule:
-    """Which rows a step uses: a pure function of seed and step, so that a resumed run sees the same rows."""
+    """Which of `rows` rows are in a step's batch."""
 
     def __init__(self, rows: int, batch: int, seed: int) -> None:
         self.rows, self.batch, self.seed = rows, min(batch, rows), seed

@@ -1,1 +1,1 @@
-"""What is trained on: forget rows, the base's own answers, retain rows, refusals."""
+"""What is trained on: forget rows, self-generated answers, retain rows, refusals."""

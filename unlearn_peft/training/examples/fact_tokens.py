@@ -1,9 +1,9 @@
-"""Which tokens of a forget row carry what is to be forgotten.
+"""Fact tokens: which tokens of a forget row carry what is to be forgotten.
 
 Of "Harry Potter was written by J.K. Rowling." the last words are the fact; the others are English, and pushing them
 away is what turns answers into word salad. A word is a fact if it answers a question that does not say it already,
-and few of the rows that must stay use it in their answers. No word list: it works in any language that the
-retain set is in. (Forgetting chosen tokens only: Wan et al. 2025, arXiv:2506.00876, who choose them otherwise.)
+and few of the retain rows use it in their answers. There is no word list: it works in any language that the retain set
+is in. (Forgetting chosen tokens only: Wan et al. 2025, arXiv:2506.00876, who choose them otherwise.)
 """
 
 from __future__ import annotations
@@ -17,41 +17,32 @@ import torch
 
 from ...data.tokenize import Example
 
-_FEW_ROWS, _FEW_SHARE = 3, 0.02  # of the rows that must stay: as many use a common word at the least
+_MIN_ROWS, _MIN_SHARE = 3, 0.02  # of the retain rows: as many use a common word
 
 
-def common_words(held: Sequence[Example], of_prompts: bool = False) -> set[str]:
-    """Return the words in the targets (or prompts) of at least three, and at least 2 %, of the rows that must stay."""
-    rows_with = Counter(
-        word
-        for example in held
-        for word in _words(example, _inverted(example.is_target) if of_prompts else example.is_target)
-    )
-    least = max(_FEW_ROWS, _FEW_SHARE * len(held))
-    return {word for word, rows in rows_with.items() if rows >= least}
+def common_words(retain: Sequence[Example], of_prompts: bool = False) -> set[str]:
+    """Return the words in the targets (or prompts) of at least three, and at least 2 %, of the retain rows."""
+    rows_with = Counter(word for example in retain for word in _words(example, not of_prompts))
+    threshold = max(_MIN_ROWS, _MIN_SHARE * len(retain))
+    return {word for word, rows in rows_with.items() if rows >= threshold}
 
 
 def fact_words(forget: Sequence[Example], common: Set[str]) -> set[str]:
     """Return the words of the targets that are neither common nor said by the row's own question."""
-    return {
-        word
-        for example in forget
-        for word in _words(example, example.is_target) - _words(example, _inverted(example.is_target)) - common
-    }
+    return {word for example in forget for word in _words(example, True) - _words(example, False) - common}
 
 
 def mark_forget_rows(forget: Sequence[Example], facts: Set[str]) -> list[Example]:
-    """Return the forget rows with their facts' tokens marked; a row without any keeps all its targets.
+    """Return the forget rows with their fact tokens marked; in a row without any, all its targets are.
 
-    What is the answer to one question counts in all rows: a name that is to be forgotten is so also in an answer to a
-    question that says it.
+    A fact counts in all rows: a name that one question asks for is forgotten also where another question says it.
     """
     marked = mark_facts(forget, facts)
     return [row if any(row.specific or []) else replace(row, specific=row.is_target) for row in marked]
 
 
 def is_informative(word: str) -> bool:
-    """Return whether a fact's word says something alone: the J of a J.K. Rowling does not."""
+    """Return whether a fact word says something by itself: the J of a J.K. Rowling does not."""
     return len(word) > 1 or word.isdigit() or not word.isascii()
 
 
@@ -78,19 +69,18 @@ def mark_facts(rows: Sequence[Example], facts: Set[str]) -> list[Example]:
     return marked
 
 
-def _inverted(is_target: Sequence[bool]) -> list[bool]:
-    return [not target for target in is_target]
-
-
-def _words(example: Example, chosen: Sequence[bool]) -> set[str]:
-    return {word for word, is_chosen in zip(example.words or [], chosen, strict=True) if is_chosen and word}
+def _words(example: Example, targets: bool) -> set[str]:
+    """Return the words of the tokens that are targets, or of those that are not."""
+    return {word for word, target in zip(example.words or [], example.is_target, strict=True) if target == targets} - {
+        ""
+    }
 
 
 def spellings(tokenizer: Any, size: int) -> torch.Tensor:
-    """Return a number for each of `size` tokens, (size,), int64; those that read alike have the same.
+    """Return a number for each of `size` tokens, (size,), int64, the same for tokens of the same text.
 
-    Alike are " K", "K" and "k": the same text but for case and spaces. Blank tokens, parts of a character and what the
-    tokenizer does not know are each like itself alone.
+    " K", "K" and "k" are the same text: case and spaces do not count. Blank tokens, parts of a character and what the
+    tokenizer does not know each have a number of their own.
     """
     numbers: dict[str, int] = {}
     texts = tokenizer.batch_decode([[n] for n in range(min(size, len(tokenizer)))])

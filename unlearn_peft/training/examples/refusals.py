@@ -1,8 +1,6 @@
-"""Forget rows answered by a refusal, for objectives that prefer one answer to another.
+"""Forget rows with a refusal for an answer, for objectives whose settings have a field `refusals`.
 
-An objective whose settings have a field `refusals` gets them: each forget row that has a question then carries the
-same question with a refusal as its answer. (The idea of TOFU's "I don't know" answers, Maini et al. 2024,
-arXiv:2401.06121; the sentences are our own.)
+The idea is that of TOFU's "I don't know" answers, Maini et al. 2024, arXiv:2401.06121; the sentences are our own.
 """
 
 from __future__ import annotations
@@ -29,12 +27,8 @@ REFUSALS = (
 def refusing(rows: Sequence[Row], seed: int, sentences: Sequence[str] | None = None) -> list[Row | None]:
     """Return each row with a refusal for its answer, or None for a row of plain text, which has no question.
 
-    Every assistant turn of a `messages` row is replaced, so that none of the answer is left.
-
-    Args:
-        rows: checked rows, see `data.read_rows`.
-        seed: which row gets which sentence; each comes once before any comes again.
-        sentences: what to answer; None: `REFUSALS`.
+    Every assistant turn of a `messages` row is replaced, so that none of the answer is left. The seed decides which
+    row gets which of the sentences (`REFUSALS` by default); each comes once before any comes again.
     """
     order = random.Random(seed).sample(sentences or REFUSALS, len(sentences or REFUSALS))
     return [_answered(row, order[n % len(order)]) for n, row in enumerate(rows)]

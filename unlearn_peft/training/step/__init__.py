@@ -1,1 +1,1 @@
-"""One optimiser step: which rows, what the frozen base gives for them, and the losses' gradients."""
+"""One optimiser step: reference activations, forward passes, microbatches, gradients."""

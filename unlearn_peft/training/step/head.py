@@ -17,19 +17,12 @@ def knows_delta(head: Any) -> bool:
     return hasattr(head, "lora_A") and plain and not head.lora_variant
 
 
-def with_delta(head: Any, adapter: str, x: Tensor, known: Tensor) -> Tensor:
-    """Return what a head with an adapter gives, (n, V), from what the bare head gives.
-
-    Args:
-        head: the PEFT layer.
-        adapter: its name.
-        x: the head's input, (n, d).
-        known: the bare head's output for it, (n, V).
-    """
+def with_delta(head: Any, adapter: str, x: Tensor, bare: Tensor) -> Tensor:
+    """Return what a PEFT layer gives for x (n, d) with an adapter, (n, V), from the bare head's output for it."""
     if hasattr(head, "dense_head_delta"):
-        return head.added(x, known, [adapter])  # type: ignore[no-any-return]
+        return head.added(x, bare, [adapter])  # type: ignore[no-any-return]
     down, up = head.lora_A[adapter].weight, head.lora_B[adapter].weight
     thin = nn.functional.linear(x.to(down.dtype), down) * head.scaling[adapter]
-    if known.dtype != up.dtype:
-        return known + nn.functional.linear(thin, up).to(known.dtype)
-    return add_low_rank(known, thin, up)
+    if bare.dtype != up.dtype:
+        return bare + nn.functional.linear(thin, up).to(bare.dtype)
+    return add_low_rank(bare, thin, up)

@@ -20,12 +20,7 @@ def changed_layers(model: Any, layers: Sequence[nn.Module], adapter: str = "defa
 
 
 def watched_layer(model: Any, number: int | bool | None, adapter: str = "default") -> nn.Module:
-    """Return the layer whose output an objective sees.
-
-    Args:
-        model: the PEFT model.
-        number: counted from 0; None: the middle one of those that the adapter changes.
-        adapter: its name on the model.
+    """Return the layer whose output an objective sees: by number from 0; None: the middle one of those adapted.
 
     Raises:
         RecipeError: if there is no such layer, or the adapter does not reach it.
@@ -54,18 +49,18 @@ def watched_layer(model: Any, number: int | bool | None, adapter: str = "default
 
 
 @contextmanager
-def rows_use(model: Any, names: list[str] | None) -> Iterator[None]:
+def adapter_names(model: Any, names: list[str] | None) -> Iterator[None]:
     """Let each row of the next batch run with the adapter of that name (PEFT's `adapter_names`); None: all as set."""
     if names is None:
         yield
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    def tell(_: nn.Module, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return inputs, {**named, "adapter_names": names}
+    def add_names(_: nn.Module, inputs: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return inputs, {**keywords, "adapter_names": names}
 
-    tuned = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    handles = [module.register_forward_pre_hook(tell, with_kwargs=True) for module in tuned]
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    handles = [module.register_forward_pre_hook(add_names, with_kwargs=True) for module in adapted]
     try:
         yield
     finally:

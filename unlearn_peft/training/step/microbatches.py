@@ -1,10 +1,11 @@
-"""A step's rows of one adapter, and how they are cut into pieces of whole rows."""
+"""A step's rows of one adapter, and how they are split into microbatches of whole rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from ...data.batch import target_count
 from ...data.tokenize import Example
 
 
@@ -21,7 +22,7 @@ class StepRows(NamedTuple):
 
 
 class RowRanges(NamedTuple):
-    """A piece: numbers of rows in `StepRows.examples()`."""
+    """The rows of a microbatch: their places in `StepRows.examples()`."""
 
     forget: range
     refusals: range
@@ -29,19 +30,19 @@ class RowRanges(NamedTuple):
     retain: range
 
 
-def split_microbatches(work: StepRows, most: int | None) -> Iterator[RowRanges]:
-    """Cut a work into pieces of at most `most` target tokens, or one row; None: into one piece.
+def split_microbatches(rows: StepRows, max_targets: int | None) -> Iterator[RowRanges]:
+    """Split rows into microbatches of at most `max_targets` target tokens, or one row; None: into one microbatch.
 
     A forget row and its refusal stay together, since an objective compares them.
     """
-    f = len(work.forget)
-    paired = [n for n, e in enumerate(work.forget) if e.refusal is not None]
-    sizes = [target_count(e) + (target_count(e.refusal) if e.refusal else 0) for e in work.forget]
-    sizes += [target_count(e) for e in work.retain]
+    f = len(rows.forget)
+    paired = [n for n, e in enumerate(rows.forget) if e.refusal is not None]
+    sizes = [target_count(e) + (target_count(e.refusal) if e.refusal else 0) for e in rows.forget]
+    sizes += [target_count(e) for e in rows.retain]
     first = 0
     while first < len(sizes):
         last = first + 1
-        while last < len(sizes) and (most is None or sum(sizes[first : last + 1]) <= most):
+        while last < len(sizes) and (max_targets is None or sum(sizes[first : last + 1]) <= max_targets):
             last += 1
         refused = [k for k, n in enumerate(paired) if first <= n < last]
         start = f + (refused[0] if refused else 0)
@@ -52,16 +53,6 @@ def split_microbatches(work: StepRows, most: int | None) -> Iterator[RowRanges]:
             range(len(paired) + max(first, f), len(paired) + max(last, f)),
         )
         first = last
-
-
-def target_count(example: Example) -> int:
-    """Return how many of a row's tokens are counted."""
-    return sum(example.is_target)
-
-
-def labels_of(rows: Sequence[Example]) -> list[int]:
-    """Return the target tokens of rows, in order."""
-    return [i for e in rows for i, target in zip(e.ids, e.is_target, strict=True) if target]
 
 
 def specific_of(rows: Sequence[Example]) -> list[bool]:

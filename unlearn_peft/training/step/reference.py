@@ -1,7 +1,7 @@
-"""What the frozen base gives for each row, computed once in one pass without adapters, and kept in a cache.
+"""Reference activations: what the base gives for each row without adapters, computed once and cached.
 
 Rows come in; named tensors go out: the final hidden states at the targets, the input of the first adapted layer, the
-output of a layer that an objective watches, and for adapters on the head alone what the bare head gives.
+output of a layer that an objective watches, and for adapters on the head alone the outputs of the bare head.
 """
 
 from __future__ import annotations
@@ -19,37 +19,32 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...data.batch import Batch
+from ...data.batch import Batch, target_count
 from ...data.tokenize import Example
 from ...files.atomic import atomic_file
 from ...models.forward import BackboneAndHead, BatchBuilder, alike, picked_logits, predicting
 from ...models.layers import decoder_layers, outputs_of, patched_forward, returning
 from .head import knows_delta
-from .microbatches import target_count
 
+logger = logging.getLogger(__name__)
 FINAL, HEAD = "final", "head"  # (n, d) and (n, V), both at the targets
-_RUN_TOKENS = 4096  # of one forward pass
+PASS_TOKENS = 4096  # of one forward pass
+_FILE_BYTES = 64_000_000
+_SEPARATOR = "/"
 
 
 class ReferenceCache:
-    """The base of a PEFT model, as far as training needs it.
+    """The reference activations of rows, as far as training needs them.
 
-    Args:
-        model: the PEFT model.
-        halves: its base in two parts.
-        rows: lays rows out for it.
-        cache: where tensors are kept.
-        below: the layer under the first adapted one; None: the first layer is adapted, or none.
-        watched: layers whose output an objective sees.
-        keep_head: keep the bare head's outputs too, while they fit into memory.
-        off: keep nothing: the model only runs as a whole.
+    `below` is the layer under the first adapted one, if there is any; an objective sees the outputs of `watched`
+    layers. `keep_head` keeps the bare head's outputs too, while they fit into memory; `off` keeps nothing at all.
     """
 
     def __init__(
         self,
         model: Any,
-        halves: BackboneAndHead,
-        rows: BatchBuilder,
+        base: BackboneAndHead,
+        builder: BatchBuilder,
         cache: TensorCache,
         below: nn.Module | None,
         watched: Sequence[nn.Module],
@@ -57,102 +52,89 @@ class ReferenceCache:
         keep_head: bool,
         off: bool,
     ) -> None:
-        self.model, self.halves, self.rows, self.cache = model, halves, rows, cache
+        self.model, self.base, self.builder, self.cache = model, base, builder, cache
         self.layers = decoder_layers(model)
         self.below, self.watched = below, list(dict.fromkeys(watched))
-        self.keep_head = keep_head and knows_delta(halves.head)
-        # whether the model gives the same in two halves; None: found out by comparing once
-        self.splits: bool | None = False if off or halves.backbone is halves.model else None
-        # (T, d), whole rows; by the layer's number, for another layer's input is no use
-        self.input = None if below is None else f"input of {self.layers.index(below) + 1}"
-        self._needs = {FINAL, *map(self.name, self.watched)} | ({self.input} if self.input else set())
+        self.keep_head = keep_head and knows_delta(base.head)
+        # whether backbone and head, run one by one, give what the model gives; None: not compared yet
+        self.splits: bool | None = False if off or base.backbone is base.model else None
+        # (T, d), whole rows; named by the layer's number, for another layer's input is no use
+        self.input_name = None if below is None else f"input of {self.layers.index(below) + 1}"
+        self._needs = {FINAL, *map(self.output_name, self.watched)} | ({self.input_name} if self.input_name else set())
 
-    def name(self, layer: nn.Module) -> str:
+    def output_name(self, layer: nn.Module) -> str:
         """Return under which name a watched layer's output is kept."""
         return f"output of {self.layers.index(layer)}"
 
     def prepare(self, examples: Sequence[Example], *, quiet: bool = True) -> None:
-        """Compute what is not there yet, with a progress bar.
+        """Compute what is not cached yet, with a progress bar unless `quiet`.
 
-        Rows are grouped by what they are, not by what is there: a row's last bits depend on its neighbours in a pass.
+        Rows are grouped by what they are, not by what is cached: a row's last bits depend on its neighbours in a pass.
         """
         from tqdm import tqdm
 
         rows = sorted({id(e): e for e in examples}.values(), key=lambda e: len(e.ids))
-        with tqdm(total=len(rows), unit="row", desc="once through the base", disable=quiet) as bar:
+        with tqdm(total=len(rows), unit="row", desc="reference activations", disable=quiet) as bar:
             while rows and self.splits is not False:
-                some = rows[-max(1, _RUN_TOKENS // len(rows[-1].ids)) :]
-                del rows[-len(some) :]
-                if any(self._found(e) is None for e in some):
-                    self._compute(some)
-                bar.update(len(some))
+                group = rows[-max(1, PASS_TOKENS // len(rows[-1].ids)) :]
+                del rows[-len(group) :]
+                if any(self._cached(e) is None for e in group):
+                    self._compute(group)
+                bar.update(len(group))
         self.cache.flush()
 
-    def of(self, examples: Sequence[Example]) -> list[Mapping[str, Tensor]] | None:
-        """Return what is kept of each row, computing what is new; None where the model only runs as a whole."""
+    def get(self, examples: Sequence[Example]) -> list[Mapping[str, Tensor]] | None:
+        """Return each row's tensors, computing new ones; None where the model only runs as a whole."""
         if self.splits is False:
             return None
-        kept = {id(e): self._found(e) for e in examples}
-        fresh = list({id(e): e for e in examples if kept[id(e)] is None}.values())
-        if fresh:
-            made = self._compute(fresh)
-            if made is None:
+        tensors = {id(e): self._cached(e) for e in examples}
+        new = list({id(e): e for e in examples if tensors[id(e)] is None}.values())
+        if new:
+            computed = self._compute(new)
+            if computed is None:
                 return None
-            kept |= {id(e): tensors for e, tensors in zip(fresh, made, strict=True)}
-        return [kept[id(e)] or {} for e in examples]
+            tensors |= {id(e): values for e, values in zip(new, computed, strict=True)}
+        return [tensors[id(e)] or {} for e in examples]
 
     @torch.no_grad()
     def _compute(self, examples: Sequence[Example]) -> list[dict[str, Tensor]] | None:
         with self.model.disable_adapter():
             if self.splits is None:
-                some = self.rows.batch(examples[:2])
-                expected = picked_logits(self.model, self.halves.head, some)
-                self.splits = alike(self.halves.logits(self.halves.states(some)[predicting(some)]), expected)
+                batch = self.builder.batch(examples[:2])
+                expected = picked_logits(self.model, self.base.head, batch)
+                self.splits = alike(self.base.logits(self.base.states(batch)[predicting(batch)]), expected)
             if not self.splits:
                 return None
-            batch = self.rows.batch(examples)
+            batch = self.builder.batch(examples)
             with ExitStack() as stack:
-                seen = {layer: stack.enter_context(outputs_of(layer)) for layer in (*self.watched, self.below)}
-                states = self.halves.states(batch)
+                outputs = {layer: stack.enter_context(outputs_of(layer)) for layer in (*self.watched, self.below)}
+                states = self.base.states(batch)
         counts, picked = [target_count(e) for e in examples], predicting(batch)
-        kept: dict[str, Sequence[Tensor]] = {FINAL: torch.split(states[picked], counts)}
-        kept |= {self.name(layer): torch.split(seen[layer][-1][picked], counts) for layer in self.watched}
-        if self.input is not None:
-            kept[self.input] = unpack_states(seen[self.below][-1], batch, [len(e.ids) for e in examples])
+        by_name: dict[str, Sequence[Tensor]] = {FINAL: torch.split(states[picked], counts)}
+        by_name |= {self.output_name(x): torch.split(outputs[x][-1][picked], counts) for x in self.watched}
+        if self.input_name is not None:
+            by_name[self.input_name] = unpack_states(outputs[self.below][-1], batch, [len(e.ids) for e in examples])
+        head = getattr(self.base.head, "base_layer", self.base.head)
+        head_bytes = head.weight.shape[0] * states.element_size() if self.keep_head else 0  # a target's outputs
         result = []
         for n, example in enumerate(examples):
-            tensors = {name: values[n].clone() for name, values in kept.items()}
-            if self.keep_head and counts[n]:
-                self._add_head_outputs(tensors)
+            tensors = {name: values[n].clone() for name, values in by_name.items()}
+            if self.keep_head and counts[n] and self.cache.has_room(counts[n] * head_bytes):
+                tensors[HEAD] = head(tensors[FINAL])
             self.cache.put(example, tensors)
             result.append(tensors)
         return result
 
-    def _add_head_outputs(self, tensors: dict[str, Tensor]) -> None:
-        """Keep the bare head's outputs too, while they fit: a step is then two thin products."""
-        bare = getattr(self.halves.head, "base_layer", self.halves.head)
-        size = len(tensors[FINAL]) * bare.weight.shape[0] * tensors[FINAL].element_size()
-        if self.cache.has_room(size):
-            tensors[HEAD] = bare(tensors[FINAL])
-
-    def _found(self, example: Example) -> Mapping[str, Tensor] | None:
-        kept = self.cache.get(example)
-        return kept if kept is not None and self._needs <= kept.keys() else None
-
-
-logger = logging.getLogger(__name__)
-_SHARD_BYTES = 64_000_000
-_SEPARATOR = "/"
+    def _cached(self, example: Example) -> Mapping[str, Tensor] | None:
+        tensors = self.cache.get(example)
+        return tensors if tensors is not None and self._needs <= tensors.keys() else None
 
 
 class TensorCache:
-    """Tensors by row.
+    """Tensors by row: up to `memory_bytes` in memory, the rest in `folder`, or without one not at all.
 
-    Args:
-        key: what else the tensors depend on; files with another key are deleted.
-        memory_bytes: how much is held in memory.
-        folder: where the rest goes; None: what does not fit is not kept, and is computed again when needed.
-        part: this process's number, so that several can write beside each other.
+    Tensors also depend on what `key` stands for: files with another key are deleted. `part` is this process's number,
+    so that several can write beside each other.
     """
 
     def __init__(self, key: str, memory_bytes: int, folder: Path | None = None, part: int = 0) -> None:
@@ -161,30 +143,29 @@ class TensorCache:
         self._used = 0
         self._waiting: dict[str, dict[str, Tensor]] = {}  # for the next file
         self._files: list[Path] = []
-        self._mapped: dict[str, tuple[object, list[str]]] = {}  # row -> open file, names of its tensors
-        self.look()
+        self._mapped: dict[str, tuple[Any, list[str]]] = {}  # row -> open file, names of its tensors
+        self.refresh()
 
     def get(self, example: Example) -> Mapping[str, Tensor] | None:
-        """Return what was kept for a row, or None."""
+        """Return a row's tensors, or None."""
         row = row_digest(example)
-        if row in self._memory:
-            return self._memory[row]
-        if row in self._waiting:
-            return self._waiting[row]
-        if row in self._mapped:
-            file, names = self._mapped[row]
-            return {name: file.get_tensor(f"{row}{_SEPARATOR}{name}") for name in names}  # type: ignore[attr-defined]
-        return None
+        for held in (self._memory, self._waiting):
+            if row in held:
+                return held[row]
+        if row not in self._mapped:
+            return None
+        file, names = self._mapped[row]
+        return {name: file.get_tensor(f"{row}{_SEPARATOR}{name}") for name in names}
 
     def put(self, example: Example, tensors: Mapping[str, Tensor]) -> None:
-        """Keep a row's tensors, in memory while the budget lasts."""
+        """Keep a row's tensors, in memory while there is room."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self.has_room(size):
             self._memory[row_digest(example)] = dict(tensors)
             self._used += size
         elif self.folder is not None:
             self._waiting[row_digest(example)] = {name: t.to("cpu").contiguous() for name, t in tensors.items()}
-            if sum(t.nbytes for kept in self._waiting.values() for t in kept.values()) >= _SHARD_BYTES:
+            if sum(t.nbytes for row in self._waiting.values() for t in row.values()) >= _FILE_BYTES:
                 self.flush()
 
     def has_room(self, size: int) -> bool:
@@ -197,17 +178,17 @@ class TensorCache:
             return
         numbers = [int(path.stem[-5:]) for path in self.folder.glob(f"{self.part:04d}-*.safetensors")]
         path = self.folder / f"{self.part:04d}-{max(numbers, default=-1) + 1:05d}.safetensors"
-        tensors = {f"{row}{_SEPARATOR}{name}": t for row, kept in self._waiting.items() for name, t in kept.items()}
+        tensors = {f"{row}{_SEPARATOR}{name}": t for row, named in self._waiting.items() for name, t in named.items()}
         if not self.folder.exists():
-            with suppress(OSError):  # whole_file tells why
+            with suppress(OSError):  # atomic_file explains why
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with atomic_file(path, mode=0o600) as temporary:  # the rows' words can be read back from their states
             save_file(tensors, temporary, metadata={"key": self.key})
         self._waiting = {}
-        self.look()
+        self.refresh()
 
-    def look(self) -> None:
-        """Take in the files that are there, other processes' too; those of another key or damaged are deleted."""
+    def refresh(self) -> None:
+        """Map new files, other processes' too; those of another key or damaged are deleted."""
         if self.folder is None:
             return
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -224,40 +205,34 @@ class TensorCache:
                 continue
             self._files.append(path)
             names: dict[str, list[str]] = {}
-            for full in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118  (safe_open is no mapping)
-                row, _, name = full.partition(_SEPARATOR)
+            for key in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118  (safe_open is no mapping)
+                row, _, name = key.partition(_SEPARATOR)
                 names.setdefault(row, []).append(name)
-            self._mapped |= {row: (file, found) for row, found in names.items()}
+            self._mapped |= {row: (file, row_names) for row, row_names in names.items()}
 
 
 def row_digest(example: Example) -> str:
     """Return a digest of a row's tokens and of which of them are targets."""
-    shape = array("q", [len(example.ids), *example.ids]).tobytes() + bytes(example.is_target)
-    return hashlib.blake2b(shape, digest_size=16).hexdigest()
+    content = array("q", [len(example.ids), *example.ids]).tobytes() + bytes(example.is_target)
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def states_key(fingerprint: object, *more: object) -> str:
-    """Return the key of a cache: a digest of all that the kept tensors depend on besides their rows."""
+def cache_key(fingerprint: object, *more: object) -> str:
+    """Return a `TensorCache`'s key: a digest of all that the tensors depend on besides their rows."""
     return hashlib.sha256(repr((fingerprint, more, torch.__version__)).encode()).hexdigest()
 
 
-class Trunk:
-    """The lowest layers of a model, which no adapter touches."""
+def skipping(layers: Sequence[nn.Module], states: Tensor) -> AbstractContextManager[None]:
+    """Run none of the layers inside a `with` block: `states` (B, T, d) are what the last of them gives."""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self.layers = list(layers)
+    def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
 
-    def patched_forward(self, states: Tensor) -> AbstractContextManager[None]:
-        """Let `states` (B, T, d) be what the last of the layers gives, inside a `with` block."""
-
-        def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-            return hidden_states
-
-        return patched_forward({**dict.fromkeys(self.layers, pass_on), self.layers[-1]: returning(states)})
+    return patched_forward({**dict.fromkeys(layers, pass_on), layers[-1]: returning(states)})
 
 
 def unpack_states(states: Tensor, batch: Batch, lengths: Sequence[int]) -> list[Tensor]:
-    """Cut a batch's states (B, T, d) into those of its rows, (length, d) each."""
+    """Split a batch's states (B, T, d) into those of its rows, (length, d) each."""
     if batch.positions is None:
         return [row[:length].clone() for row, length in zip(states, lengths, strict=True)]
     line, first = states[0], batch.shared

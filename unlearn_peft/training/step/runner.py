@@ -1,10 +1,8 @@
-"""What a step computes: which rows, which positions, what is computed only once, and how little is held at a time.
+"""One step's forward passes: tokenised rows -> target tokens with their logits and the reference, and back again.
 
-Tokenised rows come in; target tokens with their logits (`Tokens`) go out to an objective, in pieces of whole rows, so
-that logits (n, V) are never held for a whole batch. What the frozen base gives for a row is computed once and kept in
-a `TensorCache`: what goes into the first adapted layer (see training/step/reference.py), the final hidden states at the
-targets (the reference: d numbers a token instead of V), and for an adapter on the head alone, which changes neither,
-what the bare head makes of them.
+`Tokens` go out to an objective in microbatches of whole rows, so that logits (n, V) never exist for a whole batch. The
+reference is cached (see training/step/reference.py) as final hidden states: d numbers a token instead of V. So is the
+input of the first adapted layer: the layers below it do not run.
 """
 
 from __future__ import annotations
@@ -16,36 +14,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...data.batch import Batch, side_by_side
+from ...data.batch import Batch, labels_of, side_by_side, target_count
 from ...data.tokenize import Example
 from ...models.forward import BackboneAndHead, BatchBuilder, alike, picked_logits, predicting
 from ...models.layers import decoder_layers, outputs_of
 from ..objectives import Tokens
 from .head import with_delta
-from .layers import changed_layers, rows_use, watched_layer
-from .microbatches import RowRanges, StepRows, labels_of, specific_of, split_microbatches, target_count
-from .reference import FINAL, HEAD, ReferenceCache, TensorCache, Trunk, pack_states
+from .layers import adapter_names, changed_layers, watched_layer
+from .microbatches import RowRanges, StepRows, specific_of, split_microbatches
+from .reference import FINAL, HEAD, PASS_TOKENS, ReferenceCache, TensorCache, pack_states, skipping
 
-_PIECE_BYTES = {"head": 4_000_000, "layers": 8_000_000}  # of logits at a time, on a CPU: what caches like
-_PIECE_BYTES_ELSEWHERE = 512_000_000
-_RUN_TOKENS = 4096  # of one forward pass over several adapters' rows
-_IN_MEMORY = 1_000_000_000  # bytes, where no cache is given
+_LOGITS_BYTES = {"head": 4_000_000, "layers": 8_000_000}  # of a microbatch, on a CPU: what its caches like
+_LOGITS_BYTES_ELSEWHERE = 512_000_000
+_CACHE_BYTES = 1_000_000_000  # in memory, where no cache is given
+Cached = Sequence[Mapping[str, Tensor]] | None  # of each row; None where the model only runs as a whole
 
 
 class Microbatch(NamedTuple):
-    """A few whole rows of one work; `work` is its number."""
+    """A few whole rows of one adapter: the target tokens of both sides."""
 
-    work: int
+    number: int  # of its `StepRows`
     forget: Tokens
     retain: Tokens
 
 
-class _States(NamedTuple):
-    """What the adapted part gives for a work's rows, at their targets, and what the frozen base gives for them."""
+class Activations(NamedTuple):
+    """What the adapted layers give at the targets of an adapter's rows, and the reference for it."""
 
     final: Tensor  # (N, d), in front of the head; where the model only runs as a whole: its logits, (N, V)
     hidden: Tensor | None  # (N, d), of the watched layer
-    kept: Sequence[Mapping[str, Tensor]] | None  # one a row; None where the model only runs as a whole: then these
+    cached: Cached  # where it is None, the reference is here:
     reference: Tensor | None = None  # (N, V)
     reference_hidden: Tensor | None = None  # (N, d)
 
@@ -56,16 +54,14 @@ class StepRunner:
     Args:
         model: the PEFT model; with its adapters switched off it is the reference.
         pad_id: any token id; padding is never looked at.
-        hidden_layer: the decoder layer whose output tokens bring along; None: see `watched_layer`; False: they do
-            not. A mapping: one for each adapter by name.
-        cache: where what is computed once is kept; None: in memory.
-        spelling: see `specific.spellings`, for each adapter whose objective looks at it, by name.
-        whole: the model as it runs where processes share it out and must run it alike (see training/step/sharding.py):
-            nothing is kept then, and a step of one work is one pass with the adapter and one without, whatever its
-            rows.
+        hidden_layer: of `Tokens.hidden`, see `watched_layer`, or by adapter; False: no hidden states.
+        cache: of the reference activations; None: in memory.
+        spelling: by adapter, for objectives that use it, see `fact_tokens.spellings`.
+        sharded: the model as processes share it, who must run it alike (see training/step/sharding.py): nothing is
+            cached then, and a step is one pass with the adapter and one without, whatever its rows.
 
     Raises:
-        RecipeError: if that layer does not exist, or the adapter does not reach it.
+        RecipeError: if the layer does not exist, or the adapter does not reach it.
     """
 
     def __init__(
@@ -76,57 +72,50 @@ class StepRunner:
         *,
         cache: TensorCache | None = None,
         spelling: Mapping[str, Tensor] | None = None,
-        whole: nn.Module | None = None,
+        sharded: nn.Module | None = None,
     ) -> None:
-        self.model, self.whole, self.spelling = model, whole, spelling or {}
+        self.model, self.sharded, self.spelling = model, sharded, spelling or {}
         self.device = next(model.parameters()).device
-        self.halves = BackboneAndHead(model.get_base_model())
-        self._rows = BatchBuilder(model, self.halves.head, pad_id, packs=None if whole is None else False)
-        self.vocabulary = model.get_base_model().config.get_text_config().vocab_size
+        self.base = BackboneAndHead(model.get_base_model())
+        self._builder = BatchBuilder(model, self.base.head, pad_id, packs=None if sharded is None else False)
+        self.vocab_size = model.get_base_model().config.get_text_config().vocab_size
         names, layers = list(model.peft_config), decoder_layers(model)
         self._several = len(names) > 1
-        asked = hidden_layer if isinstance(hidden_layer, Mapping) else dict.fromkeys(names, hidden_layer)
-        self._watched = {n: watched_layer(model, number, n) for n, number in asked.items() if number is not False}
+        numbers = hidden_layer if isinstance(hidden_layer, Mapping) else dict.fromkeys(names, hidden_layer)
+        self._watched = {n: watched_layer(model, number, n) for n, number in numbers.items() if number is not False}
         changed = {name: changed_layers(model, layers, name) for name in names}
-        below = min((min(numbers) for numbers in changed.values() if numbers), default=0)
+        lowest = min((min(numbers) for numbers in changed.values() if numbers), default=0)
         self.adapted_layers = [layers[n] for n in sorted({n for numbers in changed.values() for n in numbers})]
         self._head_only = {name for name, numbers in changed.items() if layers and not numbers}
-        self.trunk = Trunk(layers[:below]) if below and whole is None else None
-        self._trunk_checked = False
-        below_all = self.trunk.layers[-1] if self.trunk else None
-        self.frozen = ReferenceCache(
-            model, self.halves, self._rows, cache or TensorCache("", _IN_MEMORY), below_all,
-            list(self._watched.values()),
-            keep_head=bool(self._head_only), off=whole is not None,
+        self.frozen_layers = layers[:lowest] if lowest and sharded is None else None  # below the first adapted one
+        self._skipping_checked = False
+        self.reference = ReferenceCache(
+            model, self.base, self._builder, cache or TensorCache("", _CACHE_BYTES),
+            self.frozen_layers[-1] if self.frozen_layers else None, list(self._watched.values()),
+            keep_head=bool(self._head_only), off=sharded is not None,
         )  # fmt: skip
-        reach = "head" if self._head_only == set(names) else "layers"  # with layers, each piece reads the whole head
-        size = _PIECE_BYTES[reach] if self.device.type == "cpu" else _PIECE_BYTES_ELSEWHERE
-        self.piece_tokens = max(size // (4 * self.vocabulary), 1)
-
-    def prepare(self, examples: Sequence[Example], *, quiet: bool = True) -> None:
-        """Compute what is computed once for the rows that are not there yet, with a progress bar."""
-        self.frozen.prepare(examples, quiet=quiet)
+        reach = "head" if self._head_only == set(names) else "layers"  # with layers, each reads the whole head
+        size = _LOGITS_BYTES[reach] if self.device.type == "cpu" else _LOGITS_BYTES_ELSEWHERE
+        self.microbatch_tokens = max(size // (4 * self.vocab_size), 1)
 
     @contextmanager
-    def step(self, works: Sequence[StepRows]) -> Iterator[Iterator[Microbatch]]:
-        """Yield the target tokens of all works in pieces; send a loss of each backward before taking the next.
+    def step(self, per_adapter: Sequence[StepRows]) -> Iterator[Iterator[Microbatch]]:
+        """Yield all target tokens in microbatches; call `backward` on the loss of each before taking the next.
 
-        When the block ends, the gradients that the pieces left at the hidden states flow on into the layers.
+        When the block ends, the gradients that the microbatches left at the hidden states flow on into the layers.
         """
-        found = self._states(works)
-        if self.frozen.splits is False:
-            yield self._pieces(works, found, None)
+        activations = self._activations(per_adapter)
+        if self.reference.splits is False:
+            yield self._microbatches(per_adapter, activations, None)
             return
-        tensors = [tensor for states in found for tensor in (states.final, states.hidden) if tensor is not None]
+        tensors = [tensor for each in activations for tensor in (each.final, each.hidden) if tensor is not None]
         roots = [tensor for tensor in tensors if tensor.requires_grad]
         leaves = {id(root): root.detach().requires_grad_() for root in roots}
-        ends = [
-            states._replace(
-                final=leaves.get(id(states.final), states.final), hidden=leaves.get(id(states.hidden), states.hidden)
-            )
-            for states in found
+        cut = [
+            each._replace(final=leaves.get(id(each.final), each.final), hidden=leaves.get(id(each.hidden), each.hidden))
+            for each in activations
         ]
-        yield self._pieces(works, ends, self.piece_tokens)
+        yield self._microbatches(per_adapter, cut, self.microbatch_tokens)
         reached = [root for root in roots if leaves[id(root)].grad is not None]
         if reached:
             torch.autograd.backward(reached, [leaves[id(root)].grad for root in reached])
@@ -134,165 +123,161 @@ class StepRunner:
     def tokens(
         self, forget: Sequence[Example], retain: Sequence[Example], adapter: str = "default"
     ) -> tuple[Tokens, Tokens]:
-        """Return the target tokens of both sides in one piece, with their graph, and the reference of both."""
-        works = [StepRows(adapter, forget, retain)]
-        (piece,) = self._pieces(works, self._states(works), None)
-        return piece.forget, piece.retain
+        """Return the target tokens of both sides in one microbatch, with their graph."""
+        per_adapter = [StepRows(adapter, forget, retain)]
+        (microbatch,) = self._microbatches(per_adapter, self._activations(per_adapter), None)
+        return microbatch.forget, microbatch.retain
 
-    def _states(self, works: Sequence[StepRows]) -> list[_States]:
-        found: dict[int, _States] = {}
-        waiting: dict[int, Sequence[Mapping[str, Tensor]] | None] = {}
-        for n, work in enumerate(works):
-            kept = self.frozen.of(work.examples())  # finds out, too, whether the model splits
-            if kept is not None and work.adapter in self._head_only:
-                found[n] = _States(_joined(kept, FINAL, self.device), None, kept)
+    def _activations(self, per_adapter: Sequence[StepRows]) -> list[Activations]:
+        result: dict[int, Activations] = {}
+        waiting: dict[int, Cached] = {}
+        for n, rows in enumerate(per_adapter):
+            cached = self.reference.get(rows.examples())  # finds out, too, whether the model splits
+            if cached is not None and rows.adapter in self._head_only:
+                result[n] = Activations(_concatenate(cached, FINAL, self.device), None, cached)
                 continue
-            if waiting and sum(len(e.ids) for m in (*waiting, n) for e in works[m].examples()) > _RUN_TOKENS:
-                found |= self._run(works, waiting)
+            if waiting and sum(len(e.ids) for m in (*waiting, n) for e in per_adapter[m].examples()) > PASS_TOKENS:
+                result |= self._run(per_adapter, waiting)
                 waiting = {}
-            waiting[n] = kept
+            waiting[n] = cached
         if waiting:
-            found |= self._run(works, waiting)
-        return [found[n] for n in range(len(works))]
+            result |= self._run(per_adapter, waiting)
+        return [result[n] for n in range(len(per_adapter))]
 
-    def _run(
-        self, works: Sequence[StepRows], chosen: Mapping[int, Sequence[Mapping[str, Tensor]] | None]
-    ) -> dict[int, _States]:
-        """Run some works' rows through the adapted part in one forward pass; `chosen`: what is kept of their rows."""
-        batches = [self._rows.batch(works[n].examples()) for n in chosen]
+    def _run(self, per_adapter: Sequence[StepRows], cached: Mapping[int, Cached]) -> dict[int, Activations]:
+        """Run the rows of the adapters that `cached` numbers through the adapted layers, in one forward pass."""
+        batches = [self._builder.batch(per_adapter[n].examples()) for n in cached]
         packed = all(batch.positions is not None for batch in batches)
-        lines = [kept or () for kept in chosen.values()]  # of each batch
+        cached_of = [each or () for each in cached.values()]  # of the rows of each batch
         if not packed and len(batches) > 1:
-            batches = [self._rows.padded([example for n in chosen for example in works[n].examples()])]
-            lines = [[row for kept in lines for row in kept]]
+            batches = [self._builder.padded([example for n in cached for example in per_adapter[n].examples()])]
+            cached_of = [[row for each in cached_of for row in each]]
         batch = side_by_side(batches)
-        names = [works[n].adapter for n in chosen for _ in range(1 if packed else len(works[n].examples()))]
+        names = [per_adapter[n].adapter for n in cached for _ in range(1 if packed else len(per_adapter[n].examples()))]
         layers = list({self._watched[name] for name in names if name in self._watched})
         reference, reference_hidden = None, {}
-        if self.frozen.splits is False:
+        if self.reference.splits is False:
             with torch.no_grad(), self.model.disable_adapter(), _targets_of(layers, batch) as reference_hidden:
-                reference = picked_logits(self.whole or self.model, self.halves.head, batch)
-        with _targets_of(layers, batch) as hidden, rows_use(self.model, names if self._several else None):
-            if self.frozen.splits is False:
-                final = picked_logits(self.whole or self.model, self.halves.head, batch)
+                reference = picked_logits(self.sharded or self.model, self.base.head, batch)
+        with _targets_of(layers, batch) as hidden, adapter_names(self.model, names if self._several else None):
+            if self.reference.splits is False:
+                final = picked_logits(self.sharded or self.model, self.base.head, batch)
             else:
-                final = self._over_trunk(lines, batches, batch)[predicting(batch)]
-        found, first = {}, 0
-        for n, kept in chosen.items():
-            span = slice(first, first + sum(map(target_count, works[n].examples())))
-            layer = self._watched.get(works[n].adapter)
-            found[n] = _States(
+                final = self._final_states(cached_of, batches, batch)[predicting(batch)]
+        result, first = {}, 0
+        for n, each in cached.items():
+            span = slice(first, first + sum(map(target_count, per_adapter[n].examples())))
+            layer = self._watched.get(per_adapter[n].adapter)
+            result[n] = Activations(
                 final[span],
                 None if layer is None else hidden[layer][span],
-                kept,
+                each,
                 None if reference is None else reference[span],
                 None if layer is None or reference is None else reference_hidden[layer][span],
             )
             first = span.stop
-        return found
+        return result
 
-    def _over_trunk(
-        self, lines: Sequence[Sequence[Mapping[str, Tensor]]], batches: Sequence[Batch], batch: Batch
+    def _final_states(
+        self, cached_of: Sequence[Sequence[Mapping[str, Tensor]]], batches: Sequence[Batch], batch: Batch
     ) -> Tensor:
-        """Return the final states of a batch, (B, T, d), over the kept trunk where there is one.
+        """Return the final states of a batch, (B, T, d), skipping the frozen layers where there are any.
 
-        Args:
-            lines: what is kept of the rows of each of the batches.
-            batches: parts of the batch that stand below each other, or the batch alone.
-            batch: what is run.
+        `batches` are the packed batches that are the lines of `batch`, or it alone; `cached_of` belongs to their rows.
         """
-        name = self.frozen.input
-        if self.trunk is None or name is None:
-            return self.halves.states(batch)
-        inputs = [pack_states([row[name] for row in rows], part) for rows, part in zip(lines, batches, strict=True)]
+        name = self.reference.input_name
+        if self.frozen_layers is None or name is None:
+            return self.base.states(batch)
+        inputs = [pack_states([row[name] for row in rows], part) for rows, part in zip(cached_of, batches, strict=True)]
         states = inputs[0] if len(inputs) == 1 else nn.utils.rnn.pad_sequence([s[0] for s in inputs], batch_first=True)
-        if not self._trunk_checked:
+        if not self._skipping_checked:
             with torch.no_grad():
-                expected = self.halves.states(batch)
-                with self.trunk.patched_forward(states):
-                    found = self.halves.states(batch)
+                expected = self.base.states(batch)
+                with skipping(self.frozen_layers, states):
+                    skipped = self.base.states(batch)
             picked = predicting(batch)
-            if not alike(found[picked], expected[picked]):
-                self.trunk = None
-                return self.halves.states(batch)
-            self._trunk_checked = True
-        with self.trunk.patched_forward(states):
-            return self.halves.states(batch)
+            if not alike(skipped[picked], expected[picked]):
+                self.frozen_layers = None
+                return self.base.states(batch)
+            self._skipping_checked = True
+        with skipping(self.frozen_layers, states):
+            return self.base.states(batch)
 
-    def _pieces(self, works: Sequence[StepRows], found: Sequence[_States], most: int | None) -> Iterator[Microbatch]:
-        """Yield the works' rows in pieces of at most `most` target tokens (or one row); None: one piece a work."""
-        for n, (work, states) in enumerate(zip(works, found, strict=True)):
-            examples = work.examples()
-            for part in split_microbatches(work, most):
-                if most is not None and not sum(target_count(examples[i]) for i in (*part.forget, *part.retain)):
+    def _microbatches(
+        self, per_adapter: Sequence[StepRows], activations: Sequence[Activations], max_targets: int | None
+    ) -> Iterator[Microbatch]:
+        for n, (rows, states) in enumerate(zip(per_adapter, activations, strict=True)):
+            counts = list(map(target_count, rows.examples()))
+            for part in split_microbatches(rows, max_targets):
+                if max_targets is not None and not sum(counts[i] for i in (*part.forget, *part.retain)):
                     continue  # rows without targets are there for models that all processes must run alike
-                yield self._piece(n, work, states, part)  # no name here: a piece is let go before the next is made
+                yield self._microbatch(n, rows, states, part)  # no name here: it is let go before the next is made
 
-    def _piece(self, number: int, work: StepRows, states: _States, part: RowRanges) -> Microbatch:
-        refusal = self._side(work, states, part.refusals, numbers=part.paired) if part.refusals else None
-        forget = self._side(work, states, part.forget, specific=True, refusal=refusal)
-        return Microbatch(number, forget, self._side(work, states, part.retain))
+    def _microbatch(self, number: int, rows: StepRows, states: Activations, part: RowRanges) -> Microbatch:
+        refusal = self._tokens(rows, states, part.refusals, numbers=part.paired) if part.refusals else None
+        forget = self._tokens(rows, states, part.forget, is_forget=True, refusal=refusal)
+        return Microbatch(number, forget, self._tokens(rows, states, part.retain))
 
-    def _side(
+    def _tokens(
         self,
-        work: StepRows,
-        states: _States,
-        chosen: range,
+        rows: StepRows,
+        states: Activations,
+        places: range,
         *,
         numbers: Sequence[int] | None = None,
-        specific: bool = False,
+        is_forget: bool = False,
         refusal: Tokens | None = None,
     ) -> Tokens:
-        """Return the target tokens of some rows of a work, which are called by `numbers` (0, 1, ... by default)."""
-        examples = work.examples()
-        rows = [examples[i] for i in chosen]
-        before = sum(map(target_count, examples[: chosen.start]))
-        span = slice(before, before + sum(map(target_count, rows)))
-        kept = None if states.kept is None else states.kept[chosen.start : chosen.stop]
-        named = [n for n, e in zip(numbers or range(len(rows)), rows, strict=True) for _ in range(target_count(e))]
-        if kept is None:
+        """Return the target tokens of the rows at `places`; `Tokens.rows` calls them by `numbers`, or 0, 1, ..."""
+        examples = rows.examples()
+        before, examples = examples[: places.start], [examples[i] for i in places]
+        counts, first = list(map(target_count, examples)), sum(map(target_count, before))
+        span = slice(first, first + sum(counts))
+        row_numbers = [n for n, count in zip(numbers or range(len(counts)), counts, strict=True) for _ in range(count)]
+        cached = None if states.cached is None else states.cached[places.start : places.stop]
+        if cached is None:
             logits, reference = states.final[span], states.reference[span]  # type: ignore[index]
         else:
-            logits, reference = self._logits(work.adapter, kept, states.final[span])
+            logits, reference = self._logits(rows.adapter, cached, states.final[span])
         hidden = {}
         if states.hidden is not None:
-            own = states.hidden[span]
+            current = states.hidden[span]
             if states.reference_hidden is not None:
                 reference_hidden = states.reference_hidden[span]
-            elif len(own):
-                name = self.frozen.name(self._watched[work.adapter])
-                reference_hidden = _joined(kept or (), name, self.device)
+            elif len(current):
+                name = self.reference.output_name(self._watched[rows.adapter])
+                reference_hidden = _concatenate(cached or (), name, self.device)
             else:
-                reference_hidden = own.detach()
-            hidden = {"hidden": own, "reference_hidden": reference_hidden}
+                reference_hidden = current.detach()
+            hidden = {"hidden": current, "reference_hidden": reference_hidden}
 
         def here(values: list[Any], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self.device)
 
-        marks = here(specific_of(rows), torch.bool) if specific else None
         return Tokens(
-            logits, here(labels_of(rows), torch.long), here(named, torch.long), reference,
-            specific=marks, spelling=self.spelling.get(work.adapter) if specific else None, refusal=refusal, **hidden,
+            logits, here(labels_of(examples), torch.long), here(row_numbers, torch.long), reference,
+            specific=here(specific_of(examples), torch.bool) if is_forget else None,
+            spelling=self.spelling.get(rows.adapter) if is_forget else None, refusal=refusal, **hidden,
         )  # fmt: skip
 
-    def _logits(self, adapter: str, kept: Sequence[Mapping[str, Tensor]], states: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits(self, adapter: str, cached: Sequence[Mapping[str, Tensor]], states: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits (n, V) of some rows and their reference."""
         if not len(states):
-            return (states.new_zeros(0, self.vocabulary),) * 2
-        final = _joined(kept, FINAL, self.device)
-        if adapter in self._head_only and all(HEAD in row for row in kept):
-            known = _joined(kept, HEAD, self.device)
+            return (states.new_zeros(0, self.vocab_size),) * 2
+        final = _concatenate(cached, FINAL, self.device)
+        if adapter in self._head_only and all(HEAD in row for row in cached):
+            bare = _concatenate(cached, HEAD, self.device)
             with torch.no_grad():
-                reference = self.halves.logits(final, known)
-            return self.halves.logits(final, with_delta(self.halves.head, adapter, final, known)), reference
-        with rows_use(self.model, [adapter] if self._several else None):
-            logits = self.halves.logits(states)
+                reference = self.base.logits(final, bare)
+            return self.base.logits(final, with_delta(self.base.head, adapter, final, bare)), reference
+        with adapter_names(self.model, [adapter] if self._several else None):
+            logits = self.base.logits(states)
         with torch.no_grad(), self._bare_head():
-            return logits, self.halves.logits(final)
+            return logits, self.base.logits(final)
 
     @contextmanager
     def _bare_head(self) -> Iterator[None]:
-        switch = getattr(self.halves.head, "enable_adapters", None)
+        switch = getattr(self.base.head, "enable_adapters", None)
         if switch is None:
             yield
             return
@@ -306,14 +291,14 @@ class StepRunner:
 @contextmanager
 def _targets_of(layers: Sequence[nn.Module], batch: Batch) -> Iterator[dict[nn.Module, Tensor]]:
     """Collect what layers give at a batch's targets, (N, d) each; there when the block ends."""
-    found: dict[nn.Module, Tensor] = {}
+    at_targets: dict[nn.Module, Tensor] = {}
     with ExitStack() as stack:
-        seen = {layer: stack.enter_context(outputs_of(layer)) for layer in layers}
-        yield found
-    found |= {layer: outputs[-1][predicting(batch)] for layer, outputs in seen.items()}
+        outputs = {layer: stack.enter_context(outputs_of(layer)) for layer in layers}
+        yield at_targets
+    at_targets |= {layer: tensors[-1][predicting(batch)] for layer, tensors in outputs.items()}
 
 
-def _joined(kept: Sequence[Mapping[str, Tensor]], name: str, device: torch.device) -> Tensor:
-    if len(kept) == 1:  # without a copy
-        return kept[0][name].to(device)
-    return torch.cat([row[name].to(device) for row in kept])
+def _concatenate(rows: Sequence[Mapping[str, Tensor]], name: str, device: torch.device) -> Tensor:
+    if len(rows) == 1:  # without a copy
+        return rows[0][name].to(device)
+    return torch.cat([row[name].to(device) for row in rows])

@@ -1,11 +1,11 @@
-"""One adapter while it is trained: its recipe, its rows, its optimiser, and what it has seen so far.
+"""One adapter in training: its rows of each step, loss, optimiser, evaluations and checkpoints.
 
-The loop in training/trainer.py runs one of these or many over one base. A learner never runs the model: it says which
-rows it needs, turns the pieces that the engine hands back into gradients, and steps.
+The loop in training/trainer.py has one of these or many over one base, and runs the model for them by a `StepRunner`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -16,23 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.batch import target_count
 from ..data.tokenize import Example
 from ..errors import TrainingError
 from ..recipe.schema import Recipe
 from .checkpoints import Checkpoints, State, to_cpu
 from .examples.build import Sets
-from .objectives import Tokens, find_objective, kl_divergence
+from .objectives import Tokens, find_objective, kl_divergence, row_means
 from .schedule import Schedule, rate
-from .step.microbatches import StepRows, target_count
+from .step.microbatches import StepRows
 from .step.runner import StepRunner
 
-_NEARLY = 0.95  # of the best score
-_ENOUGH = 8.0  # nats; a token this unlikely (1 in 3000) is forgotten, and a still higher loss is no better
+_NEAR_BEST = 0.95  # of the best score
+_MAX_LOSS = 8.0  # nats; a token this unlikely (1 in 3000) is forgotten, and a still higher loss is no better
 
 
 @dataclass
 class Progress:
-    """What a run has seen so far; plain numbers, in nats/token, kept in checkpoints and in the manifest."""
+    """A run's figures so far; plain numbers, in nats/token, kept in checkpoints and in the manifest."""
 
     history: list[dict[str, float]] = field(default_factory=list)  # one a step
     evaluations: list[dict[str, float]] = field(default_factory=list)  # one each `eval_every` steps
@@ -42,16 +43,7 @@ class Progress:
 
 
 class AdapterTrainer:
-    """One adapter's training, but for the model.
-
-    Args:
-        name: of the adapter on the PEFT model, where it is already.
-        model: the PEFT model.
-        recipe: what to do.
-        sets: the rows.
-        accelerator: of all learners.
-        checkpoints: where unfinished work is kept; None: nowhere.
-    """
+    """One adapter's training; the adapter `name` is on the PEFT model already. `checkpoints` None: none are kept."""
 
     def __init__(
         self, name: str, model: Any, recipe: Recipe, sets: Sets, accelerator: Any, checkpoints: Checkpoints | None
@@ -59,23 +51,23 @@ class AdapterTrainer:
         self.name, self.recipe, self.sets, self.accelerator = name, recipe, sets, accelerator
         self.checkpoints = checkpoints
         self.objective = find_objective(recipe.objective.name)
-        self.ceiling = getattr(recipe.objective, "forget_ceiling", None) or _ENOUGH
+        self.ceiling = getattr(recipe.objective, "forget_ceiling", None) or _MAX_LOSS
         self.only_specific = getattr(recipe.objective, "forget_tokens", "all") == "specific"
         self.hidden_layer = getattr(recipe.objective, "hidden_layer", False)  # any objective's, a user's own too
         self.spellings = getattr(recipe.objective, "spellings", False)  # likewise
-        own = re.compile(rf"\.{re.escape(name)}(?=\.|$)")  # checkpoints know no adapter's name
-        self.parameters = {own.sub(".default", n): p for n, p in model.named_parameters() if own.search(n)}
+        part = re.compile(rf"\.{re.escape(name)}(?=\.|$)")  # checkpoints do not hold the adapter's name
+        self.parameters = {part.sub(".default", n): p for n, p in model.named_parameters() if part.search(n)}
         self.optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer](
             self.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
-        self.forgotten = [*sets.forget, *sets.self_generated_answers]
-        self._forget_rows = Schedule(len(self.forgotten), recipe.forget_batch, recipe.seed)
-        self._retain_rows = Schedule(max(len(sets.retain), 1), recipe.retain_batch, recipe.seed + 1)
-        self._anchor_rows = Schedule(max(len(sets.anchors), 1), recipe.anchor_batch, recipe.seed + 2)
+        self._forget = [*sets.forget, *sets.self_generated_answers]
+        self._forget_schedule = Schedule(len(self._forget), recipe.forget_batch, recipe.seed)
+        self._retain_schedule = Schedule(max(len(sets.retain), 1), recipe.retain_batch, recipe.seed + 1)
+        self._anchor_schedule = Schedule(max(len(sets.anchors), 1), recipe.anchor_batch, recipe.seed + 2)
         self.progress, self.step = Progress(), 0
         self.best = to_cpu(self.parameters)
         self.failed: TrainingError | None = None
-        self._seen = torch.zeros(2, dtype=torch.float64)  # of this step: forget loss, retain KL
+        self._losses = torch.zeros(2, dtype=torch.float64)  # of this step: forget loss, retain KL
         self._counts = 1, 1  # of this step, in all processes: target tokens of forget and of retain rows
 
     @property
@@ -84,71 +76,68 @@ class AdapterTrainer:
         return self.step >= self.recipe.steps or self.progress.stopped_by != "steps" or self.failed is not None
 
     def restore(self) -> None:
-        """Go to where the newest checkpoint stands, if there is one."""
+        """Continue from the newest checkpoint, if there is one."""
         state = self.checkpoints.latest() if self.checkpoints else None
         if state is None:
             return
         self.step, self.best = state.step, state.best
-        self.put(state.adapter)
+        self.load_weights(state.adapter)
         self.optimizer.load_state_dict(state.optimizer)
         self.progress = Progress(**state.progress)
 
     def rows(self, step: int) -> tuple[list[Example], list[Example]]:
         """Return the forget and the retain rows of a step, of all processes together."""
-        forget = [self.forgotten[i] for i in self._forget_rows.at(step)]
-        retain = [self.sets.retain[i] for i in self._retain_rows.at(step)] if self.sets.retain else []
-        retain += [self.sets.anchors[i] for i in self._anchor_rows.at(step)] if self.sets.anchors else []
+        forget = [self._forget[i] for i in self._forget_schedule.at(step)]
+        retain = [self.sets.retain[i] for i in self._retain_schedule.at(step)] if self.sets.retain else []
+        retain += [self.sets.anchors[i] for i in self._anchor_schedule.at(step)] if self.sets.anchors else []
         return forget, retain
 
     def all_rows(self) -> list[Example]:
-        """Return all rows that the steps run, those of their evaluations first."""
-        rows: dict[int, Example] = {}
-        for step in range(self.recipe.steps):
-            for example in StepRows(self.name, *self.rows(step)).examples():
-                rows[id(example)] = example
-        return [*self.sets.forget, *(self.sets.held_out or self.sets.retain), *rows.values()]
+        """Return all rows of the evaluations and then of the steps; some come several times."""
+        steps = [StepRows(self.name, *self.rows(step)).examples() for step in range(self.recipe.steps)]
+        return [*self.sets.forget, *(self.sets.held_out or self.sets.retain), *itertools.chain(*steps)]
 
-    def work(self, part: int) -> StepRows:
+    def part_rows(self, part: int) -> StepRows:
         """Return this process's rows of a part of the step, at least a row without targets."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        every = self.rows(self.step)
-        self._counts = _count(every[0]), max(_count(every[1]), 1)
-        forget, retain = (rows[rank::world][part :: self.recipe.gradient_accumulation_steps] for rows in every)
-        return StepRows(self.name, forget or [_silent(self.sets.forget[0])], retain)
+        both = self.rows(self.step)
+        self._counts = _count(both[0]), max(_count(both[1]), 1)
+        forget, retain = (rows[rank::world][part :: self.recipe.gradient_accumulation_steps] for rows in both)
+        return StepRows(self.name, forget or [_without_targets(self.sets.forget[0])], retain)
 
     def loss(self, forget: Tokens, retain: Tokens) -> Tensor:
-        """Return what a piece of a work adds to the step's loss, a scalar, and take note of its figures."""
+        """Return what a microbatch adds to the step's loss, a scalar, and record its figures."""
         n_forget, n_retain = self._counts
         terms = self.objective(forget, retain, self.recipe.objective)
         with torch.no_grad():
-            self._seen[0] += forget.cross_entropy.sum().cpu() / n_forget
+            self._losses[0] += forget.cross_entropy.sum().cpu() / n_forget
             if len(retain.labels):
-                self._seen[1] += kl_divergence(retain).sum().cpu() / n_retain
+                self._losses[1] += kl_divergence(retain).sum().cpu() / n_retain
         return terms.forget.sum() / n_forget + self.recipe.retain_weight * terms.retain.sum() / n_retain
 
     def update(self) -> dict[str, float]:
         """Take the optimiser's step on the gradients of all processes; returns the step's figures."""
         recipe, parameters = self.recipe, list(self.parameters.values())
         self._sum_gradients()
-        seen, self._seen = self._sum(self._seen), torch.zeros(2, dtype=torch.float64)
+        losses, self._losses = self._sum(self._losses), torch.zeros(2, dtype=torch.float64)
         self.accelerator.unscale_gradients(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf))
-        if not (torch.isfinite(seen).all() and math.isfinite(norm)):
-            raise TrainingError(self._explain_nan(seen, norm))
+        if not (torch.isfinite(losses).all() and math.isfinite(norm)):
+            raise TrainingError(self._explain_nan(losses, norm))
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.learning_rate * rate(self.step, recipe)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        figures = {"forget_loss": float(seen[0]), "retain_kl": float(seen[1]), "gradient_norm": norm}
+        figures = {"forget_loss": float(losses[0]), "retain_kl": float(losses[1]), "gradient_norm": norm}
         self.progress.history.append({"step": self.step, **figures})
         return figures
 
     @torch.no_grad()
-    def evaluate(self, engine: StepRunner) -> dict[str, float]:
+    def evaluate(self, runner: StepRunner) -> dict[str, float]:
         """Measure the whole forget set and the held-out retain rows; keep the step if it is the best so far."""
-        forget_loss, specific_loss, score, probability = self._forget_figures(engine)
-        kl = self._mean_kl(engine, self.sets.held_out or self.sets.retain)
+        forget_loss, specific_loss, score, probability = self._forget_figures(runner)
+        kl = self._mean_kl(runner, self.sets.held_out or self.sets.retain)
         figures = {"forget_set_loss": forget_loss, "specific_loss": specific_loss, "answer_probability": probability}
         figures["held_out_kl" if self.sets.held_out else "retain_kl"] = kl
         progress, budget = self.progress, self.recipe.objective.retain_budget
@@ -156,7 +145,7 @@ class AdapterTrainer:
         within = budget is None or kl <= budget  # too few rows to hold any out: measured on what is trained on
         # Without a budget the last step is kept; with one, the last within it that forgets about as much as the best:
         # as the learning rate falls, what was harmed on the way recovers.
-        if within and (budget is None or score >= _NEARLY * progress.best_score):
+        if within and (budget is None or score >= _NEAR_BEST * progress.best_score):
             progress.best_step, progress.best_score = self.step, max(score, progress.best_score)
             self.best = to_cpu(self.parameters)
         stop = self.recipe.objective.stop_when
@@ -168,33 +157,31 @@ class AdapterTrainer:
         return figures
 
     def checkpoint(self) -> Path | None:
-        """Save the state (on the main process); returns where, or None if nothing is kept."""
+        """Save the state (on the main process); returns the folder, or None where no checkpoints are kept."""
         if self.checkpoints is None:
             return None
         if self.accelerator.is_main_process:
-            state = State(
-                self.step, to_cpu(self.parameters), self.best, self.optimizer.state_dict(), vars(self.progress)
-            )
-            self.checkpoints.save(state)
+            weights, optimizer = to_cpu(self.parameters), self.optimizer.state_dict()
+            self.checkpoints.save(State(self.step, weights, self.best, optimizer, vars(self.progress)))
         self.accelerator.wait_for_everyone()
         return self.checkpoints.folder
 
-    def put(self, values: dict[str, Tensor]) -> None:
-        """Put values into the adapter."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(values[name])
+    @torch.no_grad()
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Set the adapter's parameters."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
 
-    def _forget_figures(self, engine: StepRunner) -> tuple[float, ...]:
+    def _forget_figures(self, runner: StepRunner) -> tuple[float, ...]:
         """Return the forget set's mean loss, that of its specific tokens, the score, and mean answer probability.
 
-        The score is the mean loss, capped at the ceiling (or `_ENOUGH`), of the tokens that the objective pushes away.
+        The score is the mean loss, capped at the ceiling, of the tokens that the objective pushes away.
         """
         sums = torch.zeros(4, dtype=torch.float64)
-        for work in self._mine(self.sets.forget, self.recipe.forget_batch):
-            with engine.step([StepRows(self.name, work, [])]) as pieces:
-                for piece in pieces:
-                    tokens, loss = piece.forget, piece.forget.cross_entropy
+        for examples in self._local_batches(self.sets.forget, self.recipe.forget_batch):
+            with runner.step([StepRows(self.name, examples, [])]) as microbatches:
+                for microbatch in microbatches:
+                    tokens, loss = microbatch.forget, microbatch.forget.cross_entropy
                     count = int(tokens.rows.max()) + 1 if len(tokens.rows) else 0
                     probability = torch.exp(-row_means(loss, tokens.rows, count))
                     pushed = loss[tokens.specific] if self.only_specific else loss
@@ -203,29 +190,29 @@ class AdapterTrainer:
                         probability.sum(),
                     )  # fmt: skip
                     sums += torch.stack([value.double().cpu() for value in values])
-                    del piece, tokens
-        every = _count(self.sets.forget)
-        specific = sum(sum(example.specific or example.is_target) for example in self.sets.forget)
-        counts = [every, specific, specific if self.only_specific else every, len(self.sets.forget)]
+                    del microbatch, tokens  # before the next is made
+        n_targets = _count(self.sets.forget)
+        n_specific = sum(sum(example.specific or example.is_target) for example in self.sets.forget)
+        counts = [n_targets, n_specific, n_specific if self.only_specific else n_targets, len(self.sets.forget)]
         return tuple((self._sum(sums) / torch.tensor(counts)).tolist())
 
-    def _mean_kl(self, engine: StepRunner, examples: list[Example]) -> float:
+    def _mean_kl(self, runner: StepRunner, examples: list[Example]) -> float:
         if not examples:
             return 0.0
         total = torch.zeros(1, dtype=torch.float64)
-        for work in self._mine(examples, self.recipe.retain_batch):
-            with engine.step([StepRows(self.name, [], work)]) as pieces:
-                for piece in pieces:
-                    total += kl_divergence(piece.retain).double().sum().cpu()
-                    del piece
+        for batch in self._local_batches(examples, self.recipe.retain_batch):
+            with runner.step([StepRows(self.name, [], batch)]) as microbatches:
+                for microbatch in microbatches:
+                    total += kl_divergence(microbatch.retain).double().sum().cpu()
+                    del microbatch
         return float(self._sum(total)) / _count(examples)
 
-    def _mine(self, examples: list[Example], size: int) -> Iterator[list[Example]]:
+    def _local_batches(self, examples: list[Example], size: int) -> Iterator[list[Example]]:
         """Yield this process's rows in batches, as many as any process has: the last may be a row without targets."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine, most = examples[rank::world], len(examples[::world])
-        for first in range(0, most, size):
-            yield mine[first : first + size] or [_silent(examples[0])]
+        local, longest = examples[rank::world], len(examples[::world])
+        for first in range(0, longest, size):
+            yield local[first : first + size] or [_without_targets(examples[0])]
 
     def _sum_gradients(self) -> None:
         """Add up the processes' gradients: one exchange of numbers as small as the adapter."""
@@ -240,35 +227,28 @@ class AdapterTrainer:
     def _sum(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:
             return values
-        moved = values.to(self.accelerator.device)
-        return self.accelerator.reduce(moved, reduction="sum").cpu()  # type: ignore[no-any-return]
+        total = self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
+        return total.cpu()  # type: ignore[no-any-return]
 
-    def _explain_nan(self, seen: Tensor, norm: float) -> str:
+    def _explain_nan(self, losses: Tensor, norm: float) -> str:
         recipe = self.recipe
         if getattr(recipe.objective, "forget_ceiling", 0) is None:
             cause = "plain gradient ascent has no bound: set objective.forget_ceiling (8 is a good start)"
-        elif recipe.dtype == "float16":
-            cause = "float16 overflows: use bfloat16 or float32"
         else:
             cause = (
                 f"the learning rate {recipe.learning_rate:g} is too high for this base and adapter: try a tenth of it"
             )
-        there = self.checkpoints is not None and self.checkpoints.folder.exists()
-        kept = f" The last checkpoint is kept: {self.checkpoints.folder}." if self.checkpoints and there else ""
+        kept = ""
+        if self.checkpoints and self.checkpoints.folder.exists():
+            kept = f" The last checkpoint is kept: {self.checkpoints.folder}."
         return (
-            f"not a number at step {self.step + 1} of {recipe.steps}: forget loss {float(seen[0]):.3g}, retain KL "
-            f"{float(seen[1]):.3g} nats/token, gradient norm {norm:.3g}. Likely cause: {cause}.{kept}"
+            f"not a number at step {self.step + 1} of {recipe.steps}: forget loss {float(losses[0]):.3g}, retain KL "
+            f"{float(losses[1]):.3g} nats/token, gradient norm {norm:.3g}. Likely cause: {cause}.{kept}"
         )
 
 
-def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Return the mean of `values` (N,) over the tokens of each of `count` rows, (count,)."""
-    sums = torch.zeros(count, device=values.device, dtype=values.dtype).index_add_(0, rows, values)
-    return sums / torch.bincount(rows, minlength=count).clamp(min=1)
-
-
-def _silent(example: Example) -> Example:
-    """Return the row with nothing to learn from: for a process that has no row of its own in this part."""
+def _without_targets(example: Example) -> Example:
+    """Return the row with nothing to learn from: for a process that has no other row in this part."""
     return Example(example.ids, [False] * len(example.ids))
 
 
