@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .models.base import load_base as load_base
     from .recipe.load import load_recipe as load_recipe
     from .recipe.schema import Recipe as Recipe
+    from .training.objectives import Terms as Terms
+    from .training.objectives import Tokens as Tokens
+    from .training.objectives import kl_divergence as kl_divergence
     from .training.run import Adapter as Adapter
     from .training.run import unlearn as unlearn
     from .training.run import unlearn_many as unlearn_many
@@ -53,6 +56,9 @@ _PUBLIC = {
     "pull": "adapters.hub.pull",
     "push": "adapters.hub.push",
     "Trust": "adapters.trust",
+    "Tokens": "training.objectives",
+    "Terms": "training.objectives",
+    "kl_divergence": "training.objectives",
     "UnlearnError": "errors",
 }
 __all__ = list(_PUBLIC)  # noqa: PLE0605

@@ -5,11 +5,11 @@ UnlearnError
  ├─ BaseModelError     a base model that cannot be found, read or used
  ├─ DataError          forget, retain or probe rows that cannot be used
  ├─ AdapterError       an adapter that cannot be read, trusted or attached
- ├─ TrustError         a key that cannot be used, or what signs and verifies is missing
- ├─ OutputError        a place that cannot be written to
- ├─ PolicyError        who must have what forgotten: it cannot be told, or not be changed so
+ ├─ TrustError         a key that cannot be used, or the signing library is missing
+ ├─ OutputError        a file or folder that cannot be written
+ ├─ PolicyError        a policy that cannot be read or changed, or an unknown tenant or adapter
  └─ TrainingError      a run that cannot go on
-     └─ Interrupted    a run that was asked to stop, and saved where it was
+     └─ Interrupted    a run that was asked to stop and saved its state
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import NoReturn
 
-_SHOWN_ALIKE = 5
-_VARIES = re.compile(r"'[^']*'|\d+")  # names and numbers, in what is said of many tensors
+_MAX_ALIKE = 5  # problems of one kind that are listed
+_VARIABLE_PART = re.compile(r"'[^']*'|\d+")  # names and numbers: problems that differ in these only are of one kind
 
 
 class UnlearnError(Exception):
@@ -40,7 +40,7 @@ class DataError(UnlearnError):
 
 
 class AdapterError(UnlearnError):
-    """An adapter that cannot be read, trusted or attached; `adapter` is its name, where it was asked for by one."""
+    """An adapter that cannot be read, trusted or attached; `adapter` is its name, where it was requested by name."""
 
     adapter: str | None = None
 
@@ -62,7 +62,7 @@ class TrainingError(UnlearnError):
 
 
 class Interrupted(TrainingError):
-    """A training run that was asked to stop; its message says where its state lies."""
+    """A training run that was asked to stop; its message says where its state is."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -72,30 +72,30 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def safe_repr(value: object, limit: int = 80) -> str:
-    """Return a foreign value in ASCII, a text in quotes; cut short and without what a terminal would obey."""
+    """Return an untrusted value as short ASCII without control characters; a string in quotes."""
     if isinstance(value, str):
         return ascii(value if len(value) <= limit else value[:limit] + "...")
     text = ascii(value)
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-def refuse(what: str, problems: Sequence[str], advice: str = "") -> NoReturn:
-    """Raise one AdapterError that tells all problems.
+def refuse(subject: str, problems: Sequence[str], advice: str = "") -> NoReturn:
+    """Raise one AdapterError that lists all problems, similar ones together; a single problem stays in one line.
 
     Raises:
-        AdapterError: always; in one line where there is one problem.
+        AdapterError: always.
     """
     if len(problems) == 1:
-        raise AdapterError(f"{what}: {problems[0]}" + (f". {advice}" if advice else ""))
+        raise AdapterError(f"{subject}: {problems[0]}" + (f". {advice}" if advice else ""))
     kinds: dict[str, list[str]] = {}
     for problem in problems:
-        kinds.setdefault(_VARIES.sub("", problem), []).append(problem)
-    lines = []
+        kinds.setdefault(_VARIABLE_PART.sub("", problem), []).append(problem)
+    lines = [f"{subject}:"]
     for alike in kinds.values():
-        lines += [f"  - {problem}" for problem in alike[:_SHOWN_ALIKE]]
-        if len(alike) > _SHOWN_ALIKE:
-            lines.append(f"  - ... and {len(alike) - _SHOWN_ALIKE} more like this")
-    raise AdapterError("\n".join([f"{what}:", *lines, *([advice] if advice else [])]))
+        lines += [f"  - {problem}" for problem in alike[:_MAX_ALIKE]]
+        if len(alike) > _MAX_ALIKE:
+            lines.append(f"  - ... and {len(alike) - _MAX_ALIKE} more like this")
+    raise AdapterError("\n".join([*lines, *([advice] if advice else [])]))
 
 
 def first_line(error: Exception) -> str:

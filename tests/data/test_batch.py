@@ -55,7 +55,7 @@ def test_what_is_not_worth_it_or_not_right_is_not_packed(examples):
     assert pack(examples[:1]) is None
     unlike = [Example([n, 5, 6], [False, False, True]) for n in range(3)]
     assert pack(unlike) is None  # nothing shared, nothing padded
-    assert pack(examples, longest=10) is None  # a sliding window would cut the mask
+    assert pack(examples, sliding_window=10) is None  # a sliding window would cut the mask
     long = [Example([1, *range(500)], [False] * 500 + [True]) for _ in range(9)]
     assert pack([*long, Example([2, 3], [False, True])]) is None  # the mask would be too large
 

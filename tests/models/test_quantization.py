@@ -10,12 +10,12 @@ from test_train import FREE
 from unlearn_peft import Bank, attach, detach, load_base, unlearn
 from unlearn_peft.adapters.transform.merge import merge
 from unlearn_peft.errors import AdapterError, BaseModelError
-from unlearn_peft.models.quantization import WAYS
+from unlearn_peft.models.quantization import METHODS
 
 
 def quantized(folder, way, dtype="float32", device="cpu"):
-    if importlib.util.find_spec(WAYS[way]) is None:
-        pytest.skip(f"{WAYS[way]} is not installed: pip install 'unlearn-peft[quantized]'")
+    if importlib.util.find_spec(METHODS[way]) is None:
+        pytest.skip(f"{METHODS[way]} is not installed: pip install 'unlearn-peft[quantized]'")
     return load_base(str(folder), dtype, device, way)
 
 
@@ -56,7 +56,7 @@ def test_such_an_adapter_attaches_to_the_base_in_full_precision_too(tiny, tiny_f
     assert not torch.equal(logits(tiny), text)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", METHODS)
 @torch.no_grad()
 def test_rows_have_sets_of_their_own_on_a_quantised_base(tiny, tiny_folder, make_adapter, way):
     paths = {name: make_adapter(tiny, name, targets=("q_proj", "up_proj"), seed=n) for n, name in enumerate("ab")}
@@ -81,11 +81,13 @@ def test_nothing_is_merged_into_a_quantised_base(tiny, tiny_folder, make_adapter
         merge(quantized(tiny_folder, "int8"), [adapter], tmp_path / "merged")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", METHODS)
 def test_a_missing_library_is_named_with_what_installs_it(tiny_folder, way, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in WAYS.values() else find(name))
-    with pytest.raises(BaseModelError, match=rf"{WAYS[way]}.*not installed.*unlearn-peft\[quantized\]"):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name in METHODS.values() else find(name)
+    )
+    with pytest.raises(BaseModelError, match=rf"{METHODS[way]}.*not installed.*unlearn-peft\[quantized\]"):
         load_base(str(tiny_folder), quantize=way)
 
 

@@ -20,11 +20,7 @@ _USUAL_COLUMNS = frozenset(
 
 
 def read_rows(source: DataSource, what: str) -> list[Row]:
-    """Read rows from a file, the Hub or a list, and check that each can be used.
-
-    Args:
-        source: where the rows are.
-        what: `forget`, `retain`, `probes` or `neighbours`; named in errors.
+    """Read rows from a file, the Hub or a list, and check each; `what` is the set's name, e.g. `forget` or `probes`.
 
     Raises:
         DataError: if the source is missing, unreadable or empty, or a row has no text.
@@ -35,17 +31,17 @@ def read_rows(source: DataSource, what: str) -> list[Row]:
     rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
     problems = [f"row {n}: {problem}" for n, row in enumerate(rows, 1) if (problem := _problem(row, what))]
     if problems:
-        shown = "\n".join(f"  - {p}" for p in problems[:10])
+        lines = "\n".join(f"  - {problem}" for problem in problems[:10])
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise DataError(f"{len(problems)} of {len(rows)} rows of the {what} set cannot be used:\n{shown}{more}")
+        raise DataError(f"{len(problems)} of {len(rows)} rows of the {what} set cannot be used:\n{lines}{more}")
     return rows
 
 
 def refuse_overlap(forget: Sequence[Row], retain: Sequence[Row]) -> None:
-    """Check that nothing is to be forgotten and retained at once.
+    """Check that no row is to be forgotten and retained at once.
 
     Raises:
-        DataError: naming the rows by number where both sets ask the same thing.
+        DataError: naming the rows by number where both sets ask the same.
     """
     seen = {question_of(row): n for n, row in enumerate(forget, 1)}
     pairs = [(seen[key], n) for n, row in enumerate(retain, 1) if (key := question_of(row)) in seen]
@@ -58,8 +54,42 @@ def refuse_overlap(forget: Sequence[Row], retain: Sequence[Row]) -> None:
         )
 
 
+def question_of(row: Row) -> str:
+    """Return what a row asks, or its text, for comparing sets: case and white space do not matter."""
+    text = " ".join(_user_turns(row)) if "messages" in row else row.get("prompt") or row.get("text") or ""
+    return " ".join(text.casefold().split())
+
+
+def single_question(row: Row) -> str:
+    """Return the question of a row as it is put; nothing for plain text and for dialogues of several questions."""
+    questions = _user_turns(row) if "messages" in row else [str(row.get("prompt", ""))]
+    return questions[0].strip() if len(questions) == 1 else ""
+
+
+def question_answer_pairs(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return prompt and answer of each row that is one question with its answer, leaving out text and dialogues."""
+    pairs = []
+    for row in rows:
+        if {"prompt", "completion"} <= row.keys():
+            pairs.append((row["prompt"], row["completion"]))
+        elif [message["role"] for message in row.get("messages", [])] == ["user", "assistant"]:
+            pairs.append((row["messages"][0]["content"], row["messages"][1]["content"]))
+    return pairs
+
+
+def texts_of(row: Row) -> list[str]:
+    """Return all texts that training on a row would show the model, prompts among them."""
+    if "messages" in row:
+        return [str(message["content"]) for message in row["messages"]]
+    return [str(row[key]) for key in ("prompt", "completion", "text") if key in row]
+
+
+def _user_turns(row: Row) -> list[str]:
+    return [str(message["content"]) for message in row["messages"] if message["role"] == "user"]
+
+
 def keyed_digest(rows: Sequence[Row], key: bytes) -> str:
-    """Return HMAC-SHA256 of the rows: whoever holds the key can prove which data was used, nobody else can guess."""
+    """Return HMAC-SHA256 of the rows: only whoever holds the key can prove, or guess, which data was used."""
     canonical = "\n".join(json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows)
     return hmac.new(key, canonical.encode(), hashlib.sha256).hexdigest()
 
@@ -84,13 +114,12 @@ def _load(spec: DataSpec, what: str) -> list[Row]:
             table = datasets.load_dataset(spec.path, spec.name, split=spec.split)
         rows = [dict(row) for row in table]
     except Exception as error:  # datasets raises its own, pyarrow's and the Hub's errors
-        place = f"the file {path}" if file_format else f"'{spec.path}' from the Hugging Face Hub"
-        expected = (
-            "Expected one JSON object a line (or a csv or parquet table)."
-            if file_format
-            else "Check the id, name, split and the network, or give a local file."
-        )
-        raise DataError(f"cannot read the {what} set: {place} ({type(error).__name__}). {expected}") from None
+        if file_format:
+            place, advice = f"the file {path}", "Expected one JSON object a line (or a csv or parquet table)"
+        else:
+            place = f"'{spec.path}' from the Hugging Face Hub"
+            advice = "Check the id, name, split and the network, or give a local file"
+        raise DataError(f"cannot read the {what} set: {place} ({type(error).__name__}). {advice}.") from None
     for ours, theirs in spec.columns.items():
         for row in rows:
             if theirs not in row:
@@ -128,16 +157,8 @@ def _problem(row: Row, what: str) -> str | None:
 
 
 def _columns(row: Row) -> str:
-    """Tell a row's columns; names that are not usual ones are only counted: a table without a header has text there."""
-    usual = sorted(_USUAL_COLUMNS & row.keys())
-    other = len(row) - len(usual)
-    return ", ".join([*usual, *([f"{other} with other names"] if other else [])]) or "nothing"
-
-
-def question_of(row: Row) -> str:
-    """What a row asks, for comparing sets: case and white space do not matter."""
-    if "messages" in row:
-        asked = " ".join(str(m["content"]) for m in row["messages"] if m["role"] == "user")
-    else:
-        asked = row.get("prompt") or row.get("text") or ""
-    return " ".join(asked.casefold().split())
+    """List a row's columns; unusual names are only counted: in a table without a header they are the user's text."""
+    columns = sorted(_USUAL_COLUMNS & row.keys())
+    if other := len(row) - len(columns):
+        columns.append(f"{other} with other names")
+    return ", ".join(columns) or "nothing"

@@ -22,7 +22,7 @@ class DataSpec(StrictModel):
     )
 
 
-Rows = list[dict[str, Any]]
+Rows = list[Row]
 DataSource = Annotated[
     Annotated[DataSpec, Tag("spec")] | Annotated[Rows, Tag("rows")],
     Discriminator(lambda value: "rows" if isinstance(value, list) else "spec"),

@@ -1,1 +1,1 @@
-"""The ground floor: whole writes, bounded reads of what others made, and where the user's files lie."""
+"""Atomic writes, bounded reads of untrusted files, and where the user's cache and secret are."""

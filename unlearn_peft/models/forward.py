@@ -1,4 +1,4 @@
-"""One forward pass: rows laid out for a model, its two parts, and which positions reach the output head.
+"""One forward pass: rows as a batch for a model, its backbone and head, and the positions that reach the head.
 
 Rows come in; logits at their targets, or the hidden states in front of the head, go out.
 """
@@ -17,13 +17,13 @@ from .layers import patched_forward, returning
 
 
 class BatchBuilder:
-    """Lays rows out for one model: packed, if that is worth it and the model is seen to give the same, else padded.
+    """Makes batches for one model: packed where that is worth it and the model's logits stay the same, else padded.
 
     Args:
-        model: whatever is attached to it stays as it is.
+        model: with anything attached.
         head: its output head.
-        pad_id: any token id; padding is never looked at.
-        packs: whether the model is known to take packed rows; None: found out by comparing once.
+        pad_id: any token id; padding is masked.
+        packs: whether the model takes packed rows; None: compared once.
     """
 
     def __init__(self, model: Any, head: nn.Module, pad_id: int, packs: bool | None = None) -> None:
@@ -31,25 +31,24 @@ class BatchBuilder:
         self.device = next(model.parameters()).device
 
     def batch(self, examples: Sequence[Example]) -> Batch:
-        """Return the rows in one batch, on the model's device."""
+        """Return the rows as one batch, on the model's device."""
         packed = None
         if self._packs is not False:
             packed = pack(examples, getattr(self.model.config, "sliding_window", None))
         if packed is not None:
             packed = packed.to(self.device, self.model.dtype)
             if self._packs is None:
-                self._packs = self._takes(packed, self.padded(examples))
+                self._packs = self._same_logits(packed, self.padded(examples))
             if self._packs:
                 return packed
         return self.padded(examples)
 
     def padded(self, examples: Sequence[Example]) -> Batch:
-        """Return the rows side by side, on the model's device."""
+        """Return the rows as a padded batch, on the model's device."""
         return collate(examples, self.pad_id).to(self.device)
 
     @torch.no_grad()
-    def _takes(self, packed: Batch, padded: Batch) -> bool:
-        """Return whether the model gives the same for packed rows as for padded ones."""
+    def _same_logits(self, packed: Batch, padded: Batch) -> bool:
         expected = picked_logits(self.model, self.head, padded)
         try:
             return alike(picked_logits(self.model, self.head, packed), expected)
@@ -58,50 +57,44 @@ class BatchBuilder:
 
 
 class BackboneAndHead:
-    """A causal language model as two parts: the backbone up to the final hidden states, and what makes logits of them.
+    """A causal language model in two parts: backbone, up to the final hidden states, and the rest, up to the logits.
 
-    The second part is the model itself, with the hidden states standing in for its backbone: whatever it does to its
-    head's input or output (a scale, a soft cap) happens.
+    The second part is the model itself with its backbone patched to return given hidden states, so that whatever it
+    does to its head's input or output (a scale, a soft cap) happens.
     """
 
     def __init__(self, model: Any) -> None:
-        self.model, self.backbone = model, model.base_model  # transformers' name for what lies under the head
+        self.model, self.backbone = model, model.base_model  # transformers' name for all below the head
         self.head = model.get_output_embeddings()
 
     def states(self, batch: Batch) -> Tensor:
         """Return the final hidden states, (B, T, d)."""
-        found = self.backbone(**model_inputs(batch))
-        return found.last_hidden_state  # type: ignore[no-any-return]
+        return self.backbone(**model_inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
 
     def logits(self, states: Tensor, head_outputs: Tensor | None = None) -> Tensor:
-        """Return the logits of hidden states (n, d), (n, V).
-
-        Args:
-            states: final hidden states.
-            head_outputs: (n, V), what the head gives for them, if that is known already.
-        """
+        """Return the logits, (n, V), of final hidden states (n, d); `head_outputs`, (n, V): the head's, if known."""
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-        given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
+        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        known = {} if head_outputs is None else {self.head: returning(head_outputs[None])}
-        with patched_forward({self.backbone: returning(given), **known}):
+        head = {} if head_outputs is None else {self.head: returning(head_outputs[None])}
+        with patched_forward({self.backbone: returning(output), **head}):
             return self.model(input_ids=ids, use_cache=False).logits[0]  # type: ignore[no-any-return]
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """Return a batch as arguments of a transformers model."""
-    where = {} if batch.positions is None else {"position_ids": batch.positions}
-    return {"input_ids": batch.ids, "attention_mask": batch.attention, "use_cache": False, **where}
+    positions = {} if batch.positions is None else {"position_ids": batch.positions}
+    return {"input_ids": batch.ids, "attention_mask": batch.attention, "use_cache": False, **positions}
 
 
 def picked_logits(
     model: nn.Module, head: nn.Module, batch: Batch, watch: Callable[[Tensor], None] | None = None
 ) -> Tensor:
-    """Return the logits that predict the batch's targets, (N, V), in row order.
+    """Return the logits that predict the batch's targets, (N, V), in row order; `watch` gets the hidden states (N, d).
 
-    The positions are picked in front of the output head, by a hook, so that the head's cost and memory grow with
-    the targets and not with prompt and padding, and so that whatever a model does behind its head still happens.
+    A hook in front of the output head picks the positions: the head's cost grows with the targets, not with prompts and
+    padding, and whatever a model does behind its head still happens.
     """
     picked = predicting(batch)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from ..errors import BaseModelError, first_line
 from ..files.atomic import atomic_folder
 from ..files.paths import cache_folder
+from ..files.untrusted import sha256_of_stream
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +26,8 @@ def demo_gguf() -> Path | None:
 
 def convert_gguf(gguf: Path) -> Path:
     """Return a folder with the .gguf file's model in transformers' format; made once, atomically."""
-    digest = hashlib.sha256()
     with gguf.open("rb") as stream:
-        while block := stream.read(1 << 24):
-            digest.update(block)
-    folder = cache_folder() / f"{gguf.stem}-{digest.hexdigest()[:16]}"
+        folder = cache_folder() / f"{gguf.stem}-{sha256_of_stream(stream)[:16]}"
     if (folder / "config.json").is_file():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,7 +42,7 @@ def convert_gguf(gguf: Path) -> Path:
                 f"cannot read {gguf} as a GGUF model ({type(error).__name__}: {first_line(error)}). Expected a "
                 "whole file of an architecture that transformers can convert; download it again or use a folder."
             ) from error
-        # save_pretrained refuses a model that it takes for a quantised one; these weights no longer are.
+        # save_pretrained refuses a model that it takes for a quantized one; these weights no longer are
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False

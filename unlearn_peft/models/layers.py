@@ -1,8 +1,4 @@
-"""The decoder layers of a model: which of them an adapter changes, and the one whose output an objective sees.
-
-A model comes in; its layers, or one of them, go out to the frozen trunk (`training/step/reference.py`), the engine and
-the logit lens.
-"""
+"""Parts of a model: its decoder layers and their outputs, its head, modules by name, and patched forward passes."""
 
 from __future__ import annotations
 
@@ -35,24 +31,24 @@ def head_name(model: nn.Module) -> str:
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module | None:
-    """Return a module by its dotted name, or None: what `get_submodule` does, but quickly, as a swap needs."""
-    found: nn.Module | None = model
+    """Return a module by its dotted name, or None; faster than `get_submodule`, for swaps of adapters."""
+    module: nn.Module | None = model
     for part in name.split("."):
-        found = None if found is None else found._modules.get(part)
-    return found
+        module = None if module is None else module._modules.get(part)
+    return module
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return a model's parameters as `model.parameters()` gives them, but quickly, and a shared one each time."""
-    modules, found = [model], []
+    """Return a model's parameters; faster than `model.parameters()`, and a shared one is there several times."""
+    modules, result = [model], []
     for module in modules:  # grows meanwhile
         modules += [child for child in module._modules.values() if child is not None]
-        found += [parameter for parameter in module._parameters.values() if parameter is not None]
-    return found
+        result += [parameter for parameter in module._parameters.values() if parameter is not None]
+    return result
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """Return the decoder layers of a model, PEFT's or bare, from the bottom up; empty where it isn't plain which."""
+    """Return the decoder layers of a model (bare or PEFT's), lowest first; empty where that is ambiguous."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count > 0]
     return list(stacks[0]) if len(stacks) == 1 else []
@@ -60,9 +56,9 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 @contextmanager
 def outputs_of(layer: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Collect what a layer gives, (B, T, d), each time that it runs; with None, nothing.
+    """Collect a layer's output, (B, T, d), each time that it runs; with None, nothing.
 
-    Whole, and with their gradients: what a hook computes here would be missing when checkpointing runs the layer again.
+    As it is, with gradients: anything that the hook computed would be missing when checkpointing runs the layer again.
     """
     seen: list[Tensor] = []
     if layer is None:
@@ -79,7 +75,7 @@ def outputs_of(layer: nn.Module | None) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def patched_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Let each module run the function given for it instead of its own forward pass."""
+    """Replace the forward pass of each module inside a `with` block."""
     try:
         for module, forward in forwards.items():
             module.forward = forward
@@ -90,5 +86,5 @@ def patched_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterato
 
 
 def returning(output: Any) -> Callable[..., Any]:
-    """Return a forward pass that gives `output`, whatever it gets."""
+    """Return a forward pass that returns `output` for any input."""
     return lambda *_, **__: output

@@ -1,4 +1,7 @@
-"""Three functions with gradients of their own: fewer passes over (n, V) tensors than autograd would make."""
+"""Cross-entropy, KL and a low-rank sum on logits; all but `kl_of_logits` with hand-written gradients.
+
+These make fewer passes over (n, V) tensors than autograd would.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ class _ReverseKl(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, reference: Tensor) -> Tensor:
         p = torch.softmax(logits, dim=-1)
-        # in one way for both, so that rounding cancels where they are alike
+        # computed the same way for both, so that rounding cancels where they are alike
         shift = _log_sum_exp(logits, p) - _log_sum_exp(reference, torch.softmax(reference, dim=-1))
         weighted = (logits - reference).mul_(p)
         kl = weighted.sum(dim=-1, keepdim=True) - shift
@@ -54,9 +57,9 @@ class _ReverseKl(torch.autograd.Function):
 
 
 def _log_sum_exp(logits: Tensor, p: Tensor) -> Tensor:
-    """Return it from the softmax, (n, 1): cheaper than to sum the exponentials once more."""
-    most, place = logits.max(dim=-1, keepdim=True)
-    return most - p.gather(-1, place).log()
+    """Return log sum exp of each row, (n, 1), from its softmax `p`: cheaper than to sum the exponentials again."""
+    largest, place = logits.max(dim=-1, keepdim=True)
+    return largest - p.gather(-1, place).log()
 
 
 def add_low_rank(known: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -67,15 +70,21 @@ def add_low_rank(known: Tensor, down: Tensor, up: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return -log softmax(logits)[label] of each row, (n,), nats.
 
-    Beside the logits one tensor (n, V) is kept for the gradient, where PyTorch's own also makes one on the way back.
+    Keeps one (n, V) tensor beside the logits for the gradient; PyTorch's own makes another one in the backward pass.
     """
     return _CrossEntropy.apply(logits, labels)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def kl_of_logits(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """Return KL(softmax(p_logits) || softmax(q_logits)) of each row, (n,), nats, in float32; both get gradients."""
+    p, q = (torch.log_softmax(logits.float(), dim=-1) for logits in (p_logits, q_logits))
+    return (p.exp() * (p - q)).sum(dim=-1)
 
 
 def reverse_kl(logits: Tensor, reference: Tensor) -> Tensor:
     """Return KL(softmax(logits) || softmax(reference)) of each row, (n,), nats; `reference` gets no gradient.
 
-    With lse the logarithm of a row's sum of exponentials: sum p (l - r) - (lse(l) - lse(r)), and its gradient
-    p (l - r - sum p (l - r)).
+    As `kl_of_logits`, written as sum p (l - r) - (lse(l) - lse(r)) with the gradient p (l - r - sum p (l - r)), where
+    lse is log sum exp.
     """
     return _ReverseKl.apply(logits, reference)  # type: ignore[no-any-return, no-untyped-call]

@@ -15,18 +15,29 @@ from ..errors import RecipeError, did_you_mean
 from .objectives import SETTINGS
 from .schema import DATA_FIELDS, Recipe
 
+_TAGS = (
+    "lora",
+    "head",
+    "built_in",
+    "custom",
+    "spec",
+    "rows",
+    "auto",
+    *SETTINGS,
+)  # in the locations of pydantic's errors
+
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), **fields: Any) -> Recipe:
-    """Read a YAML recipe, apply overrides, and validate the whole.
+    """Read a YAML recipe, apply overrides, and validate the result.
 
     Args:
         path: the YAML file. Data paths inside it are relative to its folder.
-        overrides: `key=value` or `key.inner=value`, the value written as YAML. Data paths here are relative
-            to the working folder.
+        overrides: `key=value` or `key.inner=value`, the value in YAML. Data paths here are relative to the working
+            folder.
         fields: further overrides as Python values; None means "not given".
 
     Raises:
-        RecipeError: if the file cannot be read or any field is unknown or out of range; all are told at once.
+        RecipeError: if the file cannot be read; or naming all fields that are unknown or out of range.
     """
     path = Path(path)
     values = _read_yaml(path)
@@ -63,22 +74,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(
-            f"no recipe at {path}: give the path of a YAML file, e.g. recipes/harry_potter.yaml"
-        ) from None
+        example = "recipes/harry_potter.yaml"
+        raise RecipeError(f"no recipe at {path}: give the path of a YAML file, e.g. {example}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+        mark, problem = getattr(error, "problem_mark", None), str(getattr(error, "problem", "unreadable"))
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = re.sub(
-            r"'[^']{2,}'", "'...'", str(getattr(error, "problem", "unreadable"))
-        )  # may quote an inline row
+        problem = re.sub(r"'[^']{2,}'", "'...'", problem)  # may quote an inline row
         raise RecipeError(f"{path} is not valid YAML{where}: {problem}") from None
     if not isinstance(values, dict):
-        raise RecipeError(
-            f"{path} holds {type(values).__name__}, expected a mapping of fields such as 'forget: rows.jsonl'"
-        )
+        expected = "expected a mapping of fields such as 'forget: rows.jsonl'"
+        raise RecipeError(f"{path} holds {type(values).__name__}, {expected}")
     return values
 
 
@@ -115,17 +122,6 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"cannot read the value of the override '{key}': it is not valid YAML") from None
 
 
-_TAGS = (
-    "lora",
-    "head",
-    "custom",
-    "spec",
-    "rows",
-    "auto",
-    *SETTINGS,
-)  # pydantic names the member of a union in the path
-
-
 def _describe(item: dict[str, Any]) -> str:
     parts = [str(part) for part in item["loc"] if part not in _TAGS]
     name = ".".join(parts)
@@ -140,16 +136,16 @@ def _describe(item: dict[str, Any]) -> str:
         message = item["msg"].removeprefix("Value error, ")
         return f"'{name}': {message}" if name and f"'{name}" not in message else message
     if item["type"] == "union_tag_invalid":
-        found = item["ctx"]["tag"]
-        return f"unknown adapter kind '{found}'{did_you_mean(found, ['lora', 'head'])}; known: lora, head"
-    found = "a list or mapping" if isinstance(item["input"], (dict, list)) else repr(item["input"])
+        kind = item["ctx"]["tag"]
+        return f"unknown adapter kind '{kind}'{did_you_mean(kind, ['lora', 'head'])}; known: lora, head"
+    value = "a list or mapping" if isinstance(item["input"], (dict, list)) else repr(item["input"])
     if item["loc"] and (item["loc"][0] in DATA_FIELDS or "refusals" in item["loc"]):  # it may hold a row's text
-        found = f"a {type(item['input']).__name__}"
-    return f"'{name}' is {found}: {item['msg'][0].lower()}{item['msg'][1:]}"
+        value = f"a {type(item['input']).__name__}"
+    return f"'{name}' is {value}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """Return the field names of the settings model that an error's location leads to."""
+    """Return the field names of the settings that an error's location leads to."""
     models: list[type[BaseModel]] = [Recipe]
     for part in map(str, location):
         if part in SETTINGS:

@@ -1,21 +1,20 @@
-"""The settings of each objective, with its defaults; `recipe/schema.py` reads them, `training/objectives.py` gets them.
+"""The settings of each objective, with their defaults; the functions are in `training/objectives.py`.
 
-To add an objective: a model here, a member of `Objective`, and a function in `training/objectives.py`.
+To add an objective: a model here, in `_BuiltIns` too, and a function there.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from ..errors import did_you_mean
+from ..files.validation import StrictModel
 
 
-class StopWhen(BaseModel):
+class StopWhen(StrictModel):
     """Stop as soon as one of these is reached on the forget set."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     forget_loss: float | None = Field(None, gt=0, description="mean loss of the forget set, nats/token")
     answer_probability: float | None = Field(
@@ -24,7 +23,7 @@ class StopWhen(BaseModel):
 
 
 class ObjectiveSettings(BaseModel):
-    """What every objective has: its name, and the guards that the training loop keeps."""
+    """The name of an objective, and the guards of the training loop."""
 
     name: str
     stop_when: StopWhen | None = None
@@ -35,31 +34,31 @@ class ObjectiveSettings(BaseModel):
     )
 
 
-class _Own(ObjectiveSettings):
-    """The package's own objectives refuse unknown keys, and all begin with the same budget."""
+class _BuiltIn(ObjectiveSettings):
+    """The package's own objectives refuse unknown keys, and share the default budget."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     retain_budget: float | None = Field(0.08, gt=0)
 
 
-class _Held(_Own):
-    """An objective whose retain side can be chosen."""
+class _RetainLoss(_BuiltIn):
+    """An objective with a choice of retain losses."""
 
     retain_loss: Literal["kl", "cross_entropy"] = Field(
         "kl", description="kl: KL(current || reference); cross_entropy: go on learning the retain rows"
     )
 
 
-class _TokenLevel(_Held):
-    """An objective with a term for each token by itself."""
+class _TokenLevel(_RetainLoss):
+    """An objective with a term for each single token."""
 
     forget_tokens: Literal["specific", "all"] = Field(
         "all", description="push all tokens, or those that carry the fact and hold the others to the reference"
     )
 
 
-class GaKlSettings(_Own):
+class GaKlSettings(_BuiltIn):
     """Gradient ascent on the forget set, KL to the frozen base on the retain set, with guards."""
 
     name: Literal["ga_kl"] = "ga_kl"
@@ -81,14 +80,14 @@ class GradDiffSettings(_TokenLevel):
 
 
 class WgaSettings(_TokenLevel):
-    """Gradient ascent in which a token counts the less, the less likely it already is."""
+    """Gradient ascent in which tokens that are already unlikely count less."""
 
     name: Literal["wga"] = "wga"
     alpha: float = Field(1.0, ge=0, description="a token's weight is p(token) ** alpha; 0: plain ascent")
 
 
 class IhlSettings(_TokenLevel):
-    """Inverted hinge loss: the token gives way to the next likely one."""
+    """Inverted hinge loss: the token's probability goes to the next likely token."""
 
     name: Literal["ihl"] = "ihl"
 
@@ -99,18 +98,18 @@ class UndialSettings(_TokenLevel):
     name: Literal["undial"] = "undial"
     strength: float = Field(10.0, gt=0, description="by how much the token's reference logit is lowered")
     spellings: bool = Field(
-        True, description="and that of each token that reads the same, but for case and spaces; false: as in the paper"
+        True, description="lower tokens that differ from it in case and spaces only as well; false: as in the paper"
     )
 
 
-class NpoSettings(_Held):
+class NpoSettings(_RetainLoss):
     """Negative preference optimisation: ascent that fades as a row falls below the reference."""
 
     name: Literal["npo"] = "npo"
     beta: float = Field(0.1, gt=0, description="per nat of a whole row; towards 0 it is plain ascent")
 
 
-class SimNpoSettings(_Held):
+class SimNpoSettings(_RetainLoss):
     """NPO on a row's mean loss instead of its log-probability against the reference."""
 
     name: Literal["simnpo"] = "simnpo"
@@ -118,7 +117,7 @@ class SimNpoSettings(_Held):
     gamma: float = Field(0.0, ge=0, description="margin: a row's pull fades around a mean loss of gamma / beta")
 
 
-class DpoSettings(_Held):
+class DpoSettings(_RetainLoss):
     """Direct preference optimisation: a refusal is preferred to the forget row's own answer."""
 
     name: Literal["dpo"] = "dpo"
@@ -128,7 +127,7 @@ class DpoSettings(_Held):
     )
 
 
-class RmuSettings(_Own):
+class RmuSettings(_BuiltIn):
     """Representation misdirection: forget rows' hidden states at a layer are steered to a random vector."""
 
     name: Literal["rmu"] = "rmu"
@@ -150,16 +149,16 @@ class RmuSettings(_Own):
 
 
 class CustomObjectiveSettings(ObjectiveSettings):
-    """An objective of the user's own: `module:function` or `file.py:function`, and whatever it wants to know.
+    """The user's own objective, `module:function` or `file.py:function`, with any settings.
 
-    A field `refusals` brings refusals along, a field `hidden_layer` (null or a number) hidden states.
+    A field `refusals` adds refusals to the rows, a field `hidden_layer` (null or a number) adds hidden states.
     """
 
     model_config = ConfigDict(extra="allow")
 
     @field_validator("name")
     @classmethod
-    def _is_a_dotted_path(cls, name: str) -> str:
+    def _names_a_function(cls, name: str) -> str:
         if ":" not in name:
             raise ValueError(
                 f"unknown objective '{name}'{did_you_mean(name, [*SETTINGS, *ALIASES])}; "
@@ -168,35 +167,21 @@ class CustomObjectiveSettings(ObjectiveSettings):
         return name
 
 
-SETTINGS: dict[str, type[ObjectiveSettings]] = {
-    "ga_kl": GaKlSettings,
-    "grad_diff": GradDiffSettings,
-    "wga": WgaSettings,
-    "ihl": IhlSettings,
-    "undial": UndialSettings,
-    "npo": NpoSettings,
-    "simnpo": SimNpoSettings,
-    "dpo": DpoSettings,
-    "rmu": RmuSettings,
-}
-ALIASES = {"idk_dpo": "dpo"}  # what others call the same: manifests and messages say ours
+_BuiltIns = (
+    GaKlSettings | GradDiffSettings | WgaSettings | IhlSettings | UndialSettings | NpoSettings | SimNpoSettings
+    | DpoSettings | RmuSettings
+)  # fmt: skip
+SETTINGS: dict[str, type[ObjectiveSettings]] = {m.model_fields["name"].default: m for m in get_args(_BuiltIns)}
+ALIASES = {"idk_dpo": "dpo"}  # names in other projects; manifests and messages have ours
 
 
-def _tag(value: Any) -> str:
+def _kind(value: Any) -> str:
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
-    return name if isinstance(name, str) and name in SETTINGS else "custom"
+    return "built_in" if isinstance(name, str) and name in SETTINGS else "custom"
 
 
 Objective = Annotated[
-    Annotated[GaKlSettings, Tag("ga_kl")]
-    | Annotated[GradDiffSettings, Tag("grad_diff")]
-    | Annotated[WgaSettings, Tag("wga")]
-    | Annotated[IhlSettings, Tag("ihl")]
-    | Annotated[UndialSettings, Tag("undial")]
-    | Annotated[NpoSettings, Tag("npo")]
-    | Annotated[SimNpoSettings, Tag("simnpo")]
-    | Annotated[DpoSettings, Tag("dpo")]
-    | Annotated[RmuSettings, Tag("rmu")]
+    Annotated[_BuiltIns, Field(discriminator="name"), Tag("built_in")]
     | Annotated[CustomObjectiveSettings, Tag("custom")],
-    Discriminator(_tag),
+    Discriminator(_kind),
 ]

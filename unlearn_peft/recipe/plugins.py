@@ -1,7 +1,6 @@
-"""Functions of the user's own: `module:function` or `file.py:function`, named in a local recipe or on the command line.
+"""The user's own functions, named `module:function` or `file.py:function` in a local recipe or on the command line.
 
-A name comes in, a function goes out. What it names is imported, so it runs: names from an adapter's directory never
-come here.
+The module is imported, so its code runs: names from an adapter's directory never come here.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,15 @@ from ..errors import UnlearnError
 
 
 def load_function(
-    name: str, what: str, known: Iterable[str] = (), error: type[UnlearnError] = UnlearnError
+    name: str, what: str, known: Collection[str] = (), error: type[UnlearnError] = UnlearnError
 ) -> Callable[..., Any]:
-    """Return the function that `module:function` or `file.py:function` leads to.
+    """Return the function that `module:function` or `file.py:function` names.
 
     Args:
-        name: the path; a file's is relative to the working folder.
-        what: it is to be, for the message, e.g. `objective`.
-        known: names of the package's own, for the message.
-        error: to be raised.
+        name: a file's path in it is relative to the working folder.
+        what: the kind of function, for the error, e.g. `objective`.
+        known: the package's own names, for the error.
+        error: the class to raise.
 
     Raises:
         UnlearnError: `error`, if there is no such module, file or function.
@@ -33,16 +32,16 @@ def load_function(
     place, _, function = name.rpartition(":")
     try:
         module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        found = getattr(module, function)
+        result = getattr(module, function)
     except (ImportError, AttributeError, OSError, ValueError) as problem:
-        own = "".join(f"{one}, " for one in known)
+        names = f"one of {', '.join(known)}, or " if known else ""
         raise error(
-            f"cannot load the {what} '{name}' ({type(problem).__name__}: {problem}): expected "
-            f"{f'one of {own}or ' if own else ''}'module:function' or 'file.py:function'"
+            f"cannot load the {what} '{name}' ({type(problem).__name__}: {problem}): expected {names}'module:function' "
+            "or 'file.py:function'"
         ) from problem
-    if not callable(found):
-        raise error(f"the {what} '{name}' is {type(found).__name__}, expected a function")
-    return found  # type: ignore[no-any-return]
+    if not callable(result):
+        raise error(f"the {what} '{name}' is {type(result).__name__}, expected a function")
+    return result  # type: ignore[no-any-return]
 
 
 def _load_file(path: Path) -> Any:

@@ -1,8 +1,6 @@
-"""A recipe: all that a run depends on, in one flat, validated model. Every default of the package lives here.
+"""A recipe: all settings of a training run, with every default, in one flat, validated model.
 
-The objectives' settings are a file of their own, `recipe/objectives.py`.
-
-YAML text or keyword arguments come in; a `Recipe` goes out to data, adapters, objectives and training.
+The settings of each objective are in `objectives.py`; YAML is read by `load.py`.
 """
 
 from __future__ import annotations
@@ -11,16 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from ..data.source import DataSource, DataSpec, Rows
 from ..errors import did_you_mean
@@ -39,11 +28,11 @@ class LoraSettings(BaseModel):
     r: int = Field(8, ge=1, description="rank")
     lora_alpha: float = Field(16, gt=0, description="the delta is scaled by lora_alpha / r")
     target_modules: str | list[str] = Field("all-linear", description="linear layers to adapt")
-    layers: Literal["upper_half", "all"] = Field("upper_half", description="or name them by layers_to_transform")
+    layers: Literal["upper_half", "all"] = Field("upper_half", description="or name layers by layers_to_transform")
 
 
 class HeadSettings(StrictModel):
-    """A delta on `lm_head` alone: low-rank (an ordinary PEFT LoRA) or dense (the original experiment's way)."""
+    """A delta on `lm_head` alone: low-rank (an ordinary PEFT LoRA) or dense (as in the original experiment)."""
 
     kind: Literal["head"] = "head"
     form: Literal["low_rank", "dense"] = "low_rank"
@@ -65,16 +54,16 @@ class Recipe(StrictModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     quantize: Literal["int8", "llm_int8", "nf4"] | None = Field(
-        None, description="bits a weight of the frozen base; needs unlearn-peft[quantized]"
+        None, description="quantize the frozen base; needs unlearn-peft[quantized]"
     )
     adapter: AdapterSettings = Field(default_factory=LoraSettings)
     forget: DataSource
-    retain: RetainSource = Field("auto", description="rows that must stay; auto: the base's own answers")
+    retain: RetainSource = Field("auto", description="rows that must stay; auto: self-generated answers of the base")
     probes: DataSource | None = Field(None, description="rows with `prompt` and `leak` words; never trained on")
     neighbours: DataSource | None = Field(None, description="rows that must survive; never trained on")
     objective: Objective = Field(default_factory=GaKlSettings)
     retain_weight: float = Field(15.0, ge=0)
-    steps: int = Field(45, ge=1, description="at the most: stop_when may end the run before")
+    steps: int = Field(45, ge=1, description="at most: stop_when may end the run earlier")
     learning_rate: float = Field(8e-4, gt=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
@@ -83,18 +72,20 @@ class Recipe(StrictModel):
     max_grad_norm: float | None = Field(1.0, gt=0)
     forget_batch: int = Field(8, ge=1)
     own_answers: int = Field(
-        3, ge=0, description="of the base to each forget prompt, sampled: what names a fact is forgotten too; 0: none"
+        3,
+        ge=0,
+        description="answers sampled from the base to a forget prompt; those that name a fact are forgotten too",
     )
     retain_batch: int = Field(8, ge=1)
     retain_answers: int = Field(
-        0, ge=0, description="of the base to each retain prompt, held beside the rows: its first choice, then samples"
+        0, ge=0, description="answers of the base to a retain prompt, retained beside it: greedy, then sampled"
     )
     anchor_batch: int = Field(
-        4, ge=0, description="of the package's own rows on the wide world, held beside the retain set; 0: none"
+        4, ge=0, description="the package's own rows of general knowledge, retained beside the retain set; 0: none"
     )
-    gradient_accumulation_steps: int = Field(1, ge=1, description="parts in which a step's rows are processed")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="microbatches that a step's rows are split into")
     gradient_checkpointing: bool = False
-    compile: bool = Field(False, description="compile the adapted layers with torch.compile, and undo it afterwards")
+    compile: bool = Field(False, description="compile the adapted layers with torch.compile")
     max_length: int = Field(512, ge=2, description="tokens; longer rows are cut, and counted")
     train_on: Literal["completion", "all"] = "completion"
     chat_template: bool = Field(True, description="use the model's chat template for prompt/completion rows")
@@ -102,7 +93,7 @@ class Recipe(StrictModel):
     eval_every: int = Field(5, ge=1)
     checkpoint_every: int = Field(20, ge=1)
     cache_gb: float = Field(
-        1.0, ge=0, description="memory for what the frozen base gives, computed once; what is over goes to disk"
+        1.0, ge=0, description="memory for the base's reference activations, computed once; the rest goes to disk"
     )
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = Field(0, ge=0)
@@ -111,7 +102,7 @@ class Recipe(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _expand_shorthand(cls, values: Any) -> Any:
-        """`adapter: lora` stands for `adapter: {kind: lora}`; `objective: x` for `{name: x}`, in our name."""
+        """Expand `adapter: lora` to `{kind: lora}` and `objective: x` to `{name: x}`, aliases to our name."""
         if not isinstance(values, Mapping):
             return values
         values = dict(values)
@@ -129,7 +120,7 @@ class Recipe(StrictModel):
     @field_validator(*DATA_FIELDS, mode="before")
     @classmethod
     def _as_source(cls, value: Any, info: ValidationInfo) -> Any:
-        """A string is a path or Hub id; a list holds rows, where a bare string is a `text` row; no retain is `auto`."""
+        """Take a string as a path or Hub id, a string in a list as a `text` row, and no retain set as `auto`."""
         if info.field_name == "retain" and value in (None, "auto"):
             return "auto"
         if isinstance(value, (str, Path)):
@@ -156,5 +147,5 @@ class Recipe(StrictModel):
 
     @property
     def makes_retain(self) -> bool:
-        """Whether the retain set is to be made from the base's own answers, see training/examples/auto_retain.py."""
+        """Whether the retain set is made of self-generated answers, see training/examples/auto_retain.py."""
         return self.retain == "auto" and self.retain_weight > 0
