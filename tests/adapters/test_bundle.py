@@ -78,6 +78,14 @@ def test_refused(adapter, tiny, name):
     assert torch.equal(logits(tiny), plain)
 
 
+@pytest.mark.parametrize("shape", [(), (6,), (6, 4, 1)])
+def test_a_dense_delta_of_other_dimensions_is_refused(tiny, tmp_path, shape):
+    save_file({"base_model.model.lm_head.dense_head_delta": torch.ones(shape)}, tmp_path / WEIGHTS)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "DENSE_HEAD", "target_modules": ["lm_head"]}')
+    with pytest.raises(AdapterError, match="no dense delta of two dimensions"):
+        attach(tiny, tmp_path)
+
+
 def test_all_mismatches_are_told_at_once(adapter, tiny):
     def spoil(tensors):
         names = sorted(n for n in tensors if "lora_A" in n)
@@ -133,7 +141,7 @@ def test_unknown_target_modules_name_those_that_exist(tiny, fields):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_nan_and_infinity_are_seen_in_every_dtype(dtype):
-    from unlearn_peft.files.untrusted import LARGEST, largest_of
+    from unlearn_peft.files.weights import LARGEST, largest_of
 
     tensor = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
     assert largest_of(tensor) == torch.finfo(dtype).max > LARGEST

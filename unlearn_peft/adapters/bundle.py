@@ -1,8 +1,4 @@
-"""An adapter directory: PEFT's two files, a manifest and a card. Read as untrusted, written whole or not at all.
-
-`read_bundle` checks everything that can be checked without a base; `Bundle.check_fits` the rest, against a live
-model. Both tell all that is wrong at once, before anything is attached.
-"""
+"""A LoRA or dense adapter in memory (`Bundle`), and whether it fits a base model. `read.py` makes it from a folder."""
 
 from __future__ import annotations
 
@@ -19,19 +15,14 @@ from ..files.atomic import folder_bytes
 from ..models.fingerprint import fingerprint, mismatches
 from ..models.layers import submodule
 
-WEIGHTS, CONFIG, MANIFEST, CARD, CURVES = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "forget.json",
-    "README.md",
-    "curves.png",
-)
+WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "forget.json"
+CARD, CURVES = "README.md", "curves.png"
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What an adapter adds to one linear layer: `scale * up @ down`, or a dense `up` alone."""
+    """What an adapter adds to one linear layer's weight: `scale * up @ down`, or a dense `up` alone."""
 
     up: Tensor  # (out, r); dense: (out, in)
     down: Tensor | None  # (r, in)
@@ -41,6 +32,16 @@ class Delta:
     def rank(self) -> int | None:
         """The rank, or None where the delta is dense."""
         return None if self.down is None else self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape (out, in) of the weight that it is added to."""
+        return self.up.shape[0], (self.up if self.down is None else self.down).shape[1]
+
+    def matrix(self) -> Tensor:
+        """Return the whole delta (out, in), multiplied out in float32."""
+        up = self.up.float()
+        return up * self.scale if self.down is None else (self.scale * up) @ self.down.float()
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Bundle:
     manifest: dict[str, Any]
     digest: str  # sha256 of the weights file
     identity: str  # sha256 over weights file and config: equal if and only if the effect is the same
-    files: Mapping[str, str] = field(default_factory=dict)  # sha256 of each file, as it was read; what may be signed
-    signature: bytes | None = None  # of all of these, unverified
+    files: Mapping[str, str] = field(default_factory=dict)  # sha256 of each file as it was read
+    signature: bytes | None = None  # covers `files`; not verified
     signed_by: str | None = None  # the trusted signer's name, if it was read with a `Trust`
 
     @property
@@ -75,30 +76,29 @@ class Bundle:
         allow_different_base: bool = False,
         known: Mapping[str, Any] | None = None,
     ) -> tuple[str, ...]:
-        """Check that the adapter was made for this base; `known` is the base's fingerprint, if it is known.
+        """Check that the adapter was made for this base; `known` is the base's fingerprint, where it was taken before.
 
         Returns:
-            the parts of the base's fingerprint that differ, which is only ever allowed with `allow_different_base`,
-            and logged.
+            the parts of the base's fingerprint that differ: none without `allow_different_base`, which logs them.
 
         Raises:
             AdapterError: naming every module that is missing or has another shape, and every part of the
-                base's fingerprint that differs (allowed with `allow_different_base`).
+                fingerprint that differs.
         """
         problems, different = self.misfits(model, tokenizer, allow_different_base=allow_different_base, known=known)
-        trained_on = self.manifest.get("base", {}).get("name") or self.config.get("base_model_name_or_path")
+        trained_on = safe_repr(self.manifest.get("base", {}).get("name") or self.config.get("base_model_name_or_path"))
         if problems:
             refuse(
-                f"the adapter {self.path} does not match this base (it was trained on {safe_repr(trained_on)})",
+                f"the adapter {self.path} does not match this base (it was trained on {trained_on})",
                 problems,
                 "Load the base that it was trained on, or train an adapter for this one",
             )
         if different:
             logger.warning(
-                "UNSAFE: the adapter %s was trained on %s, and this base differs in its %s. It is attached, as "
-                "different bases were allowed; nobody has measured what it forgets here, or what else it harms",
+                "UNSAFE: the adapter %s was trained on %s, and this base differs in its %s. It is attached, because "
+                "different bases were allowed. What it forgets here, and what else it harms, was never measured",
                 self.path,
-                safe_repr(trained_on),
+                trained_on,
                 " and ".join(different),
             )
         return different
@@ -111,7 +111,7 @@ class Bundle:
         allow_different_base: bool = False,
         known: Mapping[str, Any] | None = None,
     ) -> tuple[list[str], tuple[str, ...]]:
-        """Return what does not fit a base, and the parts in which its fingerprint differs; see `check_fits`."""
+        """Return the problems that `check_fits` would raise, and what it would return."""
         problems = []
         for name, delta in self.deltas.items():
             module = submodule(model, name)
@@ -120,14 +120,12 @@ class Bundle:
                 what = "does not exist" if module is None else "is no linear layer"
                 problems.append(f"module '{name}' {what} in the base")
                 continue
-            expected = (
-                (module.out_features, module.in_features) if isinstance(module, nn.Linear) else tuple(weight.shape)
-            )
-            if not isinstance(module, nn.Linear) and type(module).__name__ == "Conv1D":
-                expected = (weight.shape[1], weight.shape[0])
-            found = (delta.up.shape[0], (delta.up if delta.down is None else delta.down).shape[1])
-            if found != expected:
-                problems.append(f"'{name}' has shape {expected} in the base, the adapter was made for {found}")
+            if isinstance(module, nn.Linear):  # a quantised one stores its weight in another shape
+                expected = module.out_features, module.in_features
+            else:
+                expected = tuple(weight.T.shape if type(module).__name__ == "Conv1D" else weight.shape)
+            if delta.shape != expected:
+                problems.append(f"'{name}' has shape {expected} in the base, the adapter was made for {delta.shape}")
         noted = self.manifest.get("base", {}).get("fingerprint", {})
         different = tuple(mismatches(noted, known or fingerprint(model, tokenizer))) if noted else ()
         if not allow_different_base:

@@ -1,4 +1,4 @@
-"""What a person sees of an adapter: its model card and its curves. Never the forget text."""
+"""An adapter's model card, which never holds forget text: written when it is saved, extended by an evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterError, safe_repr
+from ..errors import AdapterError, first_line, safe_repr
 from ..files.atomic import atomic_file
 from .bundle import CARD
 from .bundle import CURVES as CURVES
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 
-EVALUATED, _TRAIN = "unlearn-peft eval", "unlearn-peft train"  # who measured a result of the model-index
+EVALUATED, _TRAINED = "unlearn-peft eval", "unlearn-peft train"  # what measured a result of the model-index
 FIGURES = "figures.png"
 _TASK = "text-generation"
-_MODEL_NAME = "forget adapter"  # not the folder's name: that may tell what was forgotten
+_MODEL_NAME = "forget adapter"  # not the folder's name, which may tell what was forgotten
 _BEGIN, _END = "<!-- evaluation, written by unlearn-peft eval -->", "<!-- /evaluation -->"
 _INTRODUCTION = """# A forget adapter for {base}
 
@@ -93,65 +93,66 @@ and tells how near.
 
 
 def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write README.md in the Hub's model-card format, made with huggingface_hub's own classes.
+    """Write README.md into a folder in the Hub's model-card format, from what goes into `forget.json`.
 
-    Args:
-        folder: where the plots lie, if there are any.
-        manifest: what goes into `forget.json`; a recipe and figures are told where it has them.
+    Figures of the training and plots in the folder are shown if there are any.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     base, kind = manifest.get("base", {}).get("name"), manifest["peft_type"]
-    is_hub_id = bool(base) and base.count("/") == 1 and not base.startswith((".", "/"))
+    hub_id = base if base and base.count("/") == 1 and not base.startswith((".", "/")) else None
     recipe, metrics = manifest.get("recipe", {}), manifest.get("metrics", {})
     dense = kind.startswith(DENSE)
     tags = ["unlearning", "unlearn_peft", recipe.get("adapter", {}).get("kind", "dense" if dense else "lora")]
-    results = _trained(metrics)
+    results = _training_results(metrics)
     data = ModelCardData(
-        base_model=base if is_hub_id else None,
-        base_model_relation="adapter" if is_hub_id else None,
+        base_model=hub_id,
+        base_model_relation="adapter" if hub_id else None,
         library_name="peft",
-        pipeline_tag="text-generation",
+        pipeline_tag=_TASK,
         tags=tags + (["quantized"] if kind.endswith(QUANTIZED) else []),
         model_name=_MODEL_NAME if results else None,
         eval_results=results or None,
     )
-    named = base or "a language model"
-    parts = [_INTRODUCTION.format(base=named), *_origin(manifest), "## How to attach it\n", *_snippets(named, kind)]
+    name = base or "a language model"
+    parts = [_INTRODUCTION.format(base=name), *_origin(manifest), "## How to attach it\n", *_snippets(name, kind)]
     if metrics:
-        parts.append(_FIGURES)
-        parts.append("\n".join(f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in metrics.items()))
+        rows = [
+            f"| {figure.replace('_', ' ')} | {f'{value:.4g}' if isinstance(value, float) else value} |"
+            for figure, value in metrics.items()
+        ]
+        parts += [_FIGURES, *rows]
         parts.append(
             f"\nLosses and KL are means in nats/token. Objective: {recipe['objective']['name']}, "
             f"{metrics['best_step']} steps,\nlearning rate {recipe['learning_rate']:g}, retain weight "
             f"{recipe['retain_weight']:g}.\n"
         )
     pictures = ((CURVES, "forget and retain curves"), (FIGURES, "figures of the evaluation"))
-    parts += [f"![{told}]({name})\n" for name, told in pictures if (folder / name).is_file()]
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts))
-    card.save(folder / CARD)
+    parts += [f"![{title}]({file})\n" for file, title in pictures if (folder / file).is_file()]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts)).save(folder / CARD)
 
 
 def _origin(manifest: Mapping[str, Any]) -> list[str]:
-    """Say what else it was made from, and what that took away."""
-    told = []
+    """Return paragraphs on the adapters that it was computed from, and what was lost by that."""
+    paragraphs = []
     if parts := manifest.get("stack_of"):
         strengths = ", ".join(f"{part.get('strength', 1):g}" for part in parts)
-        told.append(f"It has the effect of {len(parts)} adapters added up, at strengths {strengths}.\n")
+        paragraphs.append(f"It has the effect of {len(parts)} adapters added up, at strengths {strengths}.\n")
     if shrunk := manifest.get("shrunk"):
-        how = [f"rank {shrunk['rank']}"] if shrunk["rank"] else []
-        how += [f"{shrunk['bits']} bits a weight"] if shrunk["bits"] else []
+        smaller = [f"rank {shrunk['rank']}"] if shrunk["rank"] else []
+        smaller += [f"{shrunk['bits']} bits a weight"] if shrunk["bits"] else []
         mean, worst = 100 * shrunk["mean_relative_error"], 100 * shrunk["worst"]["relative_error"]
-        told.append(
-            f"It was made smaller ({', '.join(how)}) from an adapter with weights {shrunk['weights_sha256'][:12]}.\n"
+        source = shrunk["weights_sha256"][:12]
+        paragraphs.append(
+            f"It was made smaller ({', '.join(smaller)}) from an adapter with weights {source}.\n"
             f"That lost {mean:.2g} % of a module's change in the mean, {worst:.2g} % at most (Frobenius norm).\n"
             "Figures of the larger one need not hold for it.\n"
         )
-    return told
+    return paragraphs
 
 
 def _snippets(base: str, kind: str) -> list[str]:
-    """Return how to attach it, with everything that can: a test runs each of these."""
+    """Return how to attach it with each library that can; a test runs them all."""
     parts = [_OURS.format(base=base)]
     if kind.endswith(QUANTIZED):
         return [*parts, _QUANTIZED_NOTE]
@@ -163,12 +164,12 @@ def _snippets(base: str, kind: str) -> list[str]:
     return [*parts, _TRANSFORMERS.format(base=base), _VLLM.format(base=base)]
 
 
-def _trained(metrics: Mapping[str, Any]) -> list[EvalResult]:
-    """Return the figures of training for the model-index: the whole forget set, and what was held."""
+def _training_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+    """Return the figures of training for the model-index."""
     from huggingface_hub import EvalResult
 
     names = {"forget_loss": "forget", "answer_probability": "forget", "held_out_kl": "held_out", "retain_kl": "retain"}
-    args = {"by": _TRAIN}
+    args = {"by": _TRAINED}
     return [
         EvalResult(
             task_type=_TASK, dataset_type=rows, dataset_name=f"{rows.replace('_', ' ')} rows (not told)",
@@ -183,15 +184,15 @@ def _trained(metrics: Mapping[str, Any]) -> list[EvalResult]:
 def put_evaluation(
     folder: Path, section: str, results: Sequence[EvalResult] = (), pictures: Mapping[str, Path] | None = None
 ) -> Path:
-    """Put a section into the adapter's card, in place of an earlier evaluation; all else in it stays. Returns its path.
+    """Put an evaluation into an adapter's card, in place of an earlier one, and return the card's path.
 
-    The manifest gets the card's new digest.
+    The manifest is updated.
 
     Args:
         folder: the adapter's directory.
         section: markdown.
-        results: for the card's model-index, in place of those of an earlier evaluation, or of training.
-        pictures: PNG files by the name that they get beside the card.
+        results: for the card's model-index, in place of those of an earlier evaluation or of training.
+        pictures: PNG files, by their names beside the card.
 
     Raises:
         AdapterError: if the card is no text, or its metadata cannot be read.
@@ -208,8 +209,8 @@ def put_evaluation(
         note_digest(folder, name)
     earlier = re.search(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}\n?", text, re.DOTALL)
     before, after = (text[: earlier.start()], text[earlier.end() :]) if earlier else (f"{text.rstrip()}\n\n", "")
-    here = [f"![figures]({name})" for name in pictures or {} if f"]({name})" not in before + after]
-    text = before + "\n\n".join([f"{_BEGIN}\n{section.strip()}", *here]) + f"\n{_END}\n" + after
+    links = [f"![figures]({name})" for name in pictures or {} if f"]({name})" not in before + after]
+    text = before + "\n\n".join([f"{_BEGIN}\n{section.strip()}", *links]) + f"\n{_END}\n" + after
     text = text if earlier else text.lstrip()
     if results:
         text = _with_results(text, results, card)
@@ -220,29 +221,23 @@ def put_evaluation(
 
 
 def _with_results(text: str, results: Sequence[EvalResult], where: Path) -> str:
-    """Return a card's text with other results of this package in its model-index; those of others stay."""
+    """Return a card's text with new results in its model-index; those that others measured stay."""
     import yaml
     from huggingface_hub import ModelCard
 
     try:
         card = ModelCard(text if text.startswith("---") else f"---\n---\n\n{text}")
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise AdapterError(
-            f"{where} has metadata that cannot be read ({safe_repr(why, 200)}): mend or remove it"
-        ) from None
+        why = safe_repr(first_line(error), 200)
+        raise AdapterError(f"{where} has metadata that cannot be read ({why}): mend or remove it") from None
     replaced = {(result.dataset_type, result.metric_type) for result in results}
     data: Any = card.data
-    kept = [
+    earlier = [
         result
         for result in data.eval_results or []
         if (by := (result.metric_args or {}).get("by")) != EVALUATED
-        and not (by == _TRAIN and (result.dataset_type, result.metric_type) in replaced)
+        and not (by == _TRAINED and (result.dataset_type, result.metric_type) in replaced)
     ]
     data.model_name = data.model_name or _MODEL_NAME
-    data.eval_results = [*kept, *results]
+    data.eval_results = [*earlier, *results]
     return str(card)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,6 @@
-"""A dense delta on a linear layer, `y = W x + D x`, as a PEFT method of its own: `DENSE_HEAD`.
+"""A dense delta on a linear layer, `y = W x + D x`, as the PEFT method `DENSE_HEAD`.
 
-Importing this file registers the method, after which PEFT's own saving and loading work for it.
+Importing this file registers the method; PEFT can then save and load it.
 """
 
 from __future__ import annotations
@@ -14,23 +14,22 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
-METHOD = "DENSE_HEAD"
-PREFIX = "dense_head_"
+from .validate import DENSE
 
 
 def _add_peft_type() -> None:
-    """PEFT's table of methods is a closed enum; its documentation asks third parties to add their entry."""
-    member = str.__new__(PeftType, METHOD)
-    member._name_, member._value_ = METHOD, METHOD
-    type.__setattr__(PeftType, METHOD, member)  # from Python 3.12 on, members are found as attributes
-    PeftType._member_names_.append(METHOD)
-    PeftType._member_map_[METHOD] = member
-    PeftType._value2member_map_[METHOD] = member
+    """Add the method to PEFT's closed enum of methods, as its documentation asks third parties to do."""
+    member = str.__new__(PeftType, DENSE)
+    member._name_, member._value_ = DENSE, DENSE
+    type.__setattr__(PeftType, DENSE, member)  # from Python 3.12 on, members are found as attributes
+    PeftType._member_names_.append(DENSE)
+    PeftType._member_map_[DENSE] = member
+    PeftType._value2member_map_[DENSE] = member
 
 
 @dataclass
 class DenseHeadConfig(PeftConfig):  # type: ignore[misc]
-    """Config of a dense delta. `target_modules`: names of the linear layers that get one."""
+    """Config of a dense delta; `target_modules` names the linear layers that get one."""
 
     target_modules: list[str] | None = field(default=None)
     layers_to_transform: None = field(default=None)
@@ -40,7 +39,7 @@ class DenseHeadConfig(PeftConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType[METHOD]
+        self.peft_type = PeftType[DENSE]
 
 
 class DenseHeadLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
@@ -63,14 +62,10 @@ class DenseHeadLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str) -> None:
         """Add a delta of zeros, (out, in), for `adapter_name`."""
-        base, weight = self.base_layer, self.base_layer.weight  # which may be shared out: its own shape is no guide
+        base, weight = self.base_layer, self.base_layer.weight  # a sharded weight has another shape
         delta = torch.zeros(base.out_features, base.in_features, dtype=weight.dtype, device=weight.device)
         self.dense_head_delta[adapter_name] = nn.Parameter(delta)
         self.set_adapter(self.active_adapters)
-
-    def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """Return the delta, (out, in)."""
-        return self.dense_head_delta[adapter_name]  # type: ignore[no-any-return]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active deltas to the base layer's weight (which must not be shared with the embeddings)."""
@@ -81,7 +76,7 @@ class DenseHeadLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 self.merged_adapters.append(name)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """`W x` plus the deltas of the active adapters, or for each row of x (B, T, in) that of the adapter named."""
+        """`W x` plus the active adapters' deltas; with `adapter_names`, row n of x (B, T, in) gets the n-th's."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
@@ -90,7 +85,7 @@ class DenseHeadLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return self.added(x, result, self.active_adapters)
 
     def added(self, x: Tensor, result: Tensor, names: list[str]) -> Tensor:
-        """Return `result` plus the named adapters' deltas of `x`."""
+        """Return `result` plus `D x` of each named adapter."""
         for name in names:
             if name in self.dense_head_delta:
                 delta = self.dense_head_delta[name]
@@ -101,26 +96,19 @@ class DenseHeadLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 class DenseHeadModel(BaseTuner):  # type: ignore[misc]
     """PEFT's tuner for dense deltas."""
 
-    prefix = PREFIX
+    prefix = "dense_head_"
     tuner_layer_cls = DenseHeadLinear
     target_module_mapping: dict[str, Any] = {}
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **kwargs: Any,
-    ) -> None:
+    def _create_and_replace(self, _: Any, adapter: str, target: Any, name: str, parent: Any, **_kwargs: Any) -> None:
         if isinstance(target, DenseHeadLinear):
-            target.update_layer(adapter_name)
-            return
-        self._replace_module(parent, target_name, DenseHeadLinear(target, adapter_name), target)
+            target.update_layer(adapter)
+        else:
+            self._replace_module(parent, name, DenseHeadLinear(target, adapter), target)
 
 
-if METHOD not in PeftType.__members__:
+if DENSE not in PeftType.__members__:
     _add_peft_type()
-    register_peft_method(name=METHOD.lower(), config_cls=DenseHeadConfig, model_cls=DenseHeadModel, prefix=PREFIX)
+    register_peft_method(
+        name=DENSE.lower(), config_cls=DenseHeadConfig, model_cls=DenseHeadModel, prefix=DenseHeadModel.prefix
+    )

@@ -1,4 +1,4 @@
-"""An adapter directory -> a checked `Bundle`: everything in it is untrusted."""
+"""An adapter directory -> a checked `Bundle`. Everything in the directory is untrusted."""
 
 from __future__ import annotations
 
@@ -10,16 +10,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from ..errors import AdapterError, refuse, safe_repr
-from ..files.untrusted import (
-    LARGEST,
-    Weights,
-    list_files,
-    read_file,
-    read_weights,
-    sha256_of,
-    sha256_of_stream,
-    strict_json,
-)
+from ..files.untrusted import list_files, read_file, sha256_of, strict_json
+from ..files.weights import LARGEST, Weights, read_weights
 from .bundle import CONFIG, MANIFEST, WEIGHTS, Bundle, Delta
 from .quantized import floats
 from .trust import SIGNATURE, UNSIGNED, Trust
@@ -33,15 +25,15 @@ T = TypeVar("T")
 def read_bundle(
     path: str | Path, *, trust: Trust | None = None, also: Callable[[Bundle], Sequence[str]] | None = None
 ) -> Bundle:
-    """Read and check an adapter directory: safetensors only, sizes before allocation, all mismatches at once.
+    """Read and check an adapter directory: safetensors only, sizes before allocation, all problems in one error.
 
-    Any LoRA that PEFT wrote will do; a `forget.json` is not needed, but where there is one its digests must hold.
-    Each file is read once, and what was checked is what is used, whatever happens to the files meanwhile.
+    Takes any LoRA that PEFT wrote. `forget.json` is optional, but where there is one its digests must match. Each file
+    is read once, and what was checked is what is used, even if the files change meanwhile.
 
     Args:
         path: the directory.
-        trust: whose signatures are taken, and whether one is needed. None: signatures are not looked at.
-        also: called where something is wrong, with as much of the adapter as could be read; returns what else is.
+        trust: the accepted signers, and whether a signature is required; None: signatures are not checked.
+        also: called if there are problems, with as much of the adapter as could be read; returns further ones.
 
     Raises:
         AdapterError: naming everything that is wrong with it.
@@ -61,16 +53,11 @@ def read_bundle(
         for name in pickles
         if name.startswith("adapter_model")
     ]
-    files: dict[str, str] = {}
+    weights = _or_problem(path / WEIGHTS, lambda file: read_weights(file, problems), problems) or Weights({}, "unread")
+    files = {WEIGHTS: weights.sha256}
+    config = read_json(path / CONFIG, files, problems)
+    manifest = read_json(path / MANIFEST, files, problems) if MANIFEST in names else None
     deltas: dict[str, Delta] = {}
-    try:
-        weights = read_weights(path / WEIGHTS, problems)
-    except AdapterError as error:
-        problems.append(str(error))
-        weights = Weights({}, "unread")
-    files[WEIGHTS] = weights.sha256
-    config = _json(path / CONFIG, files, problems)
-    manifest = _json(path / MANIFEST, files, problems) if MANIFEST in names else None
     if config is not None:
         problems += (wrong := check_config(config))
         if weights.tensors and not wrong:
@@ -85,10 +72,10 @@ def read_bundle(
     ]
     signature = signed_by = None
     if SIGNATURE in names:
-        signature = _beside(path / SIGNATURE, read_file, problems)
+        signature = _or_problem(path / SIGNATURE, read_file, problems)
         for name in names:
             if name not in files and name not in UNSIGNED:
-                files[name] = _beside(path / name, sha256_of, problems if trust else []) or "unread"
+                files[name] = _or_problem(path / name, sha256_of, problems if trust else []) or "unread"
     if trust is not None:
         untrusted, signed_by = trust.problems(files, signature)
         problems += untrusted
@@ -104,26 +91,19 @@ def identity_of(weights: str, config: str | None) -> str:
     return hashlib.sha256(f"{weights} {config}".encode()).hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hex."""
-    with path.open("rb") as stream:
-        return sha256_of_stream(stream)
-
-
-def _json(path: Path, files: dict[str, str], problems: list[str]) -> dict[str, Any] | None:
-    """Read a JSON file, and note its sha256 in `files`; what is wrong with it goes to `problems`."""
+def read_json(path: Path, files: dict[str, str], problems: list[str]) -> dict[str, Any] | None:
+    """Read an untrusted JSON file, add its sha256 to `files`, and what is wrong with it to `problems`."""
+    if (data := _or_problem(path, read_file, problems)) is None:
+        return None
+    files[path.name] = hashlib.sha256(data).hexdigest()
     try:
-        data = read_file(path)
-        files[path.name] = hashlib.sha256(data).hexdigest()
         return strict_json(data)
-    except AdapterError as error:
-        problems.append(str(error))
     except ValueError as error:
         problems.append(f"{path.name} is not readable JSON ({error})")
     return None
 
 
-def _beside(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | None:
+def _or_problem(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | None:
     try:
         return read(path)
     except AdapterError as error:
@@ -135,19 +115,21 @@ def _deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: 
     tensors = floats(config["peft_type"], tensors, problems)
     if not config["peft_type"].startswith(DENSE):
         return _lora_deltas(config, tensors, problems)
-    deltas = {}
+    deltas: dict[str, Delta] = {}
     for key, tensor in tensors.items():
-        module = key.removesuffix(".weight").removesuffix(".dense_head_delta").removeprefix("base_model.model.")
-        if tensor.dim() != 2 or not key.removesuffix(".weight").endswith(".dense_head_delta"):
+        stem = key.removesuffix(".weight")
+        module = stem.removesuffix(".dense_head_delta").removeprefix("base_model.model.")
+        if tensor.dim() != 2 or not stem.endswith(".dense_head_delta"):
             problems.append(f"tensor '{key}' is no dense delta of two dimensions")
+            continue
+        if module in deltas:
+            problems.append("two tensors are for the same module")
         deltas[module] = Delta(tensor, None)
-    if len(deltas) < len(tensors):
-        problems.append("two tensors are for the same module")
     return deltas
 
 
 def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
-    deltas = {}
+    deltas: dict[str, Delta] = {}
     for key in sorted(tensors):
         if key.endswith(".lora_B.weight"):
             if key.removesuffix(".lora_B.weight") + ".lora_A.weight" not in tensors:
@@ -164,11 +146,11 @@ def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], probl
             continue
         if up.dtype != down.dtype:
             problems.append(f"'{module}': lora_A is {down.dtype}, lora_B {up.dtype}, expected one dtype")
-        expected = of_module(config.get("rank_pattern"), module, config.get("r", 8))
-        if down.shape[0] != expected:
-            problems.append(f"'{module}' has rank {down.shape[0]}, its config says {expected}")
+        rank, expected = down.shape[0], of_module(config.get("rank_pattern"), module, config.get("r", 8))
+        if rank != expected:
+            problems.append(f"'{module}' has rank {rank}, its config says {expected}")
         alpha = float(of_module(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
-        scale = alpha / (down.shape[0] ** 0.5 if config.get("use_rslora") else down.shape[0])
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         if abs(scale) > LARGEST:
             problems.append(f"'{module}' is scaled by {scale:.3g}, expected at most {LARGEST:g}: see its lora_alpha")
         if module in deltas:

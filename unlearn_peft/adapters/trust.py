@@ -1,8 +1,7 @@
-"""Whose adapters are taken: trusted public keys, and signatures checked against the bytes that were read.
+"""Trusted public keys, and checks of an adapter's signature against the digests of the bytes that were read.
 
-Keys come in from PEM files, folders or YAML; `Trust.check` compares what a trusted key signed with the digests of what
-was read, so that nothing can be exchanged between the look at the signature and the use. Signatures are OpenSSF
-`model-signing`'s, which does the cryptography (extra `trust`).
+Nothing can be exchanged between check and use, as no file is read twice. Signatures are in the format of OpenSSF's
+`model-signing` (extra `trust`), which does the cryptography.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ..errors import TrustError, refuse, safe_repr
 from ..files.untrusted import MAX_JSON_BYTES, strict_json
 
 SIGNATURE = "model.sig"
-UNSIGNED = (SIGNATURE, ".gitattributes")  # the Hub adds the second to every repository; nothing here reads it
+UNSIGNED = (SIGNATURE, ".gitattributes")  # the Hub adds the second to every repository; it is never read here
 SIGNABLE = ("adapter_model.safetensors", "adapter_config.json", "forget.json", "README.md", "LICENSE")
 SIGNABLE_ENDINGS = (".png", ".svg")  # plots: no code
 NEEDED = SIGNABLE[:2]
@@ -31,7 +30,7 @@ _MAX_KEY_BYTES = 1_000_000
 
 
 class Identity(NamedTuple):
-    """Who signs with Sigstore instead of a key: an identity such as a mail address, and who vouches for it."""
+    """A Sigstore signer: an identity such as a mail address, and the OpenID Connect issuer that vouches for it."""
 
     identity: str
     issuer: str
@@ -39,25 +38,20 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True)
 class Trust:
-    """Trusted signers by name, and whether a signature is needed.
+    """Trusted signers by name, and whether a signature is required; one that is there must always be valid."""
 
-    Attributes:
-        signers: a public key in PEM, or a Sigstore `Identity`, by the name that is told to people.
-        required: refuse adapters without a signature. If not, those are taken; one that is there must hold anyway.
-    """
-
-    signers: Mapping[str, bytes | Identity]
+    signers: Mapping[str, bytes | Identity]  # a public key in PEM, or an identity
     required: bool = True
-    _known: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # what has been checked before
+    _verified: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # digest of all -> signer
 
     @classmethod
     def read(cls, *places: str | Path, required: bool = True) -> Trust:
         """Read trusted signers.
 
         Args:
-            places: PEM files with public keys; folders of `.pub` and `.pem` files; or YAML files, a table of names
-                and what they stand for: a PEM file's path (relative to the YAML file), the PEM itself, or
-                `{identity: ..., issuer: ...}` for Sigstore.
+            places: PEM files with public keys; folders of `.pub` and `.pem` files; or YAML files with a table of
+                names, each for a PEM file's path (relative to the YAML file), the PEM itself, or
+                `{identity: ..., issuer: ...}` of Sigstore.
             required: see the class.
 
         Raises:
@@ -67,21 +61,14 @@ class Trust:
         for place in map(Path, places):
             if place.is_dir():
                 files = sorted(file for file in place.iterdir() if file.suffix in (".pub", ".pem"))
-                read = [pair for file in files for pair in _read_pem(file).items()]
-                found = dict(read)
-                if len(found) < len(read):
-                    raise TrustError(
-                        f"two files in {place} have the same name, but for their ending: rename one of them"
-                    )
-            elif place.suffix in (".yaml", ".yml"):
-                found = _read_yaml(place)
+                pairs = [pair for file in files for pair in _pem_file(file).items()]
+                if len(dict(pairs)) < len(pairs):
+                    raise TrustError(f"two files in {place} have the same name, but for their ending: rename one")
             else:
-                found = dict(_read_pem(place))
-            if not found:
-                raise TrustError(
-                    f"no public key in {place}: expected .pub or .pem files as `unlearn-peft keys new` makes"
-                )
-            for name, signer in found.items():
+                pairs = list((_yaml_file if place.suffix in (".yaml", ".yml") else _pem_file)(place).items())
+            if not pairs:
+                raise TrustError(f"no public key in {place}: expected .pub or .pem files of `unlearn-peft keys new`")
+            for name, signer in pairs:
                 if signers.setdefault(name, signer) != signer:
                     raise TrustError(f"two trusted signers are called '{name}': rename one of them")
         if required and not signers:
@@ -90,12 +77,12 @@ class Trust:
 
     @property
     def version(self) -> str:
-        """A digest that is equal if and only if signers and `required` are."""
+        """A digest of the signers and `required`."""
         lines = [f"{name}={signer!r}" for name, signer in sorted(self.signers.items())]
         return hashlib.sha256("\n".join([str(self.required), *lines]).encode()).hexdigest()
 
     def check(self, bundle: Any) -> str | None:
-        """Return who signed a `Bundle` that was read before, None if nobody did and nobody has to.
+        """Return who signed a `Bundle` that was read before, None if it has no signature and needs none.
 
         Raises:
             AdapterError: see `problems`.
@@ -106,33 +93,30 @@ class Trust:
         return signer
 
     def problems(self, files: Mapping[str, str], signature: bytes | None) -> tuple[list[str], str | None]:
-        """Compare what was read with what was signed.
+        """Compare what was read with what was signed; return what is wrong, and the signer's name if nothing is.
 
         Args:
-            files: name -> sha256 of everything in the adapter's directory but what `UNSIGNED` names.
-            signature: what `model.sig` holds; None: there is none.
-
-        Returns:
-            what is wrong, and who signed it (None: nobody, or something is wrong).
+            files: name -> sha256 of everything in the adapter's directory except `UNSIGNED`.
+            signature: the content of `model.sig`; None: there is none.
         """
         if signature is None:
-            wrong = f"it has no signature ({SIGNATURE}), and one is required: `unlearn-peft sign` makes one"
-            return ([wrong] if self.required else []), None
+            problem = f"it has no signature ({SIGNATURE}), and one is required: `unlearn-peft sign` makes one"
+            return ([problem] if self.required else []), None
         key = hashlib.sha256(repr((sorted(files.items()), hashlib.sha256(signature).hexdigest())).encode()).hexdigest()
-        if key in self._known:
-            return [], self._known[key]
+        if key in self._verified:
+            return [], self._verified[key]
         try:
             signed = claimed(signature)
         except ValueError as error:
             return [f"its signature cannot be read ({error})"], None
         problems = differences(files, signed)
-        signer = next((name for name, one in self.signers.items() if _signed_by(signature, one) == signed), None)
+        signer = next((name for name, who in self.signers.items() if _signed_by(signature, who) == signed), None)
         if signer is None:
             trusted = ", ".join(map(safe_repr, list(self.signers)[:5])) or "nobody"
             problems.append(f"its signature is by none of the trusted keys ({trusted})")
         if problems or signer is None:
             return problems, None
-        self._known[key] = signer
+        self._verified[key] = signer
         return [], signer
 
 
@@ -140,10 +124,9 @@ def differences(files: Mapping[str, str], signed: Mapping[str, str]) -> list[str
     """Return how files (name -> sha256) differ from what was signed, and what may not be signed at all."""
     problems = []
     for name in sorted(files.keys() | signed.keys()):
-        if name in files and not _signable(name):
-            problems.append(
-                f"{safe_repr(name)} has no place in a signed adapter: expected {', '.join(SIGNABLE)} or plots"
-            )
+        if name in files and not signable(name):
+            expected = f"{', '.join(SIGNABLE)} or plots"
+            problems.append(f"{safe_repr(name)} has no place in a signed adapter: expected {expected}")
         elif name not in files:
             problems.append(f"{safe_repr(name)} was signed, but is missing")
         elif name not in signed:
@@ -154,24 +137,18 @@ def differences(files: Mapping[str, str], signed: Mapping[str, str]) -> list[str
 
 
 def need_model_signing() -> None:
-    """Tell how to install what signs and verifies, where it is missing.
-
-    Raises:
-        TrustError: if it is.
-    """
+    """Raise a TrustError with the command that installs `model-signing`, if it is missing."""
     try:
         import model_signing  # noqa: F401
     except ImportError as error:
-        raise TrustError(
-            f"signatures need OpenSSF's model-signing ({error}): pip install 'unlearn-peft[trust]'"
-        ) from None
+        raise TrustError(f"signatures need model-signing ({error}): pip install 'unlearn-peft[trust]'") from None
 
 
 def public_pem(data: bytes, where: str) -> bytes:
-    """Return a public key in PEM as model-signing takes it, one of the NIST curves, written in one form.
+    """Return a public key in PEM, on a curve that model-signing takes, in one canonical form.
 
     Raises:
-        TrustError: saying what it is instead.
+        TrustError: saying what `where` holds instead.
     """
     need_model_signing()
     from cryptography.exceptions import UnsupportedAlgorithm
@@ -187,23 +164,27 @@ def public_pem(data: bytes, where: str) -> bytes:
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def _signable(name: str) -> bool:
+def signable(name: str) -> bool:
+    """Return whether a signed adapter may have a file of this name."""
     return "/" not in name and (name in SIGNABLE or name.endswith(SIGNABLE_ENDINGS))
 
 
-def _read_pem(path: Path) -> dict[str, bytes | Identity]:
-    """Return the public keys of a PEM file, by its name (and a number, where there are several)."""
-    text = _read(path)
+def _pem_file(path: Path) -> dict[str, bytes | Identity]:
+    """Return the public keys of a PEM file, named after the file (and numbered from the second on)."""
+    keys = _pem_keys(_read(path), str(path))
+    return {path.stem if n == 1 else f"{path.stem} {n}": key for n, key in enumerate(keys, 1)}
+
+
+def _pem_keys(text: str, where: str) -> list[bytes]:
     if "PRIVATE KEY" in text:
-        raise TrustError(f"{path} holds a private key: those sign, and stay secret. Name the public one (.pub) instead")
+        raise TrustError(f"{where} holds a private key: it signs, and must stay secret. Give the public one (.pub)")
     keys = [_BEGIN + part.partition(_END)[0] + _END + "\n" for part in text.split(_BEGIN)[1:]]
     if not keys:
-        raise TrustError(f"{path} holds no public key in PEM: expected what `unlearn-peft keys new` makes")
-    names = [path.stem if n == 0 else f"{path.stem} {n + 1}" for n in range(len(keys))]
-    return {name: public_pem(key.encode(), str(path)) for name, key in zip(names, keys, strict=True)}
+        raise TrustError(f"{where} holds no public key in PEM: expected what `unlearn-peft keys new` makes")
+    return [public_pem(key.encode(), where) for key in keys]
 
 
-def _read_yaml(path: Path) -> dict[str, bytes | Identity]:
+def _yaml_file(path: Path) -> dict[str, bytes | Identity]:
     import yaml
 
     try:
@@ -212,23 +193,19 @@ def _read_yaml(path: Path) -> dict[str, bytes | Identity]:
         raise TrustError(f"{path} is no YAML ({type(error).__name__})") from None
     if not isinstance(table, dict):
         raise TrustError(f"{path} holds {type(table).__name__}, expected a table: NAME: KEY.pub")
-    found: dict[str, bytes | Identity] = {}
+    signers: dict[str, bytes | Identity] = {}
     for name, value in table.items():
         where = f"{path}: {safe_repr(name)}"
         if isinstance(value, dict) and value.keys() == {"identity", "issuer"}:
-            found[str(name)] = Identity(str(value["identity"]), str(value["issuer"]))
-        elif isinstance(value, str) and "-----BEGIN" in value:
-            if "PRIVATE KEY" in value:
-                raise TrustError(f"{where} is a private key: those sign, and stay secret. Give the public one")
-            found[str(name)] = public_pem(value.encode(), where)
+            signers[str(name)] = Identity(str(value["identity"]), str(value["issuer"]))
         elif isinstance(value, str):
-            keys = list(_read_pem(path.parent / value).values())
+            keys = _pem_keys(value if "-----BEGIN" in value else _read(path.parent / value), where)
             if len(keys) > 1:
-                raise TrustError(f"{where}: {value} holds {len(keys)} keys, expected one")
-            found[str(name)] = keys[0]
+                raise TrustError(f"{where} has {len(keys)} keys, expected one")
+            signers[str(name)] = keys[0]
         else:
             raise TrustError(f"{where} is {safe_repr(value)}, expected a PEM file, a PEM, or identity and issuer")
-    return found
+    return signers
 
 
 def _read(path: Path) -> str:
@@ -242,10 +219,10 @@ def _read(path: Path) -> str:
 
 
 def claimed(signature: bytes) -> dict[str, str]:
-    """Return which files a signature says that it covers, name -> sha256. Who signed it is another question.
+    """Return the files (name -> sha256) that a signature claims to cover; nothing is verified.
 
     Raises:
-        ValueError: if it is none of model-signing's, or covers files in another way than whole and by sha256.
+        ValueError: if it is none of model-signing's, or does not cover whole files by sha256.
     """
     if len(signature) > MAX_JSON_BYTES:
         raise ValueError("it is too large")
@@ -259,23 +236,22 @@ def claimed(signature: bytes) -> dict[str, str]:
         kinds = statement["_type"], statement["predicateType"], len(envelope["signatures"])
         if kinds != (_STATEMENT, _PREDICATE, 1):
             raise ValueError("expected one signature of model-signing 1.0 or later")
-        if (how := predicate["serialization"])["method"] != "files" or how["hash_type"] != "sha256":
+        serialization, resources = predicate["serialization"], predicate["resources"]
+        if serialization["method"] != "files" or serialization["hash_type"] != "sha256":
             raise ValueError("expected the sha256 of whole files")
-        found = {one["name"]: one["digest"] for one in predicate["resources"] if one["algorithm"] == "sha256"}
-        if len(found) != len(predicate["resources"]) or not all(
-            isinstance(text, str) for pair in found.items() for text in pair
-        ):
+        files = {file["name"]: file["digest"] for file in resources if file["algorithm"] == "sha256"}
+        if len(files) != len(resources) or not all(isinstance(text, str) for pair in files.items() for text in pair):
             raise ValueError("expected each file once, with its sha256")
     except (KeyError, TypeError, AttributeError, binascii.Error, RecursionError) as error:
         raise ValueError(f"it is none of model-signing's, {type(error).__name__}") from None
-    return found
+    return files
 
 
 @lru_cache(maxsize=256)
 def _signed_by(signature: bytes, signer: bytes | Identity) -> dict[str, str] | None:
-    """Return what a signature covers (name -> sha256) as model-signing reads it, None if it is not this signer's."""
+    """Return the files (name -> sha256) that a signature covers, None if it is not by this signer."""
     need_model_signing()
-    # the key's own verifiers, and not model_signing.verifying, which hashes the directory again: what was read counts
+    # not model_signing.verifying, which would hash the directory again: the bytes that were read are what counts
     from model_signing._signing import sign_ec_key, sign_sigstore, sign_sigstore_pb
 
     verifier: Any
@@ -286,14 +262,13 @@ def _signed_by(signature: bytes, signer: bytes | Identity) -> dict[str, str] | N
             try:
                 verifier = sign_sigstore.Verifier(identity=signer.identity, oidc_issuer=signer.issuer)
             except Exception as error:  # whatever the network, the TUF client or a cache raises
-                why = f"Sigstore's own keys cannot be had ({type(error).__name__}): it needs the network"
-                raise TrustError(why) from None
+                raise TrustError(f"no keys from Sigstore ({type(error).__name__}): it needs the network") from None
         else:
             key.write_bytes(signer)
             verifier = sign_ec_key.Verifier(key)
         read: Any = sign_sigstore.Signature if isinstance(signer, Identity) else sign_sigstore_pb.Signature
         try:
             manifest = verifier.verify(read.read(file))
-        except Exception:  # ValueError, InvalidSignature, pydantic's, Sigstore's own: it is not this signer's
+        except Exception:  # ValueError, InvalidSignature, pydantic's or Sigstore's own
             return None
-    return {one.identifier: one.digest.digest_hex for one in manifest.resource_descriptors()}
+    return {file.identifier: file.digest.digest_hex for file in manifest.resource_descriptors()}

@@ -1,8 +1,7 @@
-"""What an adapter says of itself: `adapter_config.json` and `forget.json`, as values that can be relied on.
+"""Checks of `adapter_config.json` and `forget.json`: JSON objects come in, lists of problems go out.
 
-JSON objects come in; findings go out. Only what this package computes in the same way as PEFT passes. What other
-programs would do with the rest (import a class, run a regular expression) is refused here, too, as the same folder
-will be given to them.
+A setting passes only if this package computes it as PEFT does. Also refused is what would harm other programs that read
+the same folder: a class that they would import, a regular expression that they would run.
 """
 
 from __future__ import annotations
@@ -13,28 +12,33 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import safe_repr
-from ..files.untrusted import LARGEST
+from ..files.weights import LARGEST
 from .quantized import QUANTIZED
 
 LORA, DENSE = "LORA", "DENSE_HEAD"
 KINDS = (LORA, DENSE, LORA + QUANTIZED, DENSE + QUANTIZED)
-SCHEMA_VERSION = 1  # of forget.json; raised where older readers would misread it. All versions before it are read
+SCHEMA_VERSION = 1  # of forget.json: raised when older readers would misread it. Earlier versions are still read
 _MAX_RANK = 1 << 20
-_PLAIN = {  # another value changes what the adapter does, in a way that only PEFT knows
+_UNSUPPORTED = {  # with the default, the only accepted value: others change the adapter in ways that only PEFT knows
     "use_dora": False, "modules_to_save": None, "bias": "none", "lora_bias": False, "fan_in_fan_out": False,
     "trainable_token_indices": None, "alora_invocation_tokens": None, "layer_replication": None,
     "target_parameters": None, "use_qalora": False, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
     "monteclora_config": None, "megatron_config": None, "ensure_weight_tying": False,
 }  # fmt: skip
-_HARMLESS = {  # no matter what it is: of training, or checked below
+_IGNORED = {  # used in training only, or checked below
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size",
 }  # fmt: skip
-_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")  # the others change the base's weights, too
+_MANIFEST_FIELDS: dict[str, Any] = {
+    **dict.fromkeys(("base", "files", "metrics", "recipe", "history", "versions", "data_digests"), dict),
+    **dict.fromkeys(("base.fingerprint", "data_digests.hmac_sha256"), dict),
+    **dict.fromkeys(("stack_of", "history.steps", "history.evaluations"), list),
+}
+_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base's weights, too
 _TASKS = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-_NAME = re.compile(r"\^?[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")  # ^: PEFT's mark of a whole name
+_NAME = re.compile(r"\^?[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")  # ^: in PEFT, the whole name must match
 _LONGEST_PATTERN = 2_000
 _SLOW = re.compile(r"\)[*+?{]|\\[1-9]|\(\?[^:!=]|[*+}]\+")  # repeated groups, references, what is not just (?: (?! (?=
 _REPEATS = re.compile(r"[*+{]")
@@ -47,16 +51,13 @@ def check_config(config: Mapping[str, Any]) -> list[str]:
     if kind not in KINDS:
         return [f"peft_type is {safe_repr(kind)}, expected {LORA} or {DENSE}"]
     problems = []
-    for field, plain in _PLAIN.items():
-        value = config.get(field, plain)
-        if not (value is None or value == [] or value == {} or (value == plain and type(value) is type(plain))):
-            problems.append(f"'{field}' is {safe_repr(value)}, expected {plain!r}: use it through PEFT alone")
-    for field in config.keys() - _PLAIN.keys() - _HARMLESS:
-        value = config[field]
-        if value and (isinstance(value, (bool, str, list, dict))):
-            problems.append(
-                f"{safe_repr(field)} is unknown and may change what the adapter does, it is {safe_repr(value)}"
-            )
+    for field, default in _UNSUPPORTED.items():
+        value = config.get(field, default)
+        if not (value is None or value == [] or value == {} or (value == default and type(value) is type(default))):
+            problems.append(f"'{field}' is {safe_repr(value)}, expected {default!r}: use it through PEFT alone")
+    for field in config.keys() - _UNSUPPORTED.keys() - _IGNORED:
+        if (value := config[field]) and isinstance(value, (bool, str, list, dict)):
+            problems.append(f"{safe_repr(field)} is unknown and may change the adapter's effect: {safe_repr(value)}")
     for field in ("base_model_name_or_path", "revision"):
         if not _is_text(config.get(field)):
             problems.append(f"'{field}' is {safe_repr(config[field])}, expected a name")
@@ -77,28 +78,22 @@ def check_manifest(manifest: Mapping[str, Any]) -> list[str]:
     if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         return [f"forget.json has schema version {safe_repr(version)}, expected {SCHEMA_VERSION}: update unlearn_peft"]
     problems = []
-    base, history = manifest.get("base", {}), manifest.get("history", {})
-    for place, value, kind in (
-        *((key, manifest.get(key, {}), dict) for key in ("base", "files", "metrics", "recipe", "history", "versions")),
-        ("data_digests", manifest.get("data_digests", {}), dict),
-        ("stack_of", manifest.get("stack_of", []), list),
-        *((f"history.{key}", _inner(history, key, []), list) for key in ("steps", "evaluations")),
-        ("base.fingerprint", _inner(base, "fingerprint", {}), dict),
-        ("data_digests.hmac_sha256", _inner(manifest.get("data_digests", {}), "hmac_sha256", {}), dict),
-    ):
+    for place, kind in _MANIFEST_FIELDS.items():
+        table, _, key = place.rpartition(".")
+        value = _inner(manifest.get(table, {}) if table else manifest, key, kind())
         if not isinstance(value, kind):
-            problems.append(
-                f"forget.json: '{place}' is {safe_repr(value)}, expected {'a list' if kind is list else 'a table'}"
-            )
+            expected = "a list" if kind is list else "a table"
+            problems.append(f"forget.json: '{place}' is {safe_repr(value)}, expected {expected}")
         elif place in ("files", "base.fingerprint") and not all(map(_is_digest, value.values())):
             problems.append(f"forget.json: '{place}' holds something else than digests")
+    base = manifest.get("base", {})
     if not _is_text(_inner(base, "name", None)):
         problems.append(f"forget.json: 'base.name' is {safe_repr(base['name'])}, expected a name")
     return problems
 
 
 def of_module(pattern: Any, module: str, default: Any) -> Any:
-    """Return a module's value in PEFT's `rank_pattern` or `alpha_pattern`, whose keys are plain names here."""
+    """Return a module's value in PEFT's `rank_pattern` or `alpha_pattern`; keys are names, `check_config` says."""
     for name, value in (pattern or {}).items():
         if module == name.removeprefix("^") or (module.endswith("." + name)):
             return value
@@ -107,7 +102,7 @@ def of_module(pattern: Any, module: str, default: Any) -> Any:
 
 def _check_lora(config: Mapping[str, Any]) -> list[str]:
     problems = []
-    for field, among, check, expected in (
+    for field, pattern_field, check, expected in (
         ("r", "rank_pattern", _is_rank, "a whole number of at least 1"),
         ("lora_alpha", "alpha_pattern", _is_alpha, "a number"),
     ):
@@ -115,48 +110,39 @@ def _check_lora(config: Mapping[str, Any]) -> list[str]:
         value = config.get(field, 8)
         if not check(value):
             problems.append(f"{what} is {safe_repr(value) if isinstance(value, str) else value}, expected {expected}")
-        pattern = config.get(among)
+        pattern = config.get(pattern_field)
         if pattern is not None and not isinstance(pattern, dict):
-            problems.append(f"'{among}' is {safe_repr(pattern)}, expected a table of names")
+            problems.append(f"'{pattern_field}' is {safe_repr(pattern)}, expected a table of names")
             continue
         for name, value in (pattern or {}).items():
             if not _is_name(name):
-                problems.append(f"'{among}' has the key {safe_repr(name)}, expected a module's name")
+                problems.append(f"'{pattern_field}' has the key {safe_repr(name)}, expected a module's name")
             if not check(value):
-                problems.append(f"'{among}' gives {safe_repr(name)} {safe_repr(value)}, expected {expected}")
+                problems.append(f"'{pattern_field}' gives {safe_repr(name)} {safe_repr(value)}, expected {expected}")
     if not isinstance(config.get("use_rslora", False), (bool, type(None))):
         problems.append(f"'use_rslora' is {safe_repr(config['use_rslora'])}, expected true or false")
-    beginning = config.get("init_lora_weights", True)
-    if not any(beginning is known or (isinstance(known, str) and beginning == known) for known in _BEGINNINGS):
-        problems.append(
-            f"'init_lora_weights' is {safe_repr(beginning)}, which changes the base: use it through PEFT alone"
-        )
+    init = config.get("init_lora_weights", True)
+    if not any(init is known or (isinstance(known, str) and init == known) for known in _INITIALIZATIONS):
+        problems.append(f"'init_lora_weights' is {safe_repr(init)}, which changes the base: use it through PEFT alone")
     return problems
 
 
 def _check_code(config: Mapping[str, Any]) -> list[str]:
-    """Refuse what makes PEFT import code: `auto_mapping` beyond transformers' own classes, another Megatron."""
+    """Return which fields would make PEFT import code: a class that is not of transformers, another Megatron."""
     problems, mapping = [], config.get("auto_mapping")
-    if mapping is not None:
-        library, name = _inner(mapping, "parent_library", None), _inner(mapping, "base_model_class", None)
-        if not isinstance(mapping, dict) or not _own_class(library, name):
-            problems.append(
-                f"'auto_mapping' is {safe_repr(mapping)}, expected a class of transformers: it would be imported"
-            )
+    library, name = _inner(mapping, "parent_library", None), _inner(mapping, "base_model_class", None)
+    named = isinstance(library, str) and isinstance(name, str)
+    of_transformers = named and re.fullmatch(r"transformers(\.[A-Za-z0-9_]+)*", library) and name.isidentifier()
+    empty = isinstance(mapping, dict) and library is None and name is None
+    if mapping is not None and not of_transformers and not empty:
+        problems.append(f"'auto_mapping' is {safe_repr(mapping)}, expected one of transformers: it would be imported")
     if config.get("megatron_core", "megatron.core") not in ("megatron.core", None):
         problems.append(f"'megatron_core' is {safe_repr(config['megatron_core'])}: it would be imported")
     return problems
 
 
-def _own_class(library: Any, name: Any) -> bool:
-    if library is None and name is None:
-        return True
-    named = isinstance(library, str) and re.fullmatch(r"transformers(\.[A-Za-z0-9_]+)*", library)
-    return bool(named) and isinstance(name, str) and name.isidentifier()
-
-
 def _check_names(field: str, value: Any) -> list[str]:
-    """Names, or one regular expression that cannot take long. This package follows neither."""
+    """Check names, or one regular expression that cannot take long. This package uses neither."""
     if value is None or (isinstance(value, str) and _is_name(value)):
         return []
     if isinstance(value, str):

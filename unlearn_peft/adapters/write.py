@@ -1,9 +1,10 @@
-"""A new adapter directory, written whole or not at all."""
+"""A new adapter directory, written whole or not at all, and later changes to its manifest."""
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 
 from ..errors import OutputError, refuse
 from ..files.atomic import atomic_file, atomic_folder
+from ..files.untrusted import sha256_of
 from .bundle import CONFIG, MANIFEST
-from .read import _json, sha256
+from .read import read_json
 from .trust import SIGNATURE
 from .validate import SCHEMA_VERSION, check_manifest
 
@@ -21,21 +23,21 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def new_bundle(path: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield a temporary folder to put an adapter's files into; it becomes `path`, whole, with its manifest.
+    """Yield a temporary folder for an adapter's files; it becomes `path`, with its manifest, when the block ends.
 
     Raises:
-        OutputError: if `path` holds something else than an adapter, or cannot be written.
+        OutputError: see `check_output`, or `path` cannot be written.
     """
     check_output(path)
     with atomic_folder(path, replace=True) as folder:
         yield folder
-        files = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+        files = {file.name: sha256_of(file, sys.maxsize) for file in sorted(folder.iterdir())}
         text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest, "files": files}, indent=2, sort_keys=True)
         (folder / MANIFEST).write_text(text + "\n")
 
 
 def note_digest(path: Path, name: str) -> None:
-    """Note in an adapter's manifest, if it has one, that a file beside the weights and config was changed on purpose.
+    """Update the digest of a file in an adapter's manifest, if it has one, after the file was changed on purpose.
 
     Raises:
         AdapterError: if the manifest cannot be read.
@@ -46,19 +48,19 @@ def note_digest(path: Path, name: str) -> None:
     if not (path / MANIFEST).is_file():
         return
     problems: list[str] = []
-    manifest = _json(path / MANIFEST, {}, problems) or {}
+    manifest = read_json(path / MANIFEST, {}, problems) or {}
     if problems := problems or check_manifest(manifest):
         refuse(f"the adapter {path} is refused", problems)
-    manifest["files"] = {**manifest.get("files", {}), name: sha256(path / name)}
+    manifest["files"] = {**manifest.get("files", {}), name: sha256_of(path / name, sys.maxsize)}
     with atomic_file(path / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 
 def check_output(path: Path) -> None:
-    """Refuse to write an adapter over something that is none.
+    """Refuse to write an adapter over anything but an adapter.
 
     Raises:
-        OutputError: saying what lies there.
+        OutputError: saying what is there.
     """
     if path.is_file():
         raise OutputError(f"the output {path} is a file: choose a new folder")

@@ -1,7 +1,7 @@
-"""One file from an HTTPS server that may be anybody's: bounded, resumed, and checked before it has a name.
+"""One file from an untrusted HTTPS server: bounded, resumed where it broke off, and checked before it gets its name.
 
-A URL, a limit and a digest come in; a whole file goes out, or one error. What came before an interruption stays beside
-as `.part`, and is gone on with by Range; a digest that does not hold throws it away.
+A URL and what is `Expected` come in; a whole file goes out, or one error. An unfinished download stays as `.part` and
+is resumed by Range; one that does not match what is expected is deleted.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _BLOCK = 1 << 20
 
 
 class Expected(NamedTuple):
-    """What a file must be. `git` is git's digest of a blob, which the Hub gives for small files; None: not known."""
+    """What a file must be; None: not known. `git` is git's digest of a blob, which the Hub gives for small files."""
 
-    most: int  # bytes
+    max_bytes: int
     size: int | None = None
     sha256: str | None = None
     git: str | None = None
@@ -62,17 +62,12 @@ def fetch(
     headers: Mapping[str, str] | None = None,
     insecure: bool = False,
 ) -> str:
-    """Download into `target`, which is there only when everything holds; returns the sha256.
+    """Download into `target`, a new file that appears only when everything matches; returns the sha256.
 
-    Args:
-        url: https, or http on this machine.
-        target: a new file. What is downloaded already is in `target.part`.
-        expected: what it must be.
-        headers: sent to the first host only, e.g. with a token.
-        insecure: allow http.
+    `headers` are sent to the first host only: they may hold a token.
 
     Raises:
-        AdapterError: naming what did not hold.
+        AdapterError: naming what does not match, or why it cannot be downloaded.
     """
     from filelock import FileLock, Timeout
 
@@ -80,124 +75,119 @@ def fetch(
     part = target.with_name(target.name + ".part")
     try:
         with FileLock(f"{part}.lock", timeout=600):
-            if not target.exists():
-                _into(part, url, expected, headers or {}, insecure)
-                digest = _checked(part, url, expected)
-                flush(part)
-                os.replace(part, target)
-                return digest
-            return _checked(target, url, expected)
+            if target.exists():
+                return _check(target, url, expected)
+            _resume(part, url, expected, headers or {}, insecure)
+            digest = _check(part, url, expected)
+            flush(part)
+            os.replace(part, target)
+            return digest
     except Timeout:
-        raise AdapterError(
-            f"another process has been downloading {safe_repr(url)} for ten minutes: wait for it"
-        ) from None
+        raise AdapterError(f"another process has been downloading {safe_repr(url)} for ten minutes") from None
 
 
-def read(url: str, most: int, *, headers: Mapping[str, str] | None = None, insecure: bool = False) -> tuple[int, bytes]:
-    """Return an answer's status and body.
+def read(
+    url: str, max_bytes: int, *, headers: Mapping[str, str] | None = None, insecure: bool = False
+) -> tuple[int, bytes]:
+    """Return a response's status and body.
 
     Raises:
-        AdapterError: if it is larger than `most` bytes, or does not come.
+        AdapterError: if the body is larger than `max_bytes`, or the server cannot be reached.
     """
     web = _library()
     try:
-        with _answer(web, url, headers or {}, insecure) as answer:
-            return answer.status_code, b"".join(_blocks(answer, most))
+        with _response(web, url, headers or {}, insecure) as response:
+            return response.status_code, b"".join(_blocks(response, max_bytes))
     except web.HTTPError as error:
         raise AdapterError(_unreachable(url, error)) from None
 
 
-def _into(part: Path, url: str, expected: Expected, headers: Mapping[str, str], insecure: bool) -> None:
-    """Add to `part` until it is whole; a connection that breaks is tried again where it broke."""
+def _resume(part: Path, url: str, expected: Expected, headers: Mapping[str, str], insecure: bool) -> None:
+    """Add to `part` until it is whole, resuming where a connection broke off."""
     web = _library()
-    told: Exception | None = None
+    why = f"{_shown(url)} cannot be resumed"
     for _ in range(_TRIES):
         have = part.stat().st_size if part.exists() else 0
         if expected.size is not None and have == expected.size:
             return
-        if have > (expected.size or expected.most):
+        if have > (expected.size or expected.max_bytes):
             part.unlink()
             have = 0
-        begun = {**headers, "Range": f"bytes={have}-"} if have else dict(headers)
+        ranged = {**headers, "Range": f"bytes={have}-"} if have else headers
         try:
-            with _answer(web, url, begun, insecure) as answer:
-                if answer.status_code == 416:  # it is shorter than what is here: begin anew
+            with _response(web, url, ranged, insecure) as response:
+                status = response.status_code
+                if status == 416:  # the file is shorter than what is here: begin anew
                     part.unlink()
                     continue
-                if answer.status_code not in (200, 206):
-                    raise AdapterError(
-                        f"{safe_repr(_bare(url))} answered with status {answer.status_code}, expected a file"
-                    )
-                goes_on = answer.status_code == 206 and answer.headers.get("content-range", "").startswith(
-                    f"bytes {have}-"
-                )
-                if answer.status_code == 206 and not goes_on:
-                    raise AdapterError(f"{safe_repr(_bare(url))} sent another part than was asked for")
-                have = have if goes_on else 0
-                with part.open("ab" if goes_on else "wb") as output:
-                    for block in _blocks(answer, (expected.size or expected.most) - have):
+                if status not in (200, 206):
+                    raise AdapterError(f"{_shown(url)} answered with status {status}, expected a file")
+                if status == 206 and not response.headers.get("content-range", "").startswith(f"bytes {have}-"):
+                    raise AdapterError(f"{_shown(url)} sent another part than was asked for")
+                have = have if status == 206 else 0
+                with part.open("ab" if status == 206 else "wb") as output:
+                    for block in _blocks(response, (expected.size or expected.max_bytes) - have):
                         output.write(block)
             return
         except web.HTTPError as error:
-            told = error
-    why = _unreachable(url, told) if told else f"{safe_repr(_bare(url))} cannot be resumed"
+            why = _unreachable(url, error)
     raise AdapterError(f"{why}; what has come is kept, the same command goes on from there")
 
 
-def _checked(path: Path, url: str, expected: Expected) -> str:
+def _check(path: Path, url: str, expected: Expected) -> str:
+    """Return a file's sha256; delete the file if it is not what was expected."""
     size = path.stat().st_size
     sha256, git = hashlib.sha256(), hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as stream:
         while block := stream.read(_BLOCK):
             sha256.update(block)
             git.update(block)
-    wrong = None
-    if expected.size is not None and size != expected.size:
-        wrong = f"it has {size:,} bytes, expected {expected.size:,}"
-    elif expected.sha256 is not None and sha256.hexdigest() != expected.sha256:
-        wrong = f"its sha256 is {sha256.hexdigest()}, expected {expected.sha256}"
-    elif expected.git is not None and git.hexdigest() != expected.git:
-        wrong = f"its git digest is {git.hexdigest()}, expected {expected.git}"
-    if wrong:
-        path.unlink()
-        raise AdapterError(f"{safe_repr(_bare(url))} is not the file that was promised: {wrong}. It was thrown away")
+    for name, value, promised in (
+        ("size", size, expected.size),
+        ("sha256", sha256.hexdigest(), expected.sha256),
+        ("git digest", git.hexdigest(), expected.git),
+    ):
+        if promised not in (None, value):
+            path.unlink()
+            raise AdapterError(
+                f"{_shown(url)} is not the file that was promised: its {name} is {value}, expected {promised}. It was "
+                "deleted"
+            )
     return sha256.hexdigest()
 
 
 @contextmanager
-def _answer(web: Any, url: str, headers: Mapping[str, str], insecure: bool) -> Iterator[Any]:
-    """Yield a response whose body is still to come; each redirect is looked at before it is followed."""
+def _response(web: Any, url: str, headers: Mapping[str, str], insecure: bool) -> Iterator[Any]:
+    """Yield a response whose body is still to come; each redirect is checked before it is followed."""
     sent = {"Accept-Encoding": "identity", **headers}
     with web.Client(follow_redirects=False, timeout=web.Timeout(60, connect=15)) as client:
         for _ in range(_MAX_REDIRECTS + 1):
             check_url(url, insecure)
-            with client.stream("GET", url, headers=sent) as answer:
-                if answer.status_code not in (301, 302, 303, 307, 308):
-                    yield answer
+            with client.stream("GET", url, headers=sent) as response:
+                if response.status_code not in (301, 302, 303, 307, 308):
+                    yield response
                     return
-                after = urljoin(url, answer.headers.get("location", ""))
-            if urlsplit(url).scheme == "https" and urlsplit(after).scheme != "https":
-                raise AdapterError(
-                    f"{safe_repr(_bare(url))} redirects to {safe_repr(_bare(after))}, which is not HTTPS"
-                )
-            if urlsplit(after).netloc != urlsplit(url).netloc:
+                location = urljoin(url, response.headers.get("location", ""))
+            if urlsplit(url).scheme == "https" and urlsplit(location).scheme != "https":
+                raise AdapterError(f"{_shown(url)} redirects to {_shown(location)}, which is not HTTPS")
+            if urlsplit(location).netloc != urlsplit(url).netloc:
                 sent = {name: value for name, value in sent.items() if name.lower() in ("accept-encoding", "range")}
-            url = after
-    raise AdapterError(f"{safe_repr(_bare(url))} redirects more than {_MAX_REDIRECTS} times")
+            url = location
+    raise AdapterError(f"{_shown(url)} redirects more than {_MAX_REDIRECTS} times")
 
 
-def _blocks(answer: Any, most: int) -> Iterator[bytes]:
-    """Yield a body as it was sent, up to a number of bytes."""
-    where = safe_repr(_bare(str(answer.url)))
-    if answer.headers.get("content-encoding", "identity") != "identity":
-        raise AdapterError(f"{where} is sent compressed though that was not asked for")
-    promised = answer.headers.get("content-length", "")
-    if promised.isdigit() and int(promised) > most:
-        raise AdapterError(f"{where} has {int(promised):,} bytes (still to come), expected at most {most:,}")
-    for block in answer.iter_raw():  # as it comes: what has come is to be kept
-        most -= len(block)
-        if most < 0:
-            raise AdapterError(f"{where} sends more bytes than expected: stopped")
+def _blocks(response: Any, max_bytes: int) -> Iterator[bytes]:
+    """Yield a body's bytes as they were sent."""
+    url = _shown(str(response.url))
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise AdapterError(f"{url} is sent compressed though that was not asked for")
+    promised = response.headers.get("content-length", "")
+    if promised.isdigit() and int(promised) > max_bytes:
+        raise AdapterError(f"{url} has {int(promised):,} bytes (still to come), expected at most {max_bytes:,}")
+    for block in response.iter_raw():  # as it arrives, so that a broken download keeps all of it
+        max_bytes -= len(block)
+        if max_bytes < 0:
+            raise AdapterError(f"{url} sends more bytes than expected: stopped")
         yield block
 
 
@@ -211,10 +201,10 @@ def _library() -> Any:
     raise AdapterError("downloads need httpx: pip install httpx")
 
 
-def _bare(url: str) -> str:
-    """A URL without its query, in which signatures and tokens stand."""
-    return url.partition("?")[0]
+def _shown(url: str) -> str:
+    """Return a URL for messages: without its query, which may hold signatures and tokens."""
+    return safe_repr(url.partition("?")[0])
 
 
 def _unreachable(url: str, error: Exception) -> str:
-    return f"{safe_repr(_bare(url))} cannot be reached, or broke off ({type(error).__name__}: {safe_repr(str(error))})"
+    return f"{_shown(url)} cannot be reached, or broke off ({type(error).__name__}: {safe_repr(str(error))})"

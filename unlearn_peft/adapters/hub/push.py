@@ -1,17 +1,17 @@
-"""An adapter -> the Hub, an archive or a folder, checked before it is sent."""
+"""An adapter -> the Hub, an archive or a folder; it is checked before it is sent."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ...errors import AdapterError, safe_repr
-from ...files.untrusted import list_files, sha256_of
+from ...errors import AdapterError, first_line, safe_repr
+from ...files.untrusted import sha256_of
 from ..read import read_bundle
 from ..trust import Trust
 from ..write import check_output
-from .archive import allowed, pack
+from .archive import pack
 from .download import check_url
-from .pull import Pulled, _copy
+from .pull import Pulled, copy_adapter, digests
 from .sources import Source, parse
 
 
@@ -25,36 +25,27 @@ def push(
     token: str | None = None,
     trust: Trust | None = None,
 ) -> Pulled:
-    """Put an adapter onto the Hub, into an archive or into a folder; it is checked before.
+    """Check an adapter, put it onto the Hub, into an archive or into a folder, and return where it is now.
 
-    Args:
-        adapter: its directory. Only the files that an adapter may have are sent.
-        name: as for `pull`, but no address; of the Hub, the revision is a branch that exists.
-        private: for a repository that is made now.
-        message: of the commit.
-        endpoint: see `pull`.
-        token: see `pull`.
-        trust: see `pull`.
-
-    Returns:
-        where it is now, with the new commit, or the archive's sha256.
+    Only the files that an adapter may have are sent. `name`, `endpoint`, `token` and `trust` are as for `pull`, but the
+    name is no URL, and its revision is a branch that exists. `private` is for a repository that is created now.
 
     Raises:
-        AdapterError: if it is refused, or the Hub refuses it.
+        AdapterError: if it is refused, here or by the Hub.
         OutputError: if the archive or folder cannot be written.
     """
     target, adapter = parse(name), Path(adapter)
     bundle = read_bundle(adapter, trust=trust)
-    files = {file: sha256_of(adapter / file) for file in list_files(adapter) if allowed(file)}
+    files = digests(adapter)
     commit = sha256 = None
     if target.kind == "https":
-        raise AdapterError("a mirror is filled by its own means: push into an archive, and put that there")
+        raise AdapterError("cannot push to a web server: push into an archive, and upload that")
     if target.kind == "archive":
         pack(adapter, Path(target.where))
         sha256 = sha256_of(Path(target.where))
     elif target.kind == "folder":
         check_output(Path(target.where))
-        _copy(adapter, files, Path(target.where), str(adapter), trust)
+        copy_adapter(adapter, files, Path(target.where), str(adapter), trust)
     else:
         commit = _to_hub(adapter, list(files), target, private, message, endpoint, token)
         name = f"hub:{target.where}@{commit}"
@@ -77,8 +68,8 @@ def _to_hub(
             commit_message=message or "A forget adapter",
         )  # fmt: skip
     except HfHubHTTPError as error:
-        why = (str(error).strip().splitlines() or ["no details"])[0]
-        raise AdapterError(f"the Hub at {api.endpoint} refused {target.where} ({safe_repr(why, 300)})") from None
+        why = safe_repr(first_line(error), 300)
+        raise AdapterError(f"the Hub at {api.endpoint} refused {target.where} ({why})") from None
     except (OSError, ValueError) as error:  # no network; a card that it does not take
         raise AdapterError(f"cannot push to the Hub at {api.endpoint} ({safe_repr(str(error), 300)})") from None
     return str(done.oid)

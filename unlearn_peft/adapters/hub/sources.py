@@ -1,4 +1,4 @@
-"""What the name of an adapter means that lies elsewhere."""
+"""The name of an adapter that is somewhere else -> where it is."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Source:
 
 
 def parse(name: str) -> Source:
-    """Tell what a name means: `hub:owner/name@revision`, `https://...#sha256=...`, an archive's or a folder's path.
+    """Parse `hub:owner/name@revision`, `https://...#sha256=...`, or the path of an archive or a folder.
 
     Raises:
-        AdapterError: if it means nothing.
+        AdapterError: if it is none of these.
     """
     if name.startswith("hub:"):
         repository, _, revision = name.removeprefix("hub:").partition("@")

@@ -1,18 +1,15 @@
-"""A set of adapters -> one LoRA that another engine loads. So far for vLLM.
+"""A set of adapters -> one LoRA for vLLM, which applies one LoRA to a request.
 
-vLLM applies one LoRA a request, so a set becomes one: ranks are concatenated, scalings and strengths folded in. That is
-the exact sum while it stays within vLLM's rank limit; beyond it each module keeps its largest singular values, and the
-relative error is told and noted in the manifest.
-
-What vLLM does not check, or passes over in silence, is checked here: of a module that its model does not have it reads
-the weights and applies nothing.
+Ranks are concatenated, scalings and strengths folded in: the exact sum while it stays within vLLM's rank limit. Beyond
+it each module keeps its largest singular values, and the manifest says what that loses. vLLM silently ignores weights
+for a module that its model does not have, so module names and shapes are checked here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +22,9 @@ from ...models.base import DTYPES, skeleton
 from ..bundle import Bundle, Delta
 from ..read import read_bundle
 from ..trust import Trust
-from .low_rank import check_set, concatenated, in_order, parts_of, truncated
-from .merge import write_made
+from ..validate import LORA
+from .low_rank import concatenated, in_order, parts_of, truncated, weighted
+from .merge import write_derived
 
 # From vLLM 0.32.0: MaxLoRARanks in vllm/config/lora.py, the limit in vllm/lora/layers/logits_processor.py, and of the
 # classes in vllm/model_executor/models/registry.py those with `lm_head` among their `embedding_modules`, and those
@@ -46,15 +44,15 @@ TAKES_NO_LORA = frozenset(
 
 @dataclass(frozen=True)
 class Export:
-    """What was written: the folder, its one rank, and what truncation left out."""
+    """What was written: the folder, its one rank, and for each truncated module the `lost_share`."""
 
     path: Path
     rank: int
-    errors: dict[str, float]  # of the truncated modules: Frobenius norm of what is missing / of the whole
+    errors: dict[str, float]
 
     @property
     def worst(self) -> tuple[str, float] | None:
-        """The module with the largest error; None: nothing was truncated, the sum is exact."""
+        """The module with the largest error; None: nothing was truncated, and the sum is exact."""
         return max(self.errors.items(), key=lambda item: item[1]) if self.errors else None
 
     @property
@@ -74,28 +72,28 @@ def export_vllm(
     max_error: float | None = None,
     trust: Trust | None = None,
 ) -> Export:
-    """Write one LoRA with the effect of a set of adapters, such that vLLM loads it and applies all of it.
+    """Write one LoRA with the effect of a set of adapters, so that vLLM loads it and applies all of it.
 
-    Every module gets the same rank, the largest that one needs: others are filled up with zeros, which changes nothing.
+    Every module gets the largest rank that one needs; the others are padded with zeros, which changes nothing.
 
     Args:
         adapters: adapter directories for one base; dense heads are truncated to a low rank.
         output: the new adapter directory, written whole or not at all.
-        strengths: factor on each one's effect; 1 each by default. What has strength 0 is left out.
-        max_rank: what vLLM's --max-lora-rank says.
+        strengths: factor on each one's effect; 1 each by default. Adapters of strength 0 are left out.
+        max_rank: vLLM's --max-lora-rank.
         base: the base as `load_base` takes it; only its config is read. With None, modules are not checked.
-        dtype: of the weights; vLLM turns them into its own anyway.
-        max_error: refuse to leave more than this out of any module (relative, Frobenius norm); None: no limit.
-        trust: whose signatures are taken, and whether one is needed. None: signatures are not looked at.
+        dtype: of the weights; vLLM converts them to its own anyway.
+        max_error: refuse if any module would lose more than this share; None: no limit.
+        trust: see `read_bundle`.
 
     Raises:
-        AdapterError: telling at once all that vLLM could not load, or would pass over.
+        AdapterError: naming all problems at once that vLLM would have, or would ignore.
         OutputError: if the output cannot be written.
     """
-    bundles, factors = _checked(adapters, strengths, max_rank, base, dtype, trust)
+    pairs = _checked(adapters, strengths, max_rank, base, dtype, trust)
     errors: dict[str, float] = {}
     factored: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, parts in parts_of(bundles, factors).items():
+    for name, parts in parts_of(pairs).items():
         up, down = concatenated([(_low_rank(delta), factor) for delta, factor in parts])
         if down.shape[0] > max_rank:
             up, down, errors[name] = truncated(up, down, max_rank)
@@ -107,31 +105,19 @@ def export_vllm(
             f"their change, '{worst}' {over[worst]:.3g} of it. Raise the rank (--max-rank here, --max-lora-rank of "
             "vLLM), or forget less at once."
         )
-    rank = max(down.shape[0] for _, down in factored.values())
-    tensors = {}
-    for name, (up, down) in factored.items():
-        empty = rank - down.shape[0]
-        key = f"base_model.model.{name}"
-        tensors[f"{key}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, empty)).to(DTYPES[dtype]).contiguous()
-        tensors[f"{key}.lora_B.weight"] = torch.nn.functional.pad(up, (0, empty)).to(DTYPES[dtype]).contiguous()
-    if wild := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        raise AdapterError(f"'{wild[0]}' overflows in {dtype}: use --dtype float32 or bfloat16, or smaller strengths")
-    config = _config(factored, rank, bundles[0].config.get("base_model_name_or_path"))
-    made = Export(Path(output), rank, errors)
-    manifest = _manifest(bundles, factors, made, max_rank, dtype)
-    write_made(made.path, tensors, config, manifest)
-    return made
+    stack_of = [
+        {"weights_sha256": bundle.digest, "identity": bundle.identity, "strength": factor} for bundle, factor in pairs
+    ]
+    manifest = {"base": pairs[0][0].manifest.get("base", {}), "stack_of": stack_of}
+    trained_on = pairs[0][0].config.get("base_model_name_or_path")
+    return _write(Path(output), factored, errors, max_rank, dtype, trained_on, manifest)
 
 
 def export_nothing(output: str | Path, base: str) -> Export:
-    """Write a LoRA for vLLM that changes nothing, all zeros on one linear layer: the empty set, as a set.
+    """Write a LoRA for vLLM that changes nothing, zeros on one linear layer: it stands for the empty set of adapters.
 
-    vLLM 0.32.0 gives a row without a LoRA that of the last place on CPUs (its PyTorch kernels take the index -1 as
-    Python does), so that a row with nothing to forget needs a LoRA of its own.
-
-    Args:
-        output: see `export_vllm`.
-        base: the same; it must be given.
+    On CPUs vLLM 0.32.0 gives a row without a LoRA the last loaded one (its PyTorch kernels take the index -1 as Python
+    does), so that a row with nothing to forget needs a LoRA, too.
 
     Raises:
         AdapterError: if vLLM takes no LoRA on this base.
@@ -143,11 +129,8 @@ def export_nothing(output: str | Path, base: str) -> Export:
         raise AdapterError(problems[0])
     head = model.get_output_embeddings()
     name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head)
-    sizes = {"A": (1, layer.in_features), "B": (layer.out_features, 1)}
-    tensors = {f"base_model.model.{name}.lora_{side}.weight": torch.zeros(size) for side, size in sizes.items()}
-    made = Export(Path(output), 1, {})
-    write_made(made.path, tensors, _config([name], 1, base), _manifest([], [], made, 1, "float32"))
-    return made
+    zeros = torch.zeros(layer.out_features, 1), torch.zeros(1, layer.in_features)
+    return _write(Path(output), {name: zeros}, {}, 1, "float32", base, {"base": {}, "stack_of": []})
 
 
 def vllm_problems(model: Any, deltas: Mapping[str, Delta]) -> list[str]:
@@ -174,74 +157,76 @@ def _checked(
     base: str | None,
     dtype: str,
     trust: Trust | None,
-) -> tuple[list[Bundle], list[float]]:
-    """Return the set in order of content, without what has strength 0, or tell all that is wrong with it."""
-    problems = []
+) -> list[tuple[Bundle, float]]:
+    """Return the set sorted by content, without what has strength 0, or raise all problems at once."""
+    problems: list[str] = []
     if max_rank not in RANKS:
         problems.append(f"the rank limit is {max_rank}: vLLM's --max-lora-rank is one of {', '.join(map(str, RANKS))}")
     if dtype not in DTYPES:
         problems.append(f"unknown dtype '{dtype}': expected {', '.join(DTYPES)}")
-    bundles = []
+    bundles: list[Bundle] = []
+    pairs: list[tuple[Bundle, float]] = []
     for path in adapters:
-        try:
+        with _added_to(problems):
             bundles.append(read_bundle(path, trust=trust))
-        except AdapterError as error:
-            problems.append(str(error))
-    factors = [float(factor) for factor in strengths or [1.0] * len(adapters)]
     if len(bundles) == len(adapters):
-        try:
-            check_set(bundles, factors)
-        except AdapterError as error:
-            problems.append(str(error))
-        if not problems and not any(factors):
+        with _added_to(problems):
+            pairs = weighted(bundles, strengths)
+        if not problems and not any(factor for _, factor in pairs):
             problems.append("every strength is 0: this is the base alone, ask vLLM for it by its own name")
     if base is not None:
-        try:
+        with _added_to(problems):
             model = skeleton(base)
-        except BaseModelError as error:
-            problems.append(str(error))
-        else:
             for bundle in bundles:
-                try:
+                with _added_to(problems):
                     bundle.check_fits(model)
-                except AdapterError as error:
-                    problems.append(str(error))
                 problems += [f"{bundle.path}: {problem}" for problem in vllm_problems(model, bundle.deltas)]
     if problems:
         lines = "\n".join("  - " + problem.replace("\n", "\n    ") for problem in dict.fromkeys(problems))
         raise AdapterError(f"vLLM cannot serve this set:\n{lines}")
-    bundles, factors = in_order(bundles, factors)
-    pairs = [(bundle, factor) for bundle, factor in zip(bundles, factors, strict=True) if factor]
-    return [bundle for bundle, _ in pairs], [factor for _, factor in pairs]
+    return in_order(pair for pair in pairs if pair[1])
+
+
+@contextmanager
+def _added_to(problems: list[str]) -> Iterator[None]:
+    """Add an error's text to `problems` instead of raising it."""
+    try:
+        yield
+    except (AdapterError, BaseModelError) as error:
+        problems.append(str(error))
 
 
 def _low_rank(delta: Delta) -> Delta:
-    """A dense delta as a product: itself and the identity."""
+    """Return a dense delta as the product of itself and the identity."""
     return delta if delta.down is not None else Delta(delta.up, torch.eye(delta.up.shape[1]), delta.scale)
 
 
-def _config(modules: Iterable[str], rank: int, base: str | None) -> dict[str, Any]:
-    return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "r": rank, "lora_alpha": rank,
-        "target_modules": sorted(modules), "bias": "none", "base_model_name_or_path": base,
+def _write(
+    output: Path,
+    factored: Mapping[str, tuple[Tensor, Tensor]],
+    errors: dict[str, float],
+    max_rank: int,
+    dtype: str,
+    base: str | None,
+    manifest: Mapping[str, Any],
+) -> Export:
+    """Write a LoRA from `up (out, r)` and `down (r, in)` by module name, all padded to the largest r."""
+    rank = max(down.shape[0] for _, down in factored.values())
+    tensors = {}
+    for name, (up, down) in factored.items():
+        padding, key = rank - down.shape[0], f"base_model.model.{name}"
+        tensors[f"{key}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, padding)).to(DTYPES[dtype])
+        tensors[f"{key}.lora_B.weight"] = torch.nn.functional.pad(up, (0, padding)).to(DTYPES[dtype])
+    if wild := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise AdapterError(f"'{wild[0]}' overflows in {dtype}: use --dtype float32 or bfloat16, or smaller strengths")
+    result = Export(output, rank, errors)
+    details = {
+        "for": "vllm", "rank": rank, "max_rank": max_rank, "dtype": dtype, "relative_errors": errors,
+        "worst": result.worst and dict(zip(("module", "relative_error"), result.worst, strict=True)),
     }  # fmt: skip
-
-
-def _manifest(
-    bundles: Sequence[Bundle], factors: Sequence[float], made: Export, max_rank: int, dtype: str
-) -> dict[str, Any]:
-    parts = [
-        {"weights_sha256": bundle.digest, "identity": bundle.identity, "strength": factor}
-        for bundle, factor in zip(bundles, factors, strict=True)
-    ]
-    worst = made.worst
-    return {
-        "base": bundles[0].manifest.get("base", {}) if bundles else {},
-        "peft_type": "LORA",
-        "stack_of": parts,
-        "export": {
-            "for": "vllm", "rank": made.rank, "max_rank": max_rank, "dtype": dtype,
-            "relative_errors": made.errors, "worst": worst and {"module": worst[0], "relative_error": worst[1]},
-        },
-        "versions": {"unlearn-peft": version("unlearn-peft")},
-    }  # fmt: skip
+    manifest, ranks = (
+        {**manifest, "peft_type": LORA, "export": details},
+        {"r": rank, "lora_alpha": rank, "bias": "none"},
+    )
+    write_derived(output, tensors, manifest, factored, base, ranks)
+    return result

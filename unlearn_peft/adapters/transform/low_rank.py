@@ -1,9 +1,9 @@
-"""Arithmetic on low-rank deltas: sums, truncation, and what is lost by it."""
+"""Arithmetic on sets of deltas: exact sums, truncation to a rank, and the share of a delta that is lost by it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -14,48 +14,47 @@ from ...errors import AdapterError
 from ..bundle import Bundle, Delta
 
 
-def scaled_by_one(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Return the part of a LoRA's config that says its ranks, by module, where scalings are folded into the factors."""
-    most = max(ranks.values())
-    other = {name: rank for name, rank in ranks.items() if rank != most}
-    return {"r": most, "lora_alpha": most, "rank_pattern": other, "alpha_pattern": other, "bias": "none"}
+def rank_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return the rank fields of a LoRA config with a scaling of 1; `ranks` is by module name."""
+    largest = max(ranks.values())
+    pattern = {name: rank for name, rank in ranks.items() if rank != largest}
+    return {"r": largest, "lora_alpha": largest, "rank_pattern": pattern, "alpha_pattern": pattern, "bias": "none"}
 
 
-def check_set(bundles: Sequence[Bundle], factors: Sequence[float]) -> None:
-    """Check that adapters can be added up: a finite strength each, one base for all.
+def weighted(bundles: Sequence[Bundle], strengths: Sequence[float] | None) -> list[tuple[Bundle, float]]:
+    """Pair adapters with their strengths, 1 by default, and check that they can be added up.
 
     Raises:
-        AdapterError: saying what is wrong.
+        AdapterError: if a strength is missing or not finite, or the adapters are for different bases.
     """
+    factors = [float(factor) for factor in strengths or [1.0] * len(bundles)]
     if not bundles or len(factors) != len(bundles):
         raise AdapterError(
             f"{len(factors)} strengths for {len(bundles)} adapters: expected one each, and an adapter at least"
         )
     if wild := [factor for factor in factors if not isfinite(factor)]:
         raise AdapterError(f"a strength is {wild[0]}: expected a finite number, 1 is as trained")
-    prints = {
-        json.dumps(b.manifest["base"].get("fingerprint"), sort_keys=True) for b in bundles if b.manifest.get("base")
-    }
-    if len(prints) > 1:
+    bases = [bundle.manifest.get("base") for bundle in bundles]
+    if len({json.dumps(base.get("fingerprint"), sort_keys=True) for base in bases if base}) > 1:
         raise AdapterError("these adapters were trained on different bases: a stack needs one base for all")
+    return list(zip(bundles, factors, strict=True))
 
 
-def in_order(bundles: Sequence[Bundle], factors: Sequence[float]) -> tuple[list[Bundle], list[float]]:
-    """Order a set by content, so that its sum is the same to the last bit however it was given."""
-    ordered = sorted(zip(bundles, factors, strict=True), key=lambda pair: (pair[0].digest, pair[1]))
-    return [bundle for bundle, _ in ordered], [factor for _, factor in ordered]
+def in_order(pairs: Iterable[tuple[Bundle, float]]) -> list[tuple[Bundle, float]]:
+    """Sort a set by content, so that its sum has the same bits in whatever order it is given."""
+    return sorted(pairs, key=lambda pair: (pair[0].digest, pair[1]))
 
 
-def parts_of(bundles: Sequence[Bundle], factors: Sequence[float]) -> dict[str, list[tuple[Delta, float]]]:
-    """Return, for each module that a set changes, the deltas that add up there and the factor on each."""
+def parts_of(pairs: Sequence[tuple[Bundle, float]]) -> dict[str, list[tuple[Delta, float]]]:
+    """Return the deltas that add up in each module that a set changes, each with its factor."""
     return {
-        name: [(b.deltas[name], factor) for b, factor in zip(bundles, factors, strict=True) if name in b.deltas]
-        for name in sorted({name for bundle in bundles for name in bundle.deltas})
+        name: [(bundle.deltas[name], factor) for bundle, factor in pairs if name in bundle.deltas]
+        for name in sorted({name for bundle, _ in pairs for name in bundle.deltas})
     }
 
 
 def concatenated(parts: Sequence[tuple[Delta, float]]) -> tuple[Tensor, Tensor]:
-    """Return `up (out, R)` in float32 and `down (R, in)` whose product is the exact sum of low-rank deltas.
+    """Return `up (out, R)` in float32 and `down (R, in)`, whose product is the exact sum of low-rank deltas.
 
     Ranks are concatenated; scalings and factors are folded into `up`.
     """
@@ -64,45 +63,32 @@ def concatenated(parts: Sequence[tuple[Delta, float]]) -> tuple[Tensor, Tensor]:
 
 
 def truncated(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the best factors of a rank for the product `up @ down`, and the relative error in Frobenius norm.
+    """Return the best factors of a rank for the product of `up (out, R)` and `down (R, in)`, and their `lost_share`.
 
-    Eckart and Young: keep the largest singular values. They are found from the factors' QR decompositions, in float64,
-    so that the product (out, in) is never made.
-
-    Args:
-        up: (out, R).
-        down: (R, in).
-        rank: how many singular values to keep.
+    Keeps the largest singular values (Eckart and Young). They are computed from the factors' QR decompositions in
+    float64, without multiplying the factors out.
     """
     left, upper = torch.linalg.qr(up.double())  # (out, k), (k, R)
     right, lower = torch.linalg.qr(down.double().T)  # (in, m), (m, R)
     u, values, v = torch.linalg.svd(upper @ lower.T, full_matrices=False)
-    kept, whole = values[:rank], values.square().sum()
-    root = kept.sqrt()
-    error = (values[rank:].square().sum() / whole).sqrt().item() if whole > 0 else 0.0
-    return (left @ u[:, :rank] * root).float(), (root[:, None] * (v[:rank] @ right.T)).float(), error
+    root = values[:rank].sqrt()
+    less_up, less_down = (left @ u[:, :rank] * root).float(), (root[:, None] * (v[:rank] @ right.T)).float()
+    return less_up, less_down, lost_share(Delta(up, down), Delta(less_up, less_down))
 
 
-def lost_share(delta: Delta, up: Tensor, down: Tensor | None) -> float:
-    """Return |whole - kept| / |whole| in Frobenius norm; of products without ever making them."""
-    if delta.down is None or down is None:
-        whole = delta.scale * (delta.up.float() if delta.down is None else delta.up.float() @ delta.down.float())
-        kept = up if down is None else up @ down
-        norm = whole.norm()
-        return float((whole - kept).norm() / norm) if norm > 0 else 0.0
-    first = torch.cat([delta.up.double() * delta.scale, -up.double()], 1)
-    second = torch.cat([delta.down.double(), down.double()])
-    size = len(delta.down)
-
-    def squared(left: Tensor, right: Tensor) -> float:
-        return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0))
-
-    norm = squared(first[:, :size], second[:size])
-    return float((squared(first, second) / norm) ** 0.5) if norm > 0 else 0.0
+def lost_share(whole: Delta, rest: Delta) -> float:
+    """Return |whole - rest| / |whole| in Frobenius norm, without multiplying out the factors of two low-rank deltas."""
+    if whole.down is None or rest.down is None:
+        difference = Delta(whole.matrix() - rest.matrix(), None)
+    else:
+        ups = torch.cat([whole.up.double() * whole.scale, -rest.up.double() * rest.scale], 1)
+        difference = Delta(ups, torch.cat([whole.down.double(), rest.down.double()]))
+    norm = frobenius_norm(whole)
+    return frobenius_norm(difference) / norm if norm > 0 else 0.0
 
 
 def frobenius_norm(delta: Delta) -> float:
-    """Return the Frobenius norm of a delta's effect, without multiplying its factors out."""
+    """Return the Frobenius norm of a delta, without multiplying its factors out."""
     up = delta.up.double()
     if delta.down is None:
         return float(up.norm()) * abs(delta.scale)

@@ -1,10 +1,10 @@
-"""Adapters into one file (`stack`), or into a base of their own (`merge`)."""
+"""Several adapters into one (`stack`), or into the weights of a base model (`merge`)."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from ..bundle import CONFIG, WEIGHTS
 from ..card import write_card
 from ..read import read_bundle
 from ..trust import Trust
+from ..validate import LORA
 from ..write import new_bundle
-from .low_rank import check_set, concatenated, in_order, parts_of, scaled_by_one
+from .low_rank import concatenated, in_order, parts_of, rank_config, weighted
 
 logger = logging.getLogger(__name__)
 
@@ -34,58 +35,59 @@ def stack(
     *,
     trust: Trust | None = None,
 ) -> Path:
-    """Write one adapter whose effect is the exact sum of several: their ranks are concatenated.
+    """Write one adapter whose effect is the exact sum of several LoRAs for one base: their ranks are concatenated.
 
-    Args:
-        adapters: LoRA adapter directories (`lora` and low-rank `head` mix freely) for the same base.
-        output: the new adapter directory.
-        strengths: factor on each one's effect; 1 each by default.
-        trust: whose signatures are taken, and whether one is needed. The stack itself is not signed.
+    `strengths` are factors on their effects, 1 by default; for `trust` see `read_bundle`. The stack is not signed.
 
     Raises:
         AdapterError: if one is dense, or their bases differ.
     """
-    bundles = [read_bundle(path, trust=trust) for path in adapters]
-    check_set(bundles, factors := list(strengths or [1.0] * len(bundles)))
-    bundles, factors = in_order(bundles, factors)
-    dense = [str(bundle.path) for bundle in bundles if any(delta.down is None for delta in bundle.deltas.values())]
+    pairs = in_order(weighted([read_bundle(path, trust=trust) for path in adapters], strengths))
+    dense = [str(bundle.path) for bundle, _ in pairs if any(delta.down is None for delta in bundle.deltas.values())]
     if dense:
-        raise AdapterError(
-            f"cannot stack a dense head into one LoRA: {', '.join(dense)}. Attach it beside the stack instead."
-        )
+        raise AdapterError(f"cannot stack a dense head: {', '.join(dense)}. Attach it beside the stack instead.")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for name, parts in parts_of(bundles, factors).items():
+    for name, parts in parts_of(pairs).items():
         up, down = concatenated(parts)
-        tensors[f"base_model.model.{name}.lora_A.weight"] = down.contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = up.to(parts[0][0].up.dtype).contiguous()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.to(parts[0][0].up.dtype)
         ranks[name] = down.shape[0]
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True, "target_modules": sorted(ranks),
-        "base_model_name_or_path": bundles[0].config.get("base_model_name_or_path"), **scaled_by_one(ranks),
-    }  # fmt: skip
     manifest = {
-        "base": bundles[0].manifest.get("base", {}),
-        "peft_type": "LORA",
-        "stack_of": [{"weights_sha256": b.digest, "strength": f} for b, f in zip(bundles, factors, strict=True)],
-        "versions": {"unlearn-peft": version("unlearn-peft")},
+        "base": pairs[0][0].manifest.get("base", {}),
+        "peft_type": LORA,
+        "stack_of": [{"weights_sha256": bundle.digest, "strength": factor} for bundle, factor in pairs],
     }
-    write_made(Path(output), tensors, config, manifest)
-    return Path(output)
+    base = pairs[0][0].config.get("base_model_name_or_path")
+    return write_derived(Path(output), tensors, manifest, ranks, base, rank_config(ranks))
 
 
-def write_made(
-    output: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], manifest: Mapping[str, Any]
-) -> None:
-    """Write an adapter that was made from others, with its card, whole or not at all.
+def write_derived(
+    output: Path,
+    tensors: Mapping[str, Tensor],
+    manifest: Mapping[str, Any],
+    modules: Iterable[str],
+    base: str | None,
+    ranks: Mapping[str, Any],
+) -> Path:
+    """Write an adapter that was computed from others, with its config and card; returns `output`.
+
+    `modules` and the name of the `base` go into the config, as do `ranks`, its rank fields (none for a dense delta).
 
     Raises:
-        OutputError: if `output` holds something else than an adapter, or cannot be written.
+        OutputError: see `new_bundle`.
     """
+    config = {
+        "peft_type": manifest["peft_type"], "task_type": "CAUSAL_LM", "inference_mode": True,
+        "target_modules": sorted(modules), "base_model_name_or_path": base, **ranks,
+    }  # fmt: skip
+    manifest = {**manifest, "versions": {"unlearn-peft": version("unlearn-peft")}}
     with new_bundle(output, manifest) as folder:
-        save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_card(folder, manifest)
+    return output
 
 
 def merge(
@@ -96,10 +98,10 @@ def merge(
     *,
     trust: Trust | None = None,
 ) -> Path:
-    """Write the base with adapters added to its weights, as a plain model folder. `base` itself is changed: load anew.
+    """Write the base with adapters added to its weights, as a plain model folder. Changes `base` itself.
 
-    Where a delta meets a tied `lm_head`, the head is untied first (and this is logged): the delta must not
-    reach the input embeddings. The folder then grows by the size of the head.
+    If a delta is on a tied `lm_head`, the head is untied first and a warning is logged: the delta must not reach the
+    input embeddings. The folder then grows by the size of the head.
 
     Raises:
         AdapterError: if an adapter does not fit the base.
@@ -110,21 +112,17 @@ def merge(
         raise OutputError(f"the output {output} is not empty: expected a new folder for the merged model")
     if base.quantized:
         raise AdapterError("nothing can be merged into a quantised base: load it without quantize")
-    bundles = [read_bundle(path, trust=trust) for path in adapters]
-    for bundle in bundles:
+    pairs = weighted([read_bundle(path, trust=trust) for path in adapters], strengths)
+    for bundle, _ in pairs:
         bundle.check_fits(base.model, base.tokenizer)
     modules = dict(base.model.named_modules())
     head = base.model.get_output_embeddings()
-    if head_is_tied(base.model) and any(modules[name] is head for bundle in bundles for name in bundle.deltas):
+    if head_is_tied(base.model) and any(modules[name] is head for bundle, _ in pairs for name in bundle.deltas):
         untie(base.model)
-        logger.warning(
-            "lm_head was tied to the input embeddings: it is untied in the merged model, which grows by its size"
-        )
-    for bundle, factor in zip(bundles, strengths or [1.0] * len(bundles), strict=True):
+        logger.warning("lm_head was untied from the input embeddings: the merged model grows by its size")
+    for bundle, factor in pairs:
         for name, delta in bundle.deltas.items():
-            up = delta.up.float()
-            change = factor * (up if delta.down is None else delta.scale * up @ delta.down.float())
-            _add(modules[name], change)
+            _add(modules[name], factor * delta.matrix())
     with atomic_folder(output) as folder:
         base.model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
@@ -132,7 +130,7 @@ def merge(
 
 
 def untie(model: Any) -> None:
-    """Give `lm_head` a weight of its own, equal to the one that it shared with the embeddings."""
+    """Give `lm_head` its own copy of the weight that it shared with the embeddings."""
     head = model.get_output_embeddings()
     head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False

@@ -1,32 +1,31 @@
-"""An adapter in fewer bytes: fewer ranks, fewer bits a value, and how much of its effect that leaves out."""
+"""A smaller adapter with nearly the same effect: a lower rank, fewer bits a value, and what each module loses by it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import AdapterError
 from ...files.atomic import folder_bytes
-from ..bundle import WEIGHTS, Bundle, Delta
+from ..bundle import WEIGHTS, Delta
 from ..quantized import QUANTIZED, pack, unpack
 from ..read import read_bundle
 from ..trust import Trust
 from ..validate import DENSE, LORA
-from .low_rank import lost_share, scaled_by_one, truncated
-from .merge import write_made
+from .low_rank import lost_share, rank_config, truncated
+from .merge import write_derived
 
 BITS = (8, 4)
+_INHERITED = ("base", "recipe", "data_digests", "stack_of")  # of the manifest
 
 
 @dataclass(frozen=True)
 class Shrunk:
-    """What was written, and what each module's change lost: Frobenius norm of the difference over that of the whole."""
+    """What was written, and the share of its delta that each module lost, see `lost_share`."""
 
     path: Path
     before: int  # bytes of the weights file
@@ -35,12 +34,12 @@ class Shrunk:
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The module that lost most."""
+        """The module that lost most, and its error."""
         return max(self.errors.items(), key=lambda item: item[1])
 
     @property
     def mean(self) -> float:
-        """The mean over modules."""
+        """The mean error over modules."""
         return fmean(self.errors.values())
 
     @property
@@ -58,18 +57,18 @@ def shrink(
     max_error: float | None = None,
     trust: Trust | None = None,
 ) -> Shrunk:
-    """Write an adapter with fewer ranks, fewer bits a value, or both.
+    """Write an adapter with a lower rank, fewer bits a value, or both. It is not signed.
 
     Args:
-        adapter: its directory. A dense head takes `bits`, and becomes a LoRA by `rank`.
+        adapter: its directory. A dense head takes `bits`; a `rank` makes a LoRA of it.
         output: the new directory, written whole or not at all.
-        rank: of each module at most; None: as it is.
-        bits: 8 or 4 for each value, see adapters/quantized.py; None: as many as before, and PEFT can read it.
-        max_error: refuse to lose more than this of any module's change; None: no limit.
-        trust: whose signatures are taken, and whether one is needed. What is written is not signed.
+        rank: the most that a module keeps; None: unchanged.
+        bits: 8 or 4 a value, see adapters/quantized.py; None: unchanged, and PEFT can read it.
+        max_error: refuse if any module would lose more than this share; None: no limit.
+        trust: see `read_bundle`.
 
     Raises:
-        AdapterError: if it is refused, has no more ranks than asked for, or would lose more than `max_error`.
+        AdapterError: if the adapter is refused, nothing is asked for, or a module would lose more than `max_error`.
         OutputError: if the output cannot be written.
     """
     if bits is not None and bits not in BITS:
@@ -84,29 +83,37 @@ def shrink(
     errors: dict[str, float] = {}
     ranks: dict[str, int] = {}
     for name, delta in sorted(bundle.deltas.items()):
-        factors = _factors(delta, rank)
-        parts = {f"base_model.model.{name}.{part}": tensor for part, tensor in factors.items()}
+        factors = {f"base_model.model.{name}.{part}": tensor for part, tensor in _factors(delta, rank).items()}
         if bits:
-            stored = {key: value for part in parts.items() for key, value in pack(*part, bits).items()}
+            stored = {key: value for factor in factors.items() for key, value in pack(*factor, bits).items()}
             problems: list[str] = []
             read = unpack(stored, problems)
             assert not problems, problems
         else:
-            stored = {f"{key}.weight": tensor.to(dtype).contiguous() for key, tensor in parts.items()}
-            read = stored
+            read = stored = {f"{key}.weight": tensor.to(dtype) for key, tensor in factors.items()}
         tensors |= stored
-        again = [read[f"{key}.weight"].float() for key in parts]
-        if len(again) == 2:
-            ranks[name] = len(again[0])
-        errors[name] = lost_share(delta, again[-1], again[0] if len(again) == 2 else None)
-    made = Shrunk(Path(output), (bundle.path / WEIGHTS).stat().st_size, _bytes(tensors), errors)
-    if max_error is not None and made.worst[1] > max_error:
+        *down, up = (read[f"{key}.weight"].float() for key in factors)
+        if down:
+            ranks[name] = len(down[0])
+        errors[name] = lost_share(delta, Delta(up, down[0] if down else None))
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    result = Shrunk(Path(output), (bundle.path / WEIGHTS).stat().st_size, size, errors)
+    module, error = result.worst
+    if max_error is not None and error > max_error:
         raise AdapterError(
-            f"'{made.worst[0]}' would lose {made.worst[1]:.3g} of its change, more than {max_error:g}: keep more ranks "
-            "or bits"
+            f"'{module}' would lose {error:.3g} of its change, more than {max_error:g}: keep more ranks or bits"
         )
-    write_made(made.path, tensors, _config(bundle, ranks, bits), _manifest(bundle, made, rank, bits, bool(ranks)))
-    return made
+    manifest = {
+        **{key: bundle.manifest[key] for key in _INHERITED if key in bundle.manifest},
+        "peft_type": (LORA if ranks else DENSE) + (QUANTIZED if bits else ""),
+        "shrunk": {
+            "weights_sha256": bundle.digest, "rank": rank, "bits": bits, "mean_relative_error": result.mean,
+            "worst": {"module": module, "relative_error": error}, "relative_errors": errors,
+        },
+    }  # fmt: skip
+    base = bundle.config.get("base_model_name_or_path")
+    write_derived(result.path, tensors, manifest, bundle.deltas, base, rank_config(ranks) if ranks else {})
+    return result
 
 
 def _factors(delta: Delta, rank: int | None) -> dict[str, Tensor]:
@@ -117,37 +124,6 @@ def _factors(delta: Delta, rank: int | None) -> dict[str, Tensor]:
         left, values, right = torch.svd_lowrank(delta.up.float(), min(rank + 8, *delta.up.shape), niter=4)
         root = values[:rank].sqrt()
         return {"lora_A": root[:, None] * right[:, :rank].T, "lora_B": left[:, :rank] * root}
-    most = len(delta.down)
-    up, down, _ = truncated(delta.up.float() * delta.scale, delta.down.float(), min(rank or most, most))
+    full = len(delta.down)
+    up, down, _ = truncated(delta.up.float() * delta.scale, delta.down.float(), min(rank or full, full))
     return {"lora_A": down, "lora_B": up}
-
-
-def _config(bundle: Bundle, ranks: dict[str, int], bits: int | None) -> dict[str, Any]:
-    suffix = QUANTIZED if bits else ""
-    config: dict[str, Any] = {
-        "peft_type": (LORA if ranks else DENSE) + suffix, "task_type": "CAUSAL_LM", "inference_mode": True,
-        "target_modules": sorted(bundle.deltas),
-        "base_model_name_or_path": bundle.config.get("base_model_name_or_path"),
-    }  # fmt: skip
-    return config | scaled_by_one(ranks) if ranks else config
-
-
-def _manifest(bundle: Bundle, made: Shrunk, rank: int | None, bits: int | None, lora: bool) -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for key in ("base", "recipe", "data_digests", "stack_of"):
-        if key in bundle.manifest:
-            kept[key] = bundle.manifest[key]
-    module, error = made.worst
-    return {
-        **kept,
-        "peft_type": (LORA if lora else DENSE) + (QUANTIZED if bits else ""),
-        "shrunk": {
-            "weights_sha256": bundle.digest, "rank": rank, "bits": bits, "mean_relative_error": made.mean,
-            "worst": {"module": module, "relative_error": error}, "relative_errors": made.errors,
-        },
-        "versions": {"unlearn-peft": version("unlearn-peft")},
-    }  # fmt: skip
-
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
