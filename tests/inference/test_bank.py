@@ -259,7 +259,7 @@ def test_refusals_say_what_to_do(tiny, bank, paths, tmp_path):
     held.release()
     with pytest.raises(AdapterError, match="released"), bank.rows([held]):
         pass
-    assert bank.stats.resident == 4 and all(a.pins == 1 for a in bank.residents._waiting.values())
+    assert bank.stats.resident == 4 and all(a.pins == 1 for a in bank.cache._loaded.values())
 
 
 def test_experts_tokens_are_not_guessed_to_be_rows():

@@ -1,28 +1,27 @@
-"""Adapters by name: where they lie, which of them are in memory, and who still needs them.
+"""Adapters by name: where they lie, which of them are in memory, and the leases that keep them there.
 
-Names and directories come in; checked adapters on the base's device go out, each pinned by those that use it. What puts
-one on the base, and what is to be done when it is first and last needed, are functions of the bank's.
+Names come in; adapters on the base's device go out, pinned by whoever uses them. How one is loaded, and what happens
+when it is first and last needed, is the bank's.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock, RLock
 from typing import NamedTuple
 
-from ..adapters.bundle import Bundle
-from ..adapters.read import read_bundle
-from ..adapters.trust import Trust
 from ..errors import AdapterError, did_you_mean
-from .multi_lora import LoadedAdapter
+from .multi_lora import LoadedAdapter, WeightedAdapter
 
 
 class BankStats(NamedTuple):
-    """What a bank holds, and what it did since it was made."""
+    """What a bank has in memory (`resident`), and what it did since it was made."""
 
     resident: int
     resident_bytes: int
@@ -34,10 +33,10 @@ class BankStats(NamedTuple):
 
 
 class Applied(NamedTuple):
-    """One adapter of a held set: what it is called, the digest of its files, and how strong it is.
+    """One adapter of a lease, for an audit log: its name, the sha256 of its files (`Bundle.identity`), its strength.
 
-    For an audit log: `different_base` names the parts of the base's fingerprint that are not those that it was trained
-    on (`allow_different_base` lets it be), `signed_by` the trusted signer.
+    `different_base` names the parts of the base's fingerprint that differ from those it was trained on, which only
+    `allow_different_base` permits; `signed_by` is the trusted signer.
     """
 
     name: str
@@ -54,57 +53,82 @@ class RegisteredAdapter:
     path: Path
     sha256: str | None = None
     allow_different_base: bool = False
-    trust: Trust | None = None
+
+
+class AdapterLease:
+    """A set of adapters that stay in memory, in the same versions, until it is released; also a context manager.
+
+    `digest` is equal if and only if contents and strengths are; "" for the empty set.
+    """
+
+    def __init__(self, cache: AdapterCache, parts: Mapping[str, WeightedAdapter]) -> None:
+        self.cache, self.parts, self.released = cache, tuple(parts.values()), False
+        self.applied = tuple(
+            Applied(n, p.adapter.bundle.identity, p.strength, p.adapter.different_base, p.adapter.bundle.signed_by)
+            for n, p in parts.items()
+        )
+        lines = sorted(f"{a.sha256} {a.strength!r}" for a in self.applied if a.strength)
+        self.digest = hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""
+
+    def copy(self) -> AdapterLease:
+        """Return another lease on the same adapters, to be released on its own."""
+        with self.cache.lock:
+            if self.released:
+                raise AdapterError("a set of adapters was released: hold it anew")
+            for part in self.parts:
+                self.cache.pin(part.adapter)
+            return copy(self)
+
+    def release(self) -> None:
+        """Let go of the adapters; a second call does nothing."""
+        with self.cache.lock:
+            parts, self.released = () if self.released else self.parts, True
+            for part in parts:
+                self.cache.unpin(part.adapter)
+
+    def __enter__(self) -> AdapterLease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class AdapterCache:
-    """The adapters that are known by name; a bounded number of them in memory.
+    """The adapters that are known by name; a bounded number of bytes of them in memory.
 
-    Args:
-        fit: puts a bundle on the base's device, or refuses it.
-        misfits: what of a bundle does not fit the base; for telling it beside what else is wrong.
-        first: what to do when an adapter is needed that was not before.
-        last: what to do when it is needed no more.
-        budget_bytes: memory for all; of those that only wait here, the one that was used longest ago goes first.
+    `load` reads an adapter, checks it and puts it on the base's device; `on_first_use` is called when its first pin is
+    set, `on_last_use` when its last pin is gone.
     """
 
     def __init__(
-        self,
-        fit: Callable[[Bundle, bool], LoadedAdapter],
-        misfits: Callable[[Bundle, bool], list[str]],
-        first: Callable[[LoadedAdapter], None],
-        last: Callable[[LoadedAdapter], None],
-        budget_bytes: int | None,
-    ) -> None:
-        self.lock = RLock()
-        self._fit, self._misfits, self._first, self._last, self._budget = fit, misfits, first, last, budget_bytes
+        self, load: Callable[[str, RegisteredAdapter], LoadedAdapter], on_first_use: Callable[[LoadedAdapter], None],
+        on_last_use: Callable[[LoadedAdapter], None], budget_bytes: int | None,
+    ) -> None:  # fmt: skip
+        self.lock, self._budget = RLock(), budget_bytes
+        self._load_adapter, self._on_first_use, self._on_last_use = load, on_first_use, on_last_use
         self._entries: dict[str, RegisteredAdapter] = {}
-        self._waiting: OrderedDict[str, LoadedAdapter] = OrderedDict()  # in memory; the latest used last
-        self._reading: dict[str, Lock] = {}
+        self._loaded: OrderedDict[str, LoadedAdapter] = OrderedDict()  # the latest used last; each has one pin of ours
+        self._loading: dict[str, Lock] = {}
         self._loads, self._load_seconds, self._evictions = 0, 0.0, 0
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that can be asked for."""
+        """The registered names."""
         with self.lock:
             return tuple(self._entries)
 
     @property
     def stats(self) -> BankStats:
-        """What is in memory, and what was loaded and evicted so far."""
+        """See `Bank.stats`."""
         with self.lock:
-            size = sum(adapter.bytes for adapter in self._waiting.values())
+            size = sum(adapter.bytes for adapter in self._loaded.values())
             return BankStats(
-                len(self._waiting), size, self._budget, len(self._entries), self._loads, self._load_seconds,
+                len(self._loaded), size, self._budget, len(self._entries), self._loads, self._load_seconds,
                 self._evictions,
             )  # fmt: skip
 
     def register(self, name: str, entry: RegisteredAdapter) -> None:
-        """Make an adapter known; it is read when it is first needed.
-
-        Raises:
-            AdapterError: if the name is taken.
-        """
+        """See `Bank.register`."""
         with self.lock:
             if name in self._entries:
                 raise AdapterError(
@@ -113,67 +137,55 @@ class AdapterCache:
             self._entries[name] = entry
 
     def swap(self, name: str, entry: RegisteredAdapter) -> None:
-        """Read an adapter and let it take a known one's place.
-
-        Raises:
-            AdapterError: if the name is unknown, or the new adapter is refused; then the old one stays.
-        """
+        """See `Bank.swap`."""
         self._entry(name)
-        adapter = self._read(name, entry)
+        adapter = self._load(name, entry)
         with self.lock:
             self._entry(name)
-            self._retire(name)
+            self._drop(name)
             self._entries[name] = entry
-            self._keep(name, adapter)
+            self._insert(name, adapter)
 
     def remove(self, name: str) -> None:
-        """Let a name be unknown.
-
-        Raises:
-            AdapterError: if it is.
-        """
+        """See `Bank.remove`."""
         with self.lock:
             self._entry(name)
             del self._entries[name]
-            self._retire(name)
+            self._drop(name)
 
-    def pinned(self, name: str) -> LoadedAdapter:
-        """Return an adapter, read if need be, with one pin more.
-
-        Raises:
-            AdapterError: if the name is unknown, the adapter is refused, or the budget has no room for it.
-        """
+    def acquire(self, name: str) -> LoadedAdapter:
+        """Return an adapter, loaded if need be, with one more pin."""
         while True:
             with self.lock:
                 entry = self._entry(name)
-                if name in self._waiting:
-                    self._waiting.move_to_end(name)
-                    return self.pin(self._waiting[name])
-                one = self._reading.setdefault(name, Lock())
-            with one:  # several that wait for the same adapter read it once
+                if name in self._loaded:
+                    self._loaded.move_to_end(name)
+                    return self.pin(self._loaded[name])
+                loading = self._loading.setdefault(name, Lock())
+            with loading:  # several that wait for the same adapter load it once
                 with self.lock:
-                    if name in self._waiting or self._entries.get(name) is not entry:
+                    if name in self._loaded or self._entries.get(name) is not entry:
                         continue
-                adapter = self._read(name, entry)
+                adapter = self._load(name, entry)
                 with self.lock:
                     if self._entries.get(name) is entry:  # neither swapped nor removed meanwhile
-                        self._keep(name, adapter)
+                        self._insert(name, adapter)
                         return self.pin(adapter)
 
     def pin(self, adapter: LoadedAdapter) -> LoadedAdapter:
-        """Count one more that needs an adapter."""
+        """Add one pin."""
         with self.lock:
             if not adapter.pins:
-                self._first(adapter)
+                self._on_first_use(adapter)
             adapter.pins += 1
             return adapter
 
     def unpin(self, adapter: LoadedAdapter) -> None:
-        """Count one less that needs it."""
+        """Take one pin away."""
         with self.lock:
             adapter.pins -= 1
             if not adapter.pins:
-                self._last(adapter)
+                self._on_last_use(adapter)
 
     def _entry(self, name: str) -> RegisteredAdapter:
         with self.lock:
@@ -182,31 +194,23 @@ class AdapterCache:
                 raise AdapterError(f"no adapter named '{name}' is known{near}: load or register it first")
             return self._entries[name]
 
-    def _read(self, name: str, entry: RegisteredAdapter) -> LoadedAdapter:
+    def _load(self, name: str, entry: RegisteredAdapter) -> LoadedAdapter:
         began = time.monotonic()
-        bundle = read_bundle(
-            entry.path, trust=entry.trust, also=lambda read: self._misfits(read, entry.allow_different_base)
-        )
-        if entry.sha256 is not None and bundle.identity != entry.sha256:
-            raise AdapterError(
-                f"the adapter '{name}' in {entry.path} has the digest {bundle.identity}, expected {entry.sha256}: it "
-                "is not the one that was registered. Copy that one again, or register this one anew"
-            )
-        adapter = self._fit(bundle, entry.allow_different_base)
+        adapter = self._load_adapter(name, entry)
         with self.lock:
             self._loads += 1
             self._load_seconds += time.monotonic() - began
         return adapter
 
-    def _keep(self, name: str, adapter: LoadedAdapter) -> None:
-        """Let an adapter wait in memory, in the place of others if the budget asks for it."""
+    def _insert(self, name: str, adapter: LoadedAdapter) -> None:
+        """Keep an adapter in memory; where the budget asks for it, those go that nobody else has pinned."""
         if self._budget is not None:
-            free = self._budget - sum(other.bytes for other in self._waiting.values())
-            for other in [n for n, a in self._waiting.items() if a.pins == 1]:
+            free = self._budget - sum(other.bytes for other in self._loaded.values())
+            for other in [n for n, a in self._loaded.items() if a.pins == 1]:
                 if free >= adapter.bytes:
                     break
-                free += self._waiting[other].bytes
-                self._retire(other)
+                free += self._loaded[other].bytes
+                self._drop(other)
                 self._evictions += 1
             if free < adapter.bytes:
                 raise AdapterError(
@@ -214,8 +218,8 @@ class AdapterCache:
                     f"{self._budget / 1e6:.1f} MB, running requests hold all but {max(free, 0) / 1e6:.1f} MB. Try "
                     "again when they are done, or raise the budget"
                 )
-        self._waiting[name] = self.pin(adapter)
+        self._loaded[name] = self.pin(adapter)
 
-    def _retire(self, name: str) -> None:
-        if (adapter := self._waiting.pop(name, None)) is not None:
+    def _drop(self, name: str) -> None:
+        if (adapter := self._loaded.pop(name, None)) is not None:
             self.unpin(adapter)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..adapters.bundle import Bundle
-from ..adapters.read import read_bundle
 from ..adapters.trust import Trust
 from ..errors import AdapterError
 from .bank import Bank
@@ -23,16 +21,16 @@ def attach(
     allow_different_base: bool = False,
     trust: Trust | None = None,
 ) -> list[str]:
-    """Attach one adapter or more to a live model; returns the names under which they can be detached.
+    """Attach adapters to a live model; returns the names under which they can be detached.
 
     Args:
         model: a transformers model or a `Base`.
-        adapters: adapter directories, or what `read_bundle` read of one before; a stack of them is the exact sum of
-            their effects, in any order.
+        adapters: adapter directories, or bundles that `read_bundle` returned. The effect of several is the exact sum
+            of theirs, in any order.
         strength: factor on the effect, one for all or one each; 1 is as trained, 0 is off.
-        name: for a single adapter, another name than its folder's.
+        name: of a single adapter; by default its folder's.
         allow_different_base: attach even if the base's fingerprint differs (shapes must still fit). This is logged.
-        trust: whose signatures are taken, and whether one is needed. None: signatures are not looked at.
+        trust: see `read_bundle`.
 
     Raises:
         AdapterError: if any of them is refused; then none is attached.
@@ -43,8 +41,8 @@ def attach(
     bank = Bank.of(model)
     before, names = bank.adapters, []
     try:
-        for path, factor in zip(adapters, strengths, strict=True):
-            bundle = _read(path, bank, trust, allow_different_base)
+        for adapter, factor in zip(adapters, strengths, strict=True):
+            bundle = bank.read(adapter, trust, allow_different_base)
             names.append(name if name and len(adapters) == 1 else bundle.name)
             bank.attach(bundle, names[-1], factor, allow_different_base=allow_different_base)
     except BaseException:
@@ -69,18 +67,18 @@ def swap(
     name: str | None = None,
     trust: Trust | None = None,
 ) -> str:
-    """Replace the adapter named `old` by the one in the folder `new`; if that is refused, `old` stays.
+    """Replace the adapter named `old` by `new`; if that is refused, `old` stays. Returns the new name.
 
-    Most of the time goes into reading and checking files: what `read_bundle` read before is there at once.
+    Reading and checking files takes most of the time: a bundle that was read before is attached at once.
     """
     bank = Bank.of(model)
-    bundle = _read(new, bank, trust)
+    bundle = bank.read(new, trust)
     bank.attach(bundle, name or bundle.name, strength, instead_of=old)
     return name or bundle.name
 
 
 def attached(model: Any) -> dict[str, float]:
-    """Return the names and strengths of what is attached."""
+    """Return the names and strengths of the attached adapters."""
     return {name: adapter.strength for name, adapter in Bank.of(model).adapters.items()}
 
 
@@ -88,10 +86,9 @@ def attached(model: Any) -> dict[str, float]:
 def forgetting(
     model: Any, *adapters: str | Path | Bundle, strength: float | Sequence[float] = 1.0, trust: Trust | None = None
 ) -> Iterator[Any]:
-    """Attach inside a `with` block, and be as before after it.
+    """Attach inside a `with` block, and restore what was attached before. Arguments: see `attach`.
 
-    `adapters` are directories or bundles, as for `attach` (so are `strength` and `trust`);
-    `with forgetting(model, "a", "b"): ...` stacks two.
+    `with forgetting(model, "a", "b"): ...` adds two.
     """
     bank = Bank.of(model)
     before = bank.adapters
@@ -100,9 +97,3 @@ def forgetting(
         yield model
     finally:
         bank.restore(before)
-
-
-def _read(adapter: str | Path | Bundle, bank: Bank, trust: Trust | None, allow_different_base: bool = False) -> Bundle:
-    if not isinstance(adapter, Bundle):
-        return read_bundle(adapter, trust=trust, also=lambda read: bank.misfits(read, allow_different_base))
-    return adapter if trust is None else replace(adapter, signed_by=trust.check(adapter))

@@ -1,7 +1,7 @@
-"""What the front (http.py) needs of whatever generates: the embedded engine (local.py) or a gateway to vLLM (vllm.py).
+"""What the request handler needs of an engine: the embedded one (local.py) or the gateway to vLLM (vllm/engine.py).
 
-The order of one request: `encode` its prompt, `hold` all that it must have forgotten (or refuse it), `stream` its
-answer, `release` what was held. An engine fails closed: it answers with exactly what is held, or raises.
+The order of one request: `encode` its prompt, `hold` all adapters that it must have (or refuse it), `stream` its
+answer, `release` the lease. An engine fails closed: it answers with exactly what is held, or raises.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ...errors import UnlearnError
 
 if TYPE_CHECKING:
     from ...adapters.trust import Trust
-    from ...inference.bank import Applied
+    from ...inference.adapter_cache import Applied
     from ..policy.policy import Policy
 
 
@@ -44,7 +44,7 @@ class GenerationError(UnlearnError):
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer to be generated; `n` answers to a prompt are `n` of these. The front has checked all ranges."""
+    """One answer to be generated; `n` answers to a prompt are `n` of these. All ranges were checked before."""
 
     ids: tuple[int, ...]  # the whole prompt, chat template included
     max_tokens: int
@@ -57,7 +57,6 @@ class Generation:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     ignore_eos: bool = False
-    request_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,13 @@ class TextChunk:
     """The next part of an answer. The last one, and no other, has a finish reason."""
 
     text: str  # whole characters, never (part of) a stop string; may be empty
-    tokens: int  # how many more tokens were generated, the end token included
+    tokens: int  # generated since the last chunk, the end token included
     logprobs: tuple[TokenLogprobs, ...] = ()  # if asked for: of the tokens that reached the text
     finish_reason: str | None = None  # "stop" (an end token or stop string) or "length"
 
 
 class AdapterLease(Protocol):
-    """What one request has forgotten: the same contents from its start to its end."""
+    """The adapters of one request: the same versions from its start to its end."""
 
     @property
     def applied(self) -> tuple[Applied, ...]:
@@ -104,7 +103,7 @@ class AdapterLease(Protocol):
         """Equal if and only if the same contents with the same strengths; "" for the empty set."""
 
     def release(self) -> None:
-        """Let go; called once, after all streams of the request have ended. Doing it twice does no harm."""
+        """Let go, after all streams of the request have ended. A second call does nothing."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class EngineStats:
 
 
 class Engine(Protocol):
-    """Generates answers with a set of adapters each."""
+    """Generates answers, each with its own set of adapters."""
 
     @property
     def model(self) -> str:
@@ -128,7 +127,7 @@ class Engine(Protocol):
 
     @property
     def context(self) -> int:
-        """How many tokens a prompt and its answer may have together."""
+        """The most tokens that a prompt and its answer may have together."""
 
     async def encode(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Return the token ids of a text, of ids (which are checked), or of messages (by the chat template).
@@ -138,16 +137,15 @@ class Engine(Protocol):
         """
 
     async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> AdapterLease:
-        """Make sure that everything in `forget` (names of `policy.adapters` -> strength) is loaded, verified and kept.
+        """Load, verify and keep everything in `forget` (names of `policy.adapters` -> strength).
 
-        With `trust`, the tenant's own, all of it must be signed so, whatever the engine itself asks for; `applied` then
-        names who signed.
+        With `trust`, the tenant's own, all of it must also be signed so; `applied` then names who signed.
 
         Raises:
-            Unavailable: naming the adapter that cannot be.
+            Unavailable: naming the adapter that cannot be used.
         """
 
-    def stream(self, request: Generation, holding: AdapterLease) -> AsyncGenerator[TextChunk, None]:
+    def stream(self, request: Generation, lease: AdapterLease) -> AsyncGenerator[TextChunk, None]:
         """Generate one answer. Closing the generator early (`aclose`) cancels the rest of it.
 
         Raises (while iterating):

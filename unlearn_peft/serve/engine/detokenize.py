@@ -1,4 +1,8 @@
-"""Token ids of an answer, one by one -> text that may be sent: whole characters, nothing of a stop string."""
+"""Token ids of an answer, one by one -> text that may be sent: whole characters, nothing of a stop string.
+
+Why not `tokenizers.decoders.DecodeStream` (0.23)? Where the prompt ends within a character it sends a part of the
+prompt, after bytes that are no UTF-8 it sends nothing more, and it needs a tokenizer in Rust (CTRL's is in Python).
+"""
 
 from __future__ import annotations
 
@@ -6,22 +10,21 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from .base import TokenLogprobs
 
-_SEEDED = 6  # tokens of the prompt that are decoded along, so that a leading space is kept
-_BYTES_OF_A_CHARACTER = 4
+_PROMPT_TOKENS = 6  # are decoded along, so that a leading space is kept
+_MAX_BYTES = 4  # of a character
 
 
 class TextStream:
-    """The text of one answer while it grows.
-
-    `push` a token, then `take` what may be sent by now; `finish` when no more tokens come.
-    """
+    """The text of one answer while it grows: `push` a token, then `take` what may be sent by now."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids = list(prompt[-_SEEDED:])
-        self._from, self._read = 0, len(self._ids)  # what is decoded anew each time; what has become text
+        self._ids = list(prompt[-_PROMPT_TOKENS:])
+        self._begin, self._end = 0, len(self._ids)  # of the ids that became text last; they are decoded along
         self._text, self._sent = "", 0
         self._logprobs: list[tuple[int, TokenLogprobs]] = []  # where the token's text begins
         self.stopped = False
@@ -31,44 +34,41 @@ class TextStream:
         if logprobs is not None:
             self._logprobs.append((len(self._text), logprobs))
         self._ids.append(token)
-        self._settle(len(self._ids))
-        if len(self._ids) - self._read >= _BYTES_OF_A_CHARACTER:  # the first of them begins no character
-            self._settle(self._read + 1, whole=False)
+        self._decode_up_to(len(self._ids))
+        if len(self._ids) - self._end >= _MAX_BYTES:  # the first of them begins no character
+            self._decode_up_to(self._end + 1, whole=False)
         return self.stopped
 
     def take(self, *, last: bool = False) -> tuple[str, tuple[TokenLogprobs, ...]]:
         """Return the new text that may be sent, and the logprobs of its tokens.
 
-        What could be the beginning of a stop string is kept back, unless this is the `last` text. The beginning of a
+        What could be the beginning of a stop string is held back, unless this is the `last` text. The beginning of a
         character is never sent.
         """
-        end = len(self._text) if last or self.stopped else len(self._text) - self._kept_back()
+        end = len(self._text) if last or self.stopped else len(self._text) - self._held_back()
         text, self._sent = self._text[self._sent : end], max(end, self._sent)
-        ready = sum(begin < self._sent for begin, _ in self._logprobs)
-        taken = tuple(entry for _, entry in self._logprobs[:ready])
-        del self._logprobs[:ready]
-        return text, taken
+        count = sum(begin < self._sent for begin, _ in self._logprobs)
+        ready = tuple(logprobs for _, logprobs in self._logprobs[:count])
+        del self._logprobs[:count]
+        return text, ready
 
-    def _settle(self, end: int, *, whole: bool = True) -> None:
-        """Let tokens up to `end` become text, if they are whole characters or need not be."""
-        before, now = self._decode(self._ids[self._from : self._read]), self._decode(self._ids[self._from : end])
+    def _decode_up_to(self, end: int, *, whole: bool = True) -> None:
+        """Turn tokens up to `end` into text, if they are whole characters or need not be."""
+        before, now = self._decode(self._ids[self._begin : self._end]), self._decode(self._ids[self._begin : end])
         if len(now) <= len(before) or (whole and now.endswith("\ufffd")):
             return
         self._text += now[len(before) :]
-        self._from, self._read = self._read, end
-        # everything before _sent was held against the stop strings already
-        found = [at for stop in self._stop if (at := self._text.find(stop, self._sent)) >= 0]
-        if found:
-            self._text, self.stopped = self._text[: min(found)], True
+        self._begin, self._end = self._end, end
+        # everything before _sent was compared with the stop strings already
+        places = [at for stop in self._stop if (at := self._text.find(stop, self._sent)) >= 0]
+        if places:
+            self._text, self.stopped = self._text[: min(places)], True
 
-    def _kept_back(self) -> int:
-        longest = 0
-        for stop in self._stop:
-            for length in range(min(len(stop) - 1, len(self._text) - self._sent), longest, -1):
-                if self._text.endswith(stop[:length]):
-                    longest = length
-                    break
-        return longest
+    def _held_back(self) -> int:
+        """Return how many characters at the end of the unsent text could begin a stop string."""
+        unsent = self._text[self._sent :]
+        begins = (stop[:n] for stop in self._stop for n in range(1, len(stop)))
+        return max((len(begin) for begin in begins if unsent.endswith(begin)), default=0)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -81,7 +81,8 @@ class TokenBytes:
         self._tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids)
         decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-        self._byte_of = _byte_level_alphabet() if "ByteLevel" in repr(decoder) else None
+        byte_level = bytes_to_unicode() if "ByteLevel" in repr(decoder) else {}  # GPT-2's: byte -> character
+        self._byte_of = {character: byte for byte, character in byte_level.items()}
 
     def __call__(self, token: int) -> bytes:
         """Return the bytes of a token; a special token's are its name."""
@@ -90,15 +91,8 @@ class TokenBytes:
             return b""
         if token in self._special:
             return str(name).encode()
-        if self._byte_of is not None and all(character in self._byte_of for character in name):
+        if self._byte_of and all(character in self._byte_of for character in name):
             return bytes(self._byte_of[character] for character in name)
-        if found := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name):
-            return bytes.fromhex(found[1])
+        if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name):
+            return bytes.fromhex(match[1])
         return str(name).replace("\u2581", " ").encode()
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's map from printable characters to bytes: the printable ones stand for themselves, the rest follow."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}

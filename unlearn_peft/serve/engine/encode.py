@@ -12,34 +12,28 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
 class Prompts:
-    """Turns texts, ids and messages into ids; safe for many threads.
+    """Turns texts, ids and messages into ids; safe for many threads. `name` is the base's, for errors."""
 
-    Args:
-        tokenizer: the base's.
-        size: how many tokens the base knows.
-        name: the base's, for errors.
-    """
-
-    def __init__(self, tokenizer: Any, size: int, name: str) -> None:
-        self._tokenizer, self._size, self._name, self._lock = tokenizer, size, name, threading.Lock()
+    def __init__(self, tokenizer: Any, vocab_size: int, name: str) -> None:
+        self._tokenizer, self._vocab_size, self._name, self._lock = tokenizer, vocab_size, name, threading.Lock()
 
     def __call__(self, prompt: Prompt) -> tuple[int, ...]:
         """See `Engine.encode`."""
         if not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
             ids = [int(token) for token in prompt]  # type: ignore[arg-type]
-            if wrong := [token for token in ids if not 0 <= token < self._size]:
-                raise PromptError(f"there is no token {wrong[0]}: expected 0 to {self._size - 1}")
+            if unknown := [token for token in ids if not 0 <= token < self._vocab_size]:
+                raise PromptError(f"there is no token {unknown[0]}: expected 0 to {self._vocab_size - 1}")
         else:
-            with self._lock:
+            with self._lock:  # special tokens as vLLM has them: always with a text, never with a rendered template
                 if isinstance(prompt, str):
                     ids = self._tokenizer(prompt)["input_ids"]
                 else:
-                    ids = self._tokenizer(self._rendered(prompt), add_special_tokens=False)["input_ids"]
+                    ids = self._tokenizer(self._render(prompt), add_special_tokens=False)["input_ids"]
         if not ids:
             raise PromptError("the prompt is empty")
         return tuple(ids)
 
-    def _rendered(self, messages: Sequence[Any]) -> str:
+    def _render(self, messages: Sequence[Any]) -> str:
         if not getattr(self._tokenizer, "chat_template", None):
             raise PromptError(f"{self._name} has no chat template: use /v1/completions")
         try:

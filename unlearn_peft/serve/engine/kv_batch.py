@@ -1,62 +1,56 @@
-"""Forward passes over rows that joined at different times: their tokens -> logits, with each row's own set.
+"""Forward passes over rows that joined at different times: their tokens -> logits, each row with its own adapters.
 
 Keys and values lie in a plain `DynamicCache`: per layer two tensors of shape (B, H, T, D), padded on the left. Sliding
-windows work too: the mask does them, the cache keeps everything.
+windows work too: the mask implements them, the cache keeps everything.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ...errors import BaseModelError
+from ...inference.bank import Bank
 
 
-class PerRowAdapters(Protocol):
-    """The part of `Bank` that is needed here."""
-
-    def rows(self, sets: Sequence[Any]) -> AbstractContextManager[Any]:
-        """While this lasts, row i of the model's batch forgets sets[i]."""
-
-
+@dataclass(eq=False)
 class KVBatch:
-    """What rows have gone through so far, and the newest token of each, which has not."""
+    """The keys and values of rows so far, and the newest token of each, which is still to be run."""
 
-    def __init__(self, cache: DynamicCache, mask: Tensor, newest: Tensor) -> None:
-        self.cache = cache
-        self.mask = mask  # (B, T): 0 on padding, which is on the left only
-        self.newest = newest  # (B, 1)
+    cache: DynamicCache
+    mask: Tensor  # (B, T): 0 on padding, which is on the left only
+    newest: Tensor  # (B, 1)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all other rows, and the padding that the ones that stay share."""
+    def select(self, rows: Sequence[int]) -> None:
+        """Drop all other rows, and the padding that the selected ones share."""
         index = torch.tensor(rows, device=self.mask.device)
         mask = self.mask[index]
-        cut = int((mask.amax(0) == 0).sum())
-        layers = [(layer.keys[index, :, cut:], layer.values[index, :, cut:]) for layer in self.cache.layers]
-        self._become(layers, mask[:, cut:], self.newest[index])
+        padding = int((mask.amax(0) == 0).sum())
+        layers = [(layer.keys[index, :, padding:], layer.values[index, :, padding:]) for layer in self.cache.layers]
+        self._set(layers, mask[:, padding:], self.newest[index])
 
-    def join(self, other: KVBatch) -> None:
-        """Put another batch's rows behind these; if that fails, these are as they were."""
+    def extend(self, other: KVBatch) -> None:
+        """Append another batch's rows; if that fails, this one is as it was."""
         width = max(self.mask.shape[1], other.mask.shape[1])
-        layers = [
-            (
-                torch.cat([_padded(mine.keys, width), _padded(theirs.keys, width)]),
-                torch.cat([_padded(mine.values, width), _padded(theirs.values, width)]),
-            )
-            for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True)
-        ]
-        masks = [pad(mask, (width - mask.shape[1], 0)) for mask in (self.mask, other.mask)]
-        self._become(layers, torch.cat(masks), torch.cat([self.newest, other.newest]))
 
-    def _become(self, layers: Sequence[tuple[Tensor, Tensor]], mask: Tensor, newest: Tensor) -> None:
+        def joined(*states: Tensor) -> Tensor:
+            return torch.cat([pad(part, (0, 0, width - part.shape[2], 0)) for part in states])
+
+        pairs = zip(self.cache.layers, other.cache.layers, strict=True)
+        layers = [(joined(a.keys, b.keys), joined(a.values, b.values)) for a, b in pairs]
+        masks = [pad(mask, (width - mask.shape[1], 0)) for mask in (self.mask, other.mask)]
+        self._set(layers, torch.cat(masks), torch.cat([self.newest, other.newest]))
+
+    def _set(self, layers: Sequence[tuple[Tensor, Tensor]], mask: Tensor, newest: Tensor) -> None:
         for layer, (keys, values) in zip(self.cache.layers, layers, strict=True):
             layer.keys, layer.values = keys, values
         self.mask, self.newest = mask, newest
@@ -65,30 +59,25 @@ class KVBatch:
 class ModelRunner:
     """Runs a model over batches, always inside `bank.rows`.
 
-    Raises:
-        BaseModelError: if the model's rows cannot be joined and give what each gives alone (state-space models, for
-            one, keep no keys and values).
+    Raises a BaseModelError if joined rows do not give what each gives alone: state-space models keep no such cache.
     """
 
-    def __init__(self, model: Any, bank: PerRowAdapters) -> None:
+    def __init__(self, model: Any, bank: Bank) -> None:
         self.model, self._bank = model, bank
-        taken = inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
-        self._positions = "position_ids" in taken
+        accepted = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._positions = "position_ids" in accepted
         self._check()
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Sequence[int]], sets: Sequence[Any]) -> tuple[KVBatch, Tensor]:
         """Run prompts together; returns their batch, its newest tokens still to be set, and logits (B, V)."""
-        width, device = max(map(len, prompts)), self.model.device
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for n, prompt in enumerate(prompts):
-            ids[n, width - len(prompt) :] = torch.tensor(prompt)
-            mask[n, width - len(prompt) :] = 1
-        mask, cache = mask.to(device), DynamicCache()
-        logits = self._forward(ids.to(device), mask, (mask.cumsum(1) - 1).clamp(min=0), cache, sets)
-        return KVBatch(cache, mask, ids[:, -1:].to(device)), logits
+        rows, device = [torch.tensor(prompt) for prompt in prompts], self.model.device
+        ids = pad_sequence(rows, batch_first=True, padding_side="left").to(device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(device)
+        cache = DynamicCache()
+        logits = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache, sets)
+        return KVBatch(cache, mask, ids[:, -1:]), logits
 
     @torch.no_grad()
     def step(self, batch: KVBatch, sets: Sequence[Any]) -> Tensor:
@@ -101,57 +90,41 @@ class ModelRunner:
     def _forward(
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, sets: Sequence[Any]
     ) -> Tensor:
-        places = {"position_ids": positions} if self._positions else {}
+        options = {**self._last_only, **({"position_ids": positions} if self._positions else {})}
         with self._bank.rows(sets):
-            out = self.model(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **places, **self._last_only
-            )
+            out = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
         return out.logits[:, -1].float()  # type: ignore[no-any-return]
 
     def _check(self) -> None:
         """Join two rows of the base and compare them with each alone."""
-        plain, bank, self._bank = _NoBank(), self._bank, _NoBank()
-        name = type(self.model).__name__
-        what = f"{name} cannot be served by this engine: "
+        base = [()]  # the empty set of adapters
+        refusal = f"{type(self.model).__name__} cannot be served by this engine: "
         last = self.model.config.get_text_config().vocab_size - 1
         prompts = [[min(n, last) for n in range(3, 10)], [min(n, last) for n in (11, 4)]]
         try:
-            batch, _ = self.prefill(prompts[:1], [plain])
-            self.step(batch, [plain])
-            other, _ = self.prefill(prompts[1:], [plain])
+            batch, _ = self.prefill(prompts[:1], base)
+            self.step(batch, base)
+            other, _ = self.prefill(prompts[1:], base)
             layers = batch.cache.layers
             if not layers or not all(type(layer) is DynamicLayer and layer.keys.dim() == 4 for layer in layers):
                 kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none of transformers' own"
-                raise BaseModelError(f"{what}its cache ({kinds}) is not keys and values alone")
-            batch.join(other)
-            together = self.step(batch, [plain, plain])
-            batch.keep([1])
-            together = torch.cat([together, self.step(batch, [plain])])
-            whole = [
-                prompt + prompt[-1:] * more for prompt, more in ((prompts[0], 2), (prompts[1], 1), (prompts[1], 2))
-            ]
-            alone = torch.cat([self.prefill([prompt], [plain])[1] for prompt in whole])
+                raise BaseModelError(f"{refusal}its cache ({kinds}) is not keys and values alone")
+            batch.extend(other)
+            together = self.step(batch, base)
+            batch.select([1])
+            together = torch.cat([together, self.step(batch, base)])
+            whole = [prompts[n] + prompts[n][-1:] * more for n, more in ((0, 2), (1, 1), (1, 2))]
+            alone = torch.cat([self.prefill([prompt], base)[1] for prompt in whole])
         except BaseModelError:
             raise
-        except Exception as error:  # whatever a model that is made otherwise does with such a cache
+        except Exception as error:  # whatever a model of another kind does with such a cache
             raise BaseModelError(
-                f"{what}a pass over joined rows failed ({type(error).__name__}). Expected a causal language model with "
-                "attention alone, such as Llama, Mistral, Qwen2 or SmolLM."
+                f"{refusal}a pass over joined rows failed ({type(error).__name__}). Expected a causal language model "
+                "with attention alone, such as Llama, Mistral, Qwen2 or SmolLM."
             ) from error
-        finally:
-            self._bank = bank
-        apart = float((together - alone).abs().max() / alone.abs().max())
-        if not apart < (1e-3 if self.model.dtype == torch.float32 else 0.1):
+        difference = float((together - alone).abs().max() / alone.abs().max())
+        if not difference < (1e-3 if self.model.dtype == torch.float32 else 0.1):
             raise BaseModelError(
-                f"{what}rows in one batch differ from the same rows alone by {apart:.1e} of the largest logit. "
-                "Expected a model that heeds attention_mask and position_ids, such as Llama, Mistral, Qwen2 or SmolLM."
+                f"{refusal}rows in one batch differ from the same rows alone by {difference:.1e} of the largest logit. "
+                "Expected a model that uses attention_mask and position_ids, such as Llama, Mistral, Qwen2 or SmolLM."
             )
-
-
-class _NoBank:
-    def rows(self, sets: Sequence[Any]) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-
-def _padded(states: Tensor, width: int) -> Tensor:
-    return pad(states, (0, 0, width - states.shape[2], 0))

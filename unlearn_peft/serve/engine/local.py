@@ -1,7 +1,7 @@
 """The embedded engine: one base in this process, a bank of adapters, a scheduler.
 
 An adapter is known to the bank by its name, path and digest together, so that a changed policy never gives a request
-another version than its own policy names, and requests that run keep theirs to their end.
+another version than its own policy names, and running requests keep theirs to their end.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
+from ...adapters.bundle import Bundle
 from ...adapters.read import read_bundle
 from ...errors import UnlearnError
-from ...inference.bank import Applied, Bank
+from ...inference.adapter_cache import AdapterLease, Applied
+from ...inference.bank import Bank
 from ...models.base import Base
-from .base import AdapterLease, EngineStats, Generation, TextChunk, Unavailable
+from . import base as protocol
+from .base import EngineStats, Generation, TextChunk, Unavailable
 from .encode import Prompt, Prompts
 from .scheduler import ActiveRow, Scheduler
 
@@ -28,51 +31,20 @@ if TYPE_CHECKING:
     from ...adapters.trust import Trust
     from ..policy.policy import Policy
 
-
-_POLICIES_KEPT = 4  # versions whose requests may still be on their way here
-
-
-class LocalLease:
-    """A request's set; kept until the request and all of its rows have let go."""
-
-    def __init__(self, held: Any, applied: tuple[Applied, ...]) -> None:
-        self.held, self.applied, self.digest = held, applied, str(held.digest)
-        self._users, self._lock, self._released = 1, threading.Lock(), False
-
-    def keep(self) -> None:
-        """One user more; each calls `drop` when it needs the set no longer."""
-        with self._lock:
-            self._users += 1
-
-    def drop(self) -> None:
-        """One user less."""
-        with self._lock:
-            self._users -= 1
-            last = self._users == 0
-        if last:
-            self.held.release()
-
-    def release(self) -> None:
-        """The request is over; a second call does nothing."""
-        with self._lock:
-            again, self._released = self._released, True
-        if not again:
-            self.drop()
+_MAX_POLICIES = 4  # versions whose requests may still be on their way here
 
 
 class LocalEngine:
-    """Generates with a base in this process.
+    """Generates with a base in this process, whose forward passes belong to the scheduler's thread from now on.
 
     Args:
-        base: the model; its forward passes belong to the scheduler's thread from now on.
         name: the public name; the base's own by default.
         max_batch: answers that are generated at once.
-        budget_bytes: memory for adapters; None: no bound.
-        allow_different_base: also take adapters whose noted base differs (unsafe).
-        trust: whose signatures are taken, and whether adapters need one.
+        budget_bytes, trust: see `Bank`.
+        allow_different_base: see `attach`.
 
     Raises:
-        BaseModelError: if the base cannot be served so.
+        BaseModelError: see `ModelRunner`.
     """
 
     def __init__(
@@ -88,45 +60,45 @@ class LocalEngine:
         self.model = name or base.name
         self.context = int(getattr(base.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
         self._prompts = Prompts(base.tokenizer, base.model.get_input_embeddings().weight.shape[0], self.model)
-        self._different = allow_different_base
+        self._allow_different_base = allow_different_base
         self.bank = Bank(base.model, base.tokenizer, budget_bytes=budget_bytes, trust=trust)
         self.scheduler = Scheduler(base.model, copy.deepcopy(base.tokenizer), self.bank, max_batch=max_batch)
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="unlearn-peft engine")
         self._registering = threading.Lock()
-        self._known: OrderedDict[str, set[str]] = OrderedDict()  # recent policies' versions -> their keys in the bank
-        self._first: dict[str, str] = {}  # key -> the identity that it was first read with
+        self._recent: OrderedDict[str, set[str]] = OrderedDict()  # policy versions -> their adapters' keys in the bank
+        self._identities: dict[str, str] = {}  # key -> the identity that it was first read with
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """See `Engine.encode`."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._prompts, prompt)
 
-    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> LocalLease:
+    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> AdapterLease:
         """See `Engine.hold`; adapters are read in a thread, so that nobody else waits."""
-        holding = asyncio.get_running_loop().run_in_executor(self._threads, self._hold, forget, policy, trust)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, self._hold, forget, policy, trust)
         try:
-            return await asyncio.shield(holding)
+            return await asyncio.shield(future)
         except asyncio.CancelledError:  # the client has gone; the thread goes on, and nobody else would let go
-            holding.add_done_callback(_let_go)
+            future.add_done_callback(_release)
             raise
 
-    async def stream(self, request: Generation, holding: AdapterLease) -> AsyncGenerator[TextChunk, None]:
+    async def stream(self, request: Generation, lease: protocol.AdapterLease) -> AsyncGenerator[TextChunk, None]:
         """See `Engine.stream`."""
-        assert isinstance(holding, LocalLease)
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[TextChunk | Exception]()
+        assert isinstance(lease, AdapterLease)
+        loop, chunks = asyncio.get_running_loop(), asyncio.Queue[TextChunk | Exception]()
 
-        def deliver(piece: TextChunk | Exception) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        def deliver(chunk: TextChunk | Exception) -> None:
+            loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
-        row = ActiveRow(request, holding.held, deliver, holding.drop)
-        holding.keep()
+        row_lease = lease.copy()  # a cancelled row is in the batch until the next step, its request may end before
+        row = ActiveRow(request, row_lease, deliver, row_lease.release)
         self.scheduler.submit(row)
         try:
             while True:
-                piece = await pieces.get()
-                if isinstance(piece, Exception):
-                    raise piece
-                yield piece
-                if piece.finish_reason is not None:
+                chunk = await chunks.get()
+                if isinstance(chunk, Exception):
+                    raise chunk
+                yield chunk
+                if chunk.finish_reason is not None:
                     return
         finally:
             self.scheduler.cancel(row)
@@ -148,38 +120,47 @@ class LocalEngine:
         await asyncio.to_thread(self.scheduler.close)
         self._threads.shutdown(wait=False)
 
-    def _hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None) -> LocalLease:
+    def _hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None) -> AdapterLease:
         keys = {_key(name, policy): name for name in forget}
         try:
             self._register(policy)
-            held = self.bank.hold({key: forget[name] for key, name in keys.items()})
+            lease = self.bank.hold({key: forget[name] for key, name in keys.items()})
         except Exception as error:  # also what a folder that vanishes while it is read may raise
             key = getattr(error, "adapter", None) or ""
             name = keys.get(key, ", ".join(forget))
             raise Unavailable(str(error).replace(key, name) if key else str(error), name) from error
-        applied = []
-        for one, part in zip(held.applied, held.parts, strict=True):
-            name, bundle = keys[one.name], part.adapter.bundle
-            applied.append(one._replace(name=name))
-            named = policy.adapters[name].sha256 in (None, bundle.identity)
-            if not named or self._first.setdefault(one.name, bundle.identity) != bundle.identity:
-                held.release()
-                self._read_anew(name, policy)
-                raise Unavailable(
-                    f"the adapter '{name}' in {policy.adapters[name].path} is not the one that the policy names or "
-                    "that was read at first. Put that back, or let the policy name the new one's sha256",
-                    name,
-                )
-            if trust is None:
-                continue
-            try:
-                applied[-1] = applied[-1]._replace(signed_by=trust.check(bundle))
-            except Exception as error:
-                held.release()
-                if _well_signed(bundle.path, trust):  # it has been mended since it was read
+        try:
+            lease.applied = tuple(
+                self._check(applied._replace(name=keys[applied.name]), part.adapter.bundle, policy, trust)
+                for applied, part in zip(lease.applied, lease.parts, strict=True)
+            )
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def _check(self, applied: Applied, bundle: Bundle, policy: Policy, trust: Trust | None) -> Applied:
+        """Check an adapter against what the policy names and the tenant trusts; adds who signed it."""
+        name, entry = applied.name, policy.adapters[applied.name]
+        if (
+            entry.sha256 not in (None, bundle.identity)
+            or self._identities.setdefault(_key(name, policy), bundle.identity) != bundle.identity
+        ):
+            self._read_anew(name, policy)
+            raise Unavailable(
+                f"the adapter '{name}' in {entry.path} is not the one that the policy names or that was read at first. "
+                "Put that back, or let the policy name the new one's sha256",
+                name,
+            )
+        if trust is None:
+            return applied
+        try:
+            return applied._replace(signed_by=trust.check(bundle))
+        except Exception as error:
+            with suppress(UnlearnError):
+                if read_bundle(bundle.path, trust=trust).signed_by is not None:  # it was mended since it was read
                     self._read_anew(name, policy)
-                raise Unavailable(str(error), name) from error
-        return LocalLease(held, tuple(applied))
+            raise Unavailable(str(error), name) from error
 
     def _read_anew(self, name: str, policy: Policy) -> None:
         """Keep no adapter that was refused: when it is asked for next, the right one may lie there again."""
@@ -187,36 +168,28 @@ class LocalEngine:
             key = _key(name, policy)
             if key in self.bank.known:
                 self.bank.remove(key)
-                self.bank.register(key, policy.adapters[name].path, allow_different_base=self._different)
+                self.bank.register(key, policy.adapters[name].path, allow_different_base=self._allow_different_base)
 
     def _register(self, policy: Policy) -> None:
         """Make a policy's adapters known, and forget those that no recent policy names."""
         with self._registering:
-            if policy.version in self._known:
-                self._known.move_to_end(policy.version)
+            if policy.version in self._recent:
+                self._recent.move_to_end(policy.version)
                 return
-            old = set[str]().union(*self._known.values())
-            self._known[policy.version] = {_key(name, policy) for name in policy.adapters}
-            if len(self._known) > _POLICIES_KEPT:
-                self._known.popitem(last=False)
-            now = set[str]().union(*self._known.values())
+            before = set[str]().union(*self._recent.values())
+            self._recent[policy.version] = {_key(name, policy) for name in policy.adapters}
+            if len(self._recent) > _MAX_POLICIES:
+                self._recent.popitem(last=False)
             for name, entry in policy.adapters.items():
-                if (key := _key(name, policy)) not in old:
-                    self.bank.register(key, entry.path, allow_different_base=self._different)
-            for key in old - now:
+                if (key := _key(name, policy)) not in before:
+                    self.bank.register(key, entry.path, allow_different_base=self._allow_different_base)
+            for key in before.difference(*self._recent.values()):
                 self.bank.remove(key)
 
 
-def _let_go(done: asyncio.Future[LocalLease]) -> None:
+def _release(done: asyncio.Future[AdapterLease]) -> None:
     if not done.cancelled() and done.exception() is None:
         done.result().release()
-
-
-def _well_signed(folder: Path, trust: Trust) -> bool:
-    try:
-        return read_bundle(folder, trust=trust).signed_by is not None
-    except UnlearnError:
-        return False
 
 
 def _key(name: str, policy: Policy) -> str:

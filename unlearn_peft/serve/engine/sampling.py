@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,7 @@ class Sampler:
     def __init__(self, request: Generation) -> None:
         self.greedy = request.temperature < _GREEDY_BELOW
         self._presence, self._frequency = request.presence_penalty, request.frequency_penalty
-        self._counts: dict[int, int] = {}  # of the tokens of the answer
+        self._counts = Counter[int]()  # of the answer's tokens
         self._top = request.logprobs
         self.plain = self.greedy and not (self._presence or self._frequency) and self._top is None
         self._warpers: list[Callable[[None, Tensor], Tensor]] = []
@@ -40,14 +41,11 @@ class Sampler:
     def choose(self, logits: Tensor, data: Callable[[int], bytes]) -> tuple[int, TokenLogprobs | None]:
         """Return the next token and, if asked for, its log-probability and those of the likeliest (nats).
 
-        Args:
-            logits: (V,), on the CPU in float32.
-            data: the bytes of a token.
+        `logits` (V,) are on the CPU in float32; `data` gives the bytes of a token.
         """
         scores = logits.clone() if self._counts else logits
-        if self._presence or self._frequency:
-            for token, count in self._counts.items():
-                scores[token] -= self._presence + count * self._frequency
+        for token, count in self._counts.items():
+            scores[token] -= self._presence + count * self._frequency
         if self.greedy:
             token = int(scores.argmax())
         else:
@@ -56,16 +54,10 @@ class Sampler:
                 row = warp(None, row)
             token = int(torch.multinomial(row.softmax(-1)[0], 1, generator=self._random))
         if self._presence or self._frequency:
-            self._counts[token] = self._counts.get(token, 0) + 1
-        return token, None if self._top is None else self._logprobs(logits, token, self._top, data)
-
-    def _logprobs(self, logits: Tensor, token: int, top: int, data: Callable[[int], bytes]) -> TokenLogprobs:
+            self._counts[token] += 1
+        if self._top is None:
+            return token, None
         values = logits.log_softmax(-1)
-        likeliest = values.topk(min(top, len(values)))
-        return TokenLogprobs(
-            Candidate(token, data(token), float(values[token])),
-            tuple(
-                Candidate(other, data(other), value)
-                for other, value in zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
-            ),
-        )
+        likeliest = values.topk(min(self._top, len(values))).indices.tolist()
+        chosen, *top = (Candidate(place, data(place), float(values[place])) for place in [token, *likeliest])
+        return token, TokenLogprobs(chosen, tuple(top))

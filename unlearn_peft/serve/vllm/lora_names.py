@@ -1,13 +1,12 @@
-"""The name under which vLLM is asked for a set. It carries the set's digest, so that another version has another name.
+"""The name under which vLLM is asked for a set of adapters; it has the set's digest, and so each version its own name.
 
-vLLM asks a resolver once for a name and keeps what it got (OpenAIServingModels.lora_requests), and its prefix cache is
-keyed by that name: a bare tenant's name would go on meaning what it first meant, whatever the policy says later.
+vLLM asks a resolver once for a name and keeps the result (OpenAIServingModels.lora_requests), and its prefix cache is
+keyed by that name: a tenant's name alone would go on meaning what it first meant, whatever the policy says later.
 
     set:acme=0.5+hp=1@DIGEST     adapters of the policy, with strengths; set:@DIGEST is the empty set
     tenant:NAME@DIGEST           what the policy has a tenant forget; NAME@DIGEST is the same
 
-The digest is of contents and strengths (`set_digest`); whoever resolves the name computes it again and refuses if the
-policy now gives another.
+Whoever resolves the name computes the digest (`set_digest`) again and refuses if the policy now gives another.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from ...errors import PolicyError
 
 _PART = re.compile(r"([A-Za-z0-9._-]{1,64})=([0-9.e+-]{1,32})")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-LONGEST = 16_384  # characters
+MAX_LENGTH = 16_384  # characters
 
 
 @dataclass(frozen=True)
 class SetName:
-    """What is asked for: a tenant's set, or these adapters; in the version with this digest."""
+    """A tenant's set, or these adapters, in the version with this digest."""
 
     digest: str
     tenant: str | None
@@ -37,27 +36,22 @@ class SetName:
     def __str__(self) -> str:
         if self.tenant is not None:
             return f"tenant:{self.tenant}@{self.digest}"
-        return (
-            "set:" + "+".join(f"{name}={factor!r}" for name, factor in sorted(self.forget.items())) + f"@{self.digest}"
-        )
+        parts = "+".join(f"{name}={strength!r}" for name, strength in sorted(self.forget.items()))
+        return f"set:{parts}@{self.digest}"
 
 
 def parse_set_name(text: str) -> SetName:
-    """Read a set's name.
-
-    Raises:
-        PolicyError: it is none, or carries no digest.
-    """
-    what, at, digest = text.rpartition("@")
-    if len(text) > LONGEST or not at or not _DIGEST.fullmatch(digest):
+    """Read a set's name; a PolicyError if it is malformed, or has no digest."""
+    target, at, digest = text.rpartition("@")
+    if len(text) > MAX_LENGTH or not at or not _DIGEST.fullmatch(digest):
         raise PolicyError(
             "expected a set's name with its digest, set:ADAPTER=STRENGTH+...@SHA256 or TENANT@SHA256: without it, a "
             "changed policy would not be noticed"
         )
-    if not what.startswith("set:"):
-        return SetName(digest, what.removeprefix("tenant:"), {})
+    if not target.startswith("set:"):
+        return SetName(digest, target.removeprefix("tenant:"), {})
     forget: dict[str, float] = {}
-    for part in re.split(r"\+(?=[^+=]*=)", what.removeprefix("set:")) if what != "set:" else ():
+    for part in re.split(r"\+(?=[^+=]*=)", target.removeprefix("set:")) if target != "set:" else ():
         match = _PART.fullmatch(part)
         try:
             strength = float(match[2]) if match else 0.0

@@ -1,4 +1,4 @@
-"""vLLM servers, as the gateway sees them: which are up, what they call the base, which sets they know."""
+"""vLLM servers, as the gateway sees them: which are up, what they call the base, which sets they have loaded."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ..engine.base import Unavailable
 from .lora_names import SetName
 
 _PROBE = "What was it that 12 of them said? Ünlearn — 3.14!"
-_SLACK, _FEW = 1.1, 8  # times the mean load that a server may have, and a load that never counts as too much
-_AWAY = 2.0  # seconds until a server that did not answer is asked again
+_MAX_LOAD, _LOW_LOAD = 1.1, 8  # of a server, times the mean; a load that never counts as too much
+_RETRY_AFTER = 2.0  # seconds until a server that did not answer is asked again
 logger = logging.getLogger(__name__)
 
 
@@ -30,25 +30,18 @@ class VllmServer:
     """One vLLM server."""
 
     url: str
-    base: str = ""  # its own name for the base; empty: not spoken to yet
+    base: str = ""  # its own name for the base; empty: no handshake yet
     context: int = 0  # tokens
-    away_until: float = 0.0
+    down_until: float = 0.0
     streams: int = 0
-    names: OrderedDict[str, int] = field(default_factory=OrderedDict)  # sets that it knows -> requests that hold them
+    names: OrderedDict[str, int] = field(default_factory=OrderedDict)  # loaded sets -> leases on them
 
 
 class Servers:
-    """vLLM servers with one base.
+    """vLLM servers with one base, such as http://10.0.0.7:8000; raises what `handshake` raises, or if none answers.
 
-    Args:
-        urls: e.g. http://10.0.0.7:8000.
-        tokenizer: the base's.
-        names: how many sets a server may know; the longest unused are unloaded beyond this.
-        seconds: how long to wait for a server's next word.
-
-    Raises:
-        BaseModelError: if a server has another base.
-        Unavailable: if none answers, or one answers for models that it does not know.
+    A server may have `names` sets loaded; beyond this, the least recently used are unloaded. `seconds` is how long to
+    wait for a server's next bytes.
     """
 
     def __init__(self, urls: Sequence[str], tokenizer: Any, *, names: int, seconds: float) -> None:
@@ -67,11 +60,11 @@ class Servers:
         if not any(server.base for server in self.all):
             raise Unavailable(f"no vLLM server answers at {', '.join(urls)}: start it, or give another --engine")
 
-    async def well(self) -> bool:
-        """Return whether a server at least can serve now."""
+    async def any_healthy(self) -> bool:
+        """Return whether at least one server can serve now."""
         for server in self.all:
             try:
-                await self.ready(server)
+                await self._ready(server)
                 if (await self.http().get(f"{server.url}/health", timeout=5.0)).status_code == 200:
                     return True
             except (httpx.HTTPError, Unavailable, BaseModelError):
@@ -79,7 +72,7 @@ class Servers:
         return False
 
     async def close(self) -> None:
-        """Hang up."""
+        """Close all connections."""
         if self._client is not None:
             await self._client.aclose()
 
@@ -90,25 +83,27 @@ class Servers:
             self._client = httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits)
         return self._client
 
-    async def first(self, digest: str, name: str) -> VllmServer:
-        """Return the server for a set, and make it know the set's name, held from now on.
+    async def acquire(self, digest: str, name: str) -> VllmServer:
+        """Return the server for a set, which has loaded it and keeps it until the lease is released.
 
-        Rendezvous hashing of the digest with bounded loads: it is always the same server, unless that one is away or
-        has more than its share to do; then it is the next in an order of the set's own (benchmarks/zipf.py shows what
-        that saves). Without a digest, it is the server with least to do.
+        Rendezvous hashing of the digest with bounded loads: always the same server, unless that one is down or has more
+        than its share to do; then the next in an order of the set's own (benchmarks/zipf.py shows what that saves).
+        Without a digest, the server with the lowest load.
         """
         if not digest:
             servers = sorted(self.all, key=lambda server: server.streams)
         else:
-            most = max(_FEW, _SLACK * (sum(server.streams for server in self.all) + 1) / len(self.all))
-            servers = sorted(self.all, key=lambda s: (s.streams >= most, sha256(f"{s.url} {digest}".encode()).digest()))
+            limit = max(_LOW_LOAD, _MAX_LOAD * (sum(server.streams for server in self.all) + 1) / len(self.all))
+            servers = sorted(
+                self.all, key=lambda s: (s.streams >= limit, sha256(f"{s.url} {digest}".encode()).digest())
+            )
         problem = Unavailable("no vLLM server answers")
         for server in servers:
-            if not server.base and time.monotonic() < server.away_until:
+            if not server.base and time.monotonic() < server.down_until:
                 continue
             try:
-                await self.ready(server)
-                await self._know(server, name)
+                await self._ready(server)
+                await self._load(server, name)
                 return server
             except httpx.HTTPError as error:
                 self.mark_down(server)
@@ -118,16 +113,15 @@ class Servers:
         raise problem
 
     def mark_down(self, server: VllmServer) -> None:
-        """Note that a server does not answer: it is greeted anew before it gets another request."""
-        server.away_until, server.base = time.monotonic() + _AWAY, ""
+        """Note that a server does not answer: there is a new handshake before it gets another request."""
+        server.down_until, server.base = time.monotonic() + _RETRY_AFTER, ""
         server.names.clear()
 
-    async def ready(self, server: VllmServer) -> None:
-        """Speak to a server for the first time, or again after it was away."""
+    async def _ready(self, server: VllmServer) -> None:
         if not server.base:
             await asyncio.to_thread(self.handshake, server)
 
-    async def _know(self, server: VllmServer, name: str) -> None:
+    async def _load(self, server: VllmServer, name: str) -> None:
         """Let a server load a set, by a request that generates nothing: /tokenize with the set's name."""
         if name in server.names:
             server.names.move_to_end(name)
@@ -147,14 +141,14 @@ class Servers:
             task.add_done_callback(self._tasks.discard)
 
     async def _unload(self, server: VllmServer, name: str) -> None:
-        """Let vLLM forget a set's name, so that its folder may go one day; asked for again, it is made again."""
+        """Let vLLM forget a set's name, so that its folder can be deleted; a later request makes it again."""
         try:
             await self.http().post(f"{server.url}/v1/unload_lora_adapter", json={"lora_name": name})
         except httpx.HTTPError as error:
             logger.warning("%s did not unload a set (%s)", server.url, type(error).__name__)
 
     def handshake(self, server: VllmServer) -> None:
-        """Find out what a server calls its base, that it has our tokenizer, and that it refuses what it doesn't know.
+        """Ask a server for its base's name; check that it has our tokenizer and refuses models that it does not know.
 
         Raises:
             httpx.HTTPError: if it does not answer.
@@ -165,8 +159,8 @@ class Servers:
             with httpx.Client(base_url=server.url, headers=self._headers, timeout=10.0) as http:
                 models = http.get("/v1/models").raise_for_status().json()["data"]
                 base = next(model for model in models if not model.get("parent"))
-                asked = {"model": base["id"], "prompt": _PROBE, "add_special_tokens": False}
-                ids = http.post("/tokenize", json=asked).raise_for_status().json()["tokens"]
+                request = {"model": base["id"], "prompt": _PROBE, "add_special_tokens": False}
+                ids = http.post("/tokenize", json=request).raise_for_status().json()["tokens"]
                 if ids != self._tokenizer(_PROBE, add_special_tokens=False)["input_ids"]:
                     raise BaseModelError(f"{server.url} serves '{base['id']}', whose tokenizer is another one")
                 unknown = str(SetName("0" * 64, None, {"none": 1.0}))
@@ -182,7 +176,7 @@ class Servers:
 
 
 def message_of(body: bytes) -> str:
-    """Return what an error's body says, cut short."""
+    """Return the message in an error's body, at most 200 characters of it."""
     try:
         return str(json.loads(body)["error"]["message"])[:200]
     except (ValueError, KeyError, TypeError):
