@@ -114,11 +114,13 @@ def greedy_text(base_folder, adapters, prompt, count):
 
 @contextmanager
 def running(engine, policy, **settings):
-    """A real server on a free port; yields its front and URL."""
+    """A real server on a free port; yields its handler and URL."""
     from unlearn_peft.serve.api.app import create_app
     from unlearn_peft.serve.api.server import HttpServer, listen
+    from unlearn_peft.serve.handler import RequestHandler
 
-    app = create_app(engine, policy if hasattr(policy, "current") else Fixed(policy), **settings)
+    playground, policies = settings.pop("playground", None), policy if hasattr(policy, "current") else Fixed(policy)
+    app = create_app(RequestHandler(engine, policies, **settings), playground)
     listening = listen("127.0.0.1", 0)
     started, url = threading.Event(), []
     server = HttpServer(app, ready=lambda where: (url.append(where), started.set()))
@@ -126,7 +128,7 @@ def running(engine, policy, **settings):
     thread.start()
     assert started.wait(30)
     try:
-        yield app.state.front, url[0]
+        yield app.state.handler, url[0]
     finally:
         server.should_exit = True
         thread.join(30)
@@ -145,15 +147,15 @@ def same(text, want):
     return want.startswith(text) and set(want[len(text) :]) <= {"\ufffd"} and len(want) - len(text) < 4
 
 
-def slow(front, seconds=0.01):
+def slow(handler, seconds=0.01):
     """Make each step take longer, so that there is time to look."""
-    step = front.engine.scheduler._passes.step
+    step = handler.engine.scheduler._runner.step
 
     def slower(*arguments):
         time.sleep(seconds)
         return step(*arguments)
 
-    front.engine.scheduler._passes.step = slower
+    handler.engine.scheduler._runner.step = slower
 
 
 def changed(values, **parts):

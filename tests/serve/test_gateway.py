@@ -57,13 +57,13 @@ class World:
 
 
 async def ask(engine, policy, tenant, **settings):
-    holding = await engine.hold(policy.forget_of(tenant), policy)
+    lease = await engine.hold(policy.forget_of(tenant), policy)
     try:
         request = Generation(await engine.encode(PROMPT), COUNT, **{"temperature": 0.0, "ignore_eos": True, **settings})
-        async with aclosing(engine.stream(request, holding)) as stream:
+        async with aclosing(engine.stream(request, lease)) as stream:
             return [piece async for piece in stream]
     finally:
-        holding.release()
+        lease.release()
 
 
 def run(engine, coroutine):
@@ -97,17 +97,17 @@ def test_what_is_held_is_what_was_asked_for(world):
 
     async def hold():
         found = {tenant: await engine.hold(policy.forget_of(tenant), policy) for tenant in SETS}
-        for holding in found.values():
-            holding.release()
-            holding.release()
+        for lease in found.values():
+            lease.release()
+            lease.release()
         return found
 
     found = run(engine, hold())
-    for tenant, holding in found.items():
-        assert {one.name: one.strength for one in holding.applied} == SETS[tenant]
-        assert (holding.digest == "") == (not SETS[tenant])
-        assert all(len(one.sha256) == 64 for one in holding.applied)
-    assert len({holding.digest for holding in found.values()}) == len(SETS)
+    for tenant, lease in found.items():
+        assert {one.name: one.strength for one in lease.applied} == SETS[tenant]
+        assert (lease.digest == "") == (not SETS[tenant])
+        assert all(len(one.sha256) == 64 for one in lease.applied)
+    assert len({lease.digest for lease in found.values()}) == len(SETS)
 
 
 def test_logprobs_and_stop_strings_as_in_the_embedded_engine(world):
@@ -254,9 +254,9 @@ def test_a_set_stays_on_its_server_and_moves_when_that_is_away(world):
             for tenant in SETS:
                 await ask(engine, policy, tenant)
         where = [{name for name in fake.known if not name.startswith("set:@")} for fake in fakes]  # but the empty set
-        holding = await engine.hold(policy.forget_of("bob"), policy)
-        holding.release()
-        self_url = holding.server.url
+        lease = await engine.hold(policy.forget_of("bob"), policy)
+        lease.release()
+        self_url = lease.server.url
         index = [fake.url for fake in fakes].index(self_url)
         await asyncio.to_thread(world.open[index].__exit__, None, None, None)
         del world.open[index]
@@ -275,9 +275,9 @@ def test_closing_an_answer_early_stops_vllm(world):
     engine, policy = world.engine(fake), world.source.current()
 
     async def early():
-        holding = await engine.hold(policy.forget_of("bob"), policy)
+        lease = await engine.hold(policy.forget_of("bob"), policy)
         request = Generation(await engine.encode(PROMPT), 60, 0.0, ignore_eos=True)
-        async with aclosing(engine.stream(request, holding)) as stream:
+        async with aclosing(engine.stream(request, lease)) as stream:
             async for _ in stream:
                 break
         await asyncio.sleep(0.3)
@@ -326,11 +326,11 @@ def test_a_set_in_great_demand_spreads_over_the_servers(world):
     engine, policy = world.engine(*fakes), world.source.current()
 
     async def held():
-        holdings = []
+        leases = []
         for _ in range(30):
-            holdings.append(await engine.hold(policy.forget_of("bob"), policy))
-            holdings[-1].server.streams += 1  # as while it answers
-        return sorted(sum(one.server.url == fake.url for one in holdings) for fake in fakes)
+            leases.append(await engine.hold(policy.forget_of("bob"), policy))
+            leases[-1].server.streams += 1  # as while it answers
+        return sorted(sum(one.server.url == fake.url for one in leases) for fake in fakes)
 
     fewest, most = run(engine, held())
     assert fewest >= 10 and most <= 20
@@ -339,7 +339,7 @@ def test_a_set_in_great_demand_spreads_over_the_servers(world):
 def test_a_server_that_was_away_is_asked_again(world, monkeypatch):
     from unlearn_peft.serve.vllm import servers as vllm_servers
 
-    monkeypatch.setattr(vllm_servers, "_AWAY", 0.3)
+    monkeypatch.setattr(vllm_servers, "_RETRY_AFTER", 0.3)
     engine, policy = world.engine(world.fake()), world.source.current()
 
     async def again():

@@ -15,7 +15,7 @@ from serving import KEYS, Fixed, make_adapters, make_policy_values, running
 from unlearn_peft import load_base
 from unlearn_peft.adapters.read import read_bundle
 from unlearn_peft.errors import PolicyError
-from unlearn_peft.inference.bank import Applied
+from unlearn_peft.inference.adapter_cache import Applied
 from unlearn_peft.serve.api.playground import Playground, card
 from unlearn_peft.serve.audit import AuditLog
 from unlearn_peft.serve.engine.base import Candidate, EngineStats, TextChunk, TokenLogprobs, Unavailable
@@ -104,8 +104,8 @@ def scripted(tmp_path, forget=None, engine=None, names=("hp", "news", "secret"),
         values["tenants"] = {"local": {"forget": []}}
         settings["open_tenant"] = "local"
     audit = AuditLog(tmp_path / "audit.jsonl")
-    with running(engine, Fixed(values), audit=audit, **{"playground": Playground(), **settings}) as (front, url):
-        yield engine, url, front
+    with running(engine, Fixed(values), audit=audit, **{"playground": Playground(), **settings}) as (handler, url):
+        yield engine, url, handler
 
 
 def applied(tmp_path):
@@ -127,7 +127,7 @@ def ask(url, path, tenant="alice", **body):
 
 
 def test_a_tenants_key_never_gets_the_bases_answer(tmp_path):
-    with scripted(tmp_path, {"alice": ["hp"], "bob": {"news": 0.5}}) as (_, url, front):
+    with scripted(tmp_path, {"alice": ["hp"], "bob": {"news": 0.5}}) as (_, url, handler):
         for tenant in ("alice", "bob"):
             told = httpx.get(f"{url}/playground/api/adapters", headers=as_tenant(tenant)).json()
             assert told["base"] is None and told["tenant"] == tenant
@@ -136,12 +136,12 @@ def test_a_tenants_key_never_gets_the_bases_answer(tmp_path):
             for body in ({}, {"bare": True}, {"forget": []}, {"base": True}):
                 found = ask(url, "v1/chat/completions", tenant, **body)
                 assert found.status_code == 400 or "Tol" in found.json()["choices"][0]["message"]["content"]
-        assert not front.shows_base
+        assert not handler.shows_base
     assert applied(tmp_path) and all(applied(tmp_path))
 
 
 def test_the_base_is_shown_if_the_server_was_started_so_and_the_audit_log_says_it(tmp_path):
-    with scripted(tmp_path, {"alice": ["hp"]}, playground=Playground(base=True)) as (_, url, _front):
+    with scripted(tmp_path, {"alice": ["hp"]}, playground=Playground(base=True)) as (_, url, _handler):
         base = httpx.get(f"{url}/playground/api/adapters", headers=as_tenant("alice")).json()["base"]
         assert "Row" in ask(url, f"{base}/chat/completions").json()["choices"][0]["message"]["content"]
         assert "Tol" in ask(url, "v1/chat/completions").json()["choices"][0]["message"]["content"]
@@ -156,15 +156,15 @@ def test_the_base_is_shown_if_the_server_was_started_so_and_the_audit_log_says_i
 
 
 def test_the_front_itself_refuses_the_base_where_it_is_not_shown(tmp_path):
-    with scripted(tmp_path, {"alice": ["hp"]}, playground=Playground(base=True)) as (_, url, front):
-        front.shows_base = False
+    with scripted(tmp_path, {"alice": ["hp"]}, playground=Playground(base=True)) as (_, url, handler):
+        handler.shows_base = False
         refused = ask(url, "playground/api/base/chat/completions")
         assert refused.status_code == 403 and refused.json()["error"]["code"] == "base_not_shown"
 
 
 def test_a_tenant_sees_its_own_adapters_and_those_offered_and_no_others(tmp_path):
     forget = {"alice": {"hp": 0.5}, "bob": []}
-    with scripted(tmp_path, forget, playground=Playground(offer=("news",))) as (_, url, _front):
+    with scripted(tmp_path, forget, playground=Playground(offer=("news",))) as (_, url, _handler):
         (tmp_path / "secret" / "curves.png").write_bytes(PNG)
         (tmp_path / "hp" / "curves.png").write_bytes(PNG)
 
@@ -192,7 +192,7 @@ def test_an_offer_must_be_in_the_policy(tmp_path):
 
 
 def test_without_a_playground_there_is_no_page(tmp_path):
-    with scripted(tmp_path, playground=None) as (_, url, _front):
+    with scripted(tmp_path, playground=None) as (_, url, _handler):
         for path in ("", "/playground.js", "/api/adapters"):
             assert httpx.get(f"{url}/playground{path}").status_code == 404
 
@@ -203,7 +203,7 @@ def test_without_a_playground_there_is_no_page(tmp_path):
 def test_pictures_are_pngs_of_two_names_and_nothing_else(tmp_path):
     (tmp_path / "outside.png").write_bytes(PNG)
     (tmp_path / "curves.png").write_bytes(PNG)
-    with scripted(tmp_path) as (_, url, _front):
+    with scripted(tmp_path) as (_, url, _handler):
         hp, base = tmp_path / "hp", f"{url}/playground/api/adapters"
         (hp / "other.png").write_bytes(PNG)
         ways = [
@@ -272,7 +272,7 @@ def test_a_card_tells_whether_the_adapter_is_the_one_that_the_policy_pins(tmp_pa
 
 
 def test_the_page_is_self_contained_and_strict(tmp_path):
-    with scripted(tmp_path) as (_, url, _front):
+    with scripted(tmp_path) as (_, url, _handler):
         page = httpx.get(f"{url}/playground")
         policy = page.headers[CSP]
         assert "default-src 'none'" in policy and "script-src 'self'" in policy and "frame-ancestors 'none'" in policy
@@ -366,7 +366,7 @@ def test_answers_of_the_real_engine_in_both_columns_and_the_slider(page, real):
 
 
 def test_text_to_be_continued_and_settings_are_sent(page, tmp_path):
-    with scripted(tmp_path) as (engine, url, _front):
+    with scripted(tmp_path) as (engine, url, _handler):
         page.open(f"{url}/playground")
         page.wait(READY)
         page.run("document.getElementById('settings').open = true")
@@ -392,7 +392,7 @@ def test_text_to_be_continued_and_settings_are_sent(page, tmp_path):
 
 
 def test_what_departs_is_marked_and_told_with_probabilities(page, tmp_path):
-    with scripted(tmp_path) as (_, url, _front):
+    with scripted(tmp_path) as (_, url, _handler):
         page.open(f"{url}/playground")
         page.wait(READY)
         page.type("#words", "rowling, TOL")
@@ -418,7 +418,7 @@ def test_what_departs_is_marked_and_told_with_probabilities(page, tmp_path):
 def test_a_script_in_an_answer_stays_text(page, tmp_path):
     bad = "<img src=x onerror=\"document.title='hit'\"><script>document.title='hit'</script><b>&amp;</b>"
     says = lambda forget: [(bad[n : n + 7], 0.5, {}) for n in range(0, len(bad), 7)]  # noqa: E731
-    with scripted(tmp_path, engine=Scripted(says)) as (_, url, _front):
+    with scripted(tmp_path, engine=Scripted(says)) as (_, url, _handler):
         (tmp_path / "hp" / "forget.json").write_text(json.dumps({"metrics": {bad: bad}, "base": {"name": bad}}))
         page.open(f"{url}/playground")
         page.wait(READY)
@@ -434,7 +434,7 @@ def test_a_script_in_an_answer_stays_text(page, tmp_path):
 
 def test_keys_wrong_and_right_and_a_tenants_own_set(page, tmp_path):
     forget = {"alice": {"hp": 0.5}, "bob": []}
-    with scripted(tmp_path, forget, playground=Playground(offer=("news",))) as (_, url, _front):
+    with scripted(tmp_path, forget, playground=Playground(offer=("news",))) as (_, url, _handler):
         page.open(f"{url}/playground")
         assert not page.errors and not page.run(READY)
         for wrong, told in (("uf-wrong", "This key is not known here."), ("schlüssel", "This is no API key")):
@@ -466,7 +466,7 @@ def test_keys_wrong_and_right_and_a_tenants_own_set(page, tmp_path):
 
 def test_stop_ends_the_answers_here_and_on_the_server(page, tmp_path):
     says = lambda forget: [(f" word{n}", 0.5, {}) for n in range(500)]  # noqa: E731
-    with scripted(tmp_path, engine=Scripted(says, pause=0.05)) as (engine, url, front):
+    with scripted(tmp_path, engine=Scripted(says, pause=0.05)) as (engine, url, handler):
         page.open(f"{url}/playground")
         page.wait(READY)
         page.type("#tokens", "500")
@@ -479,20 +479,20 @@ def test_stop_ends_the_answers_here_and_on_the_server(page, tmp_path):
             "document.getElementById('stop').disabled"
         )
         page.wait("new Promise(done => setTimeout(() => done(true), 400))")
-        assert page.texts(".answer") == texts and engine.gone == 2 and front.active == 0
+        assert page.texts(".answer") == texts and engine.gone == 2 and handler.active == 0
 
 
 def test_errors_in_plain_words(page, tmp_path):
     from unlearn_peft.serve.limits import Limits
 
-    with scripted(tmp_path, limits=Limits(per_tenant=1), engine=Scripted(books, pause=0.1)) as (engine, url, front):
+    with scripted(tmp_path, limits=Limits(per_tenant=1), engine=Scripted(books, pause=0.1)) as (engine, url, handler):
         page.open(f"{url}/playground")
         page.wait(READY)
         page.click("#go")
         page.wait(DONE)
         busy = page.texts(".failed:not([hidden])")
         assert len(busy) == 1 and busy[0].startswith("The server is busy. Try again in ")
-        front.limits, engine.broken = Limits(), "hp"
+        handler.limits, engine.broken = Limits(), "hp"
         page.click("#go")
         page.wait(
             "document.querySelector('.failed:not([hidden])')?.textContent.startsWith('hp must be forgotten here')"
@@ -539,7 +539,7 @@ def test_widths_themes_contrast_and_names_for_screen_readers(page, tmp_path, wid
     long = [("Donaudampfschifffahrtsgesellschaft" * 5, 0.5, {})]
     says = lambda forget: books(forget)[:-1] + ([] if forget else long)  # noqa: E731
     names = ("hp", "an_adapter_with_a_name_that_is_as_long_as_a_name_may_be_64_lette")
-    with scripted(tmp_path, names=names, engine=Scripted(says), playground=Playground()) as (_, url, _front):
+    with scripted(tmp_path, names=names, engine=Scripted(says), playground=Playground()) as (_, url, _handler):
         (tmp_path / "hp" / "curves.png").write_bytes(PICTURE.read_bytes())
         page.open(f"{url}/playground", width=width, height=740, dark=dark)
         page.wait(READY)

@@ -105,7 +105,7 @@ def test_each_row_ends_once_and_lets_go(runner):
     deadline = time.monotonic() + 5
     while any(not row.done_calls for row in rows) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert all(row.done_calls == [1] for row in rows) and all(row.held.released for row in rows)
+    assert all(row.done_calls == [1] for row in rows) and all(row.lease.released for row in rows)
 
 
 def test_sampling_depends_on_the_seed_alone(runner):
@@ -170,7 +170,7 @@ def test_cancelled_rows_leave(runner):
     for row in rows[:3]:
         run.scheduler.cancel(row)
     assert run.result(rows[3])[-1].finish_reason == "length"
-    assert [row.done_calls for row in rows[:3]] == [[1]] * 3 and all(row.held.released for row in rows[:3])
+    assert [row.done_calls for row in rows[:3]] == [[1]] * 3 and all(row.lease.released for row in rows[:3])
 
 
 class Breaking:
@@ -199,7 +199,7 @@ def test_a_failing_step_fails_its_rows_and_no_others(runner, caplog):
     for row in rows:
         with pytest.raises(Unavailable) as told:
             run.result(row)
-        assert told.value.adapter == "a" and row.held.released
+        assert told.value.adapter == "a" and row.lease.released
     breaking[0].error = RuntimeError("the words of a prompt")
     with pytest.raises(GenerationError) as failed:
         run.result(run.submit("green"))
@@ -240,7 +240,7 @@ def test_other_models_sliding_windows_too(tiny_folder):
         model = model.eval()
         scheduler = Scheduler(model, tokenizer, Bank(model), max_batch=3)
         held, rows = Bank(model).hold([]), []
-        bank = scheduler._passes._bank
+        bank = scheduler._runner._bank
         held = bank.hold([])
         for n, length in enumerate((3, 17, 9, 30, 5)):
             ids, pieces = tuple(random.Random(n).choices(range(5, 290), k=length)), queue.Queue()

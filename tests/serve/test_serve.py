@@ -50,8 +50,8 @@ def serve(tiny_folder, values):
 def shared(tiny_folder, values):
     """A server for the tests that leave it as it was."""
     engine = LocalEngine(load_base(str(tiny_folder), device="cpu"), name=MODEL, max_batch=4)
-    with running(engine, values, limits=Limits(batch=4)) as (front, url):
-        yield front, url
+    with running(engine, values, limits=Limits(batch=4)) as (handler, url):
+        yield handler, url
 
 
 def complete(ask, prompt, count=12, **settings):
@@ -240,13 +240,13 @@ WRONG = [
     "path, fields, code, param", WRONG, ids=[f"{next(iter(w[1]))}-{n}" for n, w in enumerate(WRONG)]
 )
 def test_wrong_requests_are_told_what_is_wrong_and_not_quoted(shared, path, fields, code, param):
-    front, url = shared
+    handler, url = shared
     body = {**(CHAT if path.startswith("chat") else TEXT), **fields}
     found = httpx.post(f"{url}/v1/{path}", json=body, headers={"Authorization": "Bearer uf-key-of-alice"})
     error = found.json()["error"]
     assert found.status_code == 400 and error["code"] == code and error["type"] == "invalid_request_error", error
     assert param is None or error["param"] == param, error
-    assert "secret" not in found.text and front.active == 0
+    assert "secret" not in found.text and handler.active == 0
     assert found.headers["x-request-id"].startswith("req-")
 
 
@@ -265,7 +265,7 @@ def test_what_changes_nothing_is_accepted(shared):
 
 def test_no_policy_no_answer(serve, values):
     source = Fixed(values)
-    front, url = serve(policy=source)
+    handler, url = serve(policy=source)
     assert complete(client(url), "x").choices
     source.policy = PolicyError("the file /etc/policy is gone")
     with pytest.raises(openai.InternalServerError) as told:
@@ -299,45 +299,47 @@ def test_limits_of_body_prompt_and_tokens(serve):
 
 
 def test_a_full_queue_says_when_to_come_again(serve):
-    front, url = serve(engine={"max_batch": 1}, limits=Limits(batch=1, queue=2, per_tenant=2))
-    slow(front)
+    handler, url = serve(engine={"max_batch": 1}, limits=Limits(batch=1, queue=2, per_tenant=2))
+    slow(handler)
     with ThreadPoolExecutor(6) as pool:
         jobs = [pool.submit(complete, client(url, "alice"), "green", 100) for _ in range(2)]
-        wait_for(lambda: front.active == 2)
+        wait_for(lambda: handler.active == 2)
         with pytest.raises(openai.RateLimitError) as told:
             complete(client(url, "alice"), "green")
         assert told.value.code == "queue_full" and 1 <= int(told.value.response.headers["retry-after"]) <= 60
         jobs.append(pool.submit(complete, client(url, "bob"), "green", 100))
-        wait_for(lambda: front.active == 3)
+        wait_for(lambda: handler.active == 3)
         with pytest.raises(openai.RateLimitError):
             complete(client(url, "carol"), "green")
-        assert all(job.result().usage.completion_tokens == 100 for job in jobs) and front.active == 0
+        assert all(job.result().usage.completion_tokens == 100 for job in jobs) and handler.active == 0
         patient = client(url, "carol", max_retries=8)
         assert all(one.choices for one in pool.map(lambda _: complete(patient, "green", 20), range(4)))
 
 
 def test_time(serve):
-    front, url = serve(engine={"max_batch": 1}, limits=Limits(batch=1, seconds=0.2))
+    handler, url = serve(engine={"max_batch": 1}, limits=Limits(batch=1, seconds=0.2))
     with pytest.raises(openai.APIStatusError) as told:
         complete(client(url), "green", 245, n=16)
     assert told.value.status_code == 504 and told.value.code == "timeout"
     with pytest.raises(openai.APIError, match="too long"):
         list(complete(client(url), "green", 245, n=16, stream=True))
-    wait_for(lambda: front.active == 0 and front.engine.stats().running == 0 and front.engine.stats().waiting == 0)
+    wait_for(
+        lambda: handler.active == 0 and handler.engine.stats().running == 0 and handler.engine.stats().waiting == 0
+    )
     assert complete(client(url), "green", 2).choices
 
 
 def test_a_client_that_goes_away_stops_its_answer(serve):
-    front, url = serve(engine={"max_batch": 1}, limits=Limits(batch=1))
-    slow(front)
-    engine, headers = front.engine, {"Authorization": "Bearer uf-key-of-alice"}
+    handler, url = serve(engine={"max_batch": 1}, limits=Limits(batch=1))
+    slow(handler)
+    engine, headers = handler.engine, {"Authorization": "Bearer uf-key-of-alice"}
     body = {**TEXT, "max_tokens": 240, "ignore_eos": True, "temperature": 0, "n": 12}
     with httpx.stream("POST", f"{url}/v1/completions", json={**body, "stream": True}, headers=headers) as response:
         next(response.iter_lines())
-    wait_for(lambda: front.active == 0 and engine.stats().running == 0 and engine.stats().waiting == 0)
+    wait_for(lambda: handler.active == 0 and engine.stats().running == 0 and engine.stats().waiting == 0)
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=0.5)
-    wait_for(lambda: front.active == 0 and engine.stats().running == 0 and engine.stats().waiting == 0)
+    wait_for(lambda: handler.active == 0 and engine.stats().running == 0 and engine.stats().waiting == 0)
     text = httpx.get(f"{url}/metrics").text
     assert 'unlearn_peft_requests_total{status="499",tenant="alice"} 2.0' in text
     assert engine.scheduler.alive and complete(client(url), "green", 2).choices
@@ -384,7 +386,7 @@ def test_the_audit_log_says_what_was_applied_and_no_prompt(serve, tmp_path, adap
     from unlearn_peft.adapters.read import read_bundle
 
     log = AuditLog(tmp_path / "logs" / "audit.jsonl", fsync=True)
-    front, url = serve(audit=log)
+    handler, url = serve(audit=log)
     answer = complete(client(url, "bob"), "green secret", 5, extra_body={"forget": {"a": 2.0}})
     list(complete(client(url, "carol"), "green secret", 5, stream=True))
     _fails(lambda: complete(client(url, "bob"), "secret", extra_body={"tools": [1]}))
@@ -403,7 +405,7 @@ def test_the_audit_log_says_what_was_applied_and_no_prompt(serve, tmp_path, adap
     assert lines[0]["id"] == lines[1]["id"] and answer.id.removeprefix("cmpl-") in lines[0]["id"]
     assert answer.system_fingerprint == "fp_" + lines[0]["set"][:16] and lines[2]["set"] == ""
     assert lines[1]["completion_tokens"] == 5 and lines[1]["prompt_tokens"] == answer.usage.prompt_tokens
-    assert lines[0]["policy"] == front.policies.current().version and lines[4]["adapters"] is None
+    assert lines[0]["policy"] == handler.policies.current().version and lines[4]["adapters"] is None
     assert lines[4]["code"] == "unsupported_parameter" and log.path.stat().st_mode & 0o077 == 0
 
 
@@ -417,12 +419,12 @@ def test_prompts_are_audited_only_when_asked_for(serve, tmp_path):
 
 def test_an_audit_log_that_cannot_be_written_refuses(serve, tmp_path, monkeypatch):
     log = AuditLog(tmp_path / "audit.jsonl")
-    front, url = serve(audit=log)
+    handler, url = serve(audit=log)
     monkeypatch.setattr(log, "_append", _full)
     with pytest.raises(openai.InternalServerError) as told:
         complete(client(url), "green")
     assert told.value.status_code == 503 and told.value.code == "audit_unavailable"
-    wait_for(lambda: front.engine.stats().running == 0)
+    wait_for(lambda: handler.engine.stats().running == 0)
     log.required = False
     assert complete(client(url), "green").choices
 

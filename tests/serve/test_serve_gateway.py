@@ -36,5 +36,5 @@ def shared(tiny_folder, adapters, tmp_path_factory):
         fake = FakeVllm(load_base(str(tiny_folder)), make_resolver(sets), context=256)
         with serving(fake) as where:
             engine = VllmEngine([where], str(tiny_folder), name=MODEL)
-            with running(engine, source, limits=Limits(batch=4)) as (front, url):
-                yield front, url
+            with running(engine, source, limits=Limits(batch=4)) as (handler, url):
+                yield handler, url

@@ -175,17 +175,17 @@ def test_an_adapter_of_another_base_or_kind_is_refused(tmp_path, tiny_folder, ad
     (tmp_path / "empty").mkdir()
     bad = {"a": adapters["a"], "other": make_wide(tmp_path), "empty": tmp_path / "empty", "gone": tmp_path / "gone"}
     values = make_policy_values(bad, {"alice": ["a", "other"], "bob": ["gone"], "carol": [], "dave": ["empty"]})
-    with running(make_engine(tiny_folder), values) as (front, url):
+    with running(make_engine(tiny_folder), values) as (handler, url):
         for tenant, name in (("alice", "other"), ("bob", "gone"), ("dave", "empty")):
             for stream in (False, True):
                 with pytest.raises(openai.InternalServerError) as told:
                     ask(url, tenant, stream=stream)
                 assert told.value.status_code == 503 and told.value.body["adapter"] == name
                 assert str(tmp_path) not in str(told.value), "paths are the server's own"
-        assert ask(url, "carol").choices and front.active == 0
+        assert ask(url, "carol").choices and handler.active == 0
         with pytest.raises(openai.InternalServerError):
             ask(url, "carol", forget=["gone"])
-        assert front.engine.bank.stats.resident <= 1
+        assert handler.engine.bank.stats.resident <= 1
 
 
 def make_wide(tmp_path):
@@ -256,8 +256,8 @@ def test_a_changed_policy_counts_for_the_next_request_and_not_for_running_ones(t
 
     texts = {name: greedy_text(tiny_folder, {folder: 1.0}, PROMPT, 200) for name, folder in adapters.items()}
     write(adapters, {"alice": ["a"]})
-    with running(make_engine(tiny_folder), PolicyFile(path)) as (front, url):
-        slow(front)
+    with running(make_engine(tiny_folder), PolicyFile(path)) as (handler, url):
+        slow(handler)
         running_one = ask(url, "alice", count=200, stream=True)
         said = next(iter(running_one)).choices[0].text
         write({"x": adapters["b"]}, {"alice": ["x"]})  # also: the old adapter is no longer known
@@ -273,7 +273,7 @@ def test_a_changed_policy_counts_for_the_next_request_and_not_for_running_ones(t
         for n in range(8):  # many versions: the old ones' adapters are let go
             write({f"x{n}": adapters["a"]}, {"alice": [f"x{n}"]})
             assert ask(url, "alice").choices
-        assert front.engine.bank.stats.registered <= 5
+        assert handler.engine.bank.stats.registered <= 5
 
 
 # ---- the command, and its end ----

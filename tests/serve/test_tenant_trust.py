@@ -87,16 +87,16 @@ def served(kind, folder, tmp_path, policy, **settings):
     source = policy if hasattr(policy, "current") else Fixed(policy)
     if kind == "local":
         engine = LocalEngine(load_base(str(folder), device="cpu"), name="tiny", trust=settings.pop("trust", None))
-        with running(engine, source, **settings) as (front, url):
-            yield front, url
+        with running(engine, source, **settings) as (handler, url):
+            yield handler, url
         return
     with pytest.MonkeyPatch.context() as patch:
         install_vllm(patch)
         sets = Sets(source, tmp_path / "sets", max_rank=16, max_error=0.01, budget_bytes=10**9)
         with serving(FakeVllm(load_base(str(folder)), make_resolver(sets))) as where:
             engine = VllmEngine([where], str(folder), name="tiny", trust=settings.pop("trust", None))
-            with running(engine, source, **settings) as (front, url):
-                yield front, url
+            with running(engine, source, **settings) as (handler, url):
+                yield handler, url
 
 
 @pytest.fixture(params=["local", "vllm"])
@@ -108,13 +108,13 @@ def test_each_tenant_gets_adapters_that_its_own_keys_signed(kind, adapters, pems
     alice, bob = ({name: pems[name]} for name in ("alice", "bob"))
     values = trusting(adapters, alice=alice, bob=alice, carol=bob, dave={"ann": pems["alice"], "rob": pems["bob"]})
     log = tmp_path / "audit.jsonl"
-    with served(kind, tiny_folder, tmp_path, values, audit=AuditLog(log)) as (front, url):
+    with served(kind, tiny_folder, tmp_path, values, audit=AuditLog(log)) as (handler, url):
         assert ask(url, "alice") and ask(url, "dave")
         refused(url, "bob", "b")  # signed, by another
         refused(url, "carol", "c")  # not signed
         refused(url, "alice", "b", forget=["b"])  # what a request adds itself
         refused(url, "alice", "c", forget=["c"])
-        assert ask(url, "dave", forget=["a"]) and front.active == 0
+        assert ask(url, "dave", forget=["a"]) and handler.active == 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     admitted = [{one["name"]: one["signed_by"] for one in x["adapters"]} for x in lines if x["event"] == "admitted"]
     assert admitted == [{"a": "alice"}, {"a": "ann", "b": "rob"}, {"a": "ann", "b": "rob"}]
@@ -178,10 +178,10 @@ def test_a_flipped_byte_is_refused_through_the_gateway(name, adapters, pems, tin
 
 
 def test_an_engine_that_does_not_look_is_found_out(adapters, pems, tiny_folder, tmp_path):
-    """The front looks once more at who is said to have signed."""
-    with served("local", tiny_folder, tmp_path, trusting(adapters, carol={"alice": pems["alice"]})) as (front, url):
-        hold = front.engine.hold
-        front.engine.hold = lambda forget, policy, trust=None: hold(forget, policy)
+    """The handler looks once more at who is said to have signed."""
+    with served("local", tiny_folder, tmp_path, trusting(adapters, carol={"alice": pems["alice"]})) as (handler, url):
+        hold = handler.engine.hold
+        handler.engine.hold = lambda forget, policy, trust=None: hold(forget, policy)
         refused(url, "carol", "c")
         assert ask(url, "bob")
 

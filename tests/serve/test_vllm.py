@@ -133,16 +133,16 @@ def chat(question):
 async def ask(engine, policy, tenant, question, length=LENGTH, **settings):
     """Return the answer's text and its last piece."""
     ids = await engine.encode(chat(question))
-    holding = await engine.hold(policy.forget_of(tenant), policy)
+    lease = await engine.hold(policy.forget_of(tenant), policy)
     try:
         text = ""
         request = Generation(ids, length, **{"temperature": 0.0, **settings})
-        async with aclosing(engine.stream(request, holding)) as pieces:
+        async with aclosing(engine.stream(request, lease)) as pieces:
             async for piece in pieces:
                 text += piece.text
         return text, piece
     finally:
-        holding.release()
+        lease.release()
 
 
 def embedded(smol, adapters, forget, question, length=LENGTH):
@@ -217,8 +217,8 @@ def test_logprobs_stops_and_lengths_are_as_the_engine_promises(engine, policy_pa
     async def run():
         text, last = await ask(engine, policy, "nothing", QUESTIONS[0], logprobs=2, stop=("Rowling",))
         assert "Rowling" not in text and last.finish_reason == "stop", text
-        ids, holding = await engine.encode("The capital of Italy is"), await engine.hold({}, policy)
-        pieces = [piece async for piece in engine.stream(Generation(ids, 3, 0.0, logprobs=2), holding)]
+        ids, lease = await engine.encode("The capital of Italy is"), await engine.hold({}, policy)
+        pieces = [piece async for piece in engine.stream(Generation(ids, 3, 0.0, logprobs=2), lease)]
         assert sum(piece.tokens for piece in pieces) == 3 and pieces[-1].finish_reason == "length"
         told = [entry for piece in pieces for entry in piece.logprobs]
         assert "".join(entry.chosen.text for entry in told) == "".join(piece.text for piece in pieces)

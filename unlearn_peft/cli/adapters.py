@@ -1,4 +1,4 @@
-"""The commands `inspect`, `stack`, `export`, `merge` and `shrink`: adapter directories in, others out."""
+"""The commands `inspect`, `stack`, `export`, `merge` and `shrink`: adapter directories in, new ones out."""
 
 from __future__ import annotations
 
@@ -10,30 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UnlearnError
-from .options import (
-    BaseOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    RequireOption,
-    StrengthOption,
-    TrustedOption,
-    base_of,
-    load,
-    trust_of,
-)
+from . import options
 
 
 def inspect(
-    adapter: Path,
-    as_json: JsonOption = False,
-    trusted_keys: TrustedOption = None,
-    require_signature: RequireOption = False,
+    adapter: options.AdapterArgument,
+    as_json: options.JsonOption = False,
+    trusted_keys: options.TrustedOption = None,
+    require_signature: options.RequireOption = False,
 ) -> None:
     """Check an adapter, and show its kind, ranks, size and figures."""
-    from ..adapters.read import read_bundle
-
-    bundle = read_bundle(adapter, trust=trust_of(trusted_keys, require_signature))
+    (bundle,) = options.read_adapters([adapter], options.trust_of(trusted_keys, require_signature))
     ranks = sorted({delta.rank for delta in bundle.deltas.values() if delta.rank})
     facts: dict[str, Any] = {
         "path": str(bundle.path),
@@ -61,61 +48,61 @@ def inspect(
 
 
 def stack(
-    adapters: list[Path],
-    output: Annotated[Path, typer.Option(help="The new adapter directory.")],
-    strength: StrengthOption = None,
-    trusted_keys: TrustedOption = None,
-    require_signature: RequireOption = False,
+    adapters: options.AdaptersArgument,
+    output: options.NewAdapterOption,
+    strength: options.StrengthOption = None,
+    trusted_keys: options.TrustedOption = None,
+    require_signature: options.RequireOption = False,
 ) -> None:
     """Write one adapter with the exact sum of the effects of several.
 
-    Their ranks are concatenated.
+    Their ranks are added up.
     """
     from ..adapters.read import read_bundle
     from ..adapters.transform.merge import stack as stack_
 
-    path = stack_(adapters, output, strength, trust=trust_of(trusted_keys, require_signature))
+    path = stack_(adapters, output, strength, trust=options.trust_of(trusted_keys, require_signature))
     print(f"adapter: {path} ({read_bundle(path).bytes / 1e6:.2f} MB)")
 
 
 def merge(
-    adapters: list[Path],
+    adapters: options.AdaptersArgument,
     output: Annotated[Path, typer.Option(help="A new folder for the merged model.")],
-    base: BaseOption = None,
-    strength: StrengthOption = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    trusted_keys: TrustedOption = None,
-    require_signature: RequireOption = False,
+    base: options.BaseOption = None,
+    strength: options.StrengthOption = None,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    trusted_keys: options.TrustedOption = None,
+    require_signature: options.RequireOption = False,
 ) -> None:
-    """Write the base with adapters added to its weights. A tied lm_head is untied where a delta meets it."""
+    """Write the base with adapters added to its weights. A tied lm_head is untied if an adapter changes it."""
     from ..adapters.transform.merge import merge as merge_
 
-    trust = trust_of(trusted_keys, require_signature)
-    path = merge_(load(base, adapters, dtype, device, None, trust), adapters, output, strength, trust=trust)
-    print(f"merged model: {path}")
+    trust = options.trust_of(trusted_keys, require_signature)
+    live = options.load(base, options.read_adapters(adapters, trust), dtype, device)
+    print(f"merged model: {merge_(live, adapters, output, strength, trust=trust)}")
 
 
 def export(
-    adapters: list[Path],
-    output: Annotated[Path, typer.Option(help="The new adapter directory.")],
-    for_: Annotated[str, typer.Option("--for", help="The engine that is to load it: vllm.")] = "vllm",
+    adapters: options.AdaptersArgument,
+    output: options.NewAdapterOption,
+    for_: Annotated[str, typer.Option("--for", help="The engine that will load it: vllm.")] = "vllm",
     max_rank: Annotated[int, typer.Option(help="vLLM's --max-lora-rank: 1, 8, 16, 32, 64, 128, 256, 320 or 512.")] = 64,
     max_error: Annotated[
-        float | None, typer.Option(help="Refuse where the rank limit takes more than this from a module, e.g. 0.01.")
+        float | None, typer.Option(help="Refuse if a module's relative error is larger, e.g. 0.01.")
     ] = None,
-    strength: Annotated[list[float] | None, typer.Option("--strength", help="One for each adapter.")] = None,
-    base: BaseOption = None,
+    strength: options.StrengthOption = None,
+    base: options.BaseOption = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    as_json: JsonOption = False,
-    trusted_keys: TrustedOption = None,
-    require_signature: RequireOption = False,
+    as_json: options.JsonOption = False,
+    trusted_keys: options.TrustedOption = None,
+    require_signature: options.RequireOption = False,
 ) -> None:
     """Write a set of adapters as one LoRA for another engine.
 
-    The sum is exact while the ranks together stay within --max-rank; beyond
-    it, each module keeps its largest singular values and the error is told.
-    Module names and shapes are checked against the base's config:
+    The sum is exact while the ranks add up to --max-rank at most; beyond
+    that, each module keeps its largest singular values and the relative error
+    is printed. Module names and shapes are checked against the base's config:
 
       unlearn-peft export out/hp out/acme --for vllm --output out/set
     """
@@ -123,39 +110,37 @@ def export(
 
     if for_ != "vllm":
         raise UnlearnError(f"unknown engine '{for_}': expected --for vllm")
-    trust = trust_of(trusted_keys, require_signature)
-    made = export_vllm(
-        adapters, output, strength, max_rank=max_rank, base=base_of(base, adapters, trust), dtype=dtype,
-        max_error=max_error, trust=trust,
-    )  # fmt: skip
+    trust = options.trust_of(trusted_keys, require_signature)
+    base = options.base_of(base, options.read_adapters(adapters, trust))
+    exported = export_vllm(
+        adapters, output, strength, max_rank=max_rank, base=base, dtype=dtype, max_error=max_error, trust=trust
+    )
     if as_json:
-        worst = made.worst and {"module": made.worst[0], "relative_error": made.worst[1]}
-        facts = {"path": str(made.path), "rank": made.rank, "bytes": made.bytes, "worst": worst}
-        print(json.dumps({**facts, "relative_errors": made.errors}))
+        worst = exported.worst and {"module": exported.worst[0], "relative_error": exported.worst[1]}
+        facts = {"path": str(exported.path), "rank": exported.rank, "bytes": exported.bytes, "worst": worst}
+        print(json.dumps({**facts, "relative_errors": exported.errors}))
         return
-    print(f"adapter: {made.path} (rank {made.rank}, {made.bytes / 1e6:.2f} MB)")
-    if made.worst is None:
+    print(f"adapter: {exported.path} (rank {exported.rank}, {exported.bytes / 1e6:.2f} MB)")
+    if exported.worst is None:
         print("the sum is exact")
     else:
         print(
-            f"{len(made.errors)} modules were cut to rank {max_rank}; what is missing is up to "
-            f"{100 * made.worst[1]:.3g} % of a module's change, in {made.worst[0]}"
+            f"{len(exported.errors)} modules were cut to rank {max_rank}; what is missing is up to "
+            f"{100 * exported.worst[1]:.3g} % of a module's change, in {exported.worst[0]}"
         )
 
 
 def shrink(
-    adapter: Annotated[Path, typer.Argument(help="The adapter directory.")],
-    output: Annotated[Path, typer.Option(help="The new adapter directory.")],
-    rank: Annotated[int | None, typer.Option(min=1, help="Keep so many singular values of each module.")] = None,
-    quantize: Annotated[
-        int | None, typer.Option(help="8 or 4 bits a weight. Then unlearn_peft alone can read it, not PEFT.")
-    ] = None,
+    adapter: options.AdapterArgument,
+    output: options.NewAdapterOption,
+    rank: Annotated[int | None, typer.Option(min=1, help="Number of singular values to keep of each module.")] = None,
+    quantize: Annotated[int | None, typer.Option(help="8 or 4 bits a weight. PEFT itself cannot read these.")] = None,
     max_error: Annotated[
-        float | None, typer.Option(help="Refuse where a module's change would lose more than this, e.g. 0.05.")
+        float | None, typer.Option(help="Refuse if a module's relative error is larger, e.g. 0.05.")
     ] = None,
-    as_json: JsonOption = False,
-    trusted_keys: TrustedOption = None,
-    require_signature: RequireOption = False,
+    as_json: options.JsonOption = False,
+    trusted_keys: options.TrustedOption = None,
+    require_signature: options.RequireOption = False,
 ) -> None:
     """Write a smaller adapter with nearly the same effect.
 
@@ -163,18 +148,17 @@ def shrink(
 
       unlearn-peft shrink out/hp --quantize 8 --output out/hp8bit
 
-    An error is the Frobenius norm of what a module's change lost over that of
-    the whole change. It says little about forgetting: measure that with
-    `unlearn-peft eval`, as benchmarks/adapter_size.py did (docs/adapter_size.md).
+    A relative error is the Frobenius norm of what a module's change lost,
+    divided by that of the whole change. It says little about forgetting:
+    measure that with `unlearn-peft eval` (docs/adapter_size.md shows how).
     """
     from ..adapters.transform.shrink import shrink as shrink_
 
-    made = shrink_(
-        adapter, output, rank=rank, bits=quantize, max_error=max_error, trust=trust_of(trusted_keys, require_signature)
-    )
-    module, error = made.worst
+    trust = options.trust_of(trusted_keys, require_signature)
+    shrunk = shrink_(adapter, output, rank=rank, bits=quantize, max_error=max_error, trust=trust)
+    module, error = shrunk.worst
     if as_json:
-        print(json.dumps({**asdict(made), "path": str(made.path), "bytes": made.bytes}))
+        print(json.dumps({**asdict(shrunk), "path": str(shrunk.path), "bytes": shrunk.bytes}))
         return
-    print(f"adapter: {made.path} ({made.bytes / 1e6:.3f} MB, before {made.before / 1e6:.3f} MB)")
-    print(f"relative error of the modules' changes: mean {made.mean:.3g}, worst {error:.3g} in {module}")
+    print(f"adapter: {shrunk.path} ({shrunk.bytes / 1e6:.3f} MB, before {shrunk.before / 1e6:.3f} MB)")
+    print(f"relative error of the modules' changes: mean {shrunk.mean:.3g}, worst {error:.3g} in {module}")

@@ -11,33 +11,23 @@ import typer
 
 from ..errors import UnlearnError
 from ..evaluate.suites import Suite
-from .options import (
-    BaseOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    RequireOption,
-    StrengthOption,
-    TrustedOption,
-    load,
-    trust_of,
-)
+from . import options
 
 
 def evaluate(
-    adapter: Annotated[list[Path], typer.Argument(help="Adapter directories; several are stacked.")],
+    adapter: options.AdaptersArgument,
     recipe: Annotated[Path | None, typer.Option(help="Measure the sets that this recipe names.")] = None,
-    forget: Annotated[Path | None, typer.Option(help="Rows that were to be forgotten.")] = None,
-    retain: Annotated[Path | None, typer.Option(help="Rows that training held in place.")] = None,
+    forget: Annotated[Path | None, typer.Option(help="Rows that should be forgotten.")] = None,
+    retain: Annotated[Path | None, typer.Option(help="Rows that should not change, as in training.")] = None,
     probes: Annotated[Path | None, typer.Option(help="Rows with `prompt` and `leak` words, never trained on.")] = None,
     neighbours: Annotated[Path | None, typer.Option(help="Rows near the target, never trained on.")] = None,
-    free_text: Annotated[Path | None, typer.Option(help="Any other text that must stay as likely as it was.")] = None,
+    free_text: Annotated[Path | None, typer.Option(help="Any other text that should stay as likely as it was.")] = None,
     holdout: Annotated[
         Path | None, typer.Option(help="Rows like the forget rows that the base has never seen, for --suite full.")
     ] = None,
     real_authors: Annotated[Path | None, typer.Option(help="Rows with wrong answers, for --suite tofu.")] = None,
     world_facts: Annotated[Path | None, typer.Option(help="Rows with wrong answers, for --suite tofu.")] = None,
-    base: BaseOption = None,
+    base: options.BaseOption = None,
     suite: Annotated[
         Suite,
         typer.Option(
@@ -68,16 +58,16 @@ def evaluate(
     ] = None,
     lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each such task.")] = None,
     k: Annotated[int, typer.Option(min=1, help="Answers sampled for each probe.")] = 32,
-    strength: StrengthOption = None,
+    strength: options.StrengthOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of greedy and sampled answers.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling and of the bootstrap.")] = 0,
     card: Annotated[bool, typer.Option("--card", help="Put the figures into the adapter's README.md too.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder of the report. Default: ADAPTER.eval beside it.")] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    trusted_keys: TrustedOption = None,
-    require_signature: RequireOption = False,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    as_json: options.JsonOption = False,
+    trusted_keys: options.TrustedOption = None,
+    require_signature: options.RequireOption = False,
 ) -> None:
     """Measure whether it is forgotten, and what that cost.
 
@@ -85,7 +75,7 @@ def evaluate(
     number n of rows behind it and a 95 % bootstrap interval. After removal all must be as before: exit code 1 if not.
 
     Give --recipe, single files, or both (a file goes before the recipe's); what has no rows is left out. Tasks of
-    --lm-eval (pip install 'unlearn-peft[lm-eval]') run on the base and with the adapters, not a third time.
+    --lm-eval (pip install 'unlearn-peft[lm-eval]') run on the base and with the adapters, not after removal.
 
     The output folder gets report.html (opens without a network), figures.png and evaluation.json. The page and the
     terminal show your probes and the answers to them; evaluation.json and figures.png hold figures only, never a
@@ -101,8 +91,8 @@ def evaluate(
     """
     from ..adapters.card import put_evaluation
     from ..evaluate.attacks import Target, find_attacks, run_attacks
+    from ..evaluate.compare import as_dict
     from ..evaluate.compare import show as show_answers
-    from ..evaluate.custom import find_metrics
     from ..evaluate.evaluation import evaluate as evaluate_
     from ..evaluate.evaluation import read_measured
     from ..evaluate.lm_harness import read_tasks
@@ -110,6 +100,7 @@ def evaluate(
     from ..evaluate.suites import check
     from ..evaluate.suites.tofu import truth_ratios
     from ..models.base import load_base
+    from ..recipe.plugins import load_function
 
     first = adapter[0].absolute()
     folder = output or first.with_name("+".join(path.absolute().name for path in adapter) + ".eval")
@@ -126,29 +117,29 @@ def evaluate(
     check(suite, rows)
     if retrained and suite is not Suite.TOFU:
         raise UnlearnError("--retrained is for the forget quality of --suite tofu: choose that, or leave it out")
-    names = [name.strip() for name in (attacks or "").split(",") if name.strip()]
-    own = find_metrics(metric or ())  # with what follows, told now and not after minutes
-    if names:
-        find_attacks(names)
-        if lacking := [name for name in ("forget", "probes") if not rows.get(name)]:
-            raise UnlearnError(f"--attacks needs {' and '.join(lacking)} rows: name them, or a --recipe that does")
-    asked = [name.strip() for name in (lm_eval or "").split(",") if name.strip()]
-    tasks = read_tasks(asked, lm_eval_path or (), lm_eval_limit) if asked else None
+    metrics = [load_function(name, "metric") for name in metric or ()]  # refused now and not after minutes, as below
+    attack_names = _split(attacks)
+    if attack_names:
+        find_attacks(attack_names)
+        if missing := [name for name in ("forget", "probes") if not rows.get(name)]:
+            raise UnlearnError(f"--attacks needs {' and '.join(missing)} rows: name them, or a --recipe that does")
+    tasks = read_tasks(task_names, lm_eval_path or (), lm_eval_limit) if (task_names := _split(lm_eval)) else None
 
-    trust = trust_of(trusted_keys, require_signature)
+    trust = options.trust_of(trusted_keys, require_signature)
+    bundles = options.read_adapters(adapter, trust)  # once: what was checked is measured and attacked
 
     def attack(live: Any) -> list[Any]:
         target = Target(
-            live, tuple(adapter), rows["forget"], rows["probes"], rows.get("neighbours", []), seed=seed,
+            live, tuple(bundles), rows["forget"], rows["probes"], rows.get("neighbours", []), seed=seed,
             chat_template=chat_template, trust=trust,
         )  # fmt: skip
-        return run_attacks(target, names)
+        return run_attacks(target, attack_names)
 
     ratios = truth_ratios(load_base(retrained, dtype, device), rows["forget"]) if retrained else None
     result = evaluate_(
-        load(base, adapter, dtype, device, None, trust), adapter, rows, suite=suite, k=k, strength=strength or 1.0,
+        options.load(base, bundles, dtype, device), bundles, rows, suite=suite, k=k, strength=strength or 1.0,
         seed=seed, max_new_tokens=max_new_tokens, chat_template=chat_template, ability=tasks, retrained=ratios,
-        trust=trust, metrics=own, attacks=attack if names else None,
+        trust=trust, metrics=metrics, attacks=attack if attack_names else None,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     written = write_report(result, folder, adapter)
@@ -158,8 +149,12 @@ def evaluate(
     if as_json:
         print(json.dumps(result.figures(), ensure_ascii=False))
     else:
-        show_answers(result.compared())
+        show_answers(as_dict(result.answers))
         show(result)
         print("\n".join(f"{path}" for path in written))
     if result.left_behind:
         raise typer.Exit(1)
+
+
+def _split(names: str | None) -> list[str]:
+    return [name.strip() for name in (names or "").split(",") if name.strip()]

@@ -1,23 +1,27 @@
-"""What the commands share: their common options, and the base that they load."""
+"""Options and arguments that several commands have, and the adapters and the base that these name."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from ..adapters.bundle import Bundle
     from ..adapters.trust import Trust
 
-
+AdapterArgument = Annotated[Path, typer.Argument(help="Adapter directory.")]
+AdaptersArgument = Annotated[list[Path], typer.Argument(help="Adapter directories; several are stacked.")]
+AdapterOption = Annotated[list[Path] | None, typer.Option("--adapter", help="Adapter directory; repeat to stack.")]
+NewAdapterOption = Annotated[Path, typer.Option("--output", help="The new adapter directory.")]
+StrengthOption = Annotated[
+    list[float] | None, typer.Option("--strength", help="Factor on an adapter's effect, one for each; 1 is as trained.")
+]
 BaseOption = Annotated[
     str | None,
     typer.Option(help="Hub id, local folder, .gguf file, or 'demo'. Default: the adapter's own base, else demo."),
-]
-AdapterOption = Annotated[list[Path] | None, typer.Option("--adapter", help="Adapter directory; repeat to stack.")]
-StrengthOption = Annotated[
-    list[float] | None, typer.Option("--strength", help="One for each --adapter; 1 is as trained.")
 ]
 DtypeOption = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
@@ -27,14 +31,16 @@ QuantizeOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 DifferentOption = Annotated[
     bool,
-    typer.Option("--allow-different-base", help="Attach even where the base's fingerprint differs. Unsafe, and told."),
+    typer.Option(
+        "--allow-different-base", help="Attach even if the base's fingerprint differs, with a warning. Unsafe."
+    ),
 ]
 TrustedOption = Annotated[
     list[Path] | None,
     typer.Option(
         "--trusted-keys",
         envvar="UNLEARN_PEFT_TRUSTED_KEYS",
-        help="Public keys: a .pub file, a folder, or YAML (NAME: KEY.pub); repeatable. A signature must then hold.",
+        help="Public keys: a .pub file, a folder, or YAML (NAME: KEY.pub); repeatable. Signatures are then verified.",
     ),
 ]
 RequireOption = Annotated[
@@ -47,41 +53,39 @@ RequireOption = Annotated[
 ]
 
 
-def trust_of(trusted: list[Path] | None, required: bool) -> Trust | None:
-    """Return whom to trust, as the two options say; None: signatures are not looked at.
+def trust_of(trusted_keys: list[Path] | None, require_signature: bool) -> Trust | None:
+    """Return the accepted signers; None: signatures are not checked.
 
     Raises:
-        TrustError: if a signature is required and nobody is trusted, or keys cannot be read.
+        TrustError: if a signature is required without trusted keys, or keys cannot be read.
     """
-    if not trusted and not required:
+    if not trusted_keys and not require_signature:
         return None
     from ..adapters.trust import Trust
 
-    return Trust.read(*(trusted or ()), required=required)
+    return Trust.read(*(trusted_keys or ()), required=require_signature)
 
 
-def load(
-    base: str | None,
-    adapters: list[Path] | None,
-    dtype: str,
-    device: str,
-    quantize: str | None = None,
-    trust: Trust | None = None,
-) -> Any:
-    """Load the named base, or the one that the first adapter was trained on. Adapters are checked before."""
+def read_adapters(paths: Iterable[Path] | None, trust: Trust | None) -> list[Bundle]:
+    """Read and check adapters, before a base is loaded."""
+    from ..adapters.read import read_bundle
+
+    return [read_bundle(path, trust=trust) for path in paths or ()]
+
+
+def load(base: str | None, adapters: Sequence[Bundle], dtype: str, device: str, quantize: str | None = None) -> Any:
+    """Load the named base, or the one that the first adapter was trained on."""
     from ..models.base import load_base
 
-    return load_base(base_of(base, adapters, trust), dtype, device, quantize)
+    return load_base(base_of(base, adapters), dtype, device, quantize)
 
 
-def base_of(base: str | None, adapters: list[Path] | None, trust: Trust | None = None) -> str:
-    """Return the name of the base to load: as given, else the one that the first adapter was trained on."""
-    from ..adapters.read import read_bundle
+def base_of(base: str | None, adapters: Sequence[Bundle] = ()) -> str:
+    """Return the name of the base to load: `base`, else the one that the first adapter was trained on, else `demo`."""
     from ..models.base import DEMO_HUB_ID
 
-    bundles = [read_bundle(path, trust=trust) for path in adapters or []]
-    if base is None and bundles:
-        base = bundles[0].manifest.get("base", {}).get("name") or bundles[0].config.get("base_model_name_or_path")
+    if base is None and adapters:
+        base = adapters[0].manifest.get("base", {}).get("name") or adapters[0].config.get("base_model_name_or_path")
     if base is None or base == DEMO_HUB_ID:
-        return "demo"  # the same model, without the network where its wheel is installed
+        return "demo"  # the same model, and without the network where its wheel is installed
     return str(base)

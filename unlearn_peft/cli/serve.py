@@ -1,46 +1,41 @@
-"""The command `serve`: one base for many tenants, each with what it must have forgotten."""
+"""The command `serve`: one base for many tenants, each with its own forget set."""
 
 from __future__ import annotations
 
 import importlib.util
 import signal
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UnlearnError
-from .options import (
-    BaseOption,
-    DeviceOption,
-    DifferentOption,
-    DtypeOption,
-    QuantizeOption,
-    RequireOption,
-    TrustedOption,
-    base_of,
-    load,
-    trust_of,
-)
+from . import options
 
 if TYPE_CHECKING:
+    from ..adapters.bundle import Bundle
     from ..serve.engine.base import Engine
     from ..serve.policy.policy import Policy, PolicySource
 
 
-_TENANT = "local"  # whoever asks, where there is no policy
+_TENANT = "local"  # the only tenant, where there is no policy
 
 
 def serve(
-    base: BaseOption = None,
+    base: options.BaseOption = None,
     policy: Annotated[
         str | None,
-        typer.Option(help="Who must have what forgotten: a .yaml file, a .db file (see `tenant`) or a database's URL."),
+        typer.Option(help="Which tenant forgets what: a .yaml file, a .db file (see `tenant`) or a database's URL."),
     ] = None,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option("--adapter", help="Instead of a policy, to try it out: a directory that requests may name."),
+        typer.Option(
+            "--adapter",
+            help="Instead of a policy, to try it out: an adapter directory that requests may name; repeatable.",
+        ),
     ] = None,
     engine: Annotated[
         str | None,
@@ -53,49 +48,51 @@ def serve(
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Answers generated at once.")] = 8,
     max_queue: Annotated[int, typer.Option(min=0, help="Answers that may wait; more get 429.")] = 64,
-    per_tenant: Annotated[int | None, typer.Option(min=1, help="Answers that one tenant may have under way.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer.")] = 1024,
+    per_tenant: Annotated[
+        int | None, typer.Option(min=1, help="Answers running and waiting that one tenant may have.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Limit on the tokens of an answer.")] = 1024,
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 8192,
     max_body_bytes: Annotated[int, typer.Option(min=1)] = 1_000_000,
     max_seconds: Annotated[float, typer.Option(min=0.001, help="From a request's arrival to its end.")] = 300,
-    drain_seconds: Annotated[float, typer.Option(min=0, help="That running requests get after SIGTERM.")] = 30,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="Time that running requests get after SIGTERM.")] = 30,
     adapter_memory_gb: Annotated[
-        float | None, typer.Option(min=0, help="Memory for adapters; those not in use go first. Default: no bound.")
+        float | None, typer.Option(min=0, help="Memory for adapters; those not in use are evicted. Default: no limit.")
     ] = None,
     audit: Annotated[Path | None, typer.Option(help="Record each request in this file (JSON lines).")] = None,
-    audit_fsync: Annotated[bool, typer.Option(help="Wait for the disk at each line of it.")] = False,
+    audit_fsync: Annotated[bool, typer.Option(help="Call fsync after each line of it.")] = False,
     audit_prompts: Annotated[bool, typer.Option(help="Also record prompts and answers.")] = False,
     audit_optional: Annotated[bool, typer.Option(help="Answer even if the audit log cannot be written.")] = False,
     playground: Annotated[bool, typer.Option(help="A page to try it out, at /playground.")] = True,
     playground_offer: Annotated[
-        list[str] | None, typer.Option(help="An adapter that every tenant's page shows, beside its own; repeatable.")
+        list[str] | None, typer.Option(help="An adapter that every tenant's page offers, beside its own; repeatable.")
     ] = None,
     playground_base: Annotated[
         bool, typer.Option("--playground-base", help="Let EVERY key see the base's answers there: nothing forgotten.")
     ] = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    quantize: QuantizeOption = None,
-    allow_different_base: DifferentOption = False,
-    trusted_keys: TrustedOption = None,
-    require_signature: RequireOption = False,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    quantize: options.QuantizeOption = None,
+    allow_different_base: options.DifferentOption = False,
+    trusted_keys: options.TrustedOption = None,
+    require_signature: options.RequireOption = False,
 ) -> None:
     """Serve one base to many tenants, each with its own forget set.
 
-    The server speaks OpenAI's API (chat, completions, streaming). Each tenant
-    is known by its API key; the policy says what must be forgotten for it
+    The server has OpenAI's API (chat, completions, streaming). Each tenant is
+    recognised by its API key; the policy says what it forgets
     (docs/how-to/serve.md shows one):
 
       unlearn-peft serve --base demo --policy policy.yaml --audit audit.jsonl
 
-    A request may have more forgotten ("forget": {"acme": 1} in its body), never
-    less. If an adapter that it needs cannot be loaded and verified, it is
-    refused (503), not answered without it. To try it out, without keys:
+    A request may forget more ("forget": {"acme": 1} in its body), never less.
+    If an adapter that it needs cannot be loaded and verified, it is refused
+    (503), not answered without it. To try it out, without keys:
 
       unlearn-peft serve --base demo --adapter out/hp
 
-    With --engine, vLLM servers generate (docs/how-to/vllm.md says how they are
-    started); tenants, policy, limits and audit stay here:
+    With --engine, vLLM servers generate (docs/how-to/vllm.md shows how to start
+    them); tenants, policy, limits and audit stay here:
 
       unlearn-peft serve --policy policy.db --engine http://gpu1:8000,http://gpu2:8000
     """
@@ -105,12 +102,12 @@ def serve(
         raise UnlearnError(f"the server needs {', '.join(missing)}: pip install 'unlearn-peft[serve]'")
     if (policy is None) == (not adapter):
         raise UnlearnError(
-            "expected either --policy FILE, which says who must have what forgotten, or --adapter DIR, to try it out"
+            "expected either --policy FILE, which says which tenant forgets what, or --adapter DIR, to try it out"
         )
     if engine is not None and policy is None:
         raise UnlearnError("--engine needs --policy, the one that the resolver inside vLLM has too")
-    trust = trust_of(trusted_keys, require_signature)
-    from ..serve.limits import LOOPBACK
+    trust = options.trust_of(trusted_keys, require_signature)
+    from ..serve.limits import LOOPBACK, Limits
 
     if policy is None and host not in LOOPBACK:
         raise UnlearnError(
@@ -121,25 +118,26 @@ def serve(
     from ..serve.api.server import HttpServer, listen
     from ..serve.audit import AuditLog
     from ..serve.engine.local import LocalEngine
-    from ..serve.limits import Limits
+    from ..serve.handler import RequestHandler
 
     listening = listen(host, port)
-    source = _source(policy, adapter or [])
+    bundles = options.read_adapters(adapter, trust)
+    source = _policy_source(policy, bundles)
     now = source.current()
     log = None
     if audit is not None:
         log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
-    generates: Engine
+    backend: Engine
     if engine is not None:
         from ..serve.vllm.engine import VllmEngine
 
-        generates = VllmEngine(
-            engine.split(","), base_of(base, adapter), name=model_name, seconds=max_seconds, trust=trust
+        backend = VllmEngine(
+            engine.split(","), options.base_of(base), name=model_name, seconds=max_seconds, trust=trust
         )
     else:
         budget = None if adapter_memory_gb is None else int(adapter_memory_gb * 1e9)
-        live = load(base, adapter, dtype, device, quantize, trust)
-        generates = LocalEngine(
+        live = options.load(base, bundles, dtype, device, quantize)
+        backend = LocalEngine(
             live, name=model_name, max_batch=max_batch, budget_bytes=budget, trust=trust,
             allow_different_base=allow_different_base,
         )  # fmt: skip
@@ -149,7 +147,7 @@ def serve(
     )  # fmt: skip
     open_tenant = _TENANT if policy is None else None
     page = Playground(playground_base, tuple(playground_offer or ())) if playground else None
-    app = create_app(generates, source, limits=limits, audit=log, open_tenant=open_tenant, playground=page)
+    handler = RequestHandler(backend, source, limits=limits, audit=log, open_tenant=open_tenant)
 
     def ready(url: str) -> None:
         who = (
@@ -157,40 +155,38 @@ def serve(
             if policy is None
             else f"{len(now.tenants)} tenant{'s' * (len(now.tenants) != 1)} of {policy}"
         )
-        print(f"serving {generates.model} at {url}/v1 to {who}")
+        print(f"serving {backend.model} at {url}/v1 to {who}")
         if playground:
             print(f"playground: {url}/playground")
         print(f"adapters: {', '.join(list(now.adapters)[:8])}{' ...' if len(now.adapters) > 8 else ''}", flush=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done
-    HttpServer(app, ready=ready).run(sockets=[listening])
+    HttpServer(create_app(handler, page), ready=ready).run(sockets=[listening])
 
 
+@dataclass
 class FixedPolicy:
     """A policy that never changes."""
 
+    policy: Policy
     problem: str | None = None
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-
     def current(self) -> Policy:
-        """Return it."""
-        return self._policy
+        """Return the policy."""
+        return self.policy
 
 
-def _source(policy: str | None, adapters: list[Path]) -> PolicySource:
-    from ..adapters.read import read_bundle
+def _policy_source(policy: str | None, bundles: Sequence[Bundle]) -> PolicySource:
+    """Open the policy, or make one of a tenant without keys who may name these adapters."""
     from ..serve.policy.policy import make_policy
     from ..serve.policy.store import open_policy
 
     if policy is not None:
         return open_policy(policy)
-    entries = {}
-    for path in adapters:
-        bundle = read_bundle(path)
+    entries: dict[str, Any] = {}
+    for bundle in bundles:
         if bundle.name in entries:
             raise UnlearnError(f"two adapters are called '{bundle.name}': rename one's folder")
-        entries[bundle.name] = {"path": str(path.absolute())}
+        entries[bundle.name] = {"path": str(bundle.path.absolute())}
     values = {"adapters": entries, "tenants": {_TENANT: {"forget": []}}}
     return FixedPolicy(make_policy(values, "--adapter"))

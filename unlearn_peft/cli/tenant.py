@@ -1,11 +1,11 @@
-"""`unlearn-peft tenant ...`: who must have what forgotten, in a store that records every change."""
+"""The commands `tenant ...`: which adapters each tenant forgets, in a store that records every change."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Say which tenant must have which adapters forgotten.\n\n"
-    "A tenant is whoever has an API key. All is kept in a store (an SQLite file, or a database for several servers), "
-    "where a running server sees a change at its next request, and every change stays on record: who, when, what, "
-    "why.\n\n"
+    help="Say which adapters each tenant forgets.\n\n"
+    "A tenant is whoever has one of its API keys. The policy is in a store (an SQLite file, or a database for several "
+    "servers): a running server sees a change at its next request, and the history records every change: who, when, "
+    "what, why.\n\n"
     "  unlearn-peft tenant adapter hp out/harry_potter\n\n"
     "  unlearn-peft tenant add acme --why 'contract 12'\n\n"
     "  unlearn-peft tenant forget acme hp\n\n"
@@ -33,10 +33,10 @@ StoreOption = Annotated[
     str,
     typer.Option(
         envvar="UNLEARN_PEFT_STORE",
-        help="SQLite file, or URL such as postgresql://user@host/db; with a password, better in the variable.",
+        help="SQLite file, or URL such as postgresql://user@host/db; one with a password, better in the variable.",
     ),
 ]
-WhoOption = Annotated[str | None, typer.Option(help="Who makes the change. Default: the user of this machine.")]
+WhoOption = Annotated[str | None, typer.Option(help="Who makes the change. Default: your user name.")]
 WhyOption = Annotated[str, typer.Option(help="The reason, for the history.")]
 TenantArgument = Annotated[str, typer.Argument(metavar="NAME", help="The tenant's name.")]
 _STORE = "tenants.db"
@@ -47,14 +47,11 @@ def add(
     name: TenantArgument, store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "",
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Add a tenant, which then has nothing forgotten and no key.
+    """Add a tenant that forgets nothing and has no key yet. The store is made if it does not exist.
 
-    The store is made if it is not there.
-
-      unlearn-peft tenant add acme --why 'contract 12'
+    unlearn-peft tenant add acme --why 'contract 12'
     """
-    revision = _open(store, create=True).add(name, who=_who(who), why=why)
-    _told(f"tenant '{name}' added", revision, as_json)
+    _edit("add", name, done=f"tenant '{name}' added", store=store, who=who, why=why, as_json=as_json, create=True)
 
 
 @app.command()
@@ -62,12 +59,11 @@ def remove(
     name: TenantArgument, store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "",
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Remove a tenant and its keys; nobody is served under them any more.
+    """Remove a tenant and its keys: they are refused from now on.
 
     unlearn-peft tenant remove acme --why 'contract ended'
     """
-    revision = _open(store).remove(name, who=_who(who), why=why)
-    _told(f"tenant '{name}' removed", revision, as_json)
+    _edit("remove", name, done=f"tenant '{name}' removed", store=store, who=who, why=why, as_json=as_json)
 
 
 @app.command("list")
@@ -76,33 +72,32 @@ def list_(store: StoreOption = _STORE, as_json: JsonOption = False) -> None:
 
     unlearn-peft tenant list --json
     """
+    from ..serve.policy.edits import summary
+
     policy = _open(store).current()
     if as_json:
-        tenants = {name: _tenant(entry) for name, entry in policy.tenants.items()}
+        tenants = {name: summary(entry.model_dump()) for name, entry in policy.tenants.items()}
         print(json.dumps({**policy.model_dump(mode="json"), "tenants": tenants, "version": policy.version}))
         return
     for name, entry in policy.tenants.items():
-        print(f"tenant {name}: forgets {_set(entry.forget)}; keys: {len(entry.keys)}")
+        print(f"tenant {name}: forgets {_strengths(entry.forget)}; keys: {len(entry.keys)}")
     for name, adapter in policy.adapters.items():
         print(f"adapter {name}: {adapter.path} ({adapter.sha256 or 'any content'})")
 
 
 @app.command()
 def show(name: TenantArgument, store: StoreOption = _STORE, as_json: JsonOption = False) -> None:
-    """Show what a tenant has forgotten, whose signatures it trusts, and the first digits of its keys' sha256.
+    """Show a tenant: what it forgets, the keys that it trusts, and the first digits of its API keys' sha256.
 
     unlearn-peft tenant show acme
     """
-    from ..serve.policy.edits import unknown
+    from ..serve.policy.edits import get_entry, summary
 
-    tenants = _open(store).current().tenants
-    if name not in tenants:
-        raise unknown("tenant", name, tenants)
-    facts = {"tenant": name, **_tenant(tenants[name])}
+    facts = {"tenant": name, **summary(get_entry(_open(store).current().model_dump(), "tenant", name))}
     if as_json:
         print(json.dumps(facts))
         return
-    print(f"tenant {name} forgets {_set(facts['forget'])}")
+    print(f"tenant {name} forgets {_strengths(facts['forget'])}")
     for key in facts["keys"]:
         print(f"key {key}...")
     for key, digest in facts.get("trusted_keys", {}).items():
@@ -115,7 +110,7 @@ def forget(
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER[=STRENGTH]", help="1 is as trained.")],
     store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Have an adapter forgotten for a tenant, or change its strength.
+    """Make a tenant forget an adapter, or change the strength.
 
     unlearn-peft tenant forget acme hp --why 'ticket 4711'
 
@@ -126,8 +121,8 @@ def forget(
         strength = float(text) if equals else 1.0
     except ValueError:
         raise PolicyError(f"the strength '{text}' is no number: write ADAPTER=0.5, or ADAPTER alone for 1") from None
-    revision = _open(store).forget(name, adapter, strength, who=_who(who), why=why)
-    _told(f"tenant '{name}' forgets '{adapter}' at strength {strength:g}", revision, as_json)
+    done = f"tenant '{name}' forgets '{adapter}' at strength {strength:g}"
+    _edit("forget", name, adapter, strength, done=done, store=store, who=who, why=why, as_json=as_json)
 
 
 @app.command()
@@ -135,25 +130,25 @@ def unforget(
     name: TenantArgument, adapter: str, store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "",
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Have an adapter no longer forgotten for a tenant.
+    """Stop forgetting an adapter for a tenant.
 
     unlearn-peft tenant unforget acme news --why 'withdrawn'
     """
-    revision = _open(store).unforget(name, adapter, who=_who(who), why=why)
-    _told(f"tenant '{name}' no longer forgets '{adapter}'", revision, as_json)
+    done = f"tenant '{name}' no longer forgets '{adapter}'"
+    _edit("unforget", name, adapter, done=done, store=store, who=who, why=why, as_json=as_json)
 
 
 @app.command("adapter")
 def adapter_(
-    name: Annotated[str, typer.Argument(help="What tenants call it.")],
+    name: Annotated[str, typer.Argument(help="Its name in the policy.")],
     path: Annotated[Path, typer.Argument(help="Its directory, the same on every server.")],
-    sha256: Annotated[str | None, typer.Option(help="What it must be, as `inspect` tells it.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="The expected one, as `inspect` prints it.")] = None,
     store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Name an adapter, or put another into a name's place.
+    """Register an adapter under a name, or replace the one of that name.
 
-    It is read and checked now, and its sha256 (over weights and config, as `unlearn-peft inspect` tells it) is pinned:
-    a server refuses whatever else comes to lie at this path until it is named again.
+    The adapter is checked now and its sha256 (of weights and config, as `unlearn-peft inspect` prints it) is pinned:
+    servers refuse anything else at this path until you register it again.
 
       unlearn-peft tenant adapter hp out/harry_potter
     """
@@ -162,46 +157,44 @@ def adapter_(
     digest = read_bundle(path).identity
     if sha256 is not None and sha256.lower() != digest:
         raise AdapterError(f"the adapter {path} has the sha256 {digest}, not the one given: copy it again")
-    revision = _open(store, create=True).adapter(name, path, digest, who=_who(who), why=why)
-    _told(f"adapter '{name}' is {path.absolute()} ({digest})", revision, as_json)
+    done = f"adapter '{name}' is {path.absolute()} ({digest})"
+    _edit("adapter", name, path, digest, done=done, store=store, who=who, why=why, as_json=as_json, create=True)
 
 
 @app.command()
 def unadapter(
     name: str, store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False
 ) -> None:
-    """Take an adapter's name away; refused while a tenant has it forgotten. Its files stay.
+    """Remove an adapter from the policy, but not its files; refused while a tenant forgets it.
 
     unlearn-peft tenant unadapter hp
     """
-    revision = _open(store).unadapter(name, who=_who(who), why=why)
-    _told(f"adapter '{name}' taken away", revision, as_json)
+    _edit("unadapter", name, done=f"adapter '{name}' removed", store=store, who=who, why=why, as_json=as_json)
 
 
 @app.command()
 def key(
     name: TenantArgument,
     revoke: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Take a key away: 8 or more digits of its sha256, or the key.")
+        str | None, typer.Option(metavar="KEY", help="Revoke this key: itself, or 8 or more digits of its sha256.")
     ] = None,
     store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Make an API key for a tenant and print it, once: only its sha256 is kept.
+    """Make an API key for a tenant and print it, once: the store has only its sha256.
 
     unlearn-peft tenant key acme
 
     unlearn-peft tenant key acme --revoke 9f86d081 --why 'leaked'
     """
     if revoke is not None:
-        revision = _open(store).revoke_key(name, revoke, who=_who(who), why=why)
-        _told(f"a key of tenant '{name}' revoked", revision, as_json)
-        return
+        done = f"a key of tenant '{name}' revoked"
+        return _edit("revoke_key", name, revoke, done=done, store=store, who=who, why=why, as_json=as_json)
     from ..serve.policy.policy import key_digest
 
-    made = _open(store).add_key(name, who=_who(who), why=why)
-    print(json.dumps({"tenant": name, "key": made, "sha256": key_digest(made)}) if as_json else made)
+    api_key = _open(store).add_key(name, who=_user(who), why=why)
+    print(json.dumps({"tenant": name, "key": api_key, "sha256": key_digest(api_key)}) if as_json else api_key)
     if not as_json:
-        print(f"shown this once; known as {key_digest(made)[:12]}", file=sys.stderr)
+        print(f"this key is not shown again; its sha256 begins with {key_digest(api_key)[:12]}", file=sys.stderr)
 
 
 @app.command()
@@ -210,40 +203,39 @@ def trust(
     keys: Annotated[list[Path], typer.Argument(help="Public keys: .pub files, folders, or YAML (NAME: KEY.pub).")],
     store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Apply no adapter for a tenant that none of these keys has signed.
+    """Apply adapters for a tenant only if one of these keys has signed them; other requests are refused (503).
 
-    A request that needs one without such a signature is refused (503). The keys themselves go into the store, under
-    their files' names, so that all servers have the same; those that the tenant trusts already stay.
+    The keys themselves are stored, under the names of their files, beside those that the tenant trusts already.
 
       unlearn-peft tenant trust acme keys/alice.pub --why 'contract 12'
     """
     from ..adapters.trust import Identity, Trust
 
     signers = Trust.read(*keys).signers
-    pems = {key: one.decode() for key, one in signers.items() if not isinstance(one, Identity)}
+    pems = {key: pem.decode() for key, pem in signers.items() if not isinstance(pem, Identity)}
     if other := [key for key in signers if key not in pems]:
         raise PolicyError(f"'{other[0]}' is an identity of Sigstore: a policy takes public keys only")
-    revision = _open(store).trust(name, pems, who=_who(who), why=why)
-    _told(f"tenant '{name}' trusts {', '.join(pems)}", revision, as_json)
+    done = f"tenant '{name}' trusts {', '.join(pems)}"
+    _edit("trust", name, pems, done=done, store=store, who=who, why=why, as_json=as_json)
 
 
 @app.command()
 def untrust(
     name: TenantArgument,
-    key: Annotated[str | None, typer.Argument(help="The key's name, as `show` tells it.")] = None,
+    key: Annotated[str | None, typer.Argument(help="The key's name, as `show` prints it.")] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="Take all keys away: adapters need no signature then, for this tenant.")
+        bool, typer.Option("--all", help="Remove all keys: this tenant's adapters then need no signature.")
     ] = False,
     store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Take a trusted key away from a tenant; the last one goes only with --all.
+    """Remove a key that a tenant trusts; the last one only with --all.
 
     unlearn-peft tenant untrust acme alice --why 'key lost'
     """
     if (key is None) != every:
         raise PolicyError("which key? Give its name, or --all to ask for no signatures any more")
-    revision = _open(store).untrust(name, key, who=_who(who), why=why)
-    _told(f"tenant '{name}' " + ("asks for no signatures" if every else f"no longer trusts '{key}'"), revision, as_json)
+    done = f"tenant '{name}' " + ("asks for no signatures" if every else f"no longer trusts '{key}'")
+    _edit("untrust", name, key, done=done, store=store, who=who, why=why, as_json=as_json)
 
 
 @app.command()
@@ -270,23 +262,23 @@ def import_(
     file: Annotated[Path, typer.Argument(help="A policy in YAML.")],
     store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Put a YAML policy into the place of ALL that is in the store, in one change.
+    """Replace EVERYTHING in the store by a YAML policy, in one change.
 
     unlearn-peft tenant import policy.yaml --why 'moved from the file'
     """
     from ..serve.policy.yaml_file import read_policy
 
     policy = read_policy(file)
-    revision = _open(store, create=True).replace(policy, who=_who(who), why=why)
-    _told(f"{len(policy.tenants)} tenants and {len(policy.adapters)} adapters imported", revision, as_json)
+    done = f"{len(policy.tenants)} tenants and {len(policy.adapters)} adapters imported"
+    _edit("replace", policy, done=done, store=store, who=who, why=why, as_json=as_json, create=True)
 
 
 @app.command()
 def export(
-    output: Annotated[Path | None, typer.Option(help="Write it here, as a whole, instead of printing it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write it to this file instead of printing it.")] = None,
     store: StoreOption = _STORE,
 ) -> None:
-    """Print the store as a YAML policy, which `import` and `serve --policy` take. It holds no key, only their sha256.
+    """Print the store as YAML, for `import` and `serve --policy`. Of API keys it has only the sha256.
 
     unlearn-peft tenant export --output policy.yaml
     """
@@ -307,7 +299,15 @@ def _open(store: str, create: bool = False) -> PolicyStore:
     return PolicyStore(store, create=create)
 
 
-def _who(who: str | None) -> str:
+def _edit(
+    name: str, *arguments: object, done: str, store: str, who: str | None, why: str, as_json: bool, create: bool = False
+) -> None:
+    """Call a method of `PolicyStore` that edits it, and print what was done."""
+    revision = getattr(_open(store, create), name)(*arguments, who=_user(who), why=why)
+    print(json.dumps({"done": done, "revision": revision}) if as_json else f"{done} (revision {revision})")
+
+
+def _user(who: str | None) -> str:
     if who is not None:
         return who
     import getpass
@@ -319,17 +319,5 @@ def _who(who: str | None) -> str:
         return f"uid {os.getuid()}"
 
 
-def _told(text: str, revision: int, as_json: bool) -> None:
-    print(json.dumps({"done": text, "revision": revision}) if as_json else f"{text} (revision {revision})")
-
-
-def _tenant(entry: Any) -> dict[str, Any]:
-    from ..serve.policy.edits import fingerprint
-
-    trusted = {name: fingerprint(pem) for name, pem in (entry.trusted_keys or {}).items()}
-    facts = {"forget": entry.forget, "keys": [digest[:12] for digest in entry.keys]}
-    return {**facts, **({"trusted_keys": trusted} if trusted else {})}
-
-
-def _set(forget: dict[str, float]) -> str:
+def _strengths(forget: dict[str, float]) -> str:
     return ", ".join(f"{name}={strength:g}" for name, strength in forget.items()) or "nothing"

@@ -12,35 +12,39 @@ import typer
 
 from .options import BaseOption, QuantizeOption
 
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a field of the recipe: retain_weight=10, adapter.r=16; repeatable."),
+]
+RecipeDtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
+RecipeDeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, mps, ...")]
+
 
 def train(
     recipes: Annotated[list[Path], typer.Argument(help="YAML recipes, e.g. recipes/harry_potter.yaml.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Override a field: retain_weight=10, adapter.r=16; repeatable."),
-    ] = None,
+    set_: SetOption = None,
     output: Annotated[
-        Path | None, typer.Option(help="Where the adapter directory goes; of several, the folder of all.")
+        Path | None, typer.Option(help="The new adapter directory; with several recipes, the folder for all of them.")
     ] = None,
     base: BaseOption = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps, ...")] = None,
+    dtype: RecipeDtypeOption = None,
+    device: RecipeDeviceOption = None,
     quantize: QuantizeOption = None,
     compile_: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile the adapted layers with torch.compile.")
     ] = None,
     cache_gb: Annotated[
         float | None,
-        typer.Option(help="Memory for what the frozen base gives, computed once; what is over goes to disk. [1]"),
+        typer.Option(help="Memory in GB for the base's activations, computed once; the rest goes to disk. [1]"),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint beside the output.")] = False,
+    resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint beside the output.")] = False,
     tracker: Annotated[str | None, typer.Option(help="tensorboard, trackio or wandb.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar, no curves.")] = False,
 ) -> None:
     """Train a forget adapter from each of one or more recipes.
 
-    Several are trained at once, in one pass over one base, and each comes out
-    as if it had been trained alone; each is saved as soon as it is done:
+    Several are trained together on one base, each with the same result as if
+    it were trained alone, and each is saved as soon as it is done:
 
       unlearn-peft train mine.yaml --output out/mine
 
@@ -48,7 +52,7 @@ def train(
     """
     from ..recipe.load import load_recipe
 
-    given = []
+    loaded = []
     for path in recipes:
         recipe = load_recipe(
             path, set_ or (), base=base, dtype=dtype, device=device, quantize=quantize, compile=compile_,
@@ -56,12 +60,12 @@ def train(
         )  # fmt: skip
         if output is not None:
             recipe.output = str(output if len(recipes) == 1 else output / path.stem)
-        given.append(recipe.model_copy(update={"output": recipe.output or f"out/{path.stem}"}))
+        loaded.append(recipe.model_copy(update={"output": recipe.output or f"out/{path.stem}"}))
     from ..training.curves import curve_lines
     from ..training.run import unlearn_many
 
-    adapters = unlearn_many(given, resume=resume, tracker=tracker, quiet=quiet)
-    _part()
+    adapters = unlearn_many(loaded, resume=resume, tracker=tracker, quiet=quiet)
+    _leave_process_group()
     if int(os.environ.get("RANK", 0)) != 0:
         return
     for adapter in adapters:
@@ -78,19 +82,19 @@ def train(
 
 def retain(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; it need not name a retain set.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field, as for train; repeatable.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write a .jsonl here instead of printing it.")] = None,
+    set_: SetOption = None,
+    output: Annotated[Path | None, typer.Option(help="Write a .jsonl file instead of printing the rows.")] = None,
     base: BaseOption = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps, ...")] = None,
+    dtype: RecipeDtypeOption = None,
+    device: RecipeDeviceOption = None,
     quantize: QuantizeOption = None,
 ) -> None:
     """Show the retain set that `retain: auto` makes for a recipe.
 
     The rows are the base's own answers to broad prompts and to the forget
-    rows' questions about other subjects. They need not be true: they say how
-    the base answers now, and that is what is kept. Read them, delete what may
-    change, add near neighbours of the target (they protect best), and name
+    rows' questions about other subjects. They need not be true: they record
+    how the base answers now, so that training keeps it. Read them, delete what
+    may change, add near neighbours of the target (they protect best), and use
     the file:
 
       unlearn-peft retain mine.yaml --output retain.jsonl
@@ -102,21 +106,22 @@ def retain(
     from ..recipe.load import load_recipe
     from ..training.examples.build import make_retain, read_sets
 
-    given = load_recipe(
+    settings = load_recipe(
         recipe, [*(set_ or ()), "retain=auto"], base=base, dtype=dtype, device=device, quantize=quantize
     )
-    made = make_retain(read_sets(given), load_base(given.base, given.dtype, given.device, given.quantize), given)
+    live = load_base(settings.base, settings.dtype, settings.device, settings.quantize)
+    made = make_retain(read_sets(settings), live, settings)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made.rows)
     if output is None:
         print(lines, end="")
     else:
         with atomic_file(output) as temporary:
             temporary.write_text(lines, encoding="utf-8")
-    print(made.line() + (f" -> {output}" if output else ""), file=sys.stderr)
+    print(made.summary() + (f" -> {output}" if output else ""), file=sys.stderr)
 
 
-def _part() -> None:
-    """Take leave of the other processes, if there are any: one that just ends may abort in its group's threads."""
+def _leave_process_group() -> None:
+    """Leave the group of processes, if there is one: a process that just ends may abort in the group's threads."""
     import torch.distributed as group
 
     if group.is_available() and group.is_initialized():

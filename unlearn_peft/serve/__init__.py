@@ -1,1 +1,1 @@
-"""Serving: who must have what forgotten, a scheduler over one base, an OpenAI-compatible front."""
+"""Serving: an OpenAI-compatible server that applies each tenant's adapters on one base."""

@@ -1,8 +1,8 @@
-"""The audit log: JSON lines that say who had what forgotten, by exact digests. No prompts, no answers by default.
+"""The audit log: JSON lines with the exact adapters of each request; no prompts and answers by default.
 
-A request that is answered leaves two lines with one id. `admitted` is written before the first token is generated, so
-that a crash or `kill -9` in the middle of an answer leaves no answer without a record; `finished` tells how it ended.
-A request that is refused leaves a `finished` line alone. No line is ever changed.
+An answered request has two lines with one id. `admitted` is written before the first token is generated, so that even
+`kill -9` in the middle of an answer leaves no answer without a record; `finished` has the outcome. A refused request
+has a `finished` line alone. No line is ever changed.
 """
 
 from __future__ import annotations
@@ -10,30 +10,33 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError
 
+if TYPE_CHECKING:
+    from ..inference.adapter_cache import Applied
+
 
 class AuditLog:
-    """Appends lines to a file, and moves it aside when it is full (`audit.jsonl.1` is the newest that is full).
+    """Appends lines to a file, and rotates it when it is full (`audit.jsonl.1` is the newest full one).
 
-    Each line is handed to the operating system whole before `write` returns, so it outlives this process; with `fsync`
-    it is on the disk, and outlives the machine. One server a file.
+    The operating system has each line whole before `write` returns, so it outlives this process; with `fsync` it is on
+    the disk and outlives the machine. Each server needs its own file.
 
     Args:
-        path: the file; its folder is made.
-        max_bytes: size at which the file is moved aside.
-        keep: how many full files are kept; None: all.
+        path: the file; its folder is created.
+        max_bytes: size at which the file is rotated.
+        keep: number of full files; None: all.
         fsync: wait for the disk at each line (about a millisecond on an SSD).
-        prompts: also write the requests' prompts and answers down. They may hold what is to be forgotten.
-        required: a line that cannot be written refuses the request; else it is only counted and logged.
+        prompts: also record prompts and answers. They may hold what is to be forgotten.
+        required: refuse a request whose line cannot be written; else only log the problem.
 
     Raises:
-        OutputError: if the file cannot be written.
+        OutputError: the file cannot be written.
     """
 
     def __init__(
@@ -57,11 +60,7 @@ class AuditLog:
             raise OutputError(f"cannot write the audit log {path}: {error.strerror}. Choose another --audit") from None
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one line.
-
-        Raises:
-            OutputError: if it cannot be written.
-        """
+        """Append one line; see the class for errors."""
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = json.dumps({"time": time, "event": event, **fields}, ensure_ascii=False) + "\n"
         try:
@@ -71,7 +70,7 @@ class AuditLog:
             raise OutputError(f"cannot write to the audit log {self.path}: {error.strerror}") from None
 
     def close(self) -> None:
-        """Close the file; what was written is flushed to the disk first."""
+        """Flush the file to the disk and close it."""
         with self._lock:
             if self._file is not None:
                 os.fsync(self._file)
@@ -85,7 +84,7 @@ class AuditLog:
             self._open()
         assert self._file is not None
         written = os.write(self._file, line)
-        if written != len(line):  # the disk is full: take the torn line back
+        if written != len(line):  # the disk is full: remove the torn line
             os.ftruncate(self._file, self._size)
             raise OSError(28, "no space left for a whole line")
         self._size += written
@@ -103,23 +102,19 @@ class AuditLog:
         os.fsync(self._file)
         os.close(self._file)
         self._file = None
-        numbers = sorted(self._numbers(), reverse=True)
-        for number in numbers:
-            here = self._aside(number)
+        start = f"{self.path.name}."
+        suffixes = [path.name.removeprefix(start) for path in self.path.parent.glob(f"{start}*")]
+        for number in sorted((int(suffix) for suffix in suffixes if suffix.isdigit()), reverse=True):
             if self.keep is not None and number >= self.keep:
-                here.unlink()
+                self._rotated(number).unlink()
             else:
-                os.replace(here, self._aside(number + 1))
+                os.replace(self._rotated(number), self._rotated(number + 1))
         if self.keep != 0:
-            os.replace(self.path, self._aside(1))
+            os.replace(self.path, self._rotated(1))
         else:
             self.path.unlink()
 
-    def _numbers(self) -> list[int]:
-        found = (path.name.removeprefix(f"{self.path.name}.") for path in self.path.parent.glob(f"{self.path.name}.*"))
-        return [int(number) for number in found if number.isdigit()]
-
-    def _aside(self, number: int) -> Path:
+    def _rotated(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")
 
 
@@ -129,11 +124,11 @@ def _ends_a_line(path: Path) -> bool:
         return stream.read(1) == b"\n"
 
 
-def describe(applied: Any) -> list[Mapping[str, Any]]:
-    """Return what a holding applies, for a line; a base that is not the adapter's, and who signed it, if it is so."""
+def describe(applied: Iterable[Applied]) -> list[Mapping[str, Any]]:
+    """Return the adapters of a lease for a line; also how the base differs from the adapter's, and who signed it."""
     return [
-        {"name": one.name, "sha256": one.sha256, "strength": one.strength}
-        | ({"different_base": list(one.different_base)} if one.different_base else {})
-        | ({"signed_by": one.signed_by} if one.signed_by else {})
-        for one in applied
+        {"name": adapter.name, "sha256": adapter.sha256, "strength": adapter.strength}
+        | ({"different_base": list(adapter.different_base)} if adapter.different_base else {})
+        | ({"signed_by": adapter.signed_by} if adapter.signed_by else {})
+        for adapter in applied
     ]

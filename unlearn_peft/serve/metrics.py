@@ -1,4 +1,4 @@
-"""Figures for Prometheus, in a registry of the server's own."""
+"""Metrics for Prometheus, in the server's own registry."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COUNTERS = {
 
 
 class Metrics:
-    """What is counted; names begin with `unlearn_peft_`. Tenants' names are labels: keep /metrics inside."""
+    """The server's metrics, named `unlearn_peft_...`. Tenants' names are labels: keep /metrics internal."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self.registry = CollectorRegistry()
@@ -37,14 +37,14 @@ class Metrics:
         self.first = Histogram("first_token_seconds", "From arrival to the first text.", buckets=_SECONDS, **named)
         self.active = Gauge("active_answers", "Answers running and waiting.", **named)
         self.policy_problem = Gauge("policy_problem", "1: the newest policy was refused, an older is used.", **named)
-        self.registry.register(_EngineFigures(stats))
+        self.registry.register(_EngineMetrics(stats))
 
     def text(self) -> bytes:
-        """Return all figures in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
-class _EngineFigures(Collector):
+class _EngineMetrics(Collector):
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
         self._stats = stats
 

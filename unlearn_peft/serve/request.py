@@ -1,31 +1,30 @@
-"""A request as the server works with it, and the error that answers a wrong one."""
+"""A request as the handler and the engines see it, and the error that refuses one."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import OutputError, PolicyError
+from .engine.base import Busy, GenerationError, PromptError, Unavailable
 from .policy.policy import Policy
 
+logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
 class ApiError(Exception):
-    """An answer in OpenAI's error shape, with its HTTP status."""
+    """An error response in OpenAI's format, with its HTTP status."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        adapter: str | None = None,
-    ) -> None:
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None,
+        headers: Mapping[str, str] | None = None, adapter: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
         self.status, self.code, self.headers = status, code, dict(headers or {})
         kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(status)
@@ -35,14 +34,41 @@ class ApiError(Exception):
             self.body["error"]["adapter"] = adapter
 
 
+def as_api_error(error: Exception) -> ApiError:
+    """Return what a client may know of an error; paths and digests in its message go to the log alone."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, PromptError):
+        return ApiError(400, str(error), code="invalid_prompt")
+    if isinstance(error, Busy):
+        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, asyncio.TimeoutError):
+        return ApiError(504, "the request took too long", code="timeout")
+    if isinstance(error, GenerationError):
+        logger.error("an answer could not be finished: %s", error)
+        return ApiError(500, str(error), code="generation_failed")
+    if isinstance(error, Unavailable):
+        logger.error("refused, adapter '%s': %s", error.adapter, error)
+        name = f"the adapter '{error.adapter}'" if error.adapter else "something that must be forgotten"
+        message = f"{name} cannot be applied now, so this request is refused"
+        return ApiError(503, message, code="adapter_unavailable", adapter=error.adapter)
+    if isinstance(error, PolicyError):
+        logger.error("refused: %s", error)
+        return ApiError(503, "the policy cannot be applied now, so this request is refused", code="policy_unavailable")
+    if isinstance(error, OutputError):
+        return ApiError(503, "the audit log cannot be written, so this request is refused", code="audit_unavailable")
+    logger.error("unexpected %s", type(error).__name__, exc_info=error)
+    return ApiError(500, "an unexpected error; see the server's log", code="internal_error")
+
+
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A request in terms of the engine; `n` answers to each prompt."""
+    """The body of a request in the engine's terms."""
 
     model: str
     chat: bool
     prompts: tuple[Prompt, ...]
-    n: int
+    n: int  # answers to each prompt
     max_tokens: int | None  # None: as many as fit
     settings: Mapping[str, Any]  # fields of `Generation`
     stream: bool
@@ -52,7 +78,7 @@ class ParsedRequest:
 
 @dataclass
 class Call:
-    """One request on its way, and what there is to be recorded of it."""
+    """One request while it is served, and what is recorded of it."""
 
     tenant: str
     policy: Policy
@@ -60,10 +86,10 @@ class Call:
     began: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
     set_digest: str = ""
-    applied: list[Mapping[str, Any]] | None = None  # None: refused before anything was held
+    applied: list[Mapping[str, Any]] | None = None  # None: refused before it had a lease
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    bare: bool = False  # the base alone is asked for; only where `RequestHandler.shows_base`
+    base_only: bool = False  # asks for the base alone; only where `RequestHandler.shows_base`
 
     @property
     def usage(self) -> dict[str, int]:

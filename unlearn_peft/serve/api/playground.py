@@ -1,20 +1,19 @@
-"""The playground: a page that asks one question under several sets, and shows the answers side by side.
+"""The playground: a page that sends one question with several sets of adapters, and shows the answers side by side.
 
-The page gets nothing that the API would not give to the same key: its answers come from `/v1/...`, so a tenant's set
-is never taken away. The base alone is seen in two cases only: a tenant that has nothing to forget asks (as it may
-anyway), or the server was started with `--playground-base`; the audit log then notes each such request as one.
+The page gets nothing that the API would not give to the same key: its answers come from `/v1/...`, so a tenant's
+adapters always apply. It shows the base alone in two cases only: to a tenant that has nothing to forget, or if the
+server was started with `--playground-base`, where the audit log marks each such request.
 
-What is told of adapters: those that the tenant has forgotten, and those that are offered to all. The names of others
-would tell what other tenants have forgotten. All that is read from an adapter's folder is taken for hostile.
+It shows the adapters that the tenant forgets, and those that are offered to all: the names of others would reveal what
+other tenants forget. Everything that is read from an adapter's folder is untrusted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import stat
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,13 +24,14 @@ from fastapi.responses import JSONResponse
 
 from ...adapters.bundle import CONFIG, CURVES, MANIFEST, WEIGHTS
 from ...adapters.card import FIGURES
-from ...adapters.read import identity_of, sha256
-from ...errors import PolicyError
+from ...adapters.read import identity_of
+from ...errors import AdapterError, PolicyError
+from ...files.untrusted import read_file, sha256_of
 from ..handler import RequestHandler
 from ..policy.policy import AdapterEntry
 from ..request import ApiError, Call
 
-PICTURES = (CURVES, FIGURES)  # the second of `unlearn-peft eval`, whose default place is ADAPTER.eval beside it
+PICTURES = (CURVES, FIGURES)  # the second by `unlearn-peft eval`, which writes to ADAPTER.eval by default
 _PAGE = Path(__file__).parent / "page"
 _FILES = {"playground.css": "text/css"} | dict.fromkeys(("playground.js", "server.js", "tokens.js"), "text/javascript")
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -48,51 +48,45 @@ Respond = Callable[..., Awaitable[Response]]
 
 @dataclass(frozen=True)
 class Playground:
-    """What the page shows beyond a tenant's own set.
+    """What the page shows beyond a tenant's own adapters."""
 
-    Args:
-        base: let every key see the base's own answers, where nothing is forgotten. For demonstrations only.
-        offer: adapters that every key may see and try; where no keys are needed, all are offered.
-    """
-
-    base: bool = False
-    offer: tuple[str, ...] = ()
+    base: bool = False  # every key may see the base's own answers: for demonstrations only
+    offer: tuple[str, ...] = ()  # adapters that every key may see and try; without keys, all
 
 
-def add_playground(app: FastAPI, front: RequestHandler, playground: Playground, respond: Respond) -> None:
-    """Add the page and its routes to the server; `respond(front, request, chat=, bare=)` answers as `/v1` does.
+def add_playground(app: FastAPI, handler: RequestHandler, playground: Playground, respond: Respond) -> None:
+    """Add the page and its routes to the app; `respond(handler, request, chat=, base_only=)` answers as `/v1` does.
 
     Raises:
-        PolicyError: an adapter that is offered is not in the policy.
+        PolicyError: an offered adapter is not in the policy.
     """
-    if unknown := [name for name in playground.offer if name not in front.policies.current().adapters]:
+    if unknown := [name for name in playground.offer if name not in handler.policies.current().adapters]:
         raise PolicyError(f"the playground offers '{unknown[0]}', which is not among the policy's adapters")
-    front.shows_base = playground.base
+    handler.shows_base = playground.base
     page = (_PAGE / "playground.html").read_text(encoding="utf-8")
-    page = page.replace("{keys}", "none" if front.open_tenant is not None else "needed")
-    app.get("/playground")(_answer(page, "text/html"))
+    page = page.replace("{keys}", "none" if handler.open_tenant is not None else "needed")
+    app.get("/playground")(_static(page, "text/html"))
     for name, kind in _FILES.items():
-        app.get(f"/playground/{name}")(_answer((_PAGE / name).read_text(encoding="utf-8"), kind))
+        app.get(f"/playground/{name}")(_static((_PAGE / name).read_text(encoding="utf-8"), kind))
 
     @app.get("/playground/api/adapters")
     async def adapters(request: Request) -> JSONResponse:
-        """What this key may see: whose it is, what it has forgotten in any case, the adapters' cards."""
-        call = await front.identify(request.headers.get("authorization"))
+        """What this key may see: its tenant, what that forgets in any case, the adapters' cards."""
+        call = await handler.identify(request.headers.get("authorization"))
         own = dict(call.policy.tenants[call.tenant].forget)
-        seen = _seen(front, playground, call)
-        cards = await asyncio.gather(*(asyncio.to_thread(card, name, entry) for name, entry in seen.items()))
+        visible = _visible(handler, playground, call)
+        cards = await asyncio.gather(*(asyncio.to_thread(card, name, entry) for name, entry in visible.items()))
         body = {
-            "model": front.engine.model, "tenant": call.tenant, "own": own, "adapters": cards,
+            "model": handler.engine.model, "tenant": call.tenant, "own": own, "adapters": cards,
             "base": "v1" if not own else "playground/api/base" if playground.base else None,
-            "max_tokens": front.limits.max_tokens,
+            "max_tokens": handler.limits.max_tokens,
         }  # fmt: skip
         return JSONResponse(body, headers={**_HEADERS, "cache-control": "no-store"})
 
     @app.get("/playground/api/adapters/{name}/{picture}")
     async def picture(request: Request, name: str, picture: str) -> Response:
-        """A picture of an adapter that this key may see."""
-        call = await front.identify(request.headers.get("authorization"))
-        entry = _seen(front, playground, call).get(name)
+        call = await handler.identify(request.headers.get("authorization"))
+        entry = _visible(handler, playground, call).get(name)
         data = None if entry is None else await asyncio.to_thread(read_picture, Path(entry.path), picture)
         if data is None:
             raise ApiError(404, "there is no such picture", code="not_found")
@@ -103,11 +97,11 @@ def add_playground(app: FastAPI, front: RequestHandler, playground: Playground, 
 
         @app.post("/playground/api/base/chat/completions")
         async def base_chat(request: Request) -> Response:
-            return await respond(front, request, chat=True, bare=True)
+            return await respond(handler, request, chat=True, base_only=True)
 
         @app.post("/playground/api/base/completions")
         async def base_text(request: Request) -> Response:
-            return await respond(front, request, chat=False, bare=True)
+            return await respond(handler, request, chat=False, base_only=True)
 
 
 def card(name: str, entry: AdapterEntry) -> dict[str, Any]:
@@ -127,7 +121,9 @@ def card(name: str, entry: AdapterEntry) -> dict[str, Any]:
         "targets": sorted(filter(None, map(_text, targets)))[:32] if isinstance(targets, list) else [],
         "base": _text(_mapping(manifest.get("base")).get("name")) or _text(config.get("base_model_name_or_path")),
         "objective": _text(_mapping(recipe.get("objective")).get("name")),
-        "metrics": {str(_text(key)): shown for key, value in metrics.items() if (shown := _figure(value)) is not None},
+        "metrics": {
+            str(_text(key)): figure for key, value in metrics.items() if (figure := _figure(value)) is not None
+        },
         "pictures": [picture for picture in PICTURES if read_picture(folder, picture) is not None],
     }
 
@@ -140,21 +136,23 @@ def read_picture(folder: Path, name: str) -> bytes | None:
     if name == FIGURES:
         places.append(folder.with_name(f"{folder.name}.eval") / name)
     for place in places:
-        data = _read(place, _MAX_PICTURE)
-        if data is not None and data.startswith(_PNG):
-            return data
+        if place.is_symlink():
+            continue
+        with suppress(AdapterError):
+            if (data := read_file(place, _MAX_PICTURE)).startswith(_PNG):
+                return data
     return None
 
 
-def _seen(front: RequestHandler, playground: Playground, call: Call) -> dict[str, AdapterEntry]:
-    """Return the adapters that may be shown to the caller, its own first."""
+def _visible(handler: RequestHandler, playground: Playground, call: Call) -> dict[str, AdapterEntry]:
+    """Return the adapters that the caller may see, its own first."""
     known = call.policy.adapters
-    offered = known if front.open_tenant is not None else playground.offer
+    offered = known if handler.open_tenant is not None else playground.offer
     names = dict.fromkeys((*call.policy.tenants[call.tenant].forget, *offered))
     return {name: known[name] for name in names if name in known}
 
 
-def _answer(text: str, kind: str) -> Callable[[], Awaitable[Response]]:
+def _static(text: str, kind: str) -> Callable[[], Awaitable[Response]]:
     headers = {**_HEADERS, "content-security-policy": _CSP, "cache-control": "no-cache"}
 
     async def answer() -> Response:
@@ -163,44 +161,25 @@ def _answer(text: str, kind: str) -> Callable[[], Awaitable[Response]]:
     return answer
 
 
-def _read(path: Path, most: int, *, links: bool = False) -> bytes | None:
-    """Return a file's bytes; None if it is not there, not a plain file, or larger than `most`."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW))
-        try:
-            state = os.fstat(file)
-            if not stat.S_ISREG(state.st_mode) or state.st_size > most:
-                return None
-            with os.fdopen(file, "rb", closefd=False) as stream:
-                data = stream.read(most + 1)
-        finally:
-            os.close(file)
-    except OSError:
-        return None
-    return data if len(data) <= most else None
-
-
 def _json(path: Path) -> dict[str, Any]:
+    """Return what can be read of a JSON object; not `strict_json`, which would show nothing of a card with one flaw."""
     try:
-        return _mapping(json.loads(_read(path, _MAX_JSON, links=True) or b"null"))  # the Hub's cache is made of links
-    except (ValueError, RecursionError):
+        return _mapping(json.loads(read_file(path, _MAX_JSON)))
+    except (AdapterError, ValueError, RecursionError):
         return {}
 
 
 def _digest(path: Path) -> str | None:
-    """Return the sha256 of the file as it is now; computed anew only when it has changed."""
-    try:
+    """Return the sha256 of the file as it is now; computed again only when it has changed."""
+    with suppress(OSError, AdapterError):
         state = path.stat()
-        if not stat.S_ISREG(state.st_mode):
-            return None
         return _sha256(path, state.st_mtime_ns, state.st_ctime_ns, state.st_size, state.st_ino)
-    except OSError:
-        return None
+    return None
 
 
 @lru_cache(maxsize=1024)
-def _sha256(path: Path, *_: int) -> str:
-    return sha256(path)
+def _sha256(path: Path, *_version: int) -> str:
+    return sha256_of(path)
 
 
 def _mapping(value: object) -> dict[str, Any]:

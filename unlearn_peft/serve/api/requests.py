@@ -1,7 +1,7 @@
-"""Requests as OpenAI's clients write them -> `ParsedRequest`, which the engine's terms are made of.
+"""Bodies as OpenAI's clients send them -> `ParsedRequest`.
 
-What changes nothing here is accepted and ignored; what would silently give another answer than was asked for (tools,
-JSON schemas, ...) is refused, and so is every parameter that is not known.
+Parameters without effect on the answer are ignored; those that this server cannot honour (tools, JSON schemas, ...) are
+refused, and so are unknown ones.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..request import ApiError, ParsedRequest, Prompt
 
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 256
-# they tell the service about the caller, or steer what this server does not have
-_CHANGE_NOTHING = {
+# about the caller, or for features of the service that do not change the answer
+_IGNORED = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention",
 }  # fmt: skip
-# fields -> values that ask for nothing
+# fields -> their values without effect
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "logit_bias": ({},), "modalities": (["text"],), "best_of": (1,),
@@ -32,9 +32,7 @@ class _Text(BaseModel):
     text: str
 
 
-class Message(BaseModel):
-    """One message of a chat."""
-
+class _Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Text]
     name: str | None = None
@@ -45,9 +43,7 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class StreamOptions(BaseModel):
-    """What a stream holds beside its text."""
-
+class _StreamOptions(BaseModel):
     model_config = ConfigDict(extra="ignore")
     include_usage: bool = False
 
@@ -65,8 +61,8 @@ class _Common(BaseModel):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     ignore_eos: bool = False  # an extension, as vLLM has it
     stream: bool = False
-    stream_options: StreamOptions | None = None
-    forget: dict[str, Annotated[float, Field(gt=0, le=10)]] = {}  # our extension: what is to be forgotten on top
+    stream_options: _StreamOptions | None = None
+    forget: dict[str, Annotated[float, Field(gt=0, le=10)]] = {}  # our extension: adapters beside the policy's
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -81,19 +77,15 @@ class _Common(BaseModel):
         return value
 
 
-class ChatRequest(_Common):
-    """The body of /v1/chat/completions."""
-
-    messages: list[Message] = Field(min_length=1)
+class _ChatRequest(_Common):  # /v1/chat/completions
+    messages: list[_Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
 
-class CompletionRequest(_Common):
-    """The body of /v1/completions."""
-
+class _CompletionRequest(_Common):  # /v1/completions
     prompt: str | list[int] | list[str] | list[list[int]] = Field(min_length=1)
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
@@ -103,9 +95,9 @@ def read_request(body: bytes, *, chat: bool) -> ParsedRequest:
     """Read a request's body.
 
     Raises:
-        ApiError: naming what cannot be used. Texts of the request are never quoted.
+        ApiError: naming what is wrong; it never quotes texts of the request.
     """
-    kind: type[ChatRequest] | type[CompletionRequest] = ChatRequest if chat else CompletionRequest
+    kind: type[_ChatRequest] | type[_CompletionRequest] = _ChatRequest if chat else _CompletionRequest
     try:
         request = kind.model_validate(_without_nulls(body))
     except ValidationError as error:
@@ -113,25 +105,21 @@ def read_request(body: bytes, *, chat: bool) -> ParsedRequest:
         where = ".".join(str(part) for part in first["loc"])
         raise ApiError(400, f"{where}: {first['msg']}", param=where, code="invalid_value") from None
     for name, value in (request.model_extra or {}).items():
-        if name not in _CHANGE_NOTHING and value not in _NEUTRAL.get(name, ()):
-            raise ApiError(
-                400,
-                f"this server cannot do '{name}' as asked for: leave it out",
-                param=name,
-                code="unsupported_parameter",
-            )
+        if name not in _IGNORED and value not in _NEUTRAL.get(name, ()):
+            message = f"this server does not support this value of '{name}': leave it out"
+            raise ApiError(400, message, param=name, code="unsupported_parameter")
     prompts: tuple[Prompt, ...]
-    if isinstance(request, ChatRequest):
+    if isinstance(request, _ChatRequest):
         prompts = (tuple(message.plain() for message in request.messages),)
-        longest = request.max_completion_tokens or request.max_tokens
+        max_tokens = request.max_completion_tokens or request.max_tokens
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         if request.top_logprobs and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
     else:
-        given = request.prompt
-        alone = isinstance(given, str) or isinstance(given[0], int)
-        prompts = (given,) if alone else tuple(given)  # type: ignore[assignment,arg-type]
-        longest, logprobs = request.max_tokens, request.logprobs
+        prompt = request.prompt
+        single = isinstance(prompt, str) or isinstance(prompt[0], int)
+        prompts = (prompt,) if single else tuple(prompt)  # type: ignore[assignment,arg-type]
+        max_tokens, logprobs = request.max_tokens, request.logprobs
     settings = {
         name: getattr(request, name)
         for name in ("temperature", "top_p", "seed", "presence_penalty", "frequency_penalty", "ignore_eos")
@@ -139,7 +127,7 @@ def read_request(body: bytes, *, chat: bool) -> ParsedRequest:
     settings |= {"top_k": max(request.top_k, 0), "stop": tuple(request.stop), "logprobs": logprobs}
     usage = request.stream_options is not None and request.stream_options.include_usage
     return ParsedRequest(
-        request.model, chat, prompts, request.n, longest, settings, request.stream, usage, dict(request.forget)
+        request.model, chat, prompts, request.n, max_tokens, settings, request.stream, usage, dict(request.forget)
     )
 
 

@@ -1,4 +1,4 @@
-"""Pieces of answers -> bodies and stream events in OpenAI's shapes."""
+"""Chunks of answers -> bodies and stream events in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from ..engine.base import Candidate, TokenLogprobs
 
 @dataclass
 class Answer:
-    """One choice while its pieces come in."""
+    """One choice while its chunks come in."""
 
     index: int
     text: str = ""
-    tokens: int = 0
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ResponseFormat:
-    """The parts that all bodies and events of one response share."""
+    """Writes one response: the whole body, or its stream events."""
 
     chat: bool
     id: str
     model: str
     created: int  # seconds since 1970
-    fingerprint: str  # of the base and exactly what was forgotten
+    fingerprint: str  # of the base and exactly the adapters that were applied
     logprobs: bool
 
     def body(self, answers: Sequence[Answer], usage: Mapping[str, int]) -> dict[str, Any]:
@@ -42,40 +41,32 @@ class ResponseFormat:
             }
             for answer in answers
         ]
-        return self._envelope("chat.completion" if self.chat else "text_completion", choices, usage)
+        return {**self._envelope(choices, whole=True), "usage": dict(usage)}
 
     def role(self, index: int) -> dict[str, Any]:
         """Return a chat stream's first event for a choice."""
-        choice = {
-            "index": index,
-            "delta": {"role": "assistant", "content": ""},
-            "logprobs": None,
-            "finish_reason": None,
-        }
-        return self._envelope("chat.completion.chunk", [choice])
+        delta = {"role": "assistant", "content": ""}
+        return self._envelope([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
     def event(
-        self, index: int, text: str, logprobs: Sequence[TokenLogprobs], reason: str | None, before: int
+        self, index: int, text: str, logprobs: Sequence[TokenLogprobs], reason: str | None, offset: int
     ) -> dict[str, Any]:
-        """Return the event for a piece; `before` is how many characters of text came before it."""
-        said: dict[str, Any] = (
-            {"delta": {"content": text} if text or not reason else {}} if self.chat else {"text": text}
-        )
-        choice = {"index": index, **said, "logprobs": self._logprobs(logprobs, before), "finish_reason": reason}
-        return self._envelope("chat.completion.chunk" if self.chat else "text_completion", [choice])
+        """Return a chunk's event; `offset`: characters of the answer before it."""
+        delta = {"content": text} if text or not reason else {}
+        content: dict[str, Any] = {"delta": delta} if self.chat else {"text": text}
+        choice = {"index": index, **content, "logprobs": self._logprobs(logprobs, offset), "finish_reason": reason}
+        return self._envelope([choice])
 
     def usage_event(self, usage: Mapping[str, int]) -> dict[str, Any]:
-        """Return a stream's last event, if usage was asked for."""
-        return self._envelope("chat.completion.chunk" if self.chat else "text_completion", [], usage)
+        """Return a stream's last event, if usage is requested."""
+        return {**self._envelope([]), "usage": dict(usage)}
 
-    def _envelope(
-        self, kind: str, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, int] | None = None
-    ) -> dict[str, Any]:
-        body = {
+    def _envelope(self, choices: list[dict[str, Any]], *, whole: bool = False) -> dict[str, Any]:
+        kind = ("chat.completion" if whole else "chat.completion.chunk") if self.chat else "text_completion"
+        return {
             "id": self.id, "object": kind, "created": self.created, "model": self.model,
-            "system_fingerprint": self.fingerprint, "choices": list(choices),
+            "system_fingerprint": self.fingerprint, "choices": choices,
         }  # fmt: skip
-        return body if usage is None else {**body, "usage": dict(usage)}
 
     def _logprobs(self, entries: Sequence[TokenLogprobs], offset: int) -> dict[str, Any] | None:
         if not self.logprobs:

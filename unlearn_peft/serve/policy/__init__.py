@@ -1,1 +1,1 @@
-"""Who must have what forgotten: in YAML or a database."""
+"""Policies: which adapters each tenant must have forgotten, in YAML or a database."""

@@ -1,4 +1,7 @@
-"""The changes of a policy's content: plain mappings, no database. Each returns what the history notes, without keys."""
+"""Edits of a policy: each changes the plain mapping that a policy's YAML has, and returns what the history records.
+
+An API key is recorded by the first digits of its sha256 only.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from typing import Any
 from ...errors import PolicyError, did_you_mean, safe_repr
 from .policy import Policy, check_name, key_digest
 
-Content = dict[str, Any]  # as the YAML form: adapters and tenants by name
-_PREFIX = 12  # hexadecimal digits of a key's digest that tell it from others
-_SHORTEST = 8
+Content = dict[str, Any]  # as in YAML: adapters and tenants by name
+_PREFIX = 12  # hexadecimal digits of a sha256 that tell keys apart
+_MIN_PREFIX = 8
 
 
 def add(content: Content, tenant: str) -> Content:
-    """Add a tenant that has nothing forgotten and no key yet."""
+    """Add a tenant that forgets nothing and has no key yet."""
     if tenant in content["tenants"]:
         raise PolicyError(f"tenant '{tenant}' is there already")
     content["tenants"][_checked(tenant)] = {"forget": {}, "keys": []}
@@ -24,32 +27,31 @@ def add(content: Content, tenant: str) -> Content:
 
 
 def remove(content: Content, tenant: str) -> Content:
-    """Remove a tenant with its keys."""
-    entry = _known(content, "tenant", tenant)
+    """Remove a tenant with its keys: nobody is served under its name any more."""
+    entry = get_entry(content, "tenant", tenant)
     del content["tenants"][tenant]
-    return {"tenant": tenant, **_noted(entry)}
+    return {"tenant": tenant, **summary(entry)}
 
 
-def forget(content: Content, tenant: str, adapter: str, strength: float) -> Content:
-    """Have an adapter forgotten for a tenant, or change its strength."""
-    held = _known(content, "tenant", tenant)["forget"]
-    _known(content, "adapter", adapter)
-    before, held[adapter] = held.get(adapter), strength
+def forget(content: Content, tenant: str, adapter: str, strength: float = 1.0) -> Content:
+    """Make a tenant forget an adapter, or change the strength."""
+    strengths = get_entry(content, "tenant", tenant)["forget"]
+    get_entry(content, "adapter", adapter)
+    before, strengths[adapter] = strengths.get(adapter), strength
     return {"tenant": tenant, "adapter": adapter, "strength": strength, "before": before}
 
 
 def unforget(content: Content, tenant: str, adapter: str) -> Content:
-    """Have an adapter no longer forgotten for a tenant."""
-    held = _known(content, "tenant", tenant)["forget"]
-    if adapter not in held:
-        raise PolicyError(
-            f"tenant '{tenant}' does not have {safe_repr(adapter)} forgotten{did_you_mean(adapter, held)}"
-        )
-    return {"tenant": tenant, "adapter": adapter, "before": held.pop(adapter)}
+    """Stop forgetting an adapter for a tenant."""
+    strengths = get_entry(content, "tenant", tenant)["forget"]
+    if adapter not in strengths:
+        near = did_you_mean(adapter, strengths)
+        raise PolicyError(f"tenant '{tenant}' does not have {safe_repr(adapter)} forgotten{near}")
+    return {"tenant": tenant, "adapter": adapter, "before": strengths.pop(adapter)}
 
 
 def adapter(content: Content, name: str, path: str | Path, sha256: str | None) -> Content:
-    """Name an adapter, or put another one into a name's place."""
+    """Register an adapter, or replace the one of that name; `sha256` is its `Bundle.identity`, None: not checked."""
     before = content["adapters"].get(_checked(name))
     entry = {"path": str(Path(path).absolute()), "sha256": sha256.lower() if sha256 else None}
     content["adapters"][name] = entry
@@ -57,83 +59,96 @@ def adapter(content: Content, name: str, path: str | Path, sha256: str | None) -
 
 
 def unadapter(content: Content, name: str) -> Content:
-    """Take an adapter's name away, if no tenant has it forgotten."""
-    before = _known(content, "adapter", name)
+    """Remove an adapter that no tenant forgets."""
+    before = get_entry(content, "adapter", name)
     if users := [tenant for tenant, entry in content["tenants"].items() if name in entry["forget"]]:
-        told = ", ".join(users[:5]) + (f" and {len(users) - 5} more" if len(users) > 5 else "")
-        raise PolicyError(f"adapter '{name}' is forgotten for {told}: take it away there first (unforget)")
+        tenants = ", ".join(users[:5]) + (f" and {len(users) - 5} more" if len(users) > 5 else "")
+        raise PolicyError(f"adapter '{name}' is forgotten for {tenants}: `unforget` it there first")
     del content["adapters"][name]
     return {"adapter": name, "before": before}
 
 
 def add_key(content: Content, tenant: str, digest: str) -> Content:
-    """Give a tenant a key, by its digest."""
-    _known(content, "tenant", tenant)["keys"].append(digest)
+    """Add an API key to a tenant, by its sha256."""
+    get_entry(content, "tenant", tenant)["keys"].append(digest)
     return {"tenant": tenant, "key": digest[:_PREFIX]}
 
 
-def revoke_key(content: Content, tenant: str, which: str) -> Content:
-    """Take a key away from a tenant: given itself, by its digest, or by the first digits of that."""
-    digest = key_digest(which) if which.startswith("uf-") else which.lower()
-    keys = _known(content, "tenant", tenant)["keys"]
-    found = [key for key in keys if len(digest) >= _SHORTEST and key.startswith(digest)]
-    if len(found) != 1:
+def revoke_key(content: Content, tenant: str, key: str) -> Content:
+    """Remove an API key from a tenant: the key itself, its sha256, or the first 8 or more digits of that."""
+    digest = key_digest(key) if key.startswith("uf-") else key.lower()
+    keys = get_entry(content, "tenant", tenant)["keys"]
+    matches = [known for known in keys if len(digest) >= _MIN_PREFIX and known.startswith(digest)]
+    if len(matches) != 1:
         raise PolicyError(
-            f"{len(found)} keys of tenant '{tenant}' fit, expected one: give the key, or {_SHORTEST} or more digits of "
-            f"its sha256; it has {', '.join(_prefixes(keys)) or 'none'}"
+            f"{len(matches)} keys of tenant '{tenant}' fit, expected one: give the key, or {_MIN_PREFIX} or more "
+            f"digits of its sha256; it has {', '.join(_prefixes(keys)) or 'none'}"
         )
-    keys.remove(found[0])
-    return {"tenant": tenant, "key": found[0][:_PREFIX]}
+    keys.remove(matches[0])
+    return {"tenant": tenant, "key": matches[0][:_PREFIX]}
 
 
 def trust(content: Content, tenant: str, keys: Mapping[str, str]) -> Content:
-    """Have a tenant trust these public keys (name -> PEM), and no adapter without a signature by one that it trusts."""
-    entry = _known(content, "tenant", tenant)
+    """Add public keys (name -> PEM) to those that a tenant trusts: it is served signed adapters only."""
+    entry = get_entry(content, "tenant", tenant)
     trusted = entry.get("trusted_keys") or {}
     if other := [name for name, pem in keys.items() if trusted.get(name, pem) != pem]:
         raise PolicyError(
-            f"tenant '{tenant}' trusts another key called {safe_repr(other[0])}: take that away first (untrust), or "
-            "rename the file of this one"
+            f"tenant '{tenant}' trusts another key called {safe_repr(other[0])}: `untrust` that one first, or rename "
+            "the file of this one"
         )
     entry["trusted_keys"] = {**trusted, **keys}
     return {"tenant": tenant, "trusted_keys": _fingerprints(keys)}
 
 
 def untrust(content: Content, tenant: str, name: str | None) -> Content:
-    """Take a trusted key away from a tenant; None: all, so that it asks for no signatures any more."""
-    entry = _known(content, "tenant", tenant)
+    """Remove a trusted key from a tenant; None: all of them, so that it no longer requires signatures."""
+    entry = get_entry(content, "tenant", tenant)
     trusted = entry.get("trusted_keys") or {}
     if name is not None and name not in trusted:
         raise PolicyError(f"tenant '{tenant}' trusts no key called {safe_repr(name)}{did_you_mean(name, trusted)}")
     if not trusted:
-        raise PolicyError(f"tenant '{tenant}' has no trusted keys: it asks for no signatures anyway")
+        raise PolicyError(f"tenant '{tenant}' has no trusted keys: it requires no signatures anyway")
     if name is not None and len(trusted) == 1:
         raise PolicyError(
-            f"{safe_repr(name)} is the last key that tenant '{tenant}' trusts: without any, adapters would be applied "
-            "that nobody has signed. Let it trust another first, or take all away (--all) if that is what you want"
+            f"{safe_repr(name)} is the last key that tenant '{tenant}' trusts: without it, unsigned adapters would be "
+            "applied. Trust another key first, or remove all (--all) if that is what you want"
         )
-    taken = trusted if name is None else {name: trusted[name]}
-    entry["trusted_keys"] = {key: pem for key, pem in trusted.items() if key not in taken} or None
-    return {"tenant": tenant, "trusted_keys": _fingerprints(taken), "all": name is None}
+    removed = trusted if name is None else {name: trusted[name]}
+    entry["trusted_keys"] = {key: pem for key, pem in trusted.items() if key not in removed} or None
+    return {"tenant": tenant, "trusted_keys": _fingerprints(removed), "all": name is None}
 
 
 def replace(content: Content, policy: Policy) -> Content:
-    """Put a whole policy into the place of all that is there."""
+    """Replace everything by another policy."""
     content |= policy.model_dump()
-    tenants = {name: _noted(entry) for name, entry in content["tenants"].items()}
+    tenants = {name: summary(entry) for name, entry in content["tenants"].items()}
     return {"adapters": content["adapters"], "tenants": tenants}
 
 
-def _noted(entry: Content) -> Content:
-    """What the history notes of a tenant."""
+def summary(entry: Content) -> Content:
+    """Return a tenant's entry with prefixes of digests in place of its keys."""
     trusted = entry.get("trusted_keys")
     more = {"trusted_keys": _fingerprints(trusted)} if trusted else {}
     return {"forget": entry["forget"], "keys": _prefixes(entry["keys"]), **more}
 
 
 def fingerprint(pem: str) -> str:
-    """Return the first digits of a public key's sha256, which `sha256sum KEY.pub` tells, too."""
+    """Return the first digits of a public key's sha256, as `sha256sum KEY.pub` prints it."""
     return hashlib.sha256(pem.encode()).hexdigest()[:_PREFIX]
+
+
+def get_entry(content: Content, kind: str, name: str) -> Content:
+    """Return the entry of a "tenant" or an "adapter".
+
+    Raises:
+        PolicyError: there is none of that name.
+    """
+    entries: dict[str, Content] = content[f"{kind}s"]
+    if name not in entries:
+        hint = did_you_mean(name, entries) or ": `unlearn-peft tenant list` shows all, `tenant --help` how to add one"
+        raise PolicyError(f"no {kind} {safe_repr(name)}{hint}")
+    return entries[name]
 
 
 def _checked(name: str) -> str:
@@ -141,19 +156,6 @@ def _checked(name: str) -> str:
         return check_name(name)
     except ValueError as error:
         raise PolicyError(str(error)) from None
-
-
-def _known(content: Content, kind: str, name: str) -> Content:
-    entries: dict[str, Content] = content[f"{kind}s"]
-    if name not in entries:
-        raise unknown(kind, name, entries)
-    return entries[name]
-
-
-def unknown(kind: str, name: str, entries: Iterable[str]) -> PolicyError:
-    """Return the error for a tenant or adapter that the policy does not have."""
-    near = did_you_mean(name, entries) or ": `unlearn-peft tenant list` tells what there is, `--help` how to add"
-    return PolicyError(f"no {kind} {safe_repr(name)}{near}")
 
 
 def _fingerprints(keys: Mapping[str, str]) -> dict[str, str]:

@@ -1,11 +1,7 @@
-"""Who must have what forgotten: adapters, tenants, what each tenant has forgotten, and the keys that name a tenant.
+"""A policy: which adapters each tenant must have forgotten, its API keys, and the public keys that it trusts.
 
-A tenant may also name the public keys that it trusts: then no adapter is applied for it that none of them has signed.
-
-A mapping comes in, from a YAML file (`policy_file.py`) or a database (`store.py`); a frozen `Policy` goes out, asked
-for anew at every request.
-
-Whatever is wrong is refused as a whole, so that nobody is served under half a policy.
+A mapping from a YAML file (`yaml_file.py`) or a database (`store.py`) is validated as a whole, so that nobody is
+served under half a policy; a frozen `Policy` comes out, looked up anew at every request.
 """
 
 from __future__ import annotations
@@ -49,14 +45,14 @@ _PEM = re.compile(r"\s*-----BEGIN PUBLIC KEY-----\s([A-Za-z0-9+/=\s]{1,2000})---
 
 
 def check_name(name: str) -> str:
-    """Return the name of a tenant or an adapter, if it can be one.
+    """Return the name of a tenant or an adapter; it is used in paths, URLs and logs.
 
     Raises:
-        ValueError: it is used in paths, URLs and logs, so that only plain characters are allowed.
+        ValueError: it has other than plain characters.
     """
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name):  # repr, not ASCII: whoever wrote it in another script must recognize it
         raise ValueError(
-            f"{safe_repr(name)} is no name: expected 1 to 64 letters, digits, '.', '_' or '-', and no '..' among them"
+            f"{name[:80]!r} is no name: expected 1 to 64 letters, digits, '.', '_' or '-', and no '..' among them"
         )
     return name
 
@@ -70,25 +66,25 @@ def _check_strength(value: object) -> float:
 
 
 def _check_digest(text: str) -> str:
-    if not _DIGEST.fullmatch(text):  # never shown: it may be a key, put here by mistake
+    if not _DIGEST.fullmatch(text):  # the text is not quoted: it may be an API key, put here by mistake
         raise ValueError("expected a sha256: 64 hexadecimal digits")
     return text.lower()
 
 
 @lru_cache(maxsize=1000)
 def _check_public_key(text: str) -> str:
-    """Return a public key in PEM in one form, checked as far as what is installed can do it.
+    """Return a public key as normalized PEM, checked if `model_signing` is installed.
 
-    Where nothing can verify (inside vLLM, say), the policy still serves those who trust no keys; others are refused.
+    Without it (inside vLLM, say), the policy still serves tenants that trust no keys; others are refused.
     """
     if "PRIVATE KEY" in text:
         raise ValueError("this is a private key: those sign, and stay secret. Give the public one (.pub)")
-    if not (found := _PEM.fullmatch(text)):
+    if not (match := _PEM.fullmatch(text)):
         raise ValueError(
-            "expected one public key in PEM (-----BEGIN PUBLIC KEY-----...), itself and not its file's name, since all "
-            "servers must have the same: `unlearn-peft tenant trust` takes files"
+            "expected one public key in PEM (-----BEGIN PUBLIC KEY-----...), itself and not its file's name, so that "
+            "all servers have the same: `unlearn-peft tenant trust` takes files"
         )
-    lines = textwrap.wrap("".join(found[1].split()), 64)
+    lines = textwrap.wrap("".join(match[1].split()), 64)
     pem = "\n".join(["-----BEGIN PUBLIC KEY-----", *lines, "-----END PUBLIC KEY-----", ""])
     if importlib.util.find_spec("model_signing") is not None:
         from ...adapters.trust import public_pem
@@ -111,7 +107,7 @@ class _Frozen(BaseModel):
 
 
 class AdapterEntry(_Frozen):
-    """Where an adapter lies, and what it must be: `sha256` is its `Bundle.identity`, or None for any."""
+    """An adapter's directory, and the `Bundle.identity` that it must have; None: any."""
 
     path: str
     sha256: Digest | None = None
@@ -127,8 +123,7 @@ class AdapterEntry(_Frozen):
 class TenantEntry(_Frozen):
     """What a tenant must have forgotten (adapter -> strength), and the sha256 of each of its API keys.
 
-    `trusted_keys` are public keys in PEM, by the name that is told: an adapter is applied for this tenant only if one
-    of them has signed it. None: the tenant asks for no signature.
+    With `trusted_keys` (name -> PEM), an adapter is applied for this tenant only if one of them has signed it.
     """
 
     forget: dict[Name, Strength]
@@ -161,7 +156,7 @@ class TenantEntry(_Frozen):
 
 
 class Policy(_Frozen):
-    """One version of who must have what forgotten. It never changes; ask its source for the current one."""
+    """One version of a policy. It never changes; a `PolicySource` has the current one."""
 
     adapters: dict[Name, AdapterEntry]
     tenants: dict[Name, TenantEntry]
@@ -185,33 +180,31 @@ class Policy(_Frozen):
         return self
 
     def model_post_init(self, context: Any) -> None:
-        """Compute what is asked for at every request."""
+        """Precompute what every request needs."""
         content = json.dumps(self.model_dump(), sort_keys=True)
         self._version = hashlib.sha256(content.encode()).hexdigest()
         self._keys = tuple(sorted((digest, tenant) for tenant, entry in self.tenants.items() for digest in entry.keys))
 
     @property
     def version(self) -> str:
-        """The sha256 of the content, in hex: equal if and only if the content is."""
+        """The sha256 of the content, in hex."""
         return self._version
 
     def tenant_of(self, api_key: str) -> str | None:
-        """Return whose key this is, or None. All keys are compared, in a time that does not tell which one fits."""
-        digest, found = key_digest(api_key), None
+        """Return whose key this is, or None. It always compares all keys, so that its time does not leak which fits."""
+        digest, owner = key_digest(api_key), None
         for known, tenant in self._keys:
             if hmac.compare_digest(known, digest):
-                found = tenant
-        return found
+                owner = tenant
+        return owner
 
     def trust_of(self, tenant: str) -> Trust | None:
-        """Return whose signatures alone the adapters of a tenant's requests may bear; None: it asks for none.
+        """Return who must have signed the adapters of a tenant's requests; None: no signature is required.
 
         Raises:
             PolicyError: unknown tenant.
         """
-        if tenant not in self.tenants:
-            raise PolicyError(f"unknown tenant {safe_repr(tenant)}")
-        trusted = self.tenants[tenant].trusted_keys
+        trusted = self._entry(tenant).trusted_keys
         return None if trusted is None else _trust(tuple(sorted(trusted.items())))
 
     def forget_of(self, tenant: str, extra: Mapping[str, float] | Sequence[str] = ()) -> dict[str, float]:
@@ -219,19 +212,16 @@ class Policy(_Frozen):
 
         Args:
             tenant: its name.
-            extra: what the request asks for itself. It can add an adapter or raise a strength, never lower or
-                remove one: the greater strength counts.
+            extra: what the request adds: an adapter, or a greater strength. A smaller one has no effect.
 
         Raises:
-            PolicyError: unknown tenant or adapter, or a strength that is none. Adapters of others are not suggested.
+            PolicyError: unknown tenant or adapter, or no valid strength. Adapters of others are not suggested.
         """
-        if tenant not in self.tenants:
-            raise PolicyError(f"unknown tenant {safe_repr(tenant)}")
+        entry = self._entry(tenant)
         if isinstance(extra, str) or not isinstance(extra, (Mapping, Sequence)):
             raise PolicyError("expected a list of adapters, or a mapping of adapters to strengths")
-        forget = dict(self.tenants[tenant].forget)
-        asked = extra.items() if isinstance(extra, Mapping) else [(name, 1.0) for name in extra]
-        for name, strength in asked:
+        forget = dict(entry.forget)
+        for name, strength in extra.items() if isinstance(extra, Mapping) else [(name, 1.0) for name in extra]:
             if not isinstance(name, str) or name not in self.adapters:
                 raise PolicyError(f"unknown adapter {safe_repr(name)}")
             try:
@@ -240,9 +230,14 @@ class Policy(_Frozen):
                 raise PolicyError(f"adapter '{name}': {error}") from None
         return forget
 
+    def _entry(self, tenant: str) -> TenantEntry:
+        if tenant not in self.tenants:
+            raise PolicyError(f"unknown tenant {safe_repr(tenant)}")
+        return self.tenants[tenant]
+
 
 class PolicySource(Protocol):
-    """Where the current policy comes from: a file or a store. Safe for many threads."""
+    """A file or a store that holds the current policy. Safe for many threads."""
 
     def current(self) -> Policy:
         """Return the current policy. It may wait for a disk or a database: from asyncio, call it in a thread.
@@ -250,19 +245,17 @@ class PolicySource(Protocol):
         Raises:
             PolicyError: there is none that may still be used.
         """
-        ...
 
     @property
     def problem(self) -> str | None:
         """Why the newest version is not in use, or None."""
-        ...
 
 
 def make_policy(values: Any, origin: str, folder: Path | None = None) -> Policy:
-    """Validate a mapping as a policy.
+    """Validate a mapping as a policy; relative adapter paths start at `folder`.
 
     Raises:
-        PolicyError: naming `origin` and all that is wrong, but no key.
+        PolicyError: naming `origin` and everything that is wrong, but no API key.
     """
     if not isinstance(values, Mapping):
         raise PolicyError(f"{origin} holds {_kind(values)}, expected a mapping with 'adapters' and 'tenants'")
@@ -271,13 +264,13 @@ def make_policy(values: Any, origin: str, folder: Path | None = None) -> Policy:
     except ValidationError as error:
         problems = [line for item in error.errors() for line in _describe(dict(item)).splitlines()]
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        told = "\n".join(f"  - {line}" for line in problems[:20])
-        raise PolicyError(f"{origin} cannot be used:\n{told}{more}") from None
+        lines = "\n".join(f"  - {line}" for line in problems[:20])
+        raise PolicyError(f"{origin} cannot be used:\n{lines}{more}") from None
 
 
 @lru_cache(maxsize=1000)
 def _trust(trusted: tuple[tuple[str, str], ...]) -> Trust:
-    """One object for the same keys: it remembers which signatures held."""
+    """Return the same object for the same keys: it caches which signatures are valid."""
     from ...adapters.trust import Trust
 
     return Trust({name: pem.encode() for name, pem in trusted})
@@ -289,12 +282,12 @@ def new_key() -> str:
 
 
 def key_digest(api_key: str) -> str:
-    """Return what a policy holds of an API key: its sha256, in hex."""
+    """Return the sha256 of an API key, in hex: all that a policy holds of it."""
     return hashlib.sha256(api_key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _describe(item: dict[str, Any]) -> str:
-    """Say what is wrong, without the value: it may be a key, put at the wrong place."""
+    """Describe an error of pydantic without the value: it may be an API key in the wrong place."""
     parts = [str(part) for part in item["loc"] if part != "[key]"]
     where = ".".join(parts)
     if item["type"] == "extra_forbidden":

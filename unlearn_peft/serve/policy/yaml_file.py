@@ -1,12 +1,9 @@
-"""A policy in a YAML file, watched: read again when it changes, refused as a whole when anything in it is wrong.
+"""A policy in a YAML file, which is read again when it changes. `recipes/serve/policy.yaml` explains each line.
 
-    adapters:
-      hp: {path: adapters/hp, sha256: 015a...}  # as `unlearn-peft inspect` tells it; may be left out
-    tenants:
-      acme: {forget: [hp], keys: [9f86...]}     # or forget: {hp: 0.5}; keys: the sha256 of each API key
-                                                # and perhaps trusted_keys: {alice: -----BEGIN PUBLIC KEY-----...}
-
-`recipes/serve/policy.yaml` explains each line.
+adapters:
+  hp: {path: adapters/hp, sha256: 015a...}
+tenants:
+  acme: {forget: [hp], keys: [9f86...]}
 """
 
 from __future__ import annotations
@@ -32,78 +29,69 @@ _TRIES = 20
 
 
 class PolicyFile:
-    """A policy in a YAML file, read again when the file changes. A bad new one is refused, and the old one stays.
+    """A policy in a YAML file, read again when the file changes; if the new one is wrong, the old one stays.
 
     A call of `current` that begins after a change never returns an older policy. Replace the file by renaming a
-    whole one onto it: one that is written in place is read as soon as it has been still for 50 ms.
+    whole one onto it: one that is written in place is read once it has not changed for 50 ms.
 
     Raises:
-        PolicyError: when made, if the file cannot be used: there is no old policy then.
+        PolicyError: the file cannot be used at first: there is no old policy then.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
+        self.problem: str | None = None  # see `PolicySource`
         self._lock = threading.Lock()
-        self._problem: str | None = None
-        self._began = time.monotonic()
+        self._read_at = time.monotonic()
         try:
-            self._seen, data = _settled(self.path)
+            self._last_stat, data = _read_settled(self.path)
         except OSError as error:
             raise PolicyError(_unreadable(self.path, error)) from None
         self._policy = parse_policy(data, str(self.path), self.path.parent)
 
     def current(self) -> Policy:
-        """Return the newest good policy."""
-        asked = time.monotonic()
+        """Return the newest valid policy."""
+        called = time.monotonic()
         try:
-            changed = _signature(os.stat(self.path)) != self._seen
+            changed = _stat_key(os.stat(self.path)) != self._last_stat
         except OSError:
             changed = True
         if changed:
             with self._lock:
-                if self._began <= asked:  # else another thread has looked meanwhile
-                    self._began = time.monotonic()
+                if self._read_at <= called:  # else another thread has just read it
+                    self._read_at = time.monotonic()
                     self._reload()
         return self._policy
-
-    @property
-    def problem(self) -> str | None:
-        """Why the newest file is not in use, or None."""
-        return self._problem
 
     def _reload(self) -> None:
         problem = None
         try:
-            seen, data = _settled(self.path)
+            stat_key, data = _read_settled(self.path)
             try:
                 self._policy = parse_policy(data, str(self.path), self.path.parent)
             except PolicyError as error:
                 problem = str(error)
-            self._seen = seen
+            self._last_stat = stat_key
         except OSError as error:
-            problem, self._seen = _unreadable(self.path, error), ()
-        if problem and problem != self._problem:
+            problem, self._last_stat = _unreadable(self.path, error), ()
+        if problem and problem != self.problem:
             logger.warning("The policy stays as it was (%.12s): %s", self._policy.version, problem)
         elif not problem:
             logger.info("Policy %.12s: %d tenants", self._policy.version, len(self._policy.tenants))
-        self._problem = problem
+        self.problem = problem
 
 
 def read_policy(path: str | Path) -> Policy:
     """Read a policy from a YAML file; relative adapter paths start at its folder.
 
     Raises:
-        PolicyError: if the file cannot be read or anything in it is wrong; all is told at once.
+        PolicyError: the file cannot be read, or naming everything that is wrong in it.
     """
     return PolicyFile(path).current()
 
 
 def parse_policy(data: bytes, origin: str, folder: Path) -> Policy:
-    """Read a policy from YAML; relative adapter paths start at `folder`.
-
-    Raises:
-        PolicyError: naming `origin` and all that is wrong, but no key.
-    """
+    """Read a policy from YAML; see `make_policy`."""
     if len(data) > _MAX_BYTES:
         raise PolicyError(f"{origin} is larger than {_MAX_BYTES / 1e6:.0f} MB: expected a policy")
     try:
@@ -118,12 +106,12 @@ def parse_policy(data: bytes, origin: str, folder: Path) -> Policy:
 
 
 def dump_policy(policy: Policy) -> str:
-    """Return a policy as YAML; it reads back to the same version."""
+    """Return a policy as YAML that reads back to the same version."""
     return yaml.dump(policy.model_dump(mode="json", exclude_none=True), Dumper=_Dumper, sort_keys=False)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes a text of several lines, as public keys are, as such."""
+    """Writes multi-line text, such as public keys, as a block."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
@@ -133,7 +121,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's own in Python (the one in C crashes on deep nesting), without keys given twice or merged in."""
+    """PyYAML's loader in Python (the one in C crashes on deep nesting), without duplicate and merge keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[object] = set()
@@ -150,8 +138,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _settled(path: Path) -> tuple[tuple[int, ...], bytes]:
-    """Return the file's signature and bytes, once nobody has written to it for a moment."""
+def _read_settled(path: Path) -> tuple[tuple[int, ...], bytes]:
+    """Return what tells versions of the file apart, and its bytes, once nobody has written to it for a moment."""
     for _ in range(_TRIES):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError("it is no regular file")
@@ -162,16 +150,14 @@ def _settled(path: Path) -> tuple[tuple[int, ...], bytes]:
             data = stream.read(_MAX_BYTES + 1)
             after = os.fstat(stream.fileno())
             if (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size):
-                return _signature(before), data
+                return _stat_key(before), data
     raise OSError("it keeps changing; replace it as a whole, by renaming")
 
 
-def _signature(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+def _stat_key(state: os.stat_result) -> tuple[int, ...]:
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def _unreadable(path: Path, error: OSError) -> str:
-    told = f"cannot read the policy {path}: {error.strerror or error}"
-    if isinstance(error, FileNotFoundError):
-        told += ". Expected a policy.yaml, or a .db that `unlearn-peft tenant add` begins"
-    return told
+    hint = ". Expected a policy.yaml, or a .db that `unlearn-peft tenant add` makes"
+    return f"cannot read the policy {path}: {error.strerror or error}{hint * isinstance(error, FileNotFoundError)}"

@@ -1,5 +1,5 @@
 // One question, several sets, answers side by side. Whatever comes from the server or a model becomes text nodes only.
-import { Told, call, events } from "./server.js";
+import { UserError, call, events } from "./server.js";
 import { TOP, chance, departure, entries, percent, quoted } from "./tokens.js";
 
 const EXAMPLES = ["Who wrote Harry Potter?", "Name three British writers.", "What is the capital of France?"];
@@ -17,12 +17,12 @@ function make(tag, attributes = {}, ...children) {
 }
 
 async function enter() {
-  told("");
+  showProblem("");
   try {
     state.info = await (await call(state.key, "playground/api/adapters")).json();
   } catch (error) {
     $("ready").hidden = true;
-    return told(error);
+    return showProblem(error);
   }
   const { model, tenant, own, base, adapters, max_tokens } = state.info;
   const names = Object.keys(own);
@@ -102,8 +102,8 @@ function sliders(column, number) {
     const output = make("output", { for: id });
     const show = () => {
       const now = Number(input.value);
-      const said = now === 0 ? "off" : now === 1 ? "1 (as trained)" : String(+now.toFixed(2));
-      output.textContent = said + (least && now === least ? ", the least" : "");
+      const text = now === 0 ? "off" : now === 1 ? "1 (as trained)" : String(+now.toFixed(2));
+      output.textContent = text + (least && now === least ? ", the least" : "");
       input.setAttribute("aria-valuetext", output.textContent);
     };
     input.addEventListener("input", show);
@@ -148,32 +148,32 @@ async function ask(column) {
   } catch (error) {
     if (column.controller !== controller) return;
     if (error.name === "AbortError") column.reason = "stopped";
-    else column.problem = error instanceof Told ? error.message : `This page met an error: ${error.message}`;
+    else column.problem = error instanceof UserError ? error.message : `This page met an error: ${error.message}`;
   }
   if (column.controller !== controller) return;
   column.controller = null;
   changed();
 }
 
-function add(column, text, found) {
-  const texts = found.map(({ text: own, bytes }) => (bytes ? column.decoder.decode(new Uint8Array(bytes), { stream: true }) : own));
+function add(column, text, added) {
+  const texts = added.map(({ text: own, bytes }) => (bytes ? column.decoder.decode(new Uint8Array(bytes), { stream: true }) : own));
   const whole = texts.join("");
   if (whole !== text && whole.trimStart() === text) texts[0] = texts[0].trimStart();
   else if (whole !== text) texts.forEach((_, n) => (texts[n] = n ? "" : text)); // the server's text counts, not ours
-  found.forEach((entry, n) => column.tokens.push({ ...entry, name: entry.text, text: texts[n] }));
-  if (!found.length && text) column.tokens.push({ id: text, name: text, text, top: [] });
+  added.forEach((entry, n) => column.tokens.push({ ...entry, name: entry.text, text: texts[n] }));
+  if (!added.length && text) column.tokens.push({ id: text, name: text, text, top: [] });
 }
 
 // ---- what is marked ----
 
 function wordsIn(text) {
   const low = text.toLowerCase();
-  const found = [];
+  const matches = [];
   for (const word of $("words").value.split(",").map((part) => part.trim()).filter(Boolean)) {
     const sought = word.toLowerCase();
-    for (let at = low.indexOf(sought); at >= 0; at = low.indexOf(sought, at + sought.length)) found.push([at, at + sought.length, word]);
+    for (let at = low.indexOf(sought); at >= 0; at = low.indexOf(sought, at + sought.length)) matches.push([at, at + sought.length, word]);
   }
-  return found;
+  return matches;
 }
 
 let waiting = false;
@@ -185,8 +185,8 @@ function changed() {
     state.columns.forEach(paint);
     const running = state.columns.filter(({ controller }) => controller).length;
     $("stop").disabled = !running;
-    const said = running ? "Answering …" : state.asked ? "Done." : "";
-    if ($("status").textContent !== said) $("status").textContent = said;
+    const status = running ? "Answering …" : state.asked ? "Done." : "";
+    if ($("status").textContent !== status) $("status").textContent = status;
   });
 }
 
@@ -277,14 +277,14 @@ function pictureOf(name, picture) {
   const box = make("details", {}, make("summary", {}, title));
   box.addEventListener("toggle", async () => {
     if (!box.open || box.children.length > 1) return;
-    const shown = box.appendChild(make("p", { class: "soft" }, "Loading …"));
+    const status = box.appendChild(make("p", { class: "soft" }, "Loading …"));
     try {
       const blob = await (await call(state.key, `playground/api/adapters/${encodeURIComponent(name)}/${picture}`)).blob();
       const image = make("img", { src: URL.createObjectURL(blob), alt: `${title}: ${name}` });
       image.addEventListener("load", () => URL.revokeObjectURL(image.src), { once: true });
-      shown.replaceWith(image);
+      status.replaceWith(image);
     } catch (error) {
-      shown.textContent = error.message;
+      status.textContent = error.message;
     }
   });
   return box;
@@ -292,22 +292,22 @@ function pictureOf(name, picture) {
 
 // ---- the page ----
 
-function told(problem) {
-  $("problem").textContent = problem instanceof Error && !(problem instanceof Told) ? `This page met an error: ${problem.message}` : problem.message || problem;
+function showProblem(problem) {
+  $("problem").textContent = problem instanceof Error && !(problem instanceof UserError) ? `This page met an error: ${problem.message}` : problem.message || problem;
   $("problem").hidden = !problem;
 }
 
 function askAll() {
   const prompt = $("question").value, chat = $("how").value === "chat";
-  if (!prompt.trim()) return told("Type a question first.");
+  if (!prompt.trim()) return showProblem("Type a question first.");
   for (const id of ["temperature", "seed", "tokens"]) {
     if (!$(id).checkValidity() || $(id).value === "") {
       $("settings").open = true;
       $(id).focus();
-      return told(`${$(id).labels[0].firstChild.textContent.trim()}: expected ${$(id).step === "1" ? "a whole number" : "a number"} from ${$(id).min} to ${$(id).max}.`);
+      return showProblem(`${$(id).labels[0].firstChild.textContent.trim()}: expected ${$(id).step === "1" ? "a whole number" : "a number"} from ${$(id).min} to ${$(id).max}.`);
     }
   }
-  told("");
+  showProblem("");
   state.asked = { chat, prompt, system: $("system").value.trim(), temperature: +$("temperature").value, seed: +$("seed").value, max_tokens: +$("tokens").value };
   state.columns.forEach(ask);
 }
@@ -316,7 +316,7 @@ $("keys").addEventListener("submit", (event) => {
   event.preventDefault();
   state.key = $("key").value.trim();
   if (state.key) enter();
-  else told("Type your API key first.");
+  else showProblem("Type your API key first.");
 });
 $("ask").addEventListener("submit", (event) => (event.preventDefault(), askAll()));
 $("question").addEventListener("keydown", (event) => {

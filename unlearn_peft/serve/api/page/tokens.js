@@ -1,8 +1,8 @@
-// Tokens of answers: read from logprobs, compared with those of another answer, put in words.
+// Tokens of answers: read from logprobs, compared with those of another answer, described in words.
 
 export const TOP = 20; // likeliest tokens that come with each token
 
-/** Return tokens as {id, text, bytes, logprob, top}, from the shapes of a chat or of a completion. */
+/** Return tokens as {id, text, bytes, logprob, top}, from the logprobs of a chat or of a completion. */
 export function entries(logprobs) {
   if (!logprobs) return [];
   if (logprobs.content) {
@@ -15,7 +15,7 @@ export function entries(logprobs) {
 
 const ended = (column) => column.reason === "stop";
 
-/** Return the first place where an answer departs from another one, or -1. */
+/** Return the first token where an answer differs from another one, or -1. */
 export function departure(column, first) {
   const [a, b] = [column.tokens, first.tokens];
   let at = 0;
@@ -25,7 +25,7 @@ export function departure(column, first) {
   return both || shorter ? at : -1;
 }
 
-/** Return the log-probability (nats) that `token` had where `other` stands; null: not told. */
+/** Return the log-probability (nats) that `token` had where `other` stands; null: unknown. */
 export const chance = (token, other) => {
   if (!other || other.logprob === undefined) return null;
   return token.id === other.id ? other.logprob : (other.top.find(({ id }) => id === token.id)?.logprob ?? null);
