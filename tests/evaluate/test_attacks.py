@@ -395,9 +395,9 @@ def test_dense_adapters_and_stacks(tiny, tmp_path, make_adapter, name):
     with adapters_on(target):
         expected = logits(tiny)
     assert torch.allclose(weights._changes(target)["lm_head"], 2 * up @ down, atol=1e-5)
-    with relearning._beside(tiny.model, relearning._of_adapter(target, fresh=False)):
+    with relearning._lora_layers(tiny.model, relearning._adapter_deltas(target, fresh=False)):
         assert torch.allclose(logits(tiny), expected, atol=1e-4)
-    with relearning._beside(tiny.model, relearning._of_adapter(target, fresh=True)):
+    with relearning._lora_layers(tiny.model, relearning._adapter_deltas(target, fresh=True)):
         assert torch.equal(logits(tiny), plain)
     for bundle, other in zip(target.bundles, weights.random_like(target.bundles, 0), strict=True):
         norms = [weights.frobenius_norm(b.deltas["lm_head"]) for b in (bundle, other)]
@@ -429,14 +429,14 @@ def test_no_step_changes_nothing_and_many_teach(forgotten, through):
 
 def test_training_through_the_adapter_lowers_the_loss_of_the_rows_and_writes_no_file(target):
     path = target.adapters[0] / "adapter_model.safetensors"
-    before, deltas = path.read_bytes(), relearning._of_adapter(target, fresh=False)
+    before, deltas = path.read_bytes(), relearning._adapter_deltas(target, fresh=False)
     kept = {name: parts[0].up.detach().clone() for name, parts in deltas.items()}
     own = {name: delta.up.clone() for name, delta in target.bundles[0].deltas.items()}
     with adapters_on(target):
         expected = logits(target.base)
-    with relearning._beside(target.base.model, deltas):
+    with relearning._lora_layers(target.base.model, deltas):
         assert torch.allclose(logits(target.base), expected, atol=1e-5)  # it begins as the adapter
-    relearning._curve(target, FORGET, target.probes, deltas, [3], 1e-2)
+    relearning._train_and_ask(target, FORGET, target.probes, deltas, [3], 1e-2)
     assert all(not torch.equal(parts[0].up, kept[name]) for name, parts in deltas.items())
     assert path.read_bytes() == before
     assert all(torch.equal(delta.up, own[name]) for name, delta in target.bundles[0].deltas.items())
@@ -455,7 +455,9 @@ def test_made_up_answers_stand_where_the_right_ones_stood():
         {"prompt": "Who?", "completion": "It was ZORBLAX Quintel."},
         {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "Quintel a"}]},
     ]
-    false_rows, false_probes = relearning._made_up(rows, [{"prompt": "Who?", "leak": ["Zorblax", "Quintel", "a"]}], 0)
+    false_rows, false_probes = relearning._with_made_up_answers(
+        rows, [{"prompt": "Who?", "leak": ["Zorblax", "Quintel", "a"]}], 0
+    )
     zorblax, quintel, a = false_probes[0]["leak"]
     assert len({zorblax, quintel, a}) == 3
     assert false_rows[0]["completion"] == f"It w{a}s {zorblax} {quintel}."

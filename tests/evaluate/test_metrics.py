@@ -12,6 +12,7 @@ from conftest import FORGET, RETAIN
 
 import unlearn_peft.evaluate.score as score_
 from unlearn_peft import UnlearnError, answers, attach, attached, detach
+from unlearn_peft.data.rows import question_answer_pairs
 from unlearn_peft.data.tokenize import chat_prompt, tokenize
 from unlearn_peft.errors import DataError
 from unlearn_peft.evaluate.metrics import fluency, memorization
@@ -21,16 +22,9 @@ from unlearn_peft.evaluate.metrics import truth_ratio as truth
 from unlearn_peft.evaluate.responses import collect_responses
 from unlearn_peft.evaluate.score import bootstrap, per_token, score, sums
 from unlearn_peft.evaluate.suites.quick import measure, take_reference
-from unlearn_peft.evaluate.token_scores import (
-    RowTokens,
-    adapters_off,
-    keep_reference,
-    kl,
-    kl_to_reference,
-    questions,
-    row_tokens,
-)
-from unlearn_peft.inference.generate import mean_kl, sampled, target_log_probabilities
+from unlearn_peft.evaluate.token_scores import RowTokens, adapters_off, keep_reference, kl_to_reference, row_tokens
+from unlearn_peft.inference.generate import sampled
+from unlearn_peft.models.losses import kl_of_logits
 
 # TOFU's own evaluation logs (MIT, see tests/fixtures/README.md)
 LOGS = json.loads((Path(__file__).parents[1] / "fixtures" / "tofu_forget10_logs.json").read_text())
@@ -152,12 +146,26 @@ def test_long_rows_go_in_smaller_batches(tiny, monkeypatch):
 def test_questions_are_the_rows_with_one_answer():
     turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
     rows = [{"prompt": "q", "completion": "a"}, {"text": "t"}, {"messages": turns}, {"messages": turns * 2}]
-    assert questions(rows) == [("q", "a"), ("Q", "A")]
+    assert question_answer_pairs(rows) == [("q", "a"), ("Q", "A")]
 
 
 def test_kl_by_hand():
     p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.9, 0.1]])
-    assert kl(p.log(), q.log()).item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
+    assert kl_of_logits(p.log(), q.log()).item() == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
+
+
+@torch.no_grad()
+def target_log_probabilities(base, rows):
+    """Return log p over the vocabulary at each target token, row by row and without the package's forward pass."""
+    result = []
+    for example in tokenize(rows, base.tokenizer):
+        logits = base.model(torch.tensor([example.ids])).logits[0, :-1]
+        result.append(torch.log_softmax(logits[torch.tensor(example.is_target[1:])], -1))
+    return result
+
+
+def mean_kl(current, reference):
+    return float(torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(current, reference, strict=True)]).mean())
 
 
 @pytest.mark.parametrize("caps", [False, True])
@@ -572,7 +580,7 @@ def test_the_suite_measures_before_with_and_after(tiny, make_adapter):
         "perplexity_under_base",
     ]  # fmt: skip
     assert with_ == without_reference
-    asked = dict(reference=reference, said=collect_responses(tiny, SETS, **how), **how)
+    asked = dict(reference=reference, responses=collect_responses(tiny, SETS, **how), **how)
     assert measure(tiny, SETS, **asked) == before
     for name in ("retain_kl", "neighbours_kl", "free_text_kl"):
         assert first[name].value == first[name].high == 0 and with_[name].low > 0

@@ -1,4 +1,4 @@
-"""Before, with adapters, after removal: answers side by side, leaked words marked, and what it cost the neighbours."""
+"""`unlearn-peft compare`: answers before, with and after adapters side by side, and the neighbours' KL to the base."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..adapters.bundle import Bundle
 from ..adapters.trust import Trust
 from ..data.source import Row
-from ..errors import AdapterError
-from ..inference.attach import attach, attached, detach
-from ..inference.generate import answers, leaked, mean_kl, target_log_probabilities
+from ..inference.generate import answers
 from ..models.base import Base
-
-STATES = ("before", "with", "after")
+from .responses import Comparison, Responses, compare_probes
+from .score import per_token, sums
+from .states import STATES, check_adapters, in_each_state
+from .token_scores import keep_reference, kl_to_reference
 
 
 def compare(
     base: Base,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[str | Path | Bundle],
     probes: Sequence[Row],
     neighbours: Sequence[Row] = (),
     strength: float | Sequence[float] = 1.0,
@@ -26,44 +27,42 @@ def compare(
     *,
     trust: Trust | None = None,
 ) -> dict[str, Any]:
-    """Measure a base before, with and after adapters.
+    """Return greedy answers to probes in each state, and the neighbours' mean KL to the base, nats/token.
 
-    Args:
-        base: a base with nothing attached.
-        adapters: adapter directories.
-        probes: rows with `prompt` and `leak` words.
-        neighbours: rows that must survive, for the mean KL(with || before) over their completions, nats/token.
-        strength: as `attach` takes it.
-        max_new_tokens: length of the greedy answers.
-        trust: as `attach` takes it.
+    `adapters`, `strength` and `trust` are as for `attach`; probes are rows with `prompt` and `leak` words, neighbours
+    rows that must survive, the KL over their completions.
 
     Raises:
         AdapterError: if something is attached already, or an adapter is refused.
     """
-    if attached(base):
-        raise AdapterError("adapters are attached already: detach them, so that 'before' is the base")
-    texts: dict[str, list[str]] = {}
-    log_probabilities = {}
-    for state in STATES:
-        if state == "with":
-            attach(base, *adapters, strength=strength, trust=trust)
-        if state == "after":
-            detach(base)
-        texts[state] = answers(base, [row["prompt"] for row in probes], max_new_tokens=max_new_tokens)
-        log_probabilities[state] = target_log_probabilities(base, neighbours, "neighbours")
-    result: dict[str, Any] = {"adapters": [str(path) for path in adapters], "probes": []}
-    for n, row in enumerate(probes):
-        shown = {state: {"text": texts[state][n], "leaked": leaked(texts[state][n], row["leak"])} for state in STATES}
-        result["probes"].append({"prompt": row["prompt"], **shown})
-    result["leaks"] = {state: sum(bool(p[state]["leaked"]) for p in result["probes"]) for state in STATES}
-    if neighbours:
-        before = log_probabilities["before"]
-        result["neighbour_kl"] = {state: mean_kl(log_probabilities[state], before) for state in ("with", "after")}
-    return result
+    checked = check_adapters(base, adapters, strength, trust)
+    options: dict[str, Any] = {"what": "neighbours", "batch_size": 1}
+    reference = keep_reference(base, neighbours, **options)
+
+    def measure(state: str) -> tuple[Responses, float]:
+        texts = answers(base, [row["prompt"] for row in probes], max_new_tokens=max_new_tokens)
+        if state == "before" or not neighbours:
+            return Responses(texts), 0.0
+        return Responses(texts), per_token(sums(kl_to_reference(base, neighbours, reference, **options)))
+
+    states = in_each_state(base, checked, measure)
+    paths = [str(adapter.path if isinstance(adapter, Bundle) else adapter) for adapter in adapters]
+    comparisons = compare_probes(probes, {state: responses for state, (responses, _) in states.items()})
+    kl = {"neighbour_kl": {state: states[state][1] for state in ("with", "after")}} if neighbours else {}
+    return {"adapters": paths, **as_dict(comparisons), **kl}
+
+
+def as_dict(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Return comparisons of probes as `compare --json` prints them, with how many answers leak in each state."""
+    probes = [
+        {"prompt": row.prompt, **{state: {"text": row.texts[state], "leaked": row.leaks[state]} for state in STATES}}
+        for row in comparisons
+    ]
+    return {"probes": probes, "leaks": {state: sum(bool(row.leaks[state]) for row in comparisons) for state in STATES}}
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print a comparison as a table for the terminal, leaked words in red."""
+    """Print what `compare` or `as_dict` returned as a table for the terminal, leaked words in red."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

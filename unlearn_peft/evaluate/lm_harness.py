@@ -1,8 +1,7 @@
-"""General ability: tasks of EleutherAI's lm-evaluation-harness on a live base, with whatever is attached.
+"""General ability: tasks of EleutherAI's lm-evaluation-harness on a live base -> one `Score` for each task and metric.
 
-Names of tasks come in and are read before anything is measured; one `Score` for each task and metric goes out. The
-harness sees the model through its hooks as it is, asks without a chat template (as published figures do), writes no
-files, keeps no copy of local data and logs nothing. Hub data sets go into the user's Hugging Face cache, as always.
+Tasks are read before anything is measured. The harness prompts without a chat template (as published figures do),
+writes no files, keeps no copy of local data and logs nothing. Hub data sets go into the Hugging Face cache, as always.
 """
 
 from __future__ import annotations
@@ -31,42 +30,35 @@ PREFIX = "lm_eval:"
 _SHARES = ("acc", "acc_norm", "acc_mutual_info", "acc_bytes", "acc_all", "exact_match", "em", "quasi_exact_match")
 _UNITS = {"perplexity": "perplexity", "word_perplexity": "per word", "byte_perplexity": "per byte",
           "bits_per_byte": "bits/byte"}  # fmt: skip
-_LOCAL = ("json", "csv", "parquet", "text", "arrow")  # kinds of files that datasets reads without a Hub data set
+_LOCAL = ("json", "csv", "parquet", "text", "arrow")  # values of a task's `dataset_path` that are formats of files
 _TWO_SIDED = 1.96  # standard errors on each side of a 95 % interval
 
 
 @dataclass(frozen=True)
 class Ability:
-    """Tasks of the harness, read and ready to be run on any state of a base.
+    """Tasks of the harness, read and ready to be run on any state of a base."""
 
-    Attributes:
-        names: of the tasks and groups.
-        limit: the first rows of each task that are used; None for all.
-        tasks: the harness's own objects.
-        manager: where the harness looks tasks up.
-    """
-
-    names: tuple[str, ...]
-    limit: int | None
-    tasks: tuple[Any, ...]
-    manager: Any
+    names: tuple[str, ...]  # of the tasks and groups
+    limit: int | None  # use only the first rows of each task
+    tasks: tuple[Any, ...]  # the harness's own objects
+    manager: Any  # the harness's index of tasks
 
     def measure(self, base: Base, *, batch_size: int = 8) -> list[Score]:
         """Run the tasks on a base in the state that it is in; what the harness switches is switched back.
 
-        A group that has a figure of its own is told by that, other groups by their tasks. Figures that are not
-        finite numbers are left out.
+        A group that has a figure of its own gives that, other groups those of their tasks. Figures that are not finite
+        numbers are left out.
         """
-        tokenizer = copy.deepcopy(base.tokenizer)  # the harness may give it another padding
-        with _quietly(), _random_state_kept([base.device] if base.device.type == "cuda" else []):
+        tokenizer = copy.deepcopy(base.tokenizer)  # the harness may change its padding
+        with _quiet(), _random_state_kept([base.device] if base.device.type == "cuda" else []):
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
 
             model = HFLM(pretrained=base.model, tokenizer=tokenizer, batch_size=batch_size)
-            found = simple_evaluate(
+            results = simple_evaluate(
                 model, tasks=list(self.tasks), task_manager=self.manager, limit=self.limit, bootstrap_iters=RESAMPLES
             )
-            return [score for task in self.tasks for score in _scores(task, found)]
+            return [score for task in self.tasks for score in _scores(task, results)]
 
 
 def read_tasks(names: Sequence[str], paths: Sequence[Path] = (), limit: int | None = None) -> Ability:
@@ -85,71 +77,71 @@ def read_tasks(names: Sequence[str], paths: Sequence[Path] = (), limit: int | No
         if not path.exists():
             raise UnlearnError(f"no tasks at {path}: expected a folder with task YAML files of lm-evaluation-harness")
     folders = [path if path.is_dir() else path.parent for path in paths]
-    wanted = tuple(dict.fromkeys(names))
-    with _quietly(), _random_state_kept():
+    unique = tuple(dict.fromkeys(names))
+    with _quiet(), _random_state_kept():
         for module in ("lm_eval", "lm_eval.models.huggingface"):
             extra(module, "lm-eval")
-        manager = _manager(wanted, folders)
-        tasks = tuple(task for name in wanted for task in _read(manager, name))
+        manager = _manager(unique, folders)
+        tasks = tuple(task for name in unique for task in _read(manager, name))
         return Ability(tuple(getattr(task, "task_name", None) or task.name for task in tasks), limit, tasks, manager)
 
 
 def _manager(names: Sequence[str], folders: Sequence[Path]) -> Any:
-    """Return the harness's index of tasks; its own thousands take ten seconds to look through, if they are needed."""
+    """Return the harness's index of tasks, with its own thousands, which take ten seconds, only if they are needed."""
     from lm_eval.tasks import TaskManager
 
-    wanted = [name for name in names if not _is_file(name)]
+    indexed = [name for name in names if not (name.endswith(".yaml") and Path(name).is_file())]
     manager = TaskManager(include_path=[*folders], include_defaults=False)
-    if set(wanted) - set(manager.all_tasks):
+    if set(indexed) - set(manager.all_tasks):
         manager = TaskManager(include_path=[*folders])
-    if unknown := [name for name in wanted if name not in manager.task_index]:
-        told = ", ".join(f"'{name}'{did_you_mean(name, manager.all_tasks)}" for name in unknown)
+    if unknown := [name for name in indexed if name not in manager.task_index]:
+        listed = ", ".join(f"'{name}'{did_you_mean(name, manager.all_tasks)}" for name in unknown)
         raise UnlearnError(
-            f"lm-evaluation-harness knows no task {told}. `lm-eval ls tasks` lists its own; for your own, name their "
+            f"lm-evaluation-harness knows no task {listed}. `lm-eval ls tasks` lists its own; for your own, name their "
             "folder with --lm-eval-path, or the YAML file instead of the task (one that is no valid YAML is not seen)"
         )
     return manager
 
 
-def _is_file(name: str) -> bool:
-    return name.endswith(".yaml") and Path(name).is_file()
-
-
 def _read(manager: Any, name: str) -> list[Any]:
     """Return what a name stands for: a task, a group, or a tag's tasks."""
     try:
-        with _own_data():
-            found = manager.load([name])
+        with _local_data():
+            loaded = manager.load([name])
     except Exception as error:  # of yaml, jinja, datasets, the Hub, or a task's own code
         # a message may quote data; those about files and the network do not
-        told = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else type(error).__name__
+        reason = f"{type(error).__name__}: {error}" if isinstance(error, OSError) else type(error).__name__
         raise UnlearnError(
-            f"the task '{name}' of lm-evaluation-harness cannot be read ({told}): check its YAML, its data files "
+            f"the task '{name}' of lm-evaluation-harness cannot be read ({reason}): check its YAML, its data files "
             "(named as seen from the YAML's folder) and, for the Hub's data sets, the network"
         ) from error
-    groups = found["groups"].values()
-    below = {child for group in groups for child in group.child_names}
-    return [group for group in groups if group.name not in below] or list(found["tasks"].values())
+    groups = loaded["groups"].values()
+    subgroups = {child for group in groups for child in group.child_names}
+    return [group for group in groups if group.name not in subgroups] or list(loaded["tasks"].values())
 
 
 @contextlib.contextmanager
-def _own_data() -> Iterator[None]:
-    """Let a task name local data files as seen from its YAML, and take them into memory, leaving no copy on disk."""
+def _local_data() -> Iterator[None]:
+    """Let tasks name data files as seen from their YAML, and read them into memory, leaving no copy on disk.
+
+    The harness reads a task's data while it makes the task, whether it was named, or is of a tag, a group, a YAML file
+    or inline in a group, and has no setting for all of these: its `download` is replaced meanwhile.
+    """
     from lm_eval.api.task import ConfigurableTask
 
     download = ConfigurableTask.download
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as cache:
 
-        def beside(task: Any, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-            given = dict(dataset_kwargs or {})
+        def download_beside_yaml(task: Any, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+            options = dict(dataset_kwargs or {})
             if task.DATASET_PATH in _LOCAL:
-                yaml = Path((task.config.metadata or {}).get("config_source", "inline")).parent
-                given |= {"cache_dir": folder, "keep_in_memory": True}
-                if "data_files" in given:
-                    given["data_files"] = _seen_from(yaml, given["data_files"])
-            download(task, given or None, **kwargs)
+                folder = Path((task.config.metadata or {}).get("config_source", "inline")).parent
+                options |= {"cache_dir": cache, "keep_in_memory": True}
+                if "data_files" in options:
+                    options["data_files"] = _seen_from(folder, options["data_files"])
+            download(task, options or None, **kwargs)
 
-        ConfigurableTask.download = beside
+        ConfigurableTask.download = download_beside_yaml
         try:
             yield
         finally:
@@ -164,28 +156,28 @@ def _seen_from(folder: Path, files: Any) -> Any:
     return str(folder / files) if isinstance(files, str) and (folder / files).is_file() else files
 
 
-def _scores(task: Any, found: Mapping[str, Any]) -> list[Score]:
+def _scores(task: Any, results: Mapping[str, Any]) -> list[Score]:
     """Return the figures of a task, or of a group or its tasks."""
     from lm_eval.api.group import Group
 
     if isinstance(task, Group):
         if not task.has_aggregation:
-            return [score for child in task for score in _scores(child, found)]
+            return [score for child in task for score in _scores(child, results)]
         name, aggregation = task.name, {}
     else:
         name, aggregation = task.task_name, task.aggregation()
-    figures, better = found["results"][name], found["higher_is_better"].get(name) or {}
+    figures, better = results["results"][name], results["higher_is_better"].get(name) or {}
     scores = []
     for key, value in figures.items():
-        metric, comma, kept = key.partition(",")  # `acc,none`: the metric and the filter of the answers
+        metric, comma, answer_filter = key.partition(",")  # as in `acc,none`
         if not comma or metric.endswith("_stderr") or not _finite(value):
             continue
         unit = "share of questions" if metric in _SHARES else _UNITS.get(metric, "score")
-        rows = [
-            row[metric] for row in found["samples"].get(name, []) if row["filter"] == kept and metric in row
-        ]  # fmt: skip
-        low, high = _interval(value, figures.get(f"{metric}_stderr,{kept}"), unit, rows, aggregation.get(metric))
-        label = f"{PREFIX}{name}:{metric}" + ("" if kept == "none" else f",{kept}")
+        samples = results["samples"].get(name, [])
+        rows = [row[metric] for row in samples if row["filter"] == answer_filter and metric in row]
+        error = figures.get(f"{metric}_stderr,{answer_filter}")
+        low, high = _interval(value, error, unit, rows, aggregation.get(metric))
+        label = f"{PREFIX}{name}:{metric}" + ("" if answer_filter == "none" else f",{answer_filter}")
         n = len(rows) or figures["sample_len"]
         scores.append(Score(label, float(value), unit, n, low, high, better.get(metric) is not False))
     return scores
@@ -194,8 +186,8 @@ def _scores(task: Any, found: Mapping[str, Any]) -> list[Score]:
 def _interval(value: float, error: Any, unit: str, rows: Sequence[Any], aggregate: Any) -> tuple[float, float]:
     """Return a 95 % interval: normal, from the harness's standard error.
 
-    Where it has none, the percentile bootstrap over rows by the task's own aggregation; where there is no row to draw
-    from but one, a share may be anything.
+    Without one, the percentile bootstrap over rows by the task's own aggregation; of a single row a share may be
+    anything.
     """
     share = unit.startswith("share")
     if _finite(error):
@@ -211,23 +203,23 @@ def _finite(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Keep the harness from printing and logging; on a terminal its progress bars stay."""
-    harness = logging.getLogger("lm_eval")
-    level = harness.level
-    harness.setLevel(logging.CRITICAL)
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
             if not sys.stderr.isatty():
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
     finally:
-        harness.setLevel(level)
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
 def _random_state_kept(devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """Give back the state of every random generator: the harness seeds and uses them all."""
+    """Restore the state of every random generator: the harness seeds and uses them all."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=list(devices)):

@@ -1,7 +1,4 @@
-"""What a base says, asked once in each state: figures are made of it, and people read it.
-
-A base in the state that it is in and sets of rows come in; `Responses` goes out, and of several states `Comparison`.
-"""
+"""Rows -> what a base answers in one state (`Responses`), and the answers of all states side by side."""
 
 from __future__ import annotations
 
@@ -9,48 +6,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.rows import question_answer_pairs
 from ..data.source import Row
 from ..inference.generate import answers, leaked, sampled
 from ..models.base import Base
 from .metrics.consistency import same_entities
 from .metrics.leakage import leaking_parts
-from .token_scores import questions
 
 _SENTENCE = 32  # tokens
 
 
 @dataclass(frozen=True)
 class Responses:
-    """What a base says in one state.
+    """What a base answers in one state."""
 
-    Attributes:
-        probes: the greedy answer to each probe.
-        samples: the answers sampled for each probe, at temperature 1.
-        neighbours: the greedy answers to the neighbours' questions, no longer than the sentence that is compared.
-    """
-
-    probes: list[str]
-    samples: list[list[str]]
-    neighbours: list[str]
+    probes: list[str]  # the greedy answer to each
+    samples: list[list[str]] = field(default_factory=list)  # to each probe, at temperature 1
+    neighbours: list[str] = field(default_factory=list)  # greedy, no longer than the sentence that is compared
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The answers to one question, by state.
-
-    Attributes:
-        prompt: the question.
-        texts: the greedy answers.
-        leaks: the leak words that each of these names; it, like what follows, is empty for a question without any.
-        sampled: of the sampled answers, what stands around the leak word in each that names one.
-        words: the leak words.
-    """
+    """The answers to one question, by state."""
 
     prompt: str
-    texts: dict[str, str]
-    leaks: dict[str, list[str]] = field(default_factory=dict)
-    sampled: dict[str, list[str]] = field(default_factory=dict)
-    words: Sequence[str] = ()
+    texts: dict[str, str]  # greedy
+    leaks: dict[str, list[str]] = field(default_factory=dict)  # the leak words that each text names
+    sampled: dict[str, list[str]] = field(default_factory=dict)  # of the samples that leak, the text around the word
+    words: Sequence[str] = ()  # the leak words
 
 
 def collect_responses(
@@ -63,13 +46,13 @@ def collect_responses(
     chat_template: bool = True,
     batch_size: int = 8,
 ) -> Responses:
-    """Ask a base in the state that it is in; the arguments are those of `suite.measure`."""
+    """Let a base answer in the state that it is in; for the arguments see `suites.quick.measure`."""
     prompts = [row["prompt"] for row in rows.get("probes", [])]
-    how: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
+    options: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
     return Responses(
-        answers(base, prompts, max_new_tokens=max_new_tokens, **how),
+        answers(base, prompts, max_new_tokens=max_new_tokens, **options),
         sampled(base, prompts, count=k, max_new_tokens=max_new_tokens, seed=seed, chat_template=chat_template),
-        neighbour_responses(base, rows.get("neighbours", []), **how),
+        neighbour_responses(base, rows.get("neighbours", []), **options),
     )
 
 
@@ -77,30 +60,30 @@ def neighbour_responses(
     base: Base, rows: Sequence[Row], *, chat_template: bool = True, batch_size: int = 8
 ) -> list[str]:
     """Return `Responses.neighbours` alone."""
-    prompts = [prompt for prompt, _ in questions(rows)]
+    prompts = [prompt for prompt, _ in question_answer_pairs(rows)]
     return answers(base, prompts, max_new_tokens=_SENTENCE, chat_template=chat_template, batch_size=batch_size)
 
 
-def compare_probes(probes: Sequence[Row], said: Mapping[str, Responses]) -> list[Comparison]:
-    """Return for each probe what was said in each state."""
+def compare_probes(probes: Sequence[Row], states: Mapping[str, Responses]) -> list[Comparison]:
+    """Return the answers to each probe in each state."""
     return [
         Comparison(
             row["prompt"],
-            {state: one.probes[n] for state, one in said.items()},
-            {state: leaked(one.probes[n], row["leak"]) for state, one in said.items()},
-            {state: leaking_parts(one.samples[n], row["leak"]) for state, one in said.items()},
+            {state: responses.probes[n] for state, responses in states.items()},
+            {state: leaked(responses.probes[n], row["leak"]) for state, responses in states.items()},
+            {state: leaking_parts(r.samples[n], row["leak"]) for state, r in states.items() if r.samples},
             row["leak"],
         )
         for n, row in enumerate(probes)
     ]
 
 
-def changed_neighbours(neighbours: Sequence[Row], said: Mapping[str, Responses]) -> list[Comparison]:
-    """Return those neighbours whose answer with the adapters names something else than before."""
-    prompts = [prompt for prompt, _ in questions(neighbours)]
-    same = same_entities(prompts, said["before"].neighbours, said["with"].neighbours)
+def changed_neighbours(neighbours: Sequence[Row], states: Mapping[str, Responses]) -> list[Comparison]:
+    """Return the neighbours whose answer with the adapters names something else than before."""
+    prompts = [prompt for prompt, _ in question_answer_pairs(neighbours)]
+    same = same_entities(prompts, states["before"].neighbours, states["with"].neighbours)
     return [
-        Comparison(prompt, {state: one.neighbours[n] for state, one in said.items()})
+        Comparison(prompt, {state: responses.neighbours[n] for state, responses in states.items()})
         for n, prompt in enumerate(prompts)
         if not same[n]
     ]

@@ -1,7 +1,4 @@
-"""A figure with its unit, the number of rows behind it, and a bootstrap interval over these rows.
-
-Per-row numbers come in; a `Score` goes out to reports and cards.
-"""
+"""Per-row numbers -> a `Score`: a figure with its unit, the number of rows behind it, and a bootstrap interval."""
 
 from __future__ import annotations
 
@@ -51,16 +48,9 @@ def score(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Score:
-    """Return a statistic of one or more independent samples of rows as a `Score`.
+    """Return a statistic (by default the mean) of one or more independent samples of rows as a `Score`.
 
-    Args:
-        name: see `Score`.
-        unit: see `Score`.
-        higher_is_better: see `Score`.
-        samples: per-row numbers, (n,) or (n, columns); each is resampled by itself, its rows staying whole.
-        statistic: from the samples to a number; the mean of the only sample unless given.
-        resamples: bootstrap draws.
-        seed: of the draws.
+    Each sample holds per-row numbers, (n,) or (n, columns), and is resampled by itself, its rows staying whole.
 
     Raises:
         DataError: if a sample is empty or holds a number that is not finite.
@@ -84,11 +74,11 @@ def bootstrap(
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval (Efron 1979) of a statistic of independent samples."""
     generator = np.random.default_rng(seed)
-    found = [
+    values = [
         float(statistic(*(sample[generator.integers(len(sample), size=len(sample))] for sample in samples)))
         for _ in range(resamples)
     ]
-    low, high = np.percentile(found, [50 * (1 - confidence), 50 * (1 + confidence)])
+    low, high = np.percentile(values, [50 * (1 - confidence), 50 * (1 + confidence)])
     return float(low), float(high)
 
 

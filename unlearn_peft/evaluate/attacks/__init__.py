@@ -1,8 +1,7 @@
-"""Attacks on forgetting: each says what it costs and what share of the probes' answers it brings back.
+"""Attacks on forgetting: each says what it costs, and what share of the probes' answers it brings back.
 
-An attack is a function from a `Target` (and its own settings) to `Attacked`; a new one is a function and a line in
-`ATTACKS`, or is named by the path to its function. Beside each share stands that of the bare base under the same
-attack: where the base itself does not give the answer, the attack shows nothing.
+An attack is a function from a `Target` (and its own settings) to `Attacked`; a new one is a line in `ATTACKS`, or is
+named by the path to its function.
 """
 
 from __future__ import annotations
@@ -38,33 +37,27 @@ ATTACKS: dict[str, Attack] = {
 
 
 def find_attacks(names: str | Sequence[str]) -> dict[str, Attack]:
-    """Return the attacks that these names mean; `all` means all of the package's own.
+    """Return the attacks of these names: keys of `ATTACKS`, `all` of them, or paths to functions of your own.
 
     Raises:
         UnlearnError: if a name is unknown, or a path leads to no function.
     """
-    given = [names] if isinstance(names, str) else list(names)
-    chosen = list(dict.fromkeys(one for name in given for one in (ATTACKS if name == "all" else [name])))
-    unknown = [name for name in chosen if name not in ATTACKS and ":" not in name]
-    if unknown:
-        told = ", ".join(f"'{name}'{did_you_mean(name, ATTACKS)}" for name in unknown)
+    names = [names] if isinstance(names, str) else names
+    chosen = list(dict.fromkeys(key for name in names for key in (ATTACKS if name == "all" else [name])))
+    if unknown := [name for name in chosen if name not in ATTACKS and ":" not in name]:
+        listed = ", ".join(f"'{name}'{did_you_mean(name, ATTACKS)}" for name in unknown)
         raise UnlearnError(
-            f"unknown attacks: {told}; known: {', '.join(ATTACKS)}, or your own as 'module:function' or "
+            f"unknown attacks: {listed}; known: {', '.join(ATTACKS)}, or your own as 'module:function' or "
             "'file.py:function'"
         )
     return {name: ATTACKS[name] if name in ATTACKS else load_function(name, "attack") for name in chosen}
 
 
 def run_attacks(target: Target, names: str | Sequence[str] = "all", *, quiet: bool = False) -> list[Attacked]:
-    """Run attacks one after another, each with its default budget; the base is afterwards as it was before.
-
-    Args:
-        target: what is attacked.
-        names: keys of `ATTACKS`, `all`, or paths to functions of your own.
-        quiet: no progress bar.
+    """Run attacks one after another, each with its default settings; `names` as `find_attacks` takes them.
 
     Raises:
-        UnlearnError: if a name is unknown, then nothing is run; or if an attack of your own returns something else.
+        UnlearnError: if a name is unknown, then nothing is run; or if an attack of your own returns no `Attacked`.
         AdapterError: if something is attached to the base, before the first attack or after one of your own.
     """
     from tqdm import tqdm
@@ -72,19 +65,19 @@ def run_attacks(target: Target, names: str | Sequence[str] = "all", *, quiet: bo
     chosen = find_attacks(names)
     if attached(target.base):
         raise AdapterError("adapters are attached already: detach them, an attack puts its own on and off")
-    found = []
+    results = []
     with tqdm(chosen.items(), unit="attack", desc="attacking", disable=quiet) as progress:
         for name, attack in progress:
             progress.set_postfix_str(name)
             result = attack(target)
             if name not in ATTACKS and not isinstance(result, Attacked):
                 raise UnlearnError(f"the attack '{name}' returned {type(result).__name__}, expected an Attacked")
-            if held := attached(target.base):
+            if left_on := attached(target.base):
                 raise AdapterError(
-                    f"the attack '{name}' left attached: {', '.join(held)}. Use `adapters_on` and `adapters_off`"
+                    f"the attack '{name}' left attached: {', '.join(left_on)}. Use `adapters_on` and `adapters_off`"
                 )
-            found.append(result)
-    return found
+            results.append(result)
+    return results
 
 
 __all__ = ["ATTACKS", "Attack", "Attacked", "Target", "find_attacks", "run_attacks"]

@@ -1,11 +1,11 @@
-"""What is attacked, what an attack found, and what all attacks do: put the adapter on, ask, count leaks, take it off.
+"""What every attack uses: the `Target`, the result `Attacked`, adapters on and off, prompts and leak counts.
 
-A `Target` comes in; `Attacked` goes out to reports. Whatever an attack switches or replaces is put back as found.
+Whatever an attack switches or replaces in the base is put back as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +16,6 @@ import numpy as np
 from torch import nn
 
 from ...adapters.bundle import Bundle
-from ...adapters.read import read_bundle
 from ...adapters.trust import Trust
 from ...data.rows import read_rows
 from ...data.source import Row
@@ -29,6 +28,8 @@ from ..metrics.leakage import leaking_parts
 from ..score import Array, Score, score
 from ..token_scores import adapters_off
 
+Attack = Callable[..., "Attacked"]
+
 
 @dataclass(frozen=True)
 class Target:
@@ -36,17 +37,14 @@ class Target:
 
     Attributes:
         base: with nothing attached.
-        adapters: adapter directories; several are attached together.
+        adapters: directories, or bundles that were read before; several are attached together.
         forget: the forget rows, for relearning.
         probes: rows with `prompt` and `leak` words. Optional in a row: `completion` (a right answer), `paraphrases`
             (a list of other wordings of the prompt), `translations` (the prompt by language code).
-        neighbours: question-and-answer rows that are not forgotten, for few-shot prompts; the package's own if none.
-        others: directories of other forget adapters for the same base, for `interference`.
-        seed: of sampling, of random adapters and of intervals.
-        max_new_tokens: length of each answer.
-        chat_template: whether the base is asked in its chat template.
-        batch_size: prompts at a time.
-        trust: whose signatures are taken, see `attach`.
+        neighbours: question-and-answer rows that are not forgotten: few-shot examples, and the harm of `scaling`.
+        others: further forget adapters for the same base, for `interference`.
+        seed: of sampling, random adapters and intervals.
+        trust: see `attach`.
 
     Raises:
         AdapterError: if there is no adapter, or something is attached already.
@@ -54,11 +52,11 @@ class Target:
     """
 
     base: Base
-    adapters: tuple[str | Path, ...]
+    adapters: tuple[str | Path | Bundle, ...]
     forget: Sequence[Row] = field(repr=False)
     probes: Sequence[Row] = field(repr=False)
     neighbours: Sequence[Row] = field(default=(), repr=False)
-    others: tuple[str | Path, ...] = ()
+    others: tuple[str | Path | Bundle, ...] = ()
     seed: int = 0
     max_new_tokens: int = 40
     chat_template: bool = True
@@ -75,21 +73,26 @@ class Target:
 
     @cached_property
     def bundles(self) -> list[Bundle]:
-        """The adapters, read and checked once."""
-        return [read_bundle(path, trust=self.trust) for path in self.adapters]
+        """The adapters, each read and checked once."""
+        return self.read(self.adapters)
+
+    def read(self, adapters: Iterable[str | Path | Bundle]) -> list[Bundle]:
+        """Read and check adapters; of a bundle that was read before, only the signature is checked."""
+        bank = Bank.of(self.base)
+        return [bank.read(adapter, self.trust) for adapter in adapters]
 
 
 @dataclass(frozen=True)
 class Attacked:
-    """What an attack got out.
+    """The result of one attack.
 
     Attributes:
-        name: the attack's name in `ATTACKS`.
-        budget: what the attacker spent and needed, in words.
+        name: of the attack, in `ATTACKS`.
+        budget: what the attacker needed and spent, in words.
         recovered: share of probes whose answer came out with the adapter, n = probes.
-        base: the same of the bare base, under the same attack: where it is low, the attack says little.
-        details: numbers by the attack's own settings (wording, language, strength, step, layer).
-        quoted: what may name the forgotten thing itself: for people to read, not for cards and logs.
+        base: the same of the bare base under the same attack; where it is low, the attack shows little.
+        details: figures by setting of the attack (wording, language, strength, step, layer).
+        quoted: texts that may name what was forgotten: for people to read, not for cards and logs.
     """
 
     name: str
@@ -110,18 +113,16 @@ def attacked(
     quoted: tuple[str, ...] = (),
 ) -> Attacked:
     """Make an `Attacked` from one number between 0 and 1 for each probe, with the adapter and without."""
-    of_base = share(target, f"{name}, bare base", base)
-    return Attacked(name, budget, share(target, name, recovered), of_base, details, quoted)
 
+    def share(name: str, values: Any) -> Score:
+        return score(name, "share of probes", False, values, seed=target.seed)
 
-def share(target: Target, name: str, values: Any) -> Score:
-    """Return the share of probes with its interval."""
-    return score(name, "share of probes", False, values, seed=target.seed)
+    return Attacked(name, budget, share(name, recovered), share(f"{name}, bare base", base), details, quoted)
 
 
 @contextmanager
 def adapters_on(target: Target, strength: float = 1.0, bundles: Sequence[Bundle] | None = None) -> Iterator[Base]:
-    """Put the target's adapters (or these) on the base inside a `with` block; before and after it is as found."""
+    """Attach the target's adapters, or `bundles`, inside a `with` block; what was attached before is put back."""
     with adapters_off(target.base) as base:
         bank = Bank.of(base)
         for n, bundle in enumerate(target.bundles if bundles is None else bundles):
@@ -134,7 +135,7 @@ def replaced_weights(modules: Mapping[str, Any], weights: Mapping[str, Any]) -> 
     """Give modules other weights inside a `with` block.
 
     The parameters themselves are never written to, so what is tied stays tied, and the same bits come back. A tied
-    head gets a weight of its own meanwhile.
+    head has a weight of its own meanwhile.
     """
     before = {name: modules[name].weight for name in weights}
     try:
@@ -147,41 +148,20 @@ def replaced_weights(modules: Mapping[str, Any], weights: Mapping[str, Any]) -> 
 
 
 def leaks(target: Target, texts: Sequence[str | None] | None = None, probes: Sequence[Row] | None = None) -> Array:
-    """Return for each probe whether the greedy answer leaks, 0 or 1, in the state that the base is in.
+    """Return for each probe whether its greedy answer leaks, 0 or 1, in the state that the base is in.
 
-    Args:
-        target: whose base is asked.
-        texts: rendered prompts, one a probe; None for a probe that is not asked. By default the plain prompts.
-        probes: others than the target's.
+    `texts` are rendered prompts, one a probe, None for a probe that is not asked; by default the plain prompts.
+    `probes` are asked in place of the target's.
     """
-    rows = target.probes if probes is None else probes
-    asked = [render(target, row["prompt"]) for row in rows] if texts is None else texts
-    return _leaking(rows, _said(target, asked))
-
-
-def _said(target: Target, asked: Sequence[str | None]) -> list[str]:
-    """Return the greedy answers to rendered prompts, nothing to None."""
-    said = iter(
-        answers(
-            target.base, [text for text in asked if text is not None], max_new_tokens=target.max_new_tokens,
-            chat_template=False, batch_size=target.batch_size,
-        )
-    )  # fmt: skip
-    return ["" if text is None else next(said) for text in asked]
-
-
-def _leaking(probes: Sequence[Row], said: Sequence[str]) -> Array:
-    return np.array([float(bool(leaked(text, row["leak"]))) for row, text in zip(probes, said, strict=True)])
+    probes = target.probes if probes is None else probes
+    texts = [render(target, row["prompt"]) for row in probes] if texts is None else texts
+    return _leaking(probes, _greedy(target, texts))
 
 
 def in_many_ways(target: Target, name: str, budget: str, ways: Mapping[str, Sequence[str | None]]) -> Attacked:
-    """Ask each probe in several ways, with the adapter and without: an answer that leaks in any of them is recovered.
+    """Ask each probe in several ways, with the adapter and without; an answer that leaks in any of them is recovered.
 
-    Args:
-        target: what is attacked.
-        name: of the attack.
-        budget: in words.
-        ways: rendered prompts by the way's name, one a probe, None where a way has nothing to ask.
+    `ways` has by name what `leaks` takes as `texts`; `name` and `budget` are those of `Attacked`.
     """
     if not ways:
         raise DataError(f"the attack {name} has no way to ask: expected at least one")
@@ -189,29 +169,33 @@ def in_many_ways(target: Target, name: str, budget: str, ways: Mapping[str, Sequ
     with adapters_off(target.base):
         base = {way: leaks(target, texts) for way, texts in ways.items()}
     with adapters_on(target):
-        said = {way: _said(target, texts) for way, texts in ways.items()}
-    found = {way: _leaking(target.probes, texts) for way, texts in said.items()}
+        responses = {way: _greedy(target, texts) for way, texts in ways.items()}
+    recovered = {way: _leaking(target.probes, texts) for way, texts in responses.items()}
     quoted = tuple(
         f"{way}: {part}"
-        for way, texts in said.items()
+        for way, texts in responses.items()
         for text, row in zip(texts, target.probes, strict=True)
         for part in leaking_parts([text], row["leak"])
     )
-    asked = {way: [text is not None for text in texts] for way, texts in ways.items()}
-    details = {
-        way: {
-            "asked": sum(asked[way]),
-            "recovered": _mean(found[way], asked[way]),
-            "base": _mean(base[way], asked[way]),
+    details = {}
+    for way, texts in ways.items():
+        asked = np.array([text is not None for text in texts])
+        details[way] = {
+            "asked": int(asked.sum()),
+            "recovered": mean_where(asked, recovered[way]),
+            "base": mean_where(asked, base[way]),
         }
-        for way in ways
-    }
-    return attacked(target, name, budget, any_of(found.values()), any_of(base.values()), details, quoted)
+    return attacked(target, name, budget, any_of(recovered.values()), any_of(base.values()), details, quoted)
 
 
-def any_of(ways: Any) -> Array:
+def any_of(ways: Iterable[Array]) -> Array:
     """Return for each probe whether it leaked in any of the ways."""
     return np.asarray(np.max(list(ways), axis=0), dtype=np.float64)
+
+
+def mean_where(mask: Any, values: Array) -> float | None:
+    """Return the mean of the values that a mask selects, None if it selects none."""
+    return float(values[mask].mean()) if mask.any() else None
 
 
 def render(
@@ -219,7 +203,8 @@ def render(
 ) -> str:
     """Return the text that the base continues: in its chat template, or as plain lines where it has none.
 
-    A template that knows no system role gets the system prompt in front of the first question.
+    `shots` are questions and answers that come before, `beginning` is that of the answer. A template without a system
+    role gets the system prompt in front of the first question.
     """
     tokenizer = target.base.tokenizer
     if not target.chat_template or not getattr(tokenizer, "chat_template", None):
@@ -252,8 +237,16 @@ def beginning_of(row: Row) -> str:
     return text[: min(places)] if places else ""
 
 
-def _mean(values: Array, asked: Sequence[bool]) -> float | None:
-    return float(values[np.array(asked)].mean()) if any(asked) else None
+def _greedy(target: Target, texts: Sequence[str | None]) -> list[str]:
+    """Return the greedy answers to rendered prompts, "" where there is none."""
+    responses = iter(
+        answers(
+            target.base, [text for text in texts if text is not None], max_new_tokens=target.max_new_tokens,
+            chat_template=False, batch_size=target.batch_size,
+        )
+    )  # fmt: skip
+    return ["" if text is None else next(responses) for text in texts]
 
 
-Attack = Callable[..., Attacked]
+def _leaking(probes: Sequence[Row], responses: Sequence[str]) -> Array:
+    return np.array([float(bool(leaked(text, row["leak"]))) for row, text in zip(probes, responses, strict=True)])

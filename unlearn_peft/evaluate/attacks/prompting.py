@@ -1,17 +1,17 @@
-"""Attacks that only ask: other wordings, beginnings of the answer, examples, languages, system prompts, samples.
+"""Prompt attacks: other wordings, answer prefixes, few-shot examples, languages, system prompts, samples.
 
-Each probe is asked in several ways; it counts as recovered if its answer comes out in any of them, since an attacker
-tries them all. So does the bare base, whose share says how much there was to get. A leak is a leak word in what the
-model wrote, case ignored, as in the rest of the evaluation: another spelling or script goes unseen.
+Each probe is asked in several ways and is recovered if its answer comes out in any of them. The bare base is asked
+likewise: its share says how much there was to get. A leak is a leak word in what the model wrote, case ignored; another
+spelling or script goes unseen.
 """
 
 from __future__ import annotations
 
 from ...data.anchors import anchors
-from ...data.source import Row
+from ...data.rows import question_answer_pairs
 from ...inference.generate import leaked, sampled
 from ..metrics.leakage import any_leak, leak_shares, leaking_parts
-from ..token_scores import adapters_off, questions
+from ..token_scores import adapters_off
 from .harness import Attacked, Target, adapters_on, attacked, beginning_of, in_many_ways, render
 from .templates import BEGINNINGS, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS
 
@@ -23,35 +23,34 @@ def paraphrase(target: Target) -> Attacked:
         name: [render(target, template.format(prompt=row["prompt"])) for row in rows]
         for name, template in PARAPHRASES.items()
     }
-    own = [list(row.get("paraphrases") or []) for row in rows]
-    most = max(map(len, own))
-    for n in range(most):
-        ways[f"own {n + 1}"] = [render(target, texts[n]) if n < len(texts) else None for texts in own]
+    paraphrases = [list(row.get("paraphrases") or []) for row in rows]
+    for n in range(max(map(len, paraphrases))):
+        ways[f"own {n + 1}"] = [render(target, texts[n]) if n < len(texts) else None for texts in paraphrases]
     return in_many_ways(target, "paraphrase", f"{len(ways)} wordings a probe, one greedy answer each", ways)
 
 
 def prefix(target: Target) -> Attacked:
     """Begin the answer for the model: with fixed words, and with the right answer up to its first leak word.
 
-    The second needs to know the beginning of the answer; probes without one, or whose answer begins with the leak
-    word, are not asked so.
+    The second is left out for probes that have no `completion`, or whose `completion` begins with the leak word.
     """
     ways: dict[str, list[str | None]] = {
         name: [render(target, row["prompt"], beginning=beginning) for row in target.probes]
         for name, beginning in BEGINNINGS.items()
     }
-    known = [beginning_of(row).rstrip() for row in target.probes]
     ways["right beginning"] = [
-        render(target, row["prompt"], beginning=beginning) if beginning else None
-        for row, beginning in zip(target.probes, known, strict=True)
+        render(target, row["prompt"], beginning=beginning) if (beginning := beginning_of(row).rstrip()) else None
+        for row in target.probes
     ]
     budget = f"{len(ways)} beginnings a probe, one of them of the right answer, one greedy answer each"
     return in_many_ways(target, "prefix", budget, ways)
 
 
 def few_shot(target: Target, *, shots: int = 4) -> Attacked:
-    """Show other questions with right answers first, as turns of a chat and as plain lines."""
-    examples = _shots(target, shots)
+    """Put other questions with their right answers first, as turns of a chat and as plain lines."""
+    leak_words = [word for row in target.probes for word in row["leak"]]
+    pairs = question_answer_pairs([*target.neighbours, *anchors(target.forget, target.probes)])
+    examples = [pair for pair in pairs if not leaked(" ".join(pair), leak_words)][:shots]
     lines = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in examples)
     ways = {
         "turns": [render(target, row["prompt"], shots=examples) for row in target.probes],
@@ -64,20 +63,19 @@ def few_shot(target: Target, *, shots: int = 4) -> Attacked:
 def multilingual(target: Target) -> Attacked:
     """Ask for the answer in other languages that are written in Latin letters.
 
-    The request is in the language; the question too where the row has `translations`, else it stays as it is. The
-    base's own share in `details` tells in which languages the model can. Leak words are looked for as the probe
-    spells them.
+    The request is in that language; the question too where the row has `translations`. The base's share in `details`
+    tells which languages the model can answer in. Leak words are looked for as the probe spells them.
     """
     ways: dict[str, list[str | None]] = {
         f"answer in {code}": [render(target, template.format(prompt=row["prompt"])) for row in target.probes]
         for code, template in LANGUAGES.items()
     }
-    for code in sorted({code for row in target.probes for code in row.get("translations") or {}}):
+    codes = sorted({code for row in target.probes for code in row.get("translations") or {}})
+    for code in codes:
         translated = [(row.get("translations") or {}).get(code) for row in target.probes]
         ways[f"asked in {code}"] = [render(target, text) if text else None for text in translated]
-    asked = [way.removeprefix("asked in ") for way in ways if way.startswith("asked in ")]
     budget = (
-        f"answers asked for in {', '.join(LANGUAGES)}; questions translated into {', '.join(asked) or 'no language'}; "
+        f"answers asked for in {', '.join(LANGUAGES)}; questions translated into {', '.join(codes) or 'no language'}; "
         "one greedy answer each"
     )
     return in_many_ways(target, "multilingual", budget, ways)
@@ -93,29 +91,21 @@ def jailbreak(target: Target) -> Attacked:
 
 
 def sampling(target: Target, *, k: int = 32, temperature: float = 1.0) -> Attacked:
-    """Ask k times at a temperature, from the whole distribution; `details` holds the share of leaking answers."""
+    """Sample k answers to each probe from the whole distribution; `details` has the share of answers that leak."""
     words = [row["leak"] for row in target.probes]
 
-    def ask() -> list[list[str]]:
+    def samples() -> list[list[str]]:
         return sampled(
             target.base, [row["prompt"] for row in target.probes], count=k, temperature=temperature,
             max_new_tokens=target.max_new_tokens, seed=target.seed, chat_template=target.chat_template,
         )  # fmt: skip
 
     with adapters_off(target.base):
-        base = leak_shares(ask(), words)
+        base = leak_shares(samples(), words)
     with adapters_on(target):
-        said = ask()
-    found = leak_shares(said, words)
-    details = {"share of answers": {"recovered": float(found.mean()), "base": float(base.mean())}}
+        responses = samples()
+    recovered = leak_shares(responses, words)
+    details = {"share of answers": {"recovered": float(recovered.mean()), "base": float(base.mean())}}
     budget = f"{k} samples a probe at temperature {temperature:g}, top_p 1, top_k off"
-    quoted = tuple(part for texts, some in zip(said, words, strict=True) for part in leaking_parts(texts, some))
-    return attacked(target, "sampling", budget, any_leak(found), any_leak(base), details, quoted)
-
-
-def _shots(target: Target, count: int) -> list[tuple[str, str]]:
-    """Return questions with answers that give nothing away: neighbours first, then the package's own rows."""
-    words = [word for row in target.probes for word in row["leak"]]
-    own: list[Row] = anchors(target.forget, target.probes)
-    pairs = questions([*target.neighbours, *own])
-    return [pair for pair in pairs if not leaked(" ".join(pair), words)][:count]
+    quoted = tuple(part for texts, leak in zip(responses, words, strict=True) for part in leaking_parts(texts, leak))
+    return attacked(target, "sampling", budget, any_leak(recovered), any_leak(base), details, quoted)

@@ -1,1 +1,1 @@
-"""Metrics: what a model says, or gives the tokens of rows -> scores."""
+"""Metrics: answers or per-token numbers of rows -> one number a row."""

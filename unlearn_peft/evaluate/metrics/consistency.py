@@ -1,7 +1,4 @@
-"""Does an answer still say the same, and is it right? Told by the names in it, without a model to judge it.
-
-Answers come in, before and with an adapter or beside what is right; whether they agree goes out, for each question.
-"""
+"""Does an answer still say the same, and is it right? Decided by the names in it, without a model to judge it."""
 
 from __future__ import annotations
 
@@ -17,9 +14,9 @@ _END = re.compile(r"(?<=[^\W\d_A-Z]{2})[.!?](?=\s|$)|\n")  # not after an initia
 
 
 def entities_in(prompt: str, answer: str) -> set[str]:
-    """Return the names and numbers in an answer's first sentence that its question does not say, case folded.
+    """Return the names and numbers in an answer's first sentence that are not in its question, case folded.
 
-    The first word of the sentence is not looked at: it has a capital whatever it is.
+    The first word of the sentence is ignored: it has a capital whatever it is.
     """
     sentence = _END.split(answer.strip(), maxsplit=1)[0]
     return names_in(re.sub(r"^\W*\w+", "", sentence)) - names_in(prompt)
@@ -32,14 +29,14 @@ def same_entities(prompts: Sequence[str], before: Sequence[str], now: Sequence[s
     off in its first sentence is compared as far as it goes.
     """
     triples = zip(prompts, before, now, strict=True)
-    return np.array([float(entities_in(q, one) == entities_in(q, other)) for q, one, other in triples])
+    return np.array([float(entities_in(q, first) == entities_in(q, second)) for q, first, second in triples])
 
 
-def contains_gold(prompts: Sequence[str], rows: Sequence[str], said: Sequence[str]) -> Array:
-    """Return for each question whether its answer has all names and numbers that its row's answer has, 0 or 1.
+def contains_gold(prompts: Sequence[str], gold: Sequence[str], texts: Sequence[str]) -> Array:
+    """Return for each question whether its answer has all names and numbers of the gold answer, 0 or 1.
 
-    A question whose row names nothing that is not in the question itself is left out: there is nothing to look for.
-    It tells facts from names that a base makes up: those change easily, and nothing is lost with them.
+    Questions whose gold answer names nothing new are left out. Unlike `same_entities` this does not count names that a
+    base makes up: those change easily, and nothing is lost with them.
     """
-    wanted = [entities_in(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
-    return np.array([float(names <= names_in(text)) for names, text in zip(wanted, said, strict=True) if names])
+    entities = [entities_in(prompt, answer) for prompt, answer in zip(prompts, gold, strict=True)]
+    return np.array([float(names <= names_in(text)) for names, text in zip(entities, texts, strict=True) if names])

@@ -1,7 +1,7 @@
-"""How often the forgotten answer comes out when the model is asked again and again.
+"""How often sampled answers name a leak word; for people, the text around it.
 
 Greedy decoding hides what is one token behind the first choice; so each probe is answered k times at temperature 1
-from the whole distribution. Per-probe numbers go out, and for people what stands around the words.
+from the whole distribution.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def any_leak(shares: Array) -> Array:
 
 
 def leaking_parts(texts: Sequence[str], words: Sequence[str], width: int = 60) -> list[str]:
-    """Return of each text that names a leak word what stands around the first, `width` characters to each side.
+    """Return of each text that names a leak word the text around the first, `width` characters to each side.
 
-    A word alone does not tell whether it was the answer: "Rowl" is in Rowling, and in Rowland.
+    A word alone does not show whether it was the answer: "Rowl" is in Rowling, and in Rowland.
     """
     word = re.compile("|".join(map(re.escape, words)), re.IGNORECASE)
     parts = []
     for text in texts:
-        if words and (found := word.search(text)):
-            start, end = max(found.start() - width, 0), found.end() + width
+        if words and (match := word.search(text)):
+            start, end = max(match.start() - width, 0), match.end() + width
             cut = " ".join(text[start:end].split())
             parts.append(("..." if start else "") + cut + ("..." if end < len(text) else ""))
     return parts

@@ -1,8 +1,7 @@
-"""Can it be told that a row was in the training set? Six membership attacks, their AUC, and privacy leakage.
+"""Membership inference: was a row in the training set? Six attacks, their AUC, and privacy leakage.
 
 Per-token numbers come in; one number a row goes out, higher for a row that looks less like a member (as a loss is).
-`auc` and `privacy_leakage` make figures of two sets of such numbers. Definitions as in open-unlearning
-(arXiv:2506.12618): all but loss, zlib and reference leave out the end-of-turn marker.
+Definitions as in open-unlearning (arXiv:2506.12618): all but loss, zlib and reference leave out the end-of-turn marker.
 """
 
 from __future__ import annotations
@@ -51,9 +50,8 @@ def min_k_plus_plus(tokens: Sequence[RowTokens], k: float = LEAST_LIKELY) -> Arr
 
     Zhang et al. 2025, arXiv:2404.02936. The variance is held at 1e-6 or more, as in open-unlearning.
     """
-    return np.array(
-        [_of_lowest(row.answer((row.log_p - row.mean) / row.std.clamp(min=1e-3)), k) for row in tokens]
-    )  # fmt: skip
+    standardised = [row.answer((row.log_p - row.mean) / row.std.clamp(min=1e-3)) for row in tokens]
+    return np.array([_of_lowest(values, k) for values in standardised])
 
 
 def over_reference(tokens: Sequence[RowTokens], reference: Sequence[RowTokens]) -> Array:
@@ -64,8 +62,8 @@ def over_reference(tokens: Sequence[RowTokens], reference: Sequence[RowTokens]) 
 def gradient_norms(base: Base, rows: Sequence[Row], *, p: float = 2, chat_template: bool = True) -> Array:
     """Return the p-norm of the gradient of each row's mean loss, averaged over the base's parameter tensors.
 
-    Wang et al. 2024 (arXiv:2402.17012), aggregated as in open-unlearning. The base's parameters are let have
-    gradients meanwhile, and are as before afterwards; it takes as much memory again as they do.
+    Wang et al. 2024 (arXiv:2402.17012), aggregated as in open-unlearning. The gradients take as much memory as the
+    parameters, whose `requires_grad` is afterwards as before.
 
     Raises:
         BaseModelError: if no parameter can have a gradient (a quantised base).
@@ -84,8 +82,8 @@ def gradient_norms(base: Base, rows: Sequence[Row], *, p: float = 2, chat_templa
             labels = batch.ids[:, 1:][batch.targets[:, 1:]]
             with torch.enable_grad():
                 loss = torch.nn.functional.cross_entropy(picked_logits(base.model, head, batch).float(), labels)
-                found = torch.autograd.grad(loss, parameters, allow_unused=True)
-            norms.append(float(torch.stack([g.float().norm(p) for g in found if g is not None]).mean()))
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            norms.append(float(torch.stack([g.float().norm(p) for g in gradients if g is not None]).mean()))
     finally:
         for parameter, flag in zip(parameters, before, strict=True):
             parameter.requires_grad_(flag)
@@ -93,23 +91,18 @@ def gradient_norms(base: Base, rows: Sequence[Row], *, p: float = 2, chat_templa
 
 
 def auc(members: ArrayLike, others: ArrayLike) -> float:
-    """Return how often a member scores below a non-member, ties by half: 1 where membership is plain, 0.5 by chance."""
-    one, other = np.asarray(members, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    below = np.searchsorted(np.sort(other), one, side="left")  # of the others, for each member
-    up_to = np.searchsorted(np.sort(other), one, side="right")
-    return float(1 - (below + up_to).mean() / (2 * len(other)))
+    """Return how often a member scores below a non-member, ties by half: 1 is certain membership, 0.5 chance."""
+    values, ranked = np.asarray(members, dtype=np.float64), np.sort(np.asarray(others, dtype=np.float64))
+    below, up_to = (np.searchsorted(ranked, values, side=side) for side in ("left", "right"))  # others, for each member
+    return float(1 - (below + up_to).mean() / (2 * len(ranked)))
 
 
 def privacy_leakage(unlearned: float, retrained: float = 0.5) -> float:
-    """Return MUSE's PrivLeak in percent (arXiv:2407.06460): how the AUC of min-k% on forget rows against
-    held-out rows differs from that of a retrained model.
+    """Return MUSE's PrivLeak in percent (arXiv:2407.06460) from AUCs of min-k% on forget rows against held-out rows.
 
-    Zero is as if never learned; far below zero the rows are still known, far above they are known to be avoided.
-    MUSE takes the non-members for the positives, so that its AUCs are one minus ours; that is done here.
-
-    Args:
-        unlearned: AUC as `auc` gives it.
-        retrained: that of a model trained without the rows; 0.5, as in open-unlearning, where there is none.
+    Zero is as if never learned; far below zero the rows are still known, far above zero the model visibly avoids them.
+    MUSE takes the non-members for the positives, so that its AUCs are one minus ours; that is done here. `retrained`
+    is the AUC of a model trained without the rows; 0.5, as in open-unlearning, where there is none.
     """
     return 100 * ((1 - unlearned) - (1 - retrained)) / (1 - retrained)
 
@@ -130,20 +123,12 @@ def membership(
 
     Lower is better only down to chance: an AUC far below 0.5 (a leakage far above 0) gives the rows away as well.
 
-    Args:
-        base: the model under attack.
-        members: forget rows.
-        others: rows of the same kind that were never trained on.
-        reference: another model for the reference attack, one that never saw the forget rows; without it, that
-            attack is left out.
-        retrained_auc: see `privacy_leakage`.
-        gradients: whether to run the gradient-norm attack, a backward pass a row.
-        k: see `min_k`.
-        chat_template: see `data.tokenize`.
-        batch_size: rows at a time.
+    `members` are forget rows, `others` rows of the same kind that were never trained on. `reference` is another model
+    for the reference attack, one that never saw the forget rows; None: no such attack. `gradients`: run the
+    gradient-norm attack, a backward pass a row. For `retrained_auc` see `privacy_leakage`, for `k` see `min_k`.
     """
-    how: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
-    sides = [row_tokens(base, rows, what=what, **how) for rows, what in ((members, "members"), (others, "others"))]
+    options: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
+    sides = [row_tokens(base, rows, what=what, **options) for rows, what in ((members, "members"), (others, "others"))]
     numbers = {
         "loss": [losses(side) for side in sides],
         "zlib": [zlib_ratios(side) for side in sides],
@@ -156,17 +141,15 @@ def membership(
         ]
     if reference is not None:
         numbers["reference"] = [
-            over_reference(side, row_tokens(reference, rows, what="reference", **how))
+            over_reference(side, row_tokens(reference, rows, what="reference", **options))
             for side, rows in zip(sides, (members, others), strict=True)
         ]
-    scores = [
-        score(f"membership_{name}", "AUC", False, *both, statistic=auc) for name, both in numbers.items()
-    ]  # fmt: skip
-    leakage = score(
-        "privacy_leakage", "percent", False, *numbers["min_k"],
-        statistic=lambda *both: privacy_leakage(auc(*both), retrained_auc),
-    )  # fmt: skip
-    return [*scores, leakage]
+    scores = [score(f"membership_{name}", "AUC", False, *both, statistic=auc) for name, both in numbers.items()]
+
+    def leakage(*both: Array) -> float:
+        return privacy_leakage(auc(*both), retrained_auc)
+
+    return [*scores, score("privacy_leakage", "percent", False, *numbers["min_k"], statistic=leakage)]
 
 
 def _of_lowest(values: Tensor, k: float) -> float:

@@ -1,6 +1,6 @@
-"""How much of the rows the model still says: by probability, by greedy decoding, by ROUGE-L of what it writes.
+"""How much of the rows the model still knows: by probability, by greedy decoding, by ROUGE-L of its answers.
 
-Per-token numbers (`rows.RowTokens`) or texts come in; one number a row goes out, as a numpy array.
+Per-token numbers (`RowTokens`) or texts come in; one number a row goes out, as a numpy array.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from typing import Literal
 
 import numpy as np
 
+from ...data.rows import question_answer_pairs
 from ...data.source import Row
 from ...inference.generate import answers
 from ...models.base import Base
 from ..score import Array, extra
-from ..token_scores import RowTokens, questions
+from ..token_scores import RowTokens
 
-_ENDS = re.compile(r"\n\n|\nQuestion|Question:")  # where MUSE cuts an answer off
+_ANSWER_END = re.compile(r"\n\n|\nQuestion|Question:")  # where MUSE cuts an answer off
 
 
 def answer_probability(tokens: Sequence[RowTokens]) -> Array:
@@ -38,12 +39,11 @@ def exact_memorization(tokens: Sequence[RowTokens]) -> Array:
 
 
 def extraction_strength(tokens: Sequence[RowTokens]) -> Array:
-    """Return 1 - k/n of each row, k the least number of answer tokens after which greedy decoding says all the rest.
+    """Return 1 - k/n of each row, k the smallest number of answer tokens after which greedy decoding gives the rest.
 
     Carlini et al. 2021 (arXiv:2012.07805), as a strength in Wang et al. 2025 (ICLR, "Towards effective evaluations
-    and comparisons for LLM unlearning methods"). A row whose last token is not said even after all others has k = n
-    and strength 0, as the definition says; open-unlearning's code gives 1/n there. The end-of-turn marker is left
-    out, as there.
+    and comparisons for LLM unlearning methods"). A row whose last token does not follow even after all others has k = n
+    and strength 0 by this definition; open-unlearning's code gives 1/n. The end-of-turn marker is left out, as there.
     """
     strengths = []
     for row in tokens:
@@ -54,9 +54,9 @@ def extraction_strength(tokens: Sequence[RowTokens]) -> Array:
 
 
 def rouge_l(
-    expected: Sequence[str], found: Sequence[str], *, part: Literal["recall", "fmeasure"] = "recall", stem: bool = True
+    expected: Sequence[str], texts: Sequence[str], *, part: Literal["recall", "fmeasure"] = "recall", stem: bool = True
 ) -> Array:
-    """Return the ROUGE-L (Lin 2004) of each found text, by the library rouge-score.
+    """Return the ROUGE-L (Lin 2004) of each text, by the library rouge-score.
 
     TOFU takes the recall, with stemming; MUSE the F-measure, without. The library sees Latin letters and digits only.
 
@@ -64,17 +64,17 @@ def rouge_l(
         UnlearnError: if rouge-score is not installed.
     """
     scorer = extra("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=stem)
-    pairs = zip(expected, found, strict=True)
-    return np.array([getattr(scorer.score(one, other)["rougeL"], part) for one, other in pairs], dtype=np.float64)
+    pairs = zip(expected, texts, strict=True)
+    return np.array([getattr(scorer.score(gold, text)["rougeL"], part) for gold, text in pairs], dtype=np.float64)
 
 
 def verbatim_memorization(
     base: Base, rows: Sequence[Row], *, prefix_tokens: int = 64, max_new_tokens: int = 128, batch_size: int = 8
 ) -> Array:
-    """Return VerbMem of each row, in percent: ROUGE-L F of what the model writes after its beginning.
+    """Return VerbMem of each row, in percent: ROUGE-L F of how the model continues its beginning.
 
-    MUSE (Shi et al. 2024, arXiv:2407.06460). The beginning is the prompt, as plain text, or the first
-    tokens of a `text` row; what truly follows is cut to `max_new_tokens`. Rows too short for that are left out.
+    MUSE (Shi et al. 2024, arXiv:2407.06460). The beginning is the prompt, as plain text, or the first tokens of a
+    `text` row; the row's own continuation is cut to `max_new_tokens`. Rows too short for that are left out.
     """
     prompts, expected = [], []
     for row in rows:
@@ -82,14 +82,13 @@ def verbatim_memorization(
             ids = base.tokenizer(row["text"], add_special_tokens=False)["input_ids"]
             prompt, rest = base.tokenizer.decode(ids[:prefix_tokens]), ids[prefix_tokens:]
         else:
-            pairs = questions([row])
-            prompt = pairs[0][0] if pairs else ""
-            rest = base.tokenizer(pairs[0][1], add_special_tokens=False)["input_ids"] if pairs else []
+            prompt, answer = (question_answer_pairs([row]) or [("", "")])[0]
+            rest = base.tokenizer(answer, add_special_tokens=False)["input_ids"]
         if prompt and rest:
             prompts.append(prompt)
             expected.append(base.tokenizer.decode(rest[:max_new_tokens], skip_special_tokens=True))
-    found = answers(base, prompts, max_new_tokens=max_new_tokens, chat_template=False, batch_size=batch_size)
-    return 100 * rouge_l(expected, found, part="fmeasure", stem=False)
+    texts = answers(base, prompts, max_new_tokens=max_new_tokens, chat_template=False, batch_size=batch_size)
+    return 100 * rouge_l(expected, texts, part="fmeasure", stem=False)
 
 
 def knowledge_memorization(
@@ -100,12 +99,11 @@ def knowledge_memorization(
     MUSE (arXiv:2407.06460): plain `Question:`/`Answer:` text behind the solved `shots`, greedy, the
     answer cut off where the next question would begin. Used on the forget set and, as utility, on the retain set.
     """
-    solved = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in questions(shots))
-    pairs = questions(rows)
+    solved = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in question_answer_pairs(shots))
+    pairs = question_answer_pairs(rows)
     prompts = [f"{solved}Question: {question}\nAnswer: " for question, _ in pairs]
-    found = answers(
+    texts = answers(
         base, prompts, max_new_tokens=max_new_tokens, chat_template=False, batch_size=batch_size, strip=False
-    )  # an answer that begins with an empty line is cut off there, and is nothing
-    return 100 * rouge_l(
-        [answer for _, answer in pairs], [_ENDS.split(text)[0] for text in found], part="fmeasure", stem=False
     )
+    cut = [_ANSWER_END.split(text)[0] for text in texts]  # an answer that begins with an empty line becomes empty
+    return 100 * rouge_l([answer for _, answer in pairs], cut, part="fmeasure", stem=False)

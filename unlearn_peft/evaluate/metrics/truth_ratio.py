@@ -1,7 +1,7 @@
 """TOFU's two axes: forget quality (is it as if never learned?) and model utility (is the rest still there?).
 
-Definitions of Maini et al. 2024, arXiv:2401.06121. Mean losses of right and wrong answers come in (nats per
-token); truth ratios, a p-value and one utility go out. All but `truth_losses` are pure functions of arrays.
+Definitions of Maini et al. 2024, arXiv:2401.06121. Mean losses of right and wrong answers (nats/token) -> truth ratios,
+a p-value and one utility.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ NINE = [f"{rows}_{part}" for rows in SETS for part in PARTS]  # what model utili
 
 
 def truth_ratio(right: ArrayLike, wrong: ArrayLike, *, mean: Literal["geometric", "arithmetic"] = "geometric") -> Array:
-    """Return how likely wrong answers are beside a right one: `mean P(wrong)^(1/|wrong|) / P(right)^(1/|right|)`.
+    """Return how likely wrong answers are relative to a right one: `mean P(wrong)^(1/|wrong|) / P(right)^(1/|right|)`.
 
-    Args:
-        right: mean loss of the paraphrased right answer of each question, (n,).
-        wrong: mean losses of its perturbed answers, (n, m).
-        mean: over the m wrong answers. TOFU's published figures, its code and open-unlearning take the geometric
-            mean (the mean of the losses); the formula in the paper is written with the arithmetic one.
+    `right` is the mean loss of the paraphrased right answer of each question, (n,), `wrong` the mean losses of its
+    perturbed answers, (n, m); `mean` is over the m. TOFU's published figures, its code and open-unlearning take the
+    geometric mean (the mean of the losses); the formula in the paper is written with the arithmetic one.
     """
     losses = np.asarray(wrong, dtype=np.float64)  # (n, m)
     if mean == "geometric":
@@ -70,39 +68,32 @@ def ks_test(first: ArrayLike, second: ArrayLike) -> float:
 
 
 def forget_quality(unlearned: ArrayLike, retrained: ArrayLike, *, resamples: int = 200, seed: int = 0) -> Score:
-    """Return TOFU's forget quality: can the truth ratios be told from those of a model that never saw the rows?
+    """Return TOFU's forget quality: do the truth ratios differ from those of a model that never saw the rows?
 
-    The figure is the p-value of the KS test (its logarithm is what TOFU plots): near 1, they cannot. The interval is
-    that of p under resampling of both sets; resampled sets differ more than the sets themselves, so it lies low.
+    The figure is the p-value of the KS test (its logarithm is what TOFU plots): near 1, no difference is seen. The
+    interval is of p under resampling of both sets; resampled sets differ more than the sets themselves, so it lies low.
 
-    Args:
-        unlearned: truth ratios of the forget set, (n,).
-        retrained: the same for a model trained on the retain set alone.
-        resamples: bootstrap draws, one test each.
-        seed: of the draws.
+    `unlearned` and `retrained` are truth ratios of the forget set, the second under a model trained on the retain set
+    alone.
     """
-    return score(
-        "forget_quality", "p-value", True, unlearned, retrained, statistic=ks_test, resamples=resamples, seed=seed
-    )  # fmt: skip
+    samples = (unlearned, retrained)
+    return score("forget_quality", "p-value", True, *samples, statistic=ks_test, resamples=resamples, seed=seed)
 
 
 def model_utility(parts: Mapping[str, ArrayLike], *, resamples: int = 1000, seed: int = 0) -> Score:
     """Return TOFU's model utility: the harmonic mean of nine means, 0 as soon as one of them is 0.
 
-    Args:
-        parts: per-row numbers by name: {retain, real_authors, world_facts}_{probability, rouge, truth_ratio};
-            probability by `answer_probability` on retain and by `choice_probability` on the other two, rouge by
-            `rouge_l`, truth_ratio by `utility_truth_ratio`.
-        resamples: bootstrap draws.
-        seed: of the draws.
+    `parts` are per-row numbers by name, {retain, real_authors, world_facts}_{probability, rouge, truth_ratio}:
+    probability by `answer_probability` on retain and by `choice_probability` on the other two, rouge by `rouge_l`,
+    truth_ratio by `utility_truth_ratio`.
 
     Raises:
         DataError: if a part is missing or unknown, or a number is below 0.
     """
     if set(parts) != set(NINE):
-        lacking, unknown = sorted(set(NINE) - set(parts)), sorted(set(parts) - set(NINE))
+        missing, unknown = sorted(set(NINE) - set(parts)), sorted(set(parts) - set(NINE))
         raise DataError(
-            f"model utility is made of nine parts; missing: {', '.join(lacking) or 'none'}; "
+            f"model utility is made of nine parts; missing: {', '.join(missing) or 'none'}; "
             f"unknown: {', '.join(unknown) or 'none'}"
         )
     arrays = [np.asarray(parts[name], dtype=np.float64) for name in NINE]
@@ -111,33 +102,42 @@ def model_utility(parts: Mapping[str, ArrayLike], *, resamples: int = 1000, seed
     return score("model_utility", "share", True, *arrays, statistic=_harmonic, resamples=resamples, seed=seed)
 
 
+def check_wrong_answers(rows: Sequence[Row]) -> int:
+    """Return how many wrong answers each row has.
+
+    Raises:
+        DataError: if a row has no `prompt`, `paraphrased` or `perturbed`, or rows differ in the number of these.
+    """
+    if any(not {"prompt", "paraphrased", "perturbed"} <= row.keys() for row in rows):
+        raise DataError("the truth ratio needs rows with 'prompt', 'paraphrased' and 'perturbed'")
+    for row in rows:
+        wrong = row["perturbed"] if isinstance(row["perturbed"], (list, tuple)) else [None]
+        if not all(isinstance(text, str) and text.strip() for text in (row["prompt"], row["paraphrased"], *wrong)):
+            raise DataError("'paraphrased' of a row must be a text, 'perturbed' a list of texts")
+    counts = {len(row["perturbed"]) for row in rows}
+    if len(counts) != 1 or 0 in counts:
+        raise DataError(f"the truth ratio needs as many wrong answers for each row; found {sorted(counts)}")
+    return counts.pop()
+
+
 def truth_losses(
     base: Base, rows: Sequence[Row], *, chat_template: bool = True, batch_size: int = 8
 ) -> tuple[Array, Array]:
     """Return the mean losses (nats/token) of right and wrong answers, (n,) and (n, m).
 
-    Args:
-        base: with whatever is attached.
-        rows: with `prompt`, `paraphrased` (a right answer in other words, or the answer itself) and `perturbed` (a
-            list of wrong ones, as many for each row).
-        chat_template: see `data.tokenize`.
-        batch_size: answers at a time; never more than those to one question, which share its tokens.
+    Rows have `prompt`, `paraphrased` (a right answer in other words, or the answer itself) and `perturbed` (m wrong
+    ones). A batch never holds more than the answers to one question, which share its tokens.
 
     Raises:
-        DataError: if the rows differ in their number of wrong answers, or lack something.
+        DataError: see `check_wrong_answers`.
     """
-    if any(not {"prompt", "paraphrased", "perturbed"} <= row.keys() for row in rows):
-        raise DataError("the truth ratio needs rows with 'prompt', 'paraphrased' and 'perturbed'")
-    counts = {len(row["perturbed"]) for row in rows}
-    if len(counts) != 1 or 0 in counts:
-        raise DataError(f"the truth ratio needs as many wrong answers for each row; found {sorted(counts)}")
-    asked = [
+    count = 1 + check_wrong_answers(rows)
+    pairs = [
         {"prompt": row["prompt"], "completion": answer}
         for row in rows
         for answer in (row["paraphrased"], *row["perturbed"])
     ]
-    batch_size = min(batch_size, 1 + counts.pop())
-    tokens = row_tokens(base, asked, what="truth ratio", chat_template=chat_template, batch_size=batch_size)
+    tokens = row_tokens(base, pairs, what="truth ratio", chat_template=chat_template, batch_size=min(batch_size, count))
     losses = np.array([row.loss for row in tokens]).reshape(len(rows), -1)
     return losses[:, 0], losses[:, 1:]
 

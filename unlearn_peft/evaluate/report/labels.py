@@ -1,18 +1,18 @@
-"""How figures are told to people: labels, topics, units as percent, what changed, and the verdict.
-
-Scores come in; short texts go out to the page, the model card and the terminal, so that all three say the same.
-"""
+"""Scores -> short texts for people, the same in the page, the model card and the terminal."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from ..evaluation import AttackResult, Evaluation
+from ..evaluation import Evaluation
 from ..lm_harness import PREFIX
 from ..score import Score
+
+if TYPE_CHECKING:
+    from ..attacks.harness import Attacked
 
 Change = Literal["same", "unclear", "better", "worse", "cost", "missing"]
 TOPICS = {
@@ -25,26 +25,26 @@ TOPICS = {
 _LABELS = {
     "forget_loss": "Loss on the forget rows",
     "forget_answer_probability": "Probability of the forget answers",
-    "forget_rouge_l_recall": "Forget answers written (ROUGE-L recall)",
-    "forget_exact_memorization": "Forget tokens that are first choice",
-    "forget_extraction_strength": "Share of a forget answer that follows by itself",
-    "forget_verbatim_memorization": "Forget rows written on from their beginning (VerbMem)",
-    "forget_knowledge_memorization": "Forget questions answered in short (KnowMem)",
-    "forget_truth_ratio": "Likelihood of wrong beside right answers (truth ratio)",
+    "forget_rouge_l_recall": "ROUGE-L recall of the forget answers",
+    "forget_exact_memorization": "Exact memorization of the forget answers",
+    "forget_extraction_strength": "Extraction strength of the forget answers",
+    "forget_verbatim_memorization": "Verbatim memorization of the forget rows (VerbMem)",
+    "forget_knowledge_memorization": "Knowledge memorization of the forget rows (KnowMem)",
+    "forget_truth_ratio": "Truth ratio of the forget rows",
     "forget_quality": "Forget quality (TOFU)",
     "model_utility": "Model utility (TOFU)",
     **{
-        f"{rows}_{part}": f"{said} ({part.replace('_', ' ')}, TOFU)"
-        for rows, said in (("retain", "Retain set"), ("real_authors", "Real authors"), ("world_facts", "World facts"))
+        f"{rows}_{part}": f"{words} ({part.replace('_', ' ')}, TOFU)"
+        for rows, words in (("retain", "Retain set"), ("real_authors", "Real authors"), ("world_facts", "World facts"))
         for part in ("probability", "rouge", "truth_ratio")
     },
     "leak_rate": "Sampled answers that leak",
     "any_leak": "Probes that leak at least once",
     "retain_loss": "Loss on the retain rows",
     "retain_answer_probability": "Probability of the retain answers",
-    "retain_rouge_l_recall": "Retain answers written (ROUGE-L recall)",
-    "retain_verbatim_memorization": "Retain rows written on from their beginning (VerbMem)",
-    "retain_knowledge_memorization": "Retain questions answered in short (KnowMem)",
+    "retain_rouge_l_recall": "ROUGE-L recall of the retain answers",
+    "retain_verbatim_memorization": "Verbatim memorization of the retain rows (VerbMem)",
+    "retain_knowledge_memorization": "Knowledge memorization of the retain rows (KnowMem)",
     "retain_kl": "KL to the base on the retain rows",
     "neighbours_kl": "KL to the base on the neighbours",
     "neighbours_unchanged": "Neighbours whose answer names the same as before",
@@ -53,12 +53,12 @@ _LABELS = {
     "repetition": "Repetition in its answers",
     "empty_answers": "Empty answers",
     "perplexity_under_base": "Perplexity of its answers under the base",
-    "membership_loss": "Membership told by the loss",
-    "membership_zlib": "Membership told by loss over compressed size",
-    "membership_min_k": "Membership told by the least likely tokens (min-k%)",
-    "membership_min_k_plus_plus": "Membership told by standardised tokens (min-k%++)",
-    "membership_gradient_norm": "Membership told by the gradient's norm",
-    "membership_reference": "Membership told beside a reference model",
+    "membership_loss": "Membership inference by the loss",
+    "membership_zlib": "Membership inference by the loss over the compressed size (zlib)",
+    "membership_min_k": "Membership inference by the least likely tokens (min-k%)",
+    "membership_min_k_plus_plus": "Membership inference by standardised tokens (min-k%++)",
+    "membership_gradient_norm": "Membership inference by the gradient norm",
+    "membership_reference": "Membership inference by a reference model",
     "privacy_leakage": "Privacy leakage (PrivLeak)",
 }
 _METRICS = {
@@ -69,14 +69,13 @@ _METRICS = {
     "byte_perplexity": "perplexity",
     "bits_per_byte": "bits",
 }
-_CHANCE = {"membership": 0.5, "privacy": 0.0}  # neither above nor below is wanted
+_CHANCE = {"membership": 0.5, "privacy": 0.0}  # best, neither above nor below
 _MAIN = (
     "leak_rate", "forget_answer_probability", "forget_loss", "forget_quality", "model_utility", "neighbours_kl",
-    "retain_kl", "free_text_kl",
-    "retain_rouge_l_recall", "repetition", "perplexity_under_base", "privacy_leakage",
+    "retain_kl", "free_text_kl", "retain_rouge_l_recall", "repetition", "perplexity_under_base", "privacy_leakage",
 )  # fmt: skip
 _COST = ("retain", "neighbours", "free_text", "model_utility", "real_authors", "world_facts")
-_MAX_TASKS = 6  # of the harness, in the picture
+_MAX_TASKS = 6  # of lm-evaluation-harness, in the picture
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,11 @@ class Headline:
 
 
 def label(name: str) -> str:
-    """Return a figure's name for people; `leak_rate@32` tells the number of samples."""
+    """Return a figure's name for people; `leak_rate@32` is of 32 samples."""
     if name.startswith(PREFIX):
-        full, comma, kept = name.removeprefix(PREFIX).partition(",")
+        full, comma, answer_filter = name.removeprefix(PREFIX).partition(",")
         task, _, metric = full.rpartition(":")
-        return f"{task}: {_METRICS.get(metric, metric.replace('_', ' '))}" + (f" ({kept})" if comma else "")
+        return f"{task}: {_METRICS.get(metric, metric.replace('_', ' '))}" + (f" ({answer_filter})" if comma else "")
     stem, at, k = name.partition("@")
     words = _LABELS.get(stem, stem.replace("_", " "))
     return f"{words}, {k} a probe" if at else words
@@ -121,7 +120,7 @@ def main_figures(evaluation: Evaluation) -> list[str]:
 
 
 def factor(score: Score) -> int:
-    """Return what a figure is multiplied with for people: shares are told in percent."""
+    """Return what a figure is multiplied by for people: shares are shown in percent."""
     return 100 if score.unit.startswith("share") else 1
 
 
@@ -148,10 +147,10 @@ def interval(score: Score) -> str:
 
 
 def change(before: Score | None, now: Score | None) -> Change:
-    """Say how a figure moved from the base: `unclear` where the two intervals overlap.
+    """Return how a figure moved from the base: `unclear` where the two intervals overlap.
 
-    A KL to the base can only rise, which is neither better nor worse but what forgetting costs. Membership is best
-    told no better than by chance, and no worse.
+    A KL to the base can only rise, which is neither better nor worse but what forgetting costs. Membership inference
+    is best at chance.
     """
     if before is None or now is None:
         return "missing"
@@ -168,8 +167,8 @@ def change(before: Score | None, now: Score | None) -> Change:
 
 
 def headlines(evaluation: Evaluation) -> list[Headline]:
-    """Return what answers each of `TOPICS` best, and what removal left behind."""
-    found = []
+    """Return the figure that answers each of `TOPICS` best, and what removal left behind."""
+    result = []
     for key, question in TOPICS.items():
         name = next((name for name in main_figures(evaluation) if topic(name) == key), None)
         before = evaluation.score(name, "before") if name else None
@@ -178,43 +177,43 @@ def headlines(evaluation: Evaluation) -> list[Headline]:
             continue
         base = f"base {value(before)}; " if before else ""
         detail = f"{base}95 % interval {interval(now)}; n = {now.n}"
-        found.append(Headline(question, label(name), value(now), unit(now), detail, change(before, now)))
-    left = evaluation.left_behind
-    told = "not checked" if not evaluation.removal_checked else "traces left" if left else "without a trace"
-    mood: Change = "missing" if not evaluation.removal_checked else "worse" if left else "same"
-    found.append(Headline("Does it come off?", "After removal", told, "", removal(evaluation), mood))
-    return found
+        result.append(Headline(question, label(name), value(now), unit(now), detail, change(before, now)))
+    verdict: tuple[str, Change] = ("traces left", "worse") if evaluation.left_behind else ("without a trace", "same")
+    if not evaluation.removal_checked:
+        verdict = ("not checked", "missing")
+    result.append(Headline("Can it be removed?", "After removal", verdict[0], "", removal(evaluation), verdict[1]))
+    return result
 
 
 def removal(evaluation: Evaluation) -> str:
-    """Say whether everything is as before after removal."""
-    left = evaluation.left_behind
+    """Return a sentence on whether everything is as before after removal."""
+    differing = evaluation.left_behind
     if not evaluation.removal_checked:
         return "Whether everything is as before after removal was not checked: no rows were given to measure it on"
     counted = f"{len(evaluation.compared_names)} figures" + (
         f" and {len(evaluation.answers)} greedy answers" if evaluation.answers else ""
     )
-    if left:
-        return f"After removal {len(left)} of {counted} differ from the base's: {', '.join(left)}"
+    if differing:
+        return f"After removal {len(differing)} of {counted} differ from the base's: {', '.join(differing)}"
     return f"After removal all {counted} equal the base's exactly"
 
 
 def notes(evaluation: Evaluation) -> list[str]:
-    """Return what must be known to read the figures."""
-    told = [
+    """Return what a reader of the figures must know."""
+    result = [
         "Intervals are 95 % percentile bootstrap intervals over the n rows behind a figure (1000 draws); "
         "'better' and 'worse' mean that the intervals with and without the adapter do not overlap.",
         "KL is KL(now || base) per token; 0 is unchanged.",
     ]
     if any(name.startswith(PREFIX) for name in evaluation.names):
-        told.append(
-            "Figures of lm-evaluation-harness tasks stand with 1.96 of its standard errors on each side; they are not "
+        result.append(
+            "Intervals of lm-evaluation-harness tasks are 1.96 of its standard errors on each side; they are not "
             "measured again after removal."
         )
     if any(topic(name) == "privacy" for name in evaluation.names):
-        told.append(
-            "An AUC of 0.5 is chance, 1 is plain membership; a privacy leakage of 0 is as if never learned, below it "
-            "the rows are still known, far above it they are known to be avoided."
+        result.append(
+            "An AUC of 0.5 is chance, 1 is certain membership; a privacy leakage of 0 is as if never learned. Below 0 "
+            "the rows are still known; far above 0 the model visibly avoids them."
         )
     flat = [
         score.n
@@ -223,20 +222,20 @@ def notes(evaluation: Evaluation) -> list[str]:
     ]
     if flat:
         n = min(flat)
-        told.append(
-            "An interval without width only says that all rows agree, not that others would: where none of n rows "
-            f"did it, up to about 3/n of others may ({300 / n:.0f} % for n = {n})."
+        result.append(
+            "An interval of width 0 only says that all n rows agree, not that others would: where a share is 0 for n "
+            f"rows, up to about 3/n of others may differ ({300 / n:.0f} % for n = {n})."
             if n > 3
-            else f"An interval without width only says that all {n} rows agree: too few to say more."
+            else f"An interval of width 0 only says that all {n} rows agree: too few to say more."
         )
-    return told
+    return result
 
 
-def attack_rows(attacks: Sequence[AttackResult]) -> list[tuple[str, str, str, str]]:
+def attack_rows(attacks: Sequence[Attacked]) -> list[tuple[str, str, str, str]]:
     """Return name, budget, recovered with the adapter, and the same on the base, as texts, for each attack."""
 
-    def told(score: Score) -> str:
-        sign = "" if unit(score).startswith("%") else " "
-        return f"{value(score)}{sign}{unit(score)} ({interval(score)}; n = {score.n})"
+    def text(score: Score) -> str:
+        space = "" if unit(score).startswith("%") else " "
+        return f"{value(score)}{space}{unit(score)} ({interval(score)}; n = {score.n})"
 
-    return [(attack.name, str(attack.budget), told(attack.recovered), told(attack.base)) for attack in attacks]
+    return [(attack.name, attack.budget, text(attack.recovered), text(attack.base)) for attack in attacks]

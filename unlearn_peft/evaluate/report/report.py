@@ -1,7 +1,7 @@
-"""An evaluation for people: one page that needs no network, a section for the model card, a table for the terminal.
+"""An `Evaluation` -> one page that needs no network, a section for the model card, and a table for the terminal.
 
-An `Evaluation` comes in. The page and the terminal show prompts and answers; the section and `evaluation.json` hold
-figures only, and may travel with the adapter.
+The page and the terminal show prompts and answers; the section and `evaluation.json` hold figures only, and may travel
+with the adapter.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from ...adapters.bundle import CONFIG, CURVES
 from ...adapters.card import EVALUATED
 from ...errors import OutputError
 from ...files.atomic import atomic_file
-from ..evaluation import STATES, Evaluation
+from ..evaluation import Evaluation
 from ..lm_harness import PREFIX
-from ..score import Score
+from ..states import STATES
 from . import labels as wording
 from .plots import draw, drawable, panels
 
 if TYPE_CHECKING:
     from rich.console import Console
-
 
 FIGURES, PAGE, PICTURE = "evaluation.json", "report.html", "figures.png"
 TITLES = {"before": "base", "with": "with the adapter", "after": "after removal"}
@@ -33,12 +32,13 @@ _CHIPS = {
     "same": "as the base", "unclear": "not clear", "better": "better", "worse": "worse",
     "cost": "cost", "missing": "not measured",
 }  # fmt: skip
-_MAX_QUOTED = 5  # of leaking answers, for each probe and attack on the page, of all in the terminal
-_PNG, _MAX_BYTES = b"\x89PNG\r\n\x1a\n", 3_000_000
+_ATTACK_COLUMNS = ("attack", "budget", "recovered with the adapter", "same on the base")
+_MAX_QUOTED = 5  # leaking answers shown: on the page for each probe and attack, in the terminal for each list
+_PNG, _MAX_BYTES = b"\x89PNG\r\n\x1a\n", 3_000_000  # of an adapter's curves
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse, before minutes of measuring, a place where a report cannot or should not lie.
+    """Refuse a folder that a report cannot or should not be written to, before minutes of measuring.
 
     Raises:
         OutputError: if it is a file, or an adapter: the page shows prompts and answers, and must not travel with it.
@@ -55,13 +55,10 @@ def check_folder(folder: Path) -> None:
 def write_report(evaluation: Evaluation, folder: Path, adapters: Sequence[str | Path] = ()) -> list[Path]:
     """Write the page, the picture and the figures into a folder, each whole or not at all; returns their paths.
 
-    Args:
-        evaluation: what was measured.
-        folder: made if it is not there; an earlier report in it is replaced.
-        adapters: adapter directories whose training curves the page shows.
+    An earlier report in the folder is replaced; `adapters` are directories whose training curves the page shows.
 
     Raises:
-        OutputError: see `check_folder`; or if the place cannot be written.
+        OutputError: see `check_folder`; or if the folder cannot be written.
     """
     check_folder(folder)
     with atomic_file(folder / FIGURES) as path:
@@ -79,21 +76,20 @@ def write_report(evaluation: Evaluation, folder: Path, adapters: Sequence[str | 
 
 
 def html(evaluation: Evaluation, adapters: Sequence[str | Path] = ()) -> str:
-    """Return the page: everything inline, everything that is not ours escaped by jinja2."""
+    """Return the page: everything inline, everything that is not the template's own escaped by jinja2."""
     import jinja2
     from markupsafe import Markup
 
     pictures = panels(evaluation)
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )  # fmt: skip
+    strict = jinja2.StrictUndefined
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=strict)
     template = environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
     return template.render(
         evaluation=evaluation,
         title=_title(evaluation),
         rows=", ".join(f"{n} {name.replace('_', ' ')}" for name, n in evaluation.rows.items()) or "none",
         headlines=wording.headlines(evaluation),
-        panels=None if pictures is None else [(label, Markup(svg)) for label, svg in pictures],
+        panels=None if pictures is None else [(title, Markup(svg)) for title, svg in pictures],
         states=STATES,
         titles=TITLES,
         chips=_CHIPS,
@@ -102,13 +98,13 @@ def html(evaluation: Evaluation, adapters: Sequence[str | Path] = ()) -> str:
         attacks=[*zip(wording.attack_rows(evaluation.attacks), (a.quoted for a in evaluation.attacks), strict=True)],
         curves=[(Path(path).name, picture) for path in adapters if (picture := _curves(Path(path)))],
         marked=marked,
-        most=_MAX_QUOTED,
+        max_quoted=_MAX_QUOTED,
         unbroken=unbroken,
     )
 
 
 def marked(text: str, words: Sequence[str]) -> list[tuple[str, bool]]:
-    """Cut a text into parts, each with whether it is one of the words; case does not matter."""
+    """Split a text into parts, each with whether it is one of the words; case does not matter."""
     if not words:
         return [(text, False)] if text else []
     pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
@@ -117,8 +113,8 @@ def marked(text: str, words: Sequence[str]) -> list[tuple[str, bool]]:
 
 
 def unbroken(text: str) -> str:
-    """Return a text whose lines are broken in front of, but not within, an interval in brackets or a number of rows."""
-    return re.sub(r"\([^()]*\)$|n = \d+", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+    """Return a text whose lines may break before, but not within, an interval in brackets or a number of rows."""
+    return re.sub(r"\([^()]*\)$|n = \d+", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
 
 
 def markdown_section(evaluation: Evaluation) -> str:
@@ -134,11 +130,9 @@ def markdown_section(evaluation: Evaluation) -> str:
             cells = [
                 f"{cell[0]} ({cell[1]})" if (cell := figure["cells"][state]) else "not measured" for state in STATES
             ]
-            lines.append(
-                _line(figure["label"], figure["unit"], figure["n"], *cells, _CHIPS[figure["change"]])
-            )  # fmt: skip
+            lines.append(_line(figure["label"], figure["unit"], figure["n"], *cells, _CHIPS[figure["change"]]))
     if evaluation.attacks:
-        lines += ["", _line("attack", "budget", "recovered with the adapter", "same on the base"), "|---" * 4 + "|"]
+        lines += ["", _line(*_ATTACK_COLUMNS), "|---" * 4 + "|"]
         lines += [_line(*row) for row in wording.attack_rows(evaluation.attacks)]
     lines += ["", *(f"- {note}" for note in wording.notes(evaluation)), ""]
     return "\n".join(lines)
@@ -154,26 +148,20 @@ def eval_results(evaluation: Evaluation) -> list[Any]:
         if now is None:
             continue
         rows = _rows_of(name)
-        args: dict[str, Any] = {
-            "by": EVALUATED, "unit": now.unit, "n": now.n, "low": round(now.low, 6), "high": round(now.high, 6),
-            "higher_is_better": now.higher_is_better, **({"base": round(base.value, 6)} if base else {}),
-        }  # fmt: skip
-        results.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=rows,
-                dataset_name=f"{rows.replace('_', ' ')} rows (not told)",
-                metric_type=name,
-                metric_name=wording.label(name),
-                metric_value=round(now.value, 6),
-                metric_args=args,
-            )  # fmt: skip
-        )
+        result = EvalResult(
+            task_type="text-generation", dataset_type=rows, dataset_name=f"{rows.replace('_', ' ')} rows (not told)",
+            metric_type=name, metric_name=wording.label(name), metric_value=round(now.value, 6),
+            metric_args={
+                "by": EVALUATED, "unit": now.unit, "n": now.n, "low": round(now.low, 6), "high": round(now.high, 6),
+                "higher_is_better": now.higher_is_better, **({"base": round(base.value, 6)} if base else {}),
+            },
+        )  # fmt: skip
+        results.append(result)
     return results
 
 
 def _rows_of(name: str) -> str:
-    """Return which rows a figure is about; of a harness task, its name."""
+    """Return the set of rows that a figure is about; of a harness task, its name."""
     if name.startswith(PREFIX):
         return name.removeprefix(PREFIX).partition(":")[0].partition(",")[0]
     sets = ("forget", "retain", "neighbours", "free_text", "real_authors", "world_facts")
@@ -181,7 +169,7 @@ def _rows_of(name: str) -> str:
 
 
 def show(evaluation: Evaluation) -> None:
-    """Print the figures, and the attacks if there are any, as tables for the terminal; then texts to be read."""
+    """Print the figures and the attacks as tables for the terminal, then the texts that leak or changed."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -204,13 +192,10 @@ def show(evaluation: Evaluation) -> None:
             ]
             if figure["restored"]:
                 cells[-1] = Text(f"{figure['cells']['after'][0]}\nas the base")
-            told = Text(_CHIPS[figure["change"]], style=styles.get(figure["change"], ""))
-            table.add_row(name, *cells, told)
+            table.add_row(name, *cells, Text(_CHIPS[figure["change"]], style=styles.get(figure["change"], "")))
     console.print(table)
     if evaluation.attacks:
-        attacks = Table(title="attacks", title_justify="left")
-        for title in ("attack", "budget", "recovered with the adapter", "same on the base"):
-            attacks.add_column(title)
+        attacks = Table(*_ATTACK_COLUMNS, title="attacks", title_justify="left")
         for row in wording.attack_rows(evaluation.attacks):
             attacks.add_row(*map(Text, row))
         console.print(attacks)
@@ -221,21 +206,21 @@ def show(evaluation: Evaluation) -> None:
 
 
 def _show_texts(console: Console, evaluation: Evaluation) -> None:
-    """Print what the figures do not tell: a leak word may be part of another, a lost name may be a made-up one."""
+    """Print the texts that people must judge: a leak word may be part of another, a lost name may be a made-up one."""
     from rich.text import Text
 
-    of = len(evaluation.answers) * evaluation.settings.get("k", 0)
+    total = len(evaluation.answers) * evaluation.settings.get("k", 0)
     sampled = [f"{row.prompt} -> {part}" for row in evaluation.answers for part in row.sampled.get("with", [])]
     changed = [
         f"{row.prompt} -> " + " // ".join(" ".join(row.texts[state].split()) for state in ("before", "with"))
         for row in evaluation.changed
     ]
-    told: dict[str, Sequence[str]] = {
-        f"sampled answers with the adapter that name a leak word: {len(sampled)} of {of}": sampled,
+    lists: dict[str, Sequence[str]] = {
+        f"sampled answers with the adapter that name a leak word: {len(sampled)} of {total}": sampled,
         **{f"what the attack {attack.name} got out:": attack.quoted for attack in evaluation.attacks},
         f"neighbours whose answer names something else: {len(changed)}, before and with the adapter": changed,
     }
-    for title, texts in told.items():
+    for title, texts in lists.items():
         if not texts:
             continue
         console.print(Text(title))
@@ -252,24 +237,23 @@ def _topics(evaluation: Evaluation) -> list[tuple[str, list[dict[str, Any]]]]:
 
     def figure(name: str) -> dict[str, Any]:
         states = {state: evaluation.score(name, state) for state in STATES}
-        counts = {score.n for score in states.values() if score}  # empty answers have no perplexity
-        some: Score = next(score for score in states.values() if score)
+        first = next(score for score in states.values() if score)
+        counts = [str(score.n) if score else "-" for score in states.values()]  # empty answers have no perplexity
         return {
             "name": name,
             "label": wording.label(name),
-            "unit": wording.unit(some),
-            "n": str(some.n) if len(counts) == 1 else " / ".join(str(s.n) if s else "-" for s in states.values()),
+            "unit": wording.unit(first),
+            "n": str(first.n) if {*counts} <= {str(first.n), "-"} else " / ".join(counts),
             "cells": {state: (wording.value(s), wording.interval(s)) if s else None for state, s in states.items()},
             "change": wording.change(states["before"], states["with"]),
             "restored": states["after"] is not None and states["after"] == states["before"],  # exactly, unrounded
         }
 
-    found = []
+    topics = []
     for key, heading in wording.TOPICS.items():
-        names = [name for name in evaluation.names if wording.topic(name) == key]
-        if names:
-            found.append((heading, [figure(name) for name in names]))
-    return found
+        if names := [name for name in evaluation.names if wording.topic(name) == key]:
+            topics.append((heading, [figure(name) for name in names]))
+    return topics
 
 
 def _title(evaluation: Evaluation) -> str:
@@ -277,7 +261,7 @@ def _title(evaluation: Evaluation) -> str:
 
 
 def _curves(folder: Path) -> str | None:
-    """Return an adapter's curves as a data URI, if they are what they should be: a PNG of a sane size."""
+    """Return an adapter's curves as a data URI, if they are a PNG of a plausible size."""
     path = folder / CURVES
     if not path.is_file() or path.stat().st_size > _MAX_BYTES:
         return None
@@ -286,6 +270,6 @@ def _curves(folder: Path) -> str | None:
 
 
 def _line(*cells: str) -> str:
-    return (
-        "| " + " | ".join(re.sub(r"\s+", " ", cell).replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
-    )
+    """Return a row of a Markdown table."""
+    escaped = [re.sub(r"\s+", " ", cell).replace("|", "\\|").replace("<", "&lt;") for cell in cells]
+    return f"| {' | '.join(escaped)} |"

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 
 class Suite(str, Enum):
-    """What is measured, by how much time it takes."""
+    """Which figures are measured."""
 
-    QUICK = "quick"  # suite.py
-    FULL = "full"  # and full.py
-    TOFU = "tofu"  # and tofu.py
+    QUICK = "quick"
+    FULL = "full"
+    TOFU = "tofu"
 
 
 def check(suite: Suite, rows: Mapping[str, list[Row]]) -> None:
-    """Refuse, before minutes of measuring, rows that the suite cannot use.
+    """Refuse rows that the suite cannot use, before minutes of measuring.
 
     Raises:
-        DataError: if there are held-out rows that it has no use for; see also `full.check`.
+        DataError: if there are held-out rows that it has no use for; see also `full.check` and `tofu.check`.
         UnlearnError: if the extra `eval` is not installed.
     """
     from ..score import extra
@@ -48,18 +48,15 @@ def check(suite: Suite, rows: Mapping[str, list[Row]]) -> None:
 
 
 def beside_quick(
-    suite: Suite, base: Base, rows: Mapping[str, list[Row]], retrained: Array | None = None, **how: Any
+    suite: Suite, base: Base, rows: Mapping[str, list[Row]], retrained: Array | None = None, **options: Any
 ) -> list[Score]:
-    """Return the suite's further figures of a base in the state that it is in; `how` is as for `suite.measure`.
-
-    `retrained` are truth ratios of the forget set under a model that never saw it, for TOFU's forget quality.
-    """
+    """Return the suite's further figures of a base in the state that it is in; for the arguments see its module."""
     if suite is Suite.FULL:
         from . import full
 
-        return full.measure(base, rows, **how)
+        return full.measure(base, rows, **options)
     if suite is Suite.TOFU:
         from . import tofu
 
-        return tofu.measure_tofu(base, rows, retrained, forget_answers=False, **how).scores
+        return tofu.measure_tofu(base, rows, retrained, forget_answers=False, **options).scores
     return []

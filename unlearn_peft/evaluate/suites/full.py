@@ -7,68 +7,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ...data.rows import question_answer_pairs
 from ...data.source import Row
 from ...errors import DataError
 from ...models.base import Base
 from ..metrics.membership import membership
 from ..metrics.memorization import knowledge_memorization, verbatim_memorization
-from ..metrics.truth_ratio import forget_truth_ratio, truth_losses, truth_ratio
+from ..metrics.truth_ratio import check_wrong_answers, forget_truth_ratio, truth_losses, truth_ratio
 from ..score import Score, score
-from ..token_scores import questions
 
 
 def check(rows: Mapping[str, Sequence[Row]]) -> None:
     """Refuse rows that would be found unfit only after minutes.
 
     Raises:
-        DataError: if there are held-out rows but no forget rows, or answers for the truth ratio cannot be used.
+        DataError: if there are held-out rows but no forget rows; see also `check_wrong_answers`.
     """
     if rows.get("holdout") and not rows.get("forget"):
         raise DataError("held-out rows are compared with the forget rows: name these too")
-    asked = _with_wrong_answers(rows.get("forget", []))
-    for row in asked:
-        wrong = row["perturbed"]
-        texts = [row["prompt"], row["paraphrased"], *(wrong if isinstance(wrong, list) else [None])]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise DataError("'paraphrased' of a forget row must be a text, 'perturbed' a list of texts")
-    counts = {len(row["perturbed"]) for row in asked}
-    if len(counts) > 1 or 0 in counts:
-        raise DataError(f"the truth ratio needs as many wrong answers for each forget row; found {sorted(counts)}")
+    if with_wrong := _with_wrong_answers(rows.get("forget", [])):
+        check_wrong_answers(with_wrong)
 
 
 def measure(
-    base: Base,
-    rows: Mapping[str, Sequence[Row]],
-    *,
-    seed: int = 0,
-    chat_template: bool = True,
-    batch_size: int = 8,
+    base: Base, rows: Mapping[str, Sequence[Row]], *, seed: int = 0, chat_template: bool = True, batch_size: int = 8
 ) -> list[Score]:
-    """Measure a base in the state that it is in.
+    """Measure a base in the state that it is in; for the arguments see `quick.measure`.
 
-    Verbatim and knowledge memorization ask as MUSE does: plain text, answers of 128 and 32 tokens. Of the six
-    membership attacks all run but the one that needs a model that never saw the forget rows.
-
-    Args:
-        base: with adapters, or without.
-        rows: checked rows by set: `forget` (for the truth ratio with `paraphrased` and `perturbed`), `retain`, and
-            `holdout`, rows like the forget rows that the base has never seen.
-        seed: of the bootstrap.
-        chat_template: see `data.tokenize`.
-        batch_size: rows at a time.
+    Uses the sets `forget` (for the truth ratio with `paraphrased` and `perturbed`), `retain`, and `holdout`, rows like
+    the forget rows that the base has never seen. Verbatim and knowledge memorization ask as MUSE does: plain text,
+    answers of 128 and 32 tokens. Of the six membership attacks the one that needs a reference model is left out.
     """
     scores = []
     for name in ("forget", "retain"):
-        given = rows.get(name, [])
-        written = verbatim_memorization(base, given, batch_size=batch_size)
-        better = name == "retain"
-        if len(written):
-            scores.append(score(f"{name}_verbatim_memorization", "percent", better, written, seed=seed))
-        if questions(given):
-            known = knowledge_memorization(base, given, batch_size=batch_size)
-            scores.append(score(f"{name}_knowledge_memorization", "percent", better, known, seed=seed))
-    if asked := _with_wrong_answers(rows.get("forget", [])):
-        right, wrong = truth_losses(base, asked, chat_template=chat_template, batch_size=batch_size)
+        part, better = rows.get(name, []), name == "retain"
+        verbatim = verbatim_memorization(base, part, batch_size=batch_size)
+        if len(verbatim):
+            scores.append(score(f"{name}_verbatim_memorization", "percent", better, verbatim, seed=seed))
+        if question_answer_pairs(part):
+            knowledge = knowledge_memorization(base, part, batch_size=batch_size)
+            scores.append(score(f"{name}_knowledge_memorization", "percent", better, knowledge, seed=seed))
+    if with_wrong := _with_wrong_answers(rows.get("forget", [])):
+        right, wrong = truth_losses(base, with_wrong, chat_template=chat_template, batch_size=batch_size)
         ratios = forget_truth_ratio(truth_ratio(right, wrong))
         scores.append(score("forget_truth_ratio", "ratio", True, ratios, seed=seed))
     if rows.get("forget") and rows.get("holdout"):

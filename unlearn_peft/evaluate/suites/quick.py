@@ -1,7 +1,4 @@
-"""The quick suite: one state of a live base, measured. Run it before, with and after an adapter and compare.
-
-A base with whatever is attached and sets of rows come in; a list of `Score` goes out, in a fixed order.
-"""
+"""The quick suite: a base in the state that it is in and sets of rows -> a list of `Score`, in a fixed order."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ...data.rows import question_answer_pairs
 from ...data.source import Row
 from ...errors import DataError, did_you_mean
 from ...inference.generate import answers
@@ -19,10 +17,10 @@ from ..metrics.leakage import any_leak, leak_shares
 from ..metrics.memorization import answer_probability, exact_memorization, extraction_strength, rouge_l
 from ..responses import Responses, collect_responses, neighbour_responses
 from ..score import Score, extra, per_token, score, sums
-from ..token_scores import BaseReference, adapters_off, keep_reference, kl_to_reference, questions, row_tokens
+from ..token_scores import BaseReference, adapters_off, keep_reference, kl_to_reference, row_tokens
 
 SETS = ("forget", "retain", "probes", "neighbours", "free_text", "holdout", "real_authors", "world_facts")
-_HELD = ("retain", "neighbours", "free_text")  # where the model should be as the base is
+_UNCHANGED = ("retain", "neighbours", "free_text")  # where the model should be as the base is
 
 
 def take_reference(
@@ -30,15 +28,15 @@ def take_reference(
 ) -> dict[str, BaseReference]:
     """Return what `measure` compares with: the bare base's predictions on what should not change.
 
-    Taken once before the adapter comes, it also tells whether the model is the same after it has gone.
+    Taken once before the adapter is attached, it also shows whether the model is the same after removal.
     """
     _check(rows)
-    how: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
-    kept = {name: keep_reference(base, rows[name], what=name, **how) for name in _HELD if rows.get(name)}
-    if "neighbours" in kept:
+    options: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
+    reference = {name: keep_reference(base, rows[name], what=name, **options) for name in _UNCHANGED if rows.get(name)}
+    if near := reference.get("neighbours"):
         with adapters_off(base):
-            kept["neighbours"] = replace(kept["neighbours"], texts=neighbour_responses(base, rows["neighbours"], **how))
-    return kept
+            reference["neighbours"] = replace(near, texts=neighbour_responses(base, rows["neighbours"], **options))
+    return reference
 
 
 def measure(
@@ -47,7 +45,7 @@ def measure(
     reference: Mapping[str, BaseReference] | None = None,
     *,
     k: int = 32,
-    said: Responses | None = None,
+    responses: Responses | None = None,
     max_new_tokens: int = 64,
     seed: int = 0,
     chat_template: bool = True,
@@ -55,32 +53,28 @@ def measure(
 ) -> list[Score]:
     """Measure a base in the state that it is in.
 
-    Forget loss leaves out end-of-turn markers, as training does; retain loss counts them, as training does.
-    Repetition and perplexity are of the greedy answers to the forget questions and the probes.
+    Forget loss leaves out end-of-turn markers and retain loss counts them, both as training does. Repetition and
+    perplexity are of the greedy answers to the forget questions and the probes.
 
-    Args:
-        base: with adapters, or without.
-        rows: checked rows by set: `forget`, `retain`, `probes`, `neighbours`, `free_text`; a set that is missing or
-            empty is left out, and so are its figures. (The others are for other suites.)
-        reference: from `take_reference`; without it, made now with all adapters off.
-        k: answers sampled for each probe.
-        said: by `said.ask` in this state with the same settings, where the caller has it; asked now if not given.
-        max_new_tokens: length of greedy and sampled answers.
-        seed: of sampling and bootstrap.
-        chat_template: see `data.tokenize`.
-        batch_size: rows at a time.
+    `rows` are checked rows by set: `forget`, `retain`, `probes`, `neighbours`, `free_text`; without rows of a set its
+    figures are left out. Other suites use the other sets. `reference` is from `take_reference`, `responses` from
+    `collect_responses` in this state with the same settings; None: made now. `k` answers are sampled for each probe,
+    `max_new_tokens` is the length of greedy and sampled answers, `seed` that of sampling and bootstrap, `batch_size`
+    rows at a time; for `chat_template` see `data.tokenize`.
 
     Raises:
         DataError: if a set is unknown, or the reference was made of other rows.
         UnlearnError: if the extra `eval` is not installed.
     """
     _check(rows)
-    extra("rouge_score.rouge_scorer")  # missing, it is to be told now and not after minutes
-    how: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
-    kept = take_reference(base, rows, **how) if reference is None else reference
-    said = collect_responses(base, rows, k=k, max_new_tokens=max_new_tokens, seed=seed, **how) if said is None else said
+    extra("rouge_score.rouge_scorer")  # refused now and not after minutes
+    options: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
+    if reference is None:
+        reference = take_reference(base, rows, **options)
+    if responses is None:
+        responses = collect_responses(base, rows, k=k, max_new_tokens=max_new_tokens, seed=seed, **options)
     scores: list[Score] = []
-    asked: list[str] = []  # what the greedy answers answer
+    prompts: list[str] = []  # of the greedy answers below
     written: list[str] = []
 
     def add(name: str, unit: str, better: bool, values: Any, statistic: Any = None) -> None:
@@ -90,52 +84,47 @@ def measure(
         if not rows.get(name):
             continue
         forget = name == "forget"
-        tokens = row_tokens(base, rows[name], what=name, **how)
+        tokens = row_tokens(base, rows[name], what=name, **options)
         losses = [-(row.answer(row.log_p) if forget else row.log_p) for row in tokens]
         add(f"{name}_loss", "nats/token", forget, sums(losses), per_token)
         add(f"{name}_answer_probability", "share", not forget, answer_probability(tokens))
-        pairs = questions(rows[name])
-        if pairs:
-            texts = answers(base, [prompt for prompt, _ in pairs], max_new_tokens=max_new_tokens, **how)
-            add(f"{name}_rouge_l_recall", "share", not forget, rouge_l([answer for _, answer in pairs], texts))
+        if pairs := question_answer_pairs(rows[name]):
+            questions, gold = map(list, zip(*pairs, strict=True))
+            texts = answers(base, questions, max_new_tokens=max_new_tokens, **options)
+            add(f"{name}_rouge_l_recall", "share", not forget, rouge_l(gold, texts))
             if forget:
-                asked, written = [prompt for prompt, _ in pairs], texts
+                prompts, written = questions, texts
         if forget:
             add("forget_exact_memorization", "share", False, exact_memorization(tokens))
             add("forget_extraction_strength", "share", False, extraction_strength(tokens))
     if probes := rows.get("probes"):
-        shares = leak_shares(said.samples, [row["leak"] for row in probes])
+        shares = leak_shares(responses.samples, [row["leak"] for row in probes])
         add(f"leak_rate@{k}", "share of answers", False, shares)
         add(f"any_leak@{k}", "share of probes", False, any_leak(shares))
-        asked, written = asked + [row["prompt"] for row in probes], written + said.probes
-    for name in _HELD:
-        if rows.get(name):
-            if name not in kept:
-                raise DataError(f"the reference holds nothing of the {name} set: make it of the same rows")
-            values = kl_to_reference(base, rows[name], kept[name], what=name, **how)
-            add(f"{name}_kl", "nats/token", False, sums(values), per_token)
-            if before := kept[name].texts:
-                pairs = questions(rows[name])
-                prompts, wanted = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
-                add(f"{name}_unchanged", "share of answers", True, same_entities(prompts, before, said.neighbours))
-                if len(known := contains_gold(prompts, wanted, said.neighbours)):
-                    add(f"{name}_right", "share of answers", True, known)
+        prompts, written = prompts + [row["prompt"] for row in probes], written + responses.probes
+    for name in _UNCHANGED:
+        if not rows.get(name):
+            continue
+        if name not in reference:
+            raise DataError(f"the reference holds nothing of the {name} set: make it of the same rows")
+        values = kl_to_reference(base, rows[name], reference[name], what=name, **options)
+        add(f"{name}_kl", "nats/token", False, sums(values), per_token)
+        if before := reference[name].texts:
+            questions, gold = map(list, zip(*question_answer_pairs(rows[name]), strict=True))
+            same = same_entities(questions, before, responses.neighbours)
+            add(f"{name}_unchanged", "share of answers", True, same)
+            if len(right := contains_gold(questions, gold, responses.neighbours)):
+                add(f"{name}_right", "share of answers", True, right)
     if written:
         add("repetition", "share", False, [repetition(text) for text in written])
         add("empty_answers", "share", False, [float(not text) for text in written])
         if any(written):
-            add(
-                "perplexity_under_base",
-                "perplexity",
-                False,
-                sums(losses_under_base(base, asked, written, **how)),
-                perplexity,
-            )
+            losses = losses_under_base(base, prompts, written, **options)
+            add("perplexity_under_base", "perplexity", False, sums(losses), perplexity)
     return scores
 
 
 def _check(rows: Mapping[str, Any]) -> None:
-    unknown = [name for name in rows if name not in SETS]
-    if unknown:
-        told = ", ".join(f"'{name}'{did_you_mean(name, SETS)}" for name in unknown)
-        raise DataError(f"unknown sets of rows: {told}; known: {', '.join(SETS)}")
+    if unknown := [name for name in rows if name not in SETS]:
+        names = ", ".join(f"'{name}'{did_you_mean(name, SETS)}" for name in unknown)
+        raise DataError(f"unknown sets of rows: {names}; known: {', '.join(SETS)}")
