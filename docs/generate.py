@@ -1,9 +1,9 @@
-"""Write reference/cli.md and reference/recipe.md from the code: no option and no field is typed by hand.
+"""Write reference/cli.md and reference/recipe.md from the commands and settings in the code.
 
     python docs/generate.py
 
-`make docs` does it before each build. The pages are kept in git, so that they can be read on GitHub;
-tests/test_docs.py fails where they are not what the code says.
+`make docs` runs it before each build. The pages are in git, so that they can be read on GitHub;
+tests/test_docs.py fails where they are out of date.
 """
 
 import inspect
@@ -42,7 +42,7 @@ def pages():
 
 
 def cli_page():
-    """Return a section for each command, in the order of the terminal's."""
+    """Return a section for each command, in the order of `unlearn-peft --help`."""
     root = typer.main.get_command(app)
     parts = [f"# Command line\n\n{MADE}\n`unlearn-peft COMMAND --help` says the same in the terminal."]
     for name, command in root.commands.items():
@@ -52,38 +52,41 @@ def cli_page():
 
 def section(name, command, level=2):
     """Return a command's heading, usage, help, arguments and options; then those of its own commands."""
-    shown = [p for p in command.params if p.name != "help" and not p.hidden]
-    given = [called(one) + "..." * (one.nargs == -1) for one in shown if one.param_type_name == "argument"]
-    usage = " ".join([name, *given, "[OPTION]..."]) if shown else f"{name} COMMAND"
+    parameters = [p for p in command.params if p.name != "help" and not p.hidden]
+    arguments = [p for p in parameters if p.param_type_name == "argument"]
+    names = [display_name(argument) + "..." * (argument.nargs == -1) for argument in arguments]
+    usage = " ".join([name, *names, "[OPTION]..."]) if parameters else f"{name} COMMAND"
     parts = [f"{'#' * level} {name}", f"`{usage}`", *paragraphs(command.help or "")]
-    if shown:
-        parts.append("| argument or option | default | meaning |\n|---|---|---|\n" + "\n".join(map(parameter, shown)))
-    for inner, one in getattr(command, "commands", {}).items():
-        parts += section(f"{name} {inner}", one, level + 1)
+    if parameters:
+        lines = [parameter_line(parameter) for parameter in parameters]
+        parts.append("| argument or option | default | meaning |\n|---|---|---|\n" + "\n".join(lines))
+    for inner, subcommand in getattr(command, "commands", {}).items():
+        parts += section(f"{name} {inner}", subcommand, level + 1)
     return parts
 
 
-def parameter(one):
+def parameter_line(parameter):
     """Return the table's line for an argument or option."""
-    names = [*one.opts, *one.secondary_opts] if one.param_type_name == "option" else [called(one)]
-    told = getattr(one, "help", None) or ""
-    if one.multiple and "repeat" not in told:
-        told += " Repeatable."
-    if variable := one.envvar:
-        told += f" Also: `${variable}`."
-    default = f"`{getattr(one.default, 'value', one.default)}`"
-    if one.required:
+    is_option = parameter.param_type_name == "option"
+    names = [*parameter.opts, *parameter.secondary_opts] if is_option else [display_name(parameter)]
+    meaning = getattr(parameter, "help", None) or ""
+    if parameter.multiple and "repeat" not in meaning:
+        meaning += " Repeatable."
+    if variable := parameter.envvar:
+        meaning += f" Also: `${variable}`."
+    default = f"`{getattr(parameter.default, 'value', parameter.default)}`"
+    if parameter.required:
         default = "required"
-    elif one.default is None or isinstance(one.default, bool):
-        default = "on" if one.default else ""
-    kind = one.type_descriptor.annotation
+    elif parameter.default is None or isinstance(parameter.default, bool):
+        default = "on" if parameter.default else ""
+    kind = parameter.type_descriptor.annotation
     if isinstance(kind, type) and issubclass(kind, Enum):
-        told += f" One of `{'`, `'.join(choice.value for choice in kind)}`."
-    return line(", ".join(f"`{name}`" for name in names), default, told.strip())
+        meaning += f" One of `{'`, `'.join(choice.value for choice in kind)}`."
+    return line(", ".join(f"`{name}`" for name in names), default, meaning.strip())
 
 
-def called(argument):
-    """Return an argument's name as usage and table have it."""
+def display_name(argument):
+    """Return an argument's name as in the usage line."""
     return argument.metavar or argument.name.upper()
 
 
@@ -114,27 +117,27 @@ LINKED = {"adapter": "[kind](#adapter)", "objective": "[name](#objective)", "sto
 
 def recipe_page():
     """Return a table for each model that a recipe is made of."""
-    own = objective_settings.CustomObjectiveSettings
+    custom = objective_settings.CustomObjectiveSettings
     shared = set(objective_settings.ObjectiveSettings.model_fields) - {"name"}
     parts = [
         f"# Recipes\n\n{MADE.strip()}",
         "A recipe is a flat YAML file; `unlearn(...)` takes the same fields as keywords, and on the command line "
-        "`--set field=value` overrides one (`--set adapter.r=16`). Unknown fields are refused. Only `forget` must be "
-        "given.",
+        "`--set field=value` overrides one (`--set adapter.r=16`). Unknown fields are refused. Only `forget` is "
+        "required.",
         inspect.getdoc(recipe.Recipe),
         table(recipe.Recipe),
         "## Rows",
-        f"{inspect.getdoc(recipe.DataSpec)} A text stands for its `path`; a list in place of it holds the rows "
-        "themselves. Paths in a recipe start at its folder.",
+        f"{inspect.getdoc(recipe.DataSpec)} A string is short for `path`; a list contains the rows "
+        "themselves. Relative paths start at the recipe's folder.",
         table(recipe.DataSpec),
         "## adapter",
-        "A text stands for the kind alone: `adapter: lora`.",
+        "A string is short for the kind: `adapter: lora`.",
     ]
     for model in (recipe.LoraSettings, recipe.HeadSettings):
         parts += [f"### kind: {model.model_fields['kind'].default}", inspect.getdoc(model), table(model, {"kind"})]
     parts += [
         "## objective",
-        "A text stands for the name alone: `objective: npo`. Each has the two guards; what each does, with its source: "
+        "A string is short for the name: `objective: npo`. All have the two guards. What each does, with its source: "
         "[design](../design.md#other-objectives).",
         table(objective_settings.ObjectiveSettings, {"name"}),
         "### stop_when",
@@ -142,7 +145,7 @@ def recipe_page():
         table(objective_settings.StopWhen),
     ]
     for name, model in objective_settings.SETTINGS.items():
-        also = [f"`{alias}`" for alias, meant in objective_settings.ALIASES.items() if meant == name]
+        also = [f"`{alias}`" for alias, full_name in objective_settings.ALIASES.items() if full_name == name]
         budget = model.model_fields["retain_budget"].default
         parts += [
             f"### name: {name}",
@@ -150,7 +153,7 @@ def recipe_page():
             f"`retain_budget` is {budget} unless given.",
             table(model, {"name", *shared}),
         ]
-    parts += ["### an objective of your own", inspect.getdoc(own)]
+    parts += ["### name: module:function", inspect.getdoc(custom)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -160,7 +163,7 @@ def table(model, without=()):
     for name, field in model.model_fields.items():
         if name in without:
             continue
-        kind = SOURCES.get(name) or LINKED.get(name) or shown(field.annotation)
+        kind = SOURCES.get(name) or LINKED.get(name) or yaml_type(field.annotation)
         bounds = [
             f"{sign} {value:g}"
             for limit in field.metadata
@@ -181,20 +184,20 @@ def default_of(field):
     return "`" + (value if isinstance(value, str) else json.dumps(value)) + "`"
 
 
-def shown(annotation: Any) -> str:
+def yaml_type(annotation: Any) -> str:
     """Return a type in the words of YAML."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join("null" if one is type(None) else shown(one) for one in arguments)
+        return " or ".join("null" if part is type(None) else yaml_type(part) for part in arguments)
     if origin is Annotated:
-        return shown(arguments[0])
+        return yaml_type(arguments[0])
     if origin is list:
-        return f"list of {shown(arguments[0])}"
+        return f"list of {yaml_type(arguments[0])}"
     if origin is dict:
         return "mapping"
-    return {str: "text", int: "whole number", float: "number", bool: "true or false"}.get(annotation, str(annotation))
+    return {str: "string", int: "integer", float: "number", bool: "boolean"}.get(annotation, str(annotation))
 
 
 def line(*cells):

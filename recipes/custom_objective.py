@@ -1,4 +1,4 @@
-"""An objective of your own: a function of tensors, named in a recipe or on the command line.
+"""A custom objective: a function of tensors, named in a recipe or on the command line.
 
 unlearn-peft train recipes/harry_potter.yaml --set objective=recipes/custom_objective.py:unlikelihood
 """

@@ -23,7 +23,7 @@ from unlearn_peft.serve.policy.policy import make_policy
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
 THEIRS = ("docs/components.md", "docs/repro.md")  # of open-unlearning, named in comparison.md
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -97,7 +97,7 @@ def test_tests_that_are_named_exist(page):
 
 
 def test_the_way_through_the_code_names_every_file():
-    table = (ROOT / "README.md").read_text().partition("## The way through the code")[2].partition("\n\nImports")[0]
+    table = (ROOT / "README.md").read_text().partition("## The way through the code")[2].partition("\n## ")[0]
     names = re.findall(r"`(?!unlearn_peft/`)([\w*/]+(?:\.py|/))`", table)
     package = Path(unlearn_peft.__file__).parent
     for file in package.rglob("*.py"):
@@ -109,6 +109,16 @@ def test_the_way_through_the_code_names_every_file():
         assert known or file.name == "__init__.py", f"{path} is not in README.md's table"
     for name in names:
         assert list(package.rglob(name.rstrip("/"))), f"{name} is in README.md's table, and not there"
+
+
+def test_the_walks_through_the_code_name_what_is_there():
+    package = Path(unlearn_peft.__file__).parent
+    walks = (DOCS / "architecture.md").read_text().partition("## Walk 1")[2]
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", walks)
+    assert len(named) > 30
+    for file, name in named:
+        tree = ast.parse((package / file).read_text())
+        assert not name or name in [getattr(node, "name", None) for node in tree.body], f"{file}::{name}"
 
 
 def test_every_public_name_is_in_the_reference():

@@ -1,4 +1,4 @@
-"""The package's shape: imports go downwards only, in no circle; names are what they say, --help is quick to import."""
+"""The package's shape: rooms on floors, imports downwards only and in no circle, short files, a quick --help."""
 
 import subprocess
 import sys
@@ -11,17 +11,44 @@ sys.path.insert(0, str(PACKAGE.parent / "docs"))
 import rooms  # noqa: E402
 
 
-def test_a_room_imports_only_rooms_below_it():
-    here = set(rooms.FLOOR)
-    upwards = {
+def upwards(graph):
+    return {
         f"{module} imports {name}"
-        for module, names in rooms.imports().items()
+        for module, names in graph.items()
         for name in names
-        if {rooms.room_of(module), rooms.room_of(name)} <= here
-        and rooms.room_of(module) != rooms.room_of(name)
+        if rooms.room_of(module) != rooms.room_of(name)
         and rooms.FLOOR[rooms.room_of(module)] <= rooms.FLOOR[rooms.room_of(name)]
     }
-    assert not upwards
+
+
+def test_the_rooms_are_the_package():
+    entries = [path.name for path in PACKAGE.iterdir()]
+    assert {name.removesuffix(".py") for name in entries} - {"__init__", "__pycache__"} == set(rooms.FLOOR)
+    assert len(entries) <= 13
+
+
+def test_a_room_imports_only_rooms_on_lower_floors():
+    """At a file's top, in functions and for types; so training, evaluate and serve never import each other."""
+    assert upwards(rooms.imports()) == set()
+    assert len(rooms.arrows()) <= 40
+
+
+def test_no_circle_of_imports():
+    assert rooms.circles(rooms.imports()) == []
+
+
+def test_a_wrong_import_would_be_found():
+    assert upwards({"serve.handler": {"training.run"}}) and upwards({"training.run": {"serve.handler", "data.rows"}})
+    assert not upwards({"serve.handler": {"inference.bank", "serve.request", "errors"}})
+    assert rooms.circles({"a.x": {"a.y"}, "a.y": {"a.z"}, "a.z": {"a.x"}, "b": {"a.x"}})
+    assert not rooms.circles({"a.x": {"a.y"}, "a.y": {"a.z"}, "a.z": set(), "b": {"a.x"}})
+    assert "training.step.runner" in rooms.imports()["training.trainer"], "relative imports are read"
+
+
+def test_the_picture_and_the_table_are_those_of_the_imports():
+    assert rooms.PICTURE.read_text() == rooms.picture(rooms.arrows()), "run python docs/rooms.py"
+    text = rooms.PAGE.read_text()
+    assert text == rooms.page(text), "run python docs/rooms.py"
 
 
 def test_public_names_exist_and_are_listed():
