@@ -16,8 +16,8 @@ import torch
 from unlearn_peft import forgetting, load_base, read_bundle
 from unlearn_peft.adapters.transform.shrink import shrink
 from unlearn_peft.data.rows import read_rows
-from unlearn_peft.evaluate.token_scores import row_tokens
-from unlearn_peft.inference.generate import answers, leaked, mean_kl, sampled, target_log_probabilities
+from unlearn_peft.evaluate.token_scores import keep_reference, kl_to_reference, row_tokens
+from unlearn_peft.inference.generate import answers, leaked, sampled
 from unlearn_peft.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ def measure(base, rows, reference, samples):
         "sampled": sum(
             bool(leaked(text, some)) for texts, some in zip(several, words, strict=True) for text in texts
         ),
-        "kl": mean_kl(target_log_probabilities(base, rows["neighbours"], "neighbours"), reference),
+        "kl": float(torch.cat(kl_to_reference(base, rows["neighbours"], reference)).mean()),
     }  # fmt: skip
 
 
@@ -50,30 +50,30 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("adapter", nargs="?", default=ROOT / "out" / "harry_potter", type=Path)
     parser.add_argument("--samples", type=int, default=4, help="answers sampled for each probe")
-    given = parser.parse_args()
+    args = parser.parse_args()
     recipe = load_recipe(ROOT / "recipes" / "harry_potter.yaml")
     rows = {name: read_rows(getattr(recipe, name), name) for name in ("forget", "probes", "neighbours")}
     base = load_base("demo")
-    reference = target_log_probabilities(base, rows["neighbours"], "neighbours")
-    bundle = read_bundle(given.adapter)
+    reference = keep_reference(base, rows["neighbours"])
+    bundle = read_bundle(args.adapter)
     full = max(delta.rank for delta in bundle.deltas.values())
-    found = [{"rank": "-", "bits": "-", "bytes": 0, "errors": (0, 0), **measure(base, rows, reference, given.samples)}]
+    found = [{"rank": "-", "bits": "-", "bytes": 0, "errors": (0, 0), **measure(base, rows, reference, args.samples)}]
     print("base", found[0], flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for bits, ranks in WAYS:
             for rank in (rank for rank in ranks if rank <= full):
                 place, errors = Path(folder) / f"{rank}-{bits}", (0.0, 0.0)
                 if bits is None and rank == full:
-                    place = given.adapter
+                    place = args.adapter
                 else:
-                    made = shrink(given.adapter, place, rank=rank, bits=bits)
+                    made = shrink(args.adapter, place, rank=rank, bits=bits)
                     errors = made.mean, made.worst[1]
                 with forgetting(base, place):
-                    now = measure(base, rows, reference, given.samples)
+                    now = measure(base, rows, reference, args.samples)
                 size = (place / "adapter_model.safetensors").stat().st_size
                 found.append({"rank": rank, "bits": bits or 16, "bytes": size, "errors": errors, **now})
                 print(found[-1], flush=True)
-    write(found, len(rows["probes"]), given.samples, full)
+    write(found, len(rows["probes"]), args.samples, full)
 
 
 def write(found, probes, samples, full):

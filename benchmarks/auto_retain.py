@@ -27,19 +27,19 @@ def main():
     parser.add_argument("targets", nargs="*", metavar="TARGET", default=["harry_potter"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    given = parser.parse_args()
-    if unknown := set(given.targets) - set(TARGETS):
+    args = parser.parse_args()
+    if unknown := set(args.targets) - set(TARGETS):
         parser.error(f"unknown target {', '.join(sorted(unknown))}: known are {', '.join(TARGETS)}")
     base, found = load_base("demo"), []
     print("| target | seed | retain | rows | probes that leak | neighbours' KL | best step | seconds |")
     print("|---|---|---|---|---|---|---|---|")
-    for target in given.targets:
-        for seed in given.seeds:
+    for target in args.targets:
+        for seed in args.seeds:
             both = [measure(base, target, kind, seed) for kind in ("hand", "auto")]
             found += both
             ratio = both[1]["neighbour_kl"] / max(both[0]["neighbour_kl"], 1e-9)
             print(f"{target}, seed {seed}: neighbours' KL, auto / hand-made = {ratio:.2f}", flush=True)
-    if given.json:
+    if args.json:
         print(json.dumps(found))
 
 
@@ -53,7 +53,7 @@ def measure(base, target, kind, seed):
         recipe = load_recipe(ROOT / "recipes" / "harry_potter.yaml", sets, output=f"{out}/adapter", seed=seed)
         rows = read_sets(recipe)
         retain = make_retain(rows, base, recipe).rows if kind == "auto" else rows["retain"]
-        adapter = unlearn(base, recipe=recipe, quiet=True)  # takes the made rows from the cache
+        adapter = unlearn(base, recipe=recipe, quiet=True)  # makes the same rows again
         neighbours = read_rows(recipe.neighbours, "neighbours")
         result = compare(base, [adapter.path], read_rows(recipe.probes, "probes"), neighbours)
     line = {

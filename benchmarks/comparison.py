@@ -4,7 +4,7 @@
     python benchmarks/serve.py --json | tail -n 1 > out/serve.json
     python benchmarks/comparison.py [--adapter out/harry_potter]
 
-What is not there is told as not measured. On a quiet machine; see docs/performance.md for what is compared.
+What is missing is shown as not measured. On a quiet machine; see docs/performance.md for what is compared.
 """
 
 import argparse
@@ -47,12 +47,12 @@ REQUESTS = 100  # sets that differ, to be kept
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kept", type=Path, default=ROOT / "out", help="where performance/ and serve.json are")
-    parser.add_argument("--adapter", type=Path, default=ROOT / "out" / "harry_potter", help="whose size is told")
+    parser.add_argument("--adapter", type=Path, default=ROOT / "out" / "harry_potter", help="whose size is shown")
     parser.add_argument("--doc", type=Path, default=ROOT / "docs" / "comparison.md")
-    given = parser.parse_args()
-    parts = {name: read(given.kept / "performance" / f"{name}.json") for name in ("rates", "chat", "text")}
-    size = folder_bytes(given.adapter) if (given.adapter / "adapter_config.json").is_file() else None
-    write(given.doc, told(parts, read(given.kept / "serve.json"), size))
+    args = parser.parse_args()
+    parts = {name: read(args.kept / "performance" / f"{name}.json") for name in ("rates", "chat", "text")}
+    size = folder_bytes(args.adapter) if (args.adapter / "adapter_config.json").is_file() else None
+    write(args.doc, section(parts, read(args.kept / "serve.json"), size))
 
 
 def read(path):
@@ -60,7 +60,7 @@ def read(path):
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def told(parts, served, adapter_bytes):
+def section(parts, served, adapter_bytes):
     """Return the generated section, Markdown."""
     lines = []
     for part, title in (("chat", "A step of training, chat rows"), ("text", "The same, running text")):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from unlearn_peft.adapters.bundle import Bundle, Delta
-from unlearn_peft.inference.multi_lora import AdapterBatch, LoadedAdapter, Part
+from unlearn_peft.inference.multi_lora import AdapterBatch, LoadedAdapter, WeightedAdapter
 
 ROWS, TOKENS, SIZE, RANK = 8, 16, 576, 8  # SmolLM2's q_proj
 NUMBERS = {"0.05": 0.05, "1e-40 (denormal)": 1e-40, "1.2e-38 (what comes of it is denormal)": 1.2e-38}
@@ -32,9 +32,10 @@ def main():
     for name, number in NUMBERS.items():
         up, down = torch.full((SIZE, RANK), number), torch.full((RANK, SIZE), number)
         deltas = {"q": Delta(up, down)}
-        mix = AdapterBatch([[Part(LoadedAdapter(Bundle(Path(), {}, deltas, {}, "x", "x"), deltas), 1.0)]] * ROWS)
+        adapter = LoadedAdapter(Bundle(Path(), {}, deltas, {}, "x", "x"), deltas)
+        batch = AdapterBatch([[WeightedAdapter(adapter, 1.0)]] * ROWS)
         output = torch.zeros(ROWS, TOKENS, SIZE)
-        took = best(lambda mix=mix, output=output: mix.add("q", x, output))
+        took = best(lambda batch=batch, output=output: batch.add("q", x, output))
         lines.append(f"| {name} | {took:.0f} | {100 * took / layer:.0f} % |")
     print("\n".join(lines))
     page = Path(__file__).parent.parent / "docs" / "security.md"

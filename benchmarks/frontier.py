@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from jobs import add_arguments, keep, make_missing
 from variants import VARIANTS, file_name
 
@@ -28,8 +29,9 @@ from unlearn_peft import forgetting, load_base, load_recipe, unlearn
 from unlearn_peft.data.rows import read_rows
 from unlearn_peft.errors import RecipeError
 from unlearn_peft.evaluate.metrics.fluency import losses_under_base
+from unlearn_peft.evaluate.token_scores import keep_reference, kl_to_reference
 from unlearn_peft.files.atomic import atomic_file
-from unlearn_peft.inference.generate import answers, leaked, mean_kl, sampled, target_log_probabilities
+from unlearn_peft.inference.generate import answers, leaked, sampled
 from unlearn_peft.recipe.schema import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -50,23 +52,23 @@ def main():
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "frontier")
     parser.add_argument("--kept", action="store_true", help="load no model: table and picture of what is kept already")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "frontier.png")
-    given = parser.parse_args()
+    args = parser.parse_args()
     defaults = {name: Recipe.model_fields[name].get_default(call_default_factory=True) for name in DEFAULTS}
     recipe = load_recipe(ROOT / "recipes" / "harry_potter.yaml", **defaults)
     rows = {name: read_rows(getattr(recipe, name), name) for name in ("forget", "retain", "probes", "neighbours")}
     settings = recipe.model_dump(mode="json", exclude={"output", "cache_gb", "compile", "quantize", *rows})
     key = json.dumps([rows, settings, STRENGTHS, SAMPLES, TOKENS])
-    folder = given.output / hashlib.sha256(key.encode()).hexdigest()[:12]
+    folder = args.output / hashlib.sha256(key.encode()).hexdigest()[:12]
     make_here = partial(make, rows=rows, folder=folder)
-    if given.line:
-        return make_here([given.line])
-    pairs = {f"{variant} on {kind}": (variant, kind) for variant in given.variants for kind in given.adapters}
+    if args.line:
+        return make_here([args.line])
+    pairs = {f"{variant} on {kind}": (variant, kind) for variant in args.variants for kind in args.adapters}
     places = {name: place_of(name, folder) for name in ("base", *pairs)}
-    failed = [] if given.kept else make_missing(__file__, places, given.jobs, make_here)
+    failed = [] if args.kept else make_missing(__file__, places, args.jobs, make_here)
     found = {name: json.loads(place.read_text()) for name, place in places.items() if place.is_file()}
     if "base" in found:
-        show(found["base"], {pair: found.get(name, []) for name, pair in pairs.items()}, given.picture)
-    elif given.kept:
+        show(found["base"], {pair: found.get(name, []) for name, pair in pairs.items()}, args.picture)
+    elif args.kept:
         sys.exit(f"the base is not measured yet in {folder}: run the command without --kept")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the rest is kept: run the command again to go on")
@@ -83,7 +85,7 @@ def make(names, rows, folder):
     if not names:
         return
     base = load_base("demo")
-    reference = target_log_probabilities(base, rows["neighbours"], "neighbours")
+    reference = keep_reference(base, rows["neighbours"])
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
         variant, _, kind = name.rpartition(" on ")
@@ -93,10 +95,10 @@ def make(names, rows, folder):
 
 def show(bare, lines, picture):
     """Print the points, the table and draw the picture; `lines`: points, if there are any, by variant and kind."""
-    print(f"base: {told(bare)}")
+    print(f"base: {figures(bare)}")
     for (variant, kind), found in lines.items():
         for point in found:
-            print(f"{variant} on {kind}, strength {point['strength']}: {told(point)}")
+            print(f"{variant} on {kind}, strength {point['strength']}: {figures(point)}")
     limit = SALAD * bare["perplexity"]
     table(lines, limit)
     draw(picture, lines, bare, limit)
@@ -125,18 +127,18 @@ def points(base, rows, reference, variant, kind, folder):
 def look(base, rows, reference):
     prompts, words = ([row[key] for row in rows["probes"]] for key in ("prompt", "leak"))
     how = {"max_new_tokens": TOKENS, "batch_size": len(prompts)}
-    said = sampled(base, prompts, count=SAMPLES, **how)
+    texts = sampled(base, prompts, count=SAMPLES, **how)
     greedy = answers(base, prompts, **how)
     losses = np.concatenate([loss.numpy() for loss in losses_under_base(base, prompts, greedy)] or [[0.0]])
     return {
-        "leak_share": float(np.mean([bool(leaked(t, w)) for ts, w in zip(said, words, strict=True) for t in ts])),
+        "leak_share": float(np.mean([bool(leaked(t, w)) for ts, w in zip(texts, words, strict=True) for t in ts])),
         "greedy_leaks": sum(bool(leaked(t, w)) for t, w in zip(greedy, words, strict=True)),
-        "neighbour_kl": mean_kl(target_log_probabilities(base, rows["neighbours"], "neighbours"), reference),
+        "neighbour_kl": float(torch.cat(kl_to_reference(base, rows["neighbours"], reference)).mean()),
         "perplexity": float(np.exp(losses.mean())),
     }  # fmt: skip
 
 
-def told(point):
+def figures(point):
     return (
         f"{100 * point['leak_share']:.1f} % of samples leak, {point['greedy_leaks']} greedy answers, "
         f"neighbours' KL {point['neighbour_kl']:.4f} nats/token, perplexity under the base {point['perplexity']:.2f}"

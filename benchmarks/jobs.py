@@ -57,11 +57,11 @@ def side_by_side(script, places, jobs):
     threads = max((os.cpu_count() or 1) // max(min(jobs, len(places)), 1), 1)
     waiting, running, failed = list(places), {}, []
     with stop_signals() as received:
-        told = False
+        signalled = False
         try:
             while waiting or running:
-                if received and not told:
-                    told = True
+                if received and not signalled:
+                    signalled = True
                     waiting.clear()
                     for process in running.values():
                         process.terminate()
@@ -70,7 +70,7 @@ def side_by_side(script, places, jobs):
                     running[name] = start(script, name, log_of(places[name]), threads)
                 for name in [name for name, process in running.items() if process.poll() is not None]:
                     code = running.pop(name).returncode
-                    if code and not told:
+                    if code and not signalled:
                         failed.append(name)
                         print(f"{name} failed (code {code}): {last_line(log_of(places[name]))}", file=sys.stderr)
                 time.sleep(0.2)

@@ -30,14 +30,14 @@ def main():
     parser.add_argument("--steps", type=int, default=10, help="that are counted, after three others")
     parser.add_argument("--small", action="store_true", help="one tiny model, on any machine, to see that all runs")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)  # be the process of one way
-    given = parser.parse_args()
-    if given.one:
-        return print(json.dumps(measured(given.models[0], given.ways[0], given)))
+    args = parser.parse_args()
+    if args.one:
+        return print(json.dumps(measured(args.models[0], args.ways[0], args)))
     found = {}
-    for name in given.models:
-        for way in given.ways:
+    for name in args.models:
+        for way in args.ways:
             command = [sys.executable, __file__, "--one", "--models", name, "--ways", way]
-            command += ["--rows", str(given.rows), "--steps", str(given.steps), *(["--small"] if given.small else [])]
+            command += ["--rows", str(args.rows), "--steps", str(args.steps), *(["--small"] if args.small else [])]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
             last = done.stdout.splitlines()[-1] if done.stdout.strip() else "{}"
             figures = json.loads(last) if done.returncode == 0 else {"failed": done.returncode}
@@ -46,23 +46,23 @@ def main():
     print(json.dumps(found))
 
 
-def measured(name, way, given):
+def measured(name, way, args):
     """Return one way's figures: seconds of the counted steps, of keeping what is frozen, peak memory in bytes."""
     import torch
 
-    shape, device = (SMALL, "cpu") if given.small else (MODELS[name], DEVICE)
+    shape, device = (SMALL, "cpu") if args.small else (MODELS[name], DEVICE)
     needed = sum(memory(way, shape).values())
-    there = float("inf") if given.small else torch.cuda.get_device_properties(0).total_memory
+    there = float("inf") if args.small else torch.cuda.get_device_properties(0).total_memory
     if needed > there:
         return {"left out": f"needs {needed / 1e9:.0f} GB, of {there / 1e9:.0f}"}
     from sweep import random_base, random_sets
     from train_sides import SIDES, recipe_of, run_steps
 
-    base = random_base(config_of(shape), shape.vocabulary, device, torch.float32 if given.small else torch.bfloat16)
+    base = random_base(config_of(shape), shape.vocabulary, device, torch.float32 if args.small else torch.bfloat16)
     rows = STEP.tokens // STEP.width  # of a step, half of them forget rows
     batch = rows // 2
-    sets = random_sets(shape.vocabulary, given.rows // 2, STEP.width, int(STEP.targets / rows))
-    wait = (lambda: None) if given.small else torch.cuda.synchronize
+    sets = random_sets(shape.vocabulary, args.rows // 2, STEP.width, int(STEP.targets / rows))
+    wait = (lambda: None) if args.small else torch.cuda.synchronize
     began = time.perf_counter()
     if way in ("original", "full"):
         step = SIDES[way](base, sets, batch)
@@ -71,13 +71,13 @@ def measured(name, way, given):
         step = run_steps(base, [(recipe, sets)])
     wait()
     kept, seconds = time.perf_counter() - began, []
-    for _ in range(3 + given.steps):
+    for _ in range(3 + args.steps):
         began = time.perf_counter()
         step()
         wait()
         seconds.append(time.perf_counter() - began)
-    found = {"seconds": median(seconds[3:]), "before": kept + sum(seconds[:3]), "rows": given.rows}
-    if given.small:
+    found = {"seconds": median(seconds[3:]), "before": kept + sum(seconds[:3]), "rows": args.rows}
+    if args.small:
         return found
     return {**found, "peak_bytes": torch.cuda.max_memory_allocated(), "gpu": torch.cuda.get_device_name()}
 

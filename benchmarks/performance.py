@@ -39,28 +39,28 @@ def main():
     parser.add_argument("--small", action="store_true", help="sweep few values, to see that all runs")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "performance", help="what is measured")
     parser.add_argument("--doc", type=Path, default=ROOT / "docs" / "performance.md")
-    given = parser.parse_args()
-    if unknown := set(given.parts) - {*PARTS, ON_GPU, "none"}:
+    args = parser.parse_args()
+    if unknown := set(args.parts) - {*PARTS, ON_GPU, "none"}:
         parser.error(f"unknown: {', '.join(unknown)}. The parts are {', '.join(PARTS)}, {ON_GPU}, none")
-    given.output.mkdir(parents=True, exist_ok=True)
-    for part in given.parts or PARTS:
+    args.output.mkdir(parents=True, exist_ok=True)
+    for part in args.parts or PARTS:
         if part != "none":
-            found = {"machine": machine(), "found": measured(part, given)}
-            (given.output / f"{part}.json").write_text(json.dumps(found))
-    places = {part: given.output / f"{part}.json" for part in (*PARTS, ON_GPU)}
+            found = {"machine": machine(), "found": measured(part, args)}
+            (args.output / f"{part}.json").write_text(json.dumps(found))
+    places = {part: args.output / f"{part}.json" for part in (*PARTS, ON_GPU)}
     kept = {part: json.loads(path.read_text()) for part, path in places.items() if path.is_file()}
-    picture = given.doc.with_suffix(".png")
+    picture = args.doc.with_suffix(".png")
     if "sweep" in kept:
         draw(picture, kept["sweep"]["found"])
-    write(given.doc, told(kept, picture.name))
+    write(args.doc, section(kept, picture.name))
 
 
-def measured(part, given):
+def measured(part, args):
     if part in ("chat", "text"):
-        return measure([side for group in GROUPS for side in group], part, given.base, given.steps)
+        return measure([side for group in GROUPS for side in group], part, args.base, args.steps)
     command = [sys.executable, Path(__file__).with_name(f"{part}.py")]
-    command += [] if part == ON_GPU else ["--base", given.base]
-    command += ["--small"] if part in ("sweep", ON_GPU) and given.small else []
+    command += [] if part == ON_GPU else ["--base", args.base]
+    command += ["--small"] if part in ("sweep", ON_GPU) and args.small else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -76,7 +76,7 @@ def machine():
     return f"{date}, {cpu_name}, {cores} cores, load {load:.1f} before the measurement, {versions}"
 
 
-def told(kept, picture):
+def section(kept, picture):
     """Return the generated section, Markdown."""
     lines = []
     for part, title in (("chat", "Chat rows, as the product sees them"), ("text", "Running text, nothing shared")):

@@ -45,11 +45,11 @@ def main():
     if unknown := set(sys.argv[1:]) - set(BLOCKS):
         sys.exit(f"unknown block {', '.join(sorted(unknown))}: known are {', '.join(BLOCKS)}")
     for name in sys.argv[1:] or ("demo", "changed", "unseen", "tipped", "eval", "seed"):
-        shown = []
+        printed = []
         for command in BLOCKS[name]:
-            called = " ".join(command).replace(" ".join(CLI), "unlearn-peft")
-            shown.append((called, run(command)))
-        block = told(name, shown)
+            line = " ".join(command).replace(" ".join(CLI), "unlearn-peft")
+            printed.append((line, run(command)))
+        block = markdown(name, printed)
         put(RESULTS, name, block)
         if name == "demo":
             put(README, name, shortened(block))
@@ -74,18 +74,18 @@ def shortened(block, rows=2):
     return line.search(block)[0].join(parts[:rows]) + f"{bottom}({rows} of {len(parts)} prompts shown)\n{after}"
 
 
-def told(name, shown):
+def markdown(name, printed):
     """Return commands with what they print; of those that print Markdown, or write it into a card, the Markdown."""
     if name == "eval":
         card = (ROOT / "out" / "readme" / "README.md").read_text()
         section = re.search(r"<!-- evaluation[^\n]*\n(.*?)\n<!-- /evaluation", card, re.DOTALL)[1]
         section = re.sub(r"\n+!\[[^\n]*$", "", section).replace("## ", "### ")  # the picture lies beside the card alone
-        return f"{section}\n\n{quoted('sampled answers with|what the attack', shown[0][1])}".rstrip()
+        return f"{section}\n\n{quoted('sampled answers with|what the attack', printed[0][1])}".rstrip()
     if name == "changed":
-        return quoted("neighbours whose answer", shown[0][1])
+        return quoted("neighbours whose answer", printed[0][1])
     if name in ("tipped", "auto_retain", "tofu", "frontier"):
-        return "\n".join(line for _, text in shown for line in text.splitlines() if line.startswith("|"))
-    return "```\n" + "\n".join(f"$ {called}\n{text}\n" for called, text in shown) + "```"
+        return "\n".join(line for _, text in printed for line in text.splitlines() if line.startswith("|"))
+    return "```\n" + "\n".join(f"$ {line}\n{text}\n" for line, text in printed) + "```"
 
 
 def quoted(begins, text):

@@ -129,7 +129,7 @@ def fleets(shape, found, room):
     return lines
 
 
-def told(small=False):
+def section(small=False):
     shape = MODELS[MODEL]
     table, found, room = hits(shape, small)
     largest = set_bytes(shape)
@@ -172,8 +172,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="few requests, to see that all runs")
     parser.add_argument("--doc", type=Path, default=DOC)
-    given = parser.parse_args()
-    write(given.doc, told(given.small))
+    args = parser.parse_args()
+    write(args.doc, section(args.small))
 
 
 if __name__ == "__main__":

@@ -44,27 +44,27 @@ def main():
     parser.add_argument("--base", default="demo")
     parser.add_argument("--adapter", type=Path, default=Path("out/harry_potter"), help="to attach, swap and remove")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measured(given, Path(folder))
+        result = measured(args, Path(folder))
     show(result)
-    if given.json:
+    if args.json:
         print(json.dumps(result))
 
 
-def measured(given, folder):
+def measured(args, folder):
     from unlearn_peft import Bank, load_base
 
-    base = load_base(given.base, "float32", "cpu")
-    paths = [random_adapter(base.model, folder / f"a{n}", ALL_LINEAR, given.rank, n) for n in range(ROWS)]
+    base = load_base(args.base, "float32", "cpu")
+    paths = [random_adapter(base.model, folder / f"a{n}", ALL_LINEAR, args.rank, n) for n in range(ROWS)]
     bank, base.tokenizer.padding_side = Bank.of(base), "left"
     for n, path in enumerate(paths):
         bank.load(f"a{n}", path)
     batch = base.tokenizer(PROMPTS, return_tensors="pt", padding=True)
-    ends = {"max_new_tokens": given.tokens, "min_new_tokens": given.tokens, "do_sample": False}
+    ends = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False}
     singles = [[f"a{n}"] for n in range(ROWS)]
     sets = [[f"a{n}" for n in chosen] for chosen in list(combinations(range(ROWS), 3))[::7]]
-    peft = through_peft(given.base, paths)
+    peft = through_peft(args.base, paths)
     crowd = crowded(base, paths)
 
     def row(n):
@@ -80,7 +80,7 @@ def measured(given, folder):
     }
     same = torch.equal(sides["singles"](), sides["peft"]())
     seconds = {name: [] for name in sides}
-    for turn in range(given.turns + 1):
+    for turn in range(args.turns + 1):
         for name, side in sides.items():
             began = time.perf_counter()
             side()
@@ -91,7 +91,7 @@ def measured(given, folder):
         return median(b / a for a, b in zip(seconds[side], seconds[other], strict=True))
 
     return {
-        "tokens_per_second": {name: ROWS * given.tokens / median(took) for name, took in seconds.items()},
+        "tokens_per_second": {name: ROWS * args.tokens / median(took) for name, took in seconds.items()},
         "singles_vs_base": ratio("singles", "base"),
         "singles_vs_peft": ratio("singles", "peft"),
         "sets_vs_base": ratio("sets", "base"),
@@ -100,8 +100,8 @@ def measured(given, folder):
         "crowd_resident": crowd.stats.resident,
         "crowd_registered": crowd.stats.registered,
         "greedy_answers_equal_peft": same,
-        **changes(base, given.adapter, folder),
-        "turns": given.turns, "rank": given.rank, "threads": torch.get_num_threads(),
+        **changes(base, args.adapter, folder),
+        "turns": args.turns, "rank": args.rank, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 

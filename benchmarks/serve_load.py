@@ -62,12 +62,12 @@ def main():
     parser.add_argument("--minutes", type=float, default=3)
     parser.add_argument("--base", default="demo", help="demo, tiny (random) or any other base")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = Soak(Path(folder), given).run()
+        result = Soak(Path(folder), args).run()
     print("| " + " | ".join(result) + " |\n" + "|---" * len(result) + "|")
     print("| " + " | ".join(str(value) for value in result.values()) + " |")
-    if given.json:
+    if args.json:
         print(json.dumps(result))
     bad = sum(result[name] for name in ("without_full_set", "crossed", "other", "lost", "audit_wrong"))
     sys.exit(1 if bad else 0)
@@ -76,10 +76,10 @@ def main():
 class Soak:
     """One run: what is served, what must come out, and what did."""
 
-    def __init__(self, folder, given):
-        self.folder, self.given = folder, given
-        self.base = str(make_tiny(folder / "tiny")) if given.base == "tiny" else given.base
-        scale = 1.5 if given.base == "tiny" else 0.3
+    def __init__(self, folder, args):
+        self.folder, self.args = folder, args
+        self.base = str(make_tiny(folder / "tiny")) if args.base == "tiny" else args.base
+        scale = 1.5 if args.base == "tiny" else 0.3
         self.adapters = make_adapters(folder / "adapters", self.base, seeds=range(1, 9), scale=scale)
         shutil.copytree(folder / "adapters", folder / "whole")
         stable = [{name: 1.0} for name in "abcdef"] + [{}, {"a": 1.0, "b": 0.5}, {"c": 1.0, "d": 1.0, "e": 1.0}]
@@ -87,7 +87,7 @@ class Soak:
         self.tenants = {f"t{n}": forget for n, forget in enumerate(stable)}
         for n, forget in enumerate(({"swap": 1.0}, {"swap": 1.0, "a": 1.0}, {"swap": 0.5, "b": 1.0, "c": 1.0})):
             self.tenants[f"s{n}"] = forget
-        self.prompts = PROMPTS + (MORE if given.base == "tiny" else ())  # a random model often says nothing telling
+        self.prompts = PROMPTS + (MORE if args.base == "tiny" else ())  # a random model often says nothing telling
         self.sets = {repr(s): s for forget in self.tenants.values() for s in self._own(forget, "gh")}
         self.expected = self._expected()
         self.telling = {name: self._telling(forget) for name, forget in self.tenants.items()}
@@ -105,18 +105,18 @@ class Soak:
         command = [
             sys.executable, "-m", "unlearn_peft.cli", "serve", "--base", self.base,
             "--policy", self.folder / "policy.yaml", "--port", "0",
-            "--model-name", MODEL, "--max-batch", "16", "--max-queue", str(self.given.clients),
+            "--model-name", MODEL, "--max-batch", "16", "--max-queue", str(self.args.clients),
             "--adapter-memory-gb", str(bank.stats.resident_bytes * 0.6 / 1e9), "--audit", log,
         ]  # fmt: skip
         with open(self.folder / "server.log", "w") as errors:
             server = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=errors, text=True)
         self.url = server.stdout.readline().split(" at ")[1].split("/v1")[0]
         began = time.monotonic()
-        threads = [threading.Thread(target=self._client, args=(n,)) for n in range(self.given.clients)]
+        threads = [threading.Thread(target=self._client, args=(n,)) for n in range(self.args.clients)]
         threads += [threading.Thread(target=self._change_policy), threading.Thread(target=self._damage)]
         for thread in threads:
             thread.start()
-        time.sleep(self.given.minutes * 60)
+        time.sleep(self.args.minutes * 60)
         self.stop.set()
         for thread in threads:
             thread.join()
@@ -127,7 +127,7 @@ class Soak:
             print((self.folder / "server.log").read_text()[-3000:], file=sys.stderr)
         counts = self.counts
         return {
-            "base": self.given.base, "clients": self.given.clients, "seconds": round(seconds),
+            "base": self.args.base, "clients": self.args.clients, "seconds": round(seconds),
             "answers": counts["answers"], "tokens_per_second": round(counts["tokens"] / seconds, 1),
             "refused_503": counts["503"], "refused_429": counts["429"], "policy_changes": len(self.versions),
             "damages": counts["damages"], "sets": len(self.sets),

@@ -40,13 +40,13 @@ def main():
     parser.add_argument("--base", default="demo", help="whose shape to take")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="few values, to see that all runs")
-    given = parser.parse_args()
-    config = load_base(given.base, device="cpu").model.config
+    args = parser.parse_args()
+    config = load_base(args.base, device="cpu").model.config
     found = {}
-    for axis, values in (SMALL if given.small else AXES).items():
+    for axis, values in (SMALL if args.small else AXES).items():
         for kind in KINDS:
             for value in values:
-                seconds = point(config, kind, given.steps, **{axis: value})
+                seconds = point(config, kind, args.steps, **{axis: value})
                 print(f"{kind}, {axis} {value}: {seconds:.3g} s", file=sys.stderr, flush=True)
                 found.setdefault(axis, {}).setdefault(kind, []).append([value, seconds])
     print(json.dumps(found))

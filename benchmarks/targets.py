@@ -32,12 +32,12 @@ def main():
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--samples", type=int, default=32, help="answers sampled for each probe")
     parser.add_argument("--set", action="append", default=[], help="override a field of the recipe; repeatable")
-    given = parser.parse_args()
+    args = parser.parse_args()
     base, rows = load_base("demo"), {}
     print("| target | probes that leak: before / with / after | samples that leak | neighbours' KL | training |")
     print("|---|---|---|---|---|")
-    for target in given.targets or TARGETS:
-        rows[target] = measure(base, target, given.samples, given.set)
+    for target in args.targets or TARGETS:
+        rows[target] = measure(base, target, args.samples, args.set)
         r = rows[target]
         leaks = " / ".join(f"{r['leaks'][state]} of {r['n_probes']}" for state in ("before", "with", "after"))
         print(
@@ -45,7 +45,7 @@ def main():
             f"{r['neighbour_kl']:.4f} nats/token | {r['training_seconds']:.0f} s |",
             flush=True,
         )
-    if given.json:
+    if args.json:
         print(json.dumps(rows))
 
 
@@ -57,8 +57,8 @@ def measure(base, target, samples, overrides):
         probes = read_rows(recipe.probes, "probes")
         result = compare(base, [adapter.path], probes, read_rows(recipe.neighbours, "neighbours"))
         with forgetting(base, adapter.path):
-            said = sampled(base, [row["prompt"] for row in probes], count=samples, max_new_tokens=40)
-        named = [bool(leaked(text, row["leak"])) for row, texts in zip(probes, said, strict=True) for text in texts]
+            answers = sampled(base, [row["prompt"] for row in probes], count=samples, max_new_tokens=40)
+        named = [bool(leaked(text, row["leak"])) for row, texts in zip(probes, answers, strict=True) for text in texts]
     return {
         "leaks": result["leaks"], "n_probes": len(probes), "sampled_leak_share": sum(named) / len(named),
         "n_samples": len(named), "neighbour_kl": result["neighbour_kl"]["with"],

@@ -19,7 +19,8 @@ from unlearn_peft import forgetting, load_base
 from unlearn_peft.data.rows import read_rows
 from unlearn_peft.data.source import DataSpec
 from unlearn_peft.evaluate.metrics.consistency import same_entities
-from unlearn_peft.inference.generate import answers, mean_kl, target_log_probabilities
+from unlearn_peft.evaluate.token_scores import keep_reference, kl_to_reference
+from unlearn_peft.inference.generate import answers
 
 ROOT = Path(__file__).parent.parent
 SETS = ("harry_potter_neighbours", "harry_potter_neighbours_unseen")
@@ -32,54 +33,56 @@ def main():
     parser.add_argument("--base", default="demo", help="the base that it was trained on (default: demo)")
     parser.add_argument("--draws", type=int, default=3, help="of noise, at each size (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    given = parser.parse_args()
+    args = parser.parse_args()
     rows = [read_rows(DataSpec(path=str(ROOT / "recipes" / "data" / f"{name}.jsonl")), name) for name in SETS]
-    base = load_base(given.base)
-    asked = ParsedRequest(base, rows)
+    base = load_base(args.base)
+    neighbours = Neighbours(base, rows)
     print("| change | neighbours' KL | answers that name the same, of 12 | of 24 unseen |\n|---|---|---|---|")
-    with forgetting(base, given.adapter):
-        found = {"the adapter": asked.again()}
-    told("the adapter", *found["the adapter"])
+    with forgetting(base, args.adapter):
+        found = {"the adapter": neighbours.again()}
+    print_row("the adapter", *found["the adapter"])
     for share, name in ((1, "noise of the same KL"), (0.25, "noise of a quarter of it")):
-        for draw in range(given.draws):
+        for draw in range(args.draws):
             label = f"{name}, draw {draw}"
-            size = FIRST * (share * found["the adapter"][0] / asked.kl_at(FIRST, draw)) ** 0.5  # KL goes by the square
+            size = (
+                FIRST * (share * found["the adapter"][0] / neighbours.kl_at(FIRST, draw)) ** 0.5
+            )  # KL goes by the square
             with noise(base, size, draw):
-                found[label] = asked.again()
-            told(label, *found[label])
-    if given.json:
+                found[label] = neighbours.again()
+            print_row(label, *found[label])
+    if args.json:
         print(json.dumps(found))
 
 
-def told(name, kl, *kept):
-    print(f"| {name} | {kl:.4f} nats/token | {' | '.join(map(str, kept))} |", flush=True)
+def print_row(name, kl, *counts):
+    print(f"| {name} | {kl:.4f} nats/token | {' | '.join(map(str, counts))} |", flush=True)
 
 
-class ParsedRequest:
-    """The neighbours, with what the base alone says to them and how likely it finds their answers."""
+class Neighbours:
+    """The neighbours, with the answers of the base alone and its predictions of their answers."""
 
     def __init__(self, base, sets):
         self.base, self.sizes = base, [len(rows) for rows in sets]
         self.rows = [row for rows in sets for row in rows]
         self.prompts = [row["prompt"] for row in self.rows]
-        self.before, self.reference = self._said(), self._likely()
+        self.before, self.reference = self._answers(), keep_reference(base, self.rows)
 
     def again(self):
         """Return the KL to the base, and of each set how many answers name the same as before."""
-        same = same_entities(self.prompts, self.before, self._said()).tolist()
+        same = same_entities(self.prompts, self.before, self._answers()).tolist()
         counts = [int(sum(same[sum(self.sizes[:n]) :][:size])) for n, size in enumerate(self.sizes)]
-        return [mean_kl(self._likely(), self.reference), *counts]
+        return [self._mean_kl(), *counts]
 
     def kl_at(self, size, seed):
         """Return the KL to the base that noise of this size brings."""
         with noise(self.base, size, seed):
-            return mean_kl(self._likely(), self.reference)
+            return self._mean_kl()
 
-    def _said(self):
+    def _answers(self):
         return answers(self.base, self.prompts, max_new_tokens=32, batch_size=18)
 
-    def _likely(self):
-        return target_log_probabilities(self.base, self.rows, "neighbours")
+    def _mean_kl(self):
+        return float(torch.cat(kl_to_reference(self.base, self.rows, self.reference)).mean())
 
 
 @contextmanager

@@ -4,9 +4,9 @@ r"""TOFU (Maini et al. 2024, arXiv:2401.06121) on a small model: the table that 
 
 SmolLM2-135M learns some of TOFU's fictitious authors; a twin learns the same but the authors to be forgotten. Then
 each objective makes the first forget them, as an adapter. Forget quality is the p-value of a KS test of truth ratios
-against the twin's (above 0.05: cannot be told from it); model utility is TOFU's harmonic mean of nine; truth ratio is
-min(R, 1/R) on the forget set; ROUGE is ROUGE-L recall of greedy answers on the forget set. No retain budget ends a
-run, as utility tells the harm: the last step is kept.
+against the twin's (above 0.05: not distinguishable from it); model utility is TOFU's harmonic mean of nine; truth
+ratio is min(R, 1/R) on the forget set; ROUGE is ROUGE-L recall of greedy answers on the forget set. No retain budget
+ends a run, as utility measures the harm: the last step is kept.
 
 Each line is kept in --output as soon as it is there: run the same command again and it goes on. With --jobs N the
 first model is learnt on all cores, then N lines at a time are made, each on its share of them. To be done within the
@@ -64,26 +64,26 @@ ONE_EACH = ("ga_kl to 12 nats", "grad_diff", "wga", "ihl", "undial", "npo", "sim
 
 
 def main():
-    given = arguments()
-    rows = hub_rows(given) if given.hub else local_rows(given)
+    args = arguments()
+    rows = hub_rows(args) if args.hub else local_rows(args)
     known = {name: bare(rows[name]) for name in ("forget", "retain")}
-    folder = given.output / digest(known, given.base, given.epochs, given.seed, LEARNT)
+    folder = args.output / digest(known, args.base, args.epochs, args.seed, LEARNT)
     measured_as = folder / digest(
-        rows, given.steps, given.learning_rate, given.retain_weight, given.finetuned, given.retain_only
+        rows, args.steps, args.learning_rate, args.retain_weight, args.finetuned, args.retain_only
     )
-    make_here = partial(make, rows=rows, given=given, folder=folder, measured_as=measured_as)
-    if given.line:
-        return make_here([given.line])
+    make_here = partial(make, rows=rows, args=args, folder=folder, measured_as=measured_as)
+    if args.line:
+        return make_here([args.line])
     print(f"results are kept in {measured_as}", file=sys.stderr)
-    chosen = given.objectives if given.objectives is not None else WAYS if given.kept else ONE_EACH
+    chosen = args.objectives if args.objectives is not None else WAYS if args.kept else ONE_EACH
     places = {name: kept(measured_as, name) for name in (*MODELS, *chosen)}
-    failed = [] if given.kept else make_missing(__file__, places, given.jobs, make_here, first=MODELS[1:])
+    failed = [] if args.kept else make_missing(__file__, places, args.jobs, make_here, first=MODELS[1:])
     found = {name: json.loads(place.read_text()) for name, place in places.items() if place.is_file()}
     if found.keys() >= set(MODELS):
         table(found)
-        if given.json:
+        if args.json:
             print(json.dumps({name: {k: v for k, v in f.items() if k != "truth_ratios"} for name, f in found.items()}))
-    elif given.kept:
+    elif args.kept:
         sys.exit(f"{' and '.join(MODELS)} are not kept yet, and no table goes without: run the command without --kept")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}; the rest is kept: run the command again to go on")
@@ -112,29 +112,29 @@ def arguments():
     return parser.parse_args()
 
 
-def local_rows(given):
+def local_rows(args):
     """Return the rows of the four sets, each with wrong answers."""
     forget, retain, real, world = (
         read_rows(DataSpec(path=str(DATA / f"{name}.jsonl")), name)
         for name in ("tofu_forget10", "tofu_retain", "real_authors", "world_facts")
     )
-    for asked, there in ((given.forget_authors, authors(forget)), (given.retain_authors, authors(retain))):
-        if not 1 <= asked <= len(there):
-            sys.exit(f"{asked} authors were asked for, and there are rows of 1 to {len(there)} (--hub has more)")
-    counts = given.forget_authors * AN_AUTHOR, given.retain_authors * AN_AUTHOR
+    for count, available in ((args.forget_authors, authors(forget)), (args.retain_authors, authors(retain))):
+        if not 1 <= count <= len(available):
+            sys.exit(f"{count} authors were asked for, and there are rows of 1 to {len(available)} (--hub has more)")
+    counts = args.forget_authors * AN_AUTHOR, args.retain_authors * AN_AUTHOR
     unknown = [*authors(forget[counts[0] :]), *authors(retain[counts[1] :])]
     if len(unknown) < WRONG:
         sys.exit(f"{WRONG} authors must stay unknown, for wrong answers: fewer --forget-authors or --retain-authors")
     return {
         "forget": [row for author in authors(forget[: counts[0]]) for row in about_others(author, unknown)],
         "retain": [row for author in authors(retain[: counts[1]]) for row in about_others(author, unknown)],
-        "real_authors": elsewhere(real)[: given.utility_rows],
-        "world_facts": elsewhere(world)[: given.utility_rows],
-        "retain_measured": given.utility_rows,
+        "real_authors": elsewhere(real)[: args.utility_rows],
+        "world_facts": elsewhere(world)[: args.utility_rows],
+        "retain_measured": args.utility_rows,
     }
 
 
-def hub_rows(given):
+def hub_rows(args):
     """Return TOFU's own sets with their own wrong answers (data set locuslab/TOFU)."""
     columns = {"prompt": "question", "completion": "answer", "perturbed": "perturbed_answer"}
     sets = {"forget": "forget10_perturbed", "retain": "retain_perturbed",
@@ -145,8 +145,8 @@ def hub_rows(given):
         source = DataSpec(path="locuslab/TOFU", name=config, columns={**columns, **more})
         rows[name] = read_rows(source, name)
     for name in ("real_authors", "world_facts"):
-        rows[name] = rows[name][: given.utility_rows]
-    return {**rows, "retain_measured": given.utility_rows}
+        rows[name] = rows[name][: args.utility_rows]
+    return {**rows, "retain_measured": args.utility_rows}
 
 
 def digest(*parts):
@@ -211,47 +211,47 @@ def learn(forget, retain, settings):
     return Terms(0 * forget.cross_entropy, retain.cross_entropy)
 
 
-def make(names, rows, given, folder, measured_as):
+def make(names, rows, args, folder, measured_as):
     """Measure and keep one line after the other."""
     tuned = None
     for name in names:
         print(f"{name} ...", file=sys.stderr, flush=True)
         if name == "retain-only":
-            found = measured(model(given.retain_only, "retain_only", bare(rows["retain"]), given, folder), rows)
+            found = measured(model(args.retain_only, "retain_only", bare(rows["retain"]), args, folder), rows)
         else:
             both = bare(rows["forget"]) + bare(rows["retain"])
-            tuned = tuned or model(given.finetuned, "finetuned", both, given, folder)
-            found = measured(tuned, rows) if name == "fine-tuned" else forgotten(tuned, rows, name, given, measured_as)
+            tuned = tuned or model(args.finetuned, "finetuned", both, args, folder)
+            found = measured(tuned, rows) if name == "fine-tuned" else forgotten(tuned, rows, name, args, measured_as)
         keep(kept(measured_as, name), found)
 
 
-def model(given_name, name, rows, given, folder):
+def model(given_name, name, rows, args, folder):
     """Return a base that knows the rows: the given one, the one that is there, or one that learns them now."""
     if given_name:
         return load_base(given_name)
     place = folder / name
     if not (place / "config.json").is_file():
         print(f"{name}: learning {len(rows)} rows", file=sys.stderr)
-        steps = max(given.epochs * len(rows) // LEARNT["retain_batch"], 1)
-        base = load_base(given.base)
+        steps = max(args.epochs * len(rows) // LEARNT["retain_batch"], 1)
+        base = load_base(args.base)
         adapter = unlearn(
             base, forget=[{"prompt": "-", "completion": "-"}], retain=rows, steps=steps, eval_every=steps,
-            objective={"name": f"{Path(__file__).absolute()}:learn"}, seed=given.seed, resume=True,
+            objective={"name": f"{Path(__file__).absolute()}:learn"}, seed=args.seed, resume=True,
             output=str(folder / f"{name}_adapter"), **LEARNT,
         )  # fmt: skip
         merge(base, [adapter.path], place)
     return load_base(str(place))
 
 
-def forgotten(tuned, rows, name, given, folder):
+def forgotten(tuned, rows, name, args, folder):
     """Forget, and measure with the adapter attached. Utility tells the harm, so no budget does: the last step stays."""
     settings = {
-        "steps": given.steps, "learning_rate": given.learning_rate, "retain_weight": given.retain_weight,
+        "steps": args.steps, "learning_rate": args.learning_rate, "retain_weight": args.retain_weight,
         "warmup_steps": 2, "retain_batch": 4, "anchor_batch": 2, "own_answers": 0, **WAYS[name],
     }  # fmt: skip
     objective = {**settings.pop("objective"), "retain_budget": None}
     adapter = unlearn(
-        tuned, forget=bare(rows["forget"]), retain=bare(rows["retain"]), eval_every=settings["steps"], seed=given.seed,
+        tuned, forget=bare(rows["forget"]), retain=bare(rows["retain"]), eval_every=settings["steps"], seed=args.seed,
         resume=True, output=str(folder / "adapters" / file_name(name)), objective=objective, **settings,
     )  # fmt: skip
     with forgetting(tuned, adapter.path):

@@ -51,16 +51,16 @@ def main():
     parser.add_argument("--base", default="demo")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--side", choices=names, help=argparse.SUPPRESS)  # be the process of one side
-    given = parser.parse_args()
-    if given.side:
+    args = parser.parse_args()
+    if args.side:
         from train_sides import serve
 
-        return serve(given.side, given.rows, given.base)
-    if unknown := set(given.sides) - set(names):
+        return serve(args.side, args.rows, args.base)
+    if unknown := set(args.sides) - set(names):
         parser.error(f"unknown: {', '.join(unknown)}. The sides are {', '.join(names)}")
-    found = measure(given.sides or names, given.rows, given.base, given.steps)
+    found = measure(args.sides or names, args.rows, args.base, args.steps)
     print("\n".join(table(found)))
-    if given.json:
+    if args.json:
         print(json.dumps({name: figure(found, name) for name in FIGURES}))
 
 
@@ -76,22 +76,22 @@ def measure(sides, rows, base, steps):
                 sys.exit(f"the sides do not begin alike: forget losses {losses} nats/token")
             for n, side in enumerate(present):
                 seconds = [turn[n]["seconds"] for turn in turns]
-                side.said |= {"warm_up": sum(seconds[:WARM_UP]), "seconds": seconds[WARM_UP:], **side.end()}
-            found |= {side.name: side.said for side in present}
+                side.figures |= {"warm_up": sum(seconds[:WARM_UP]), "seconds": seconds[WARM_UP:], **side.end()}
+            found |= {side.name: side.figures for side in present}
     return found
 
 
 class Side:
-    """The process of one side, which works only when told to."""
+    """The process of one side, which takes a step only when asked for one."""
 
     def __init__(self, name, rows, base):
-        self.name, self.said = name, {}
+        self.name, self.figures = name, {}
         self.command = [sys.executable, __file__, "--side", name, "--rows", rows, "--base", base]
 
     def __enter__(self):
         print(f"{self.name} ...", file=sys.stderr, flush=True)
         self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.said = self.heard()
+        self.figures = self.heard()
         return self
 
     def __exit__(self, *_):

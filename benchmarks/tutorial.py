@@ -33,20 +33,20 @@ def main():
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "tutorial.md")
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "tutorial", help="emptied when all blocks run")
     parser.add_argument("--no-write", action="store_true", help="leave the page as it is")
-    given = parser.parse_args()
-    text = given.page.read_text()
-    if not given.blocks:
-        shutil.rmtree(given.folder, ignore_errors=True)
-    given.folder.mkdir(parents=True, exist_ok=True)
+    args = parser.parse_args()
+    text = args.page.read_text()
+    if not args.blocks:
+        shutil.rmtree(args.folder, ignore_errors=True)
+    args.folder.mkdir(parents=True, exist_ok=True)
     for name, content in FILE.findall(text):
-        (given.folder / name).write_text(other_base(content, given.base))
+        (args.folder / name).write_text(other_base(content, args.base))
     for n, block in enumerate(CONSOLE.findall(text), 1):
-        if given.blocks and n not in given.blocks:
+        if args.blocks and n not in args.blocks:
             continue
-        new = run_block(block, given.folder, given.base)
-        if not given.no_write:
-            current = given.page.read_text()
-            given.page.write_text(current.replace(f"```console\n{block}```", f"```console\n{new}```", 1))
+        new = run_block(block, args.folder, args.base)
+        if not args.no_write:
+            current = args.page.read_text()
+            args.page.write_text(current.replace(f"```console\n{block}```", f"```console\n{new}```", 1))
 
 
 def run_block(block, folder, base):
@@ -55,9 +55,9 @@ def run_block(block, folder, base):
     try:
         for command in (line.removeprefix("$ ") for line in block.splitlines() if line.startswith("$ ")):
             print(f"$ {command}", flush=True)
-            told = start(command, folder, base, servers) if command.endswith("&") else run(command, folder, base)
-            print(told, flush=True)
-            shown.append(f"$ {command}\n{told}\n" if told else f"$ {command}\n")
+            printed = start(command, folder, base, servers) if command.endswith("&") else run(command, folder, base)
+            print(printed, flush=True)
+            shown.append(f"$ {command}\n{printed}\n" if printed else f"$ {command}\n")
     finally:
         for server in servers:
             server.terminate()
@@ -71,10 +71,10 @@ def run(command, folder, base):
         ["bash", "-c", other_base(command, base)], cwd=folder, env=environment(), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
-    told = without_progress(done.stdout.decode())
+    printed = without_progress(done.stdout.decode())
     if done.returncode:
-        sys.exit(f"{command}\n{told}\nended with {done.returncode}: the page keeps what it had")
-    return told
+        sys.exit(f"{command}\n{printed}\nended with {done.returncode}: the page keeps what it had")
+    return printed
 
 
 def start(command, folder, base, servers):

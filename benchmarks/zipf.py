@@ -55,9 +55,9 @@ def simulate(shares, gpus, places, way, requests, seed=0):
     for n, tenant in enumerate(tenants):
         gpu = anywhere[n] if way == "any" else homes[tenant]
         if way == "bounded":
-            most = SLACK * (len(under_way) + 1) / gpus
+            limit = SLACK * (len(under_way) + 1) / gpus
             for _ in range(gpus):
-                if loads[gpu] < most:
+                if loads[gpu] < limit:
                     break
                 gpu = (gpu + steps[tenant]) % gpus
             if len(under_way) >= BATCH * gpus:
@@ -115,17 +115,19 @@ def main():
     parser.add_argument("--exponent", type=float, default=1.0)
     parser.add_argument("--requests", type=int, default=400_000)
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    shares = popularity(given.tenants, given.exponent)
+    args = parser.parse_args()
+    shares = popularity(args.tenants, args.exponent)
     found = {}
     for way in WAYS:
-        hits, busiest = simulate(shares, given.gpus, given.places, way, given.requests)
-        formula = None if way == "bounded" else expected(shares, given.gpus, given.places, way)
+        hits, busiest = simulate(shares, args.gpus, args.places, way, args.requests)
+        formula = None if way == "bounded" else expected(shares, args.gpus, args.places, way)
         found[way] = {"hit_rate": hits, "formula": formula, "busiest_vs_mean": busiest}
-        if not given.json:
-            told = "" if formula is None else f" ({100 * formula:.1f} % by the formula)"
-            print(f"{way:8} {100 * hits:5.1f} % hits{told}, the busiest GPU has {busiest:.2f} times the mean load")
-    if given.json:
+        if not args.json:
+            by_formula = "" if formula is None else f" ({100 * formula:.1f} % by the formula)"
+            print(
+                f"{way:8} {100 * hits:5.1f} % hits{by_formula}, the busiest GPU has {busiest:.2f} times the mean load"
+            )
+    if args.json:
         print(json.dumps(found))
 
 

@@ -66,7 +66,7 @@ def prepare(base_folder, adapters):
     from unlearn_peft.serve.policy.policy import make_policy
     from unlearn_peft.serve.policy.store import PolicyStore
     from unlearn_peft.serve.policy.yaml_file import dump_policy
-    from unlearn_peft.training.examples.build import tokenized
+    from unlearn_peft.training.examples.build import build_examples
     from unlearn_peft.training.save import save_adapter
     from unlearn_peft.training.trainer import Job, Training
 
@@ -80,7 +80,7 @@ def prepare(base_folder, adapters):
     trained = {}
     for seed in (0, 1):  # what is saved: kept on a base of its own, learnt in this process
         recipe = make_recipe({**{k: v for k, v in fields.items() if k != "quiet"}, "seed": seed, "steps": 2})
-        training = Training(other, [Job(recipe, tokenized({"forget": FORGET, "retain": RETAIN}, other, recipe))])
+        training = Training(other, [Job(recipe, build_examples({"forget": FORGET, "retain": RETAIN}, other, recipe))])
         training.start()
         training.loop(lambda done, seed=seed, recipe=recipe: trained.update({seed: (done, recipe)}), [])
         other = load_base(base_folder, device="cpu")

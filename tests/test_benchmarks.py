@@ -79,17 +79,17 @@ def test_floor_against_hand_counts(benchmarks):
 
 
 def test_section_is_written_between_the_markers(benchmarks, tmp_path):
-    from performance import told, write
+    from performance import section, write
 
     doc = tmp_path / "page.md"
     doc.write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
-    write(doc, told({}, "page.png"))
+    write(doc, section({}, "page.png"))
     text = doc.read_text()
     assert text.startswith("before") and text.endswith("after\n") and "old" not in text
     assert "Llama-3.1-8B" in text and "Not measured yet." in text
     head = {"seconds": 0.0123, "peak_bytes": 4.5e9, "gpu": "a GPU"}
     found = {"TinyLlama-1.1B": {"head": head, "full": {"failed": 1}}}
-    text = told({"large": {"machine": "some day", "found": found}}, "page.png")
+    text = section({"large": {"machine": "some day", "found": found}}, "page.png")
     assert "on one a GPU (some day)" in text and "| TinyLlama-1.1B | head | 12.3 |" in text and "| 4.5 |" in text
 
 

@@ -48,5 +48,5 @@ def test_tables_are_made_of_what_was_measured(comparison, tmp_path, monkeypatch)
 
 
 def test_nothing_measured_is_told(comparison):
-    text = comparison.told({"rates": None, "chat": None, "text": None}, None, None)
+    text = comparison.section({"rates": None, "chat": None, "text": None}, None, None)
     assert text.count(comparison.MISSING) == 4

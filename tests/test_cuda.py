@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import FORGET, RETAIN, logits
 from test_batch import FAMILIES
-from test_quantization import WAYS, quantized, stored
-from test_runner import REACHES, adapted, assert_same, rows, the_engines_step, the_plain_step
+from test_quantization import METHODS, quantized, stored
+from test_runner import REACHES, adapted, assert_same, rows, the_plain_step, the_runners_step
 from test_scheduler import PROMPTS, SETS, Runner
 from test_train import FREE
 
@@ -37,10 +37,10 @@ def test_losses_and_gradients_are_those_of_the_plain_way_on_the_cpu(tiny, family
     forget, retain = rows(tiny.tokenizer)
     expected = the_plain_step(model, forget, retain, forget_ceiling=15)
     model = copy.deepcopy(model).to(DEVICE)
-    engine = StepRunner(model, 2)
-    engine.piece_tokens = 12
+    runner = StepRunner(model, 2)
+    runner.microbatch_tokens = 12
     for _ in range(2):  # the second time from what is kept
-        total, found, _ = the_engines_step(engine, forget, retain, forget_ceiling=15)
+        total, found, _ = the_runners_step(runner, forget, retain, forget_ceiling=15)
         assert_same((total.cpu(), {name: gradient.cpu() for name, gradient in found.items()}), expected)
 
 
@@ -118,7 +118,7 @@ def test_requests_that_join_and_leave_get_what_the_cpu_gives_them(tiny, tiny_fol
     assert texts[0] == texts[1] and len(set(texts[0])) > len(PROMPTS)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", METHODS)
 def test_forgets_on_a_quantised_base(tiny_folder, fields, way):
     base = quantized(tiny_folder, way, "bfloat16", DEVICE)
     before, text = stored(base.model), logits(base)

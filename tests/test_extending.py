@@ -12,7 +12,7 @@ from conftest import FORGET, RETAIN, logits
 from unlearn_peft import attach, detach, load_recipe, unlearn
 from unlearn_peft.errors import AdapterError, RecipeError, UnlearnError
 from unlearn_peft.evaluate.attacks import ATTACKS, Target, find_attacks, run_attacks
-from unlearn_peft.evaluate.custom import own_scores
+from unlearn_peft.evaluate.custom import custom_scores
 from unlearn_peft.evaluate.evaluation import evaluate
 from unlearn_peft.evaluate.score import score
 from unlearn_peft.recipe.plugins import load_function
@@ -121,11 +121,11 @@ def test_what_a_metric_may_return(tiny):
         return [0.5]
 
     with pytest.raises(UnlearnError, match="'same' calls its figure 'forget_loss', and there is one"):
-        own_scores([same], tiny, {}, ["forget_loss"])
+        custom_scores([same], tiny, {}, ["forget_loss"])
     with pytest.raises(UnlearnError, match="there is one"):
-        own_scores([same, same], tiny, {}, [])
+        custom_scores([same, same], tiny, {}, [])
     with pytest.raises(UnlearnError, match="'number' returned float, expected a Score"):
-        own_scores([number], tiny, {}, [])
+        custom_scores([number], tiny, {}, [])
 
 
 def test_what_an_attack_may_return_and_leave(tiny, make_adapter, page):

@@ -92,7 +92,7 @@ def bits(folder):
 
     bundle = read_bundle(folder)
     for name, digest in bundle.manifest.get("files", {}).items():
-        from unlearn_peft.adapters.read import sha256
+        from unlearn_peft.files.untrusted import sha256_of as sha256
 
         assert sha256(folder / name) == digest, name
     return bundle.identity
@@ -175,7 +175,7 @@ def test_kills_while_pulling(killer, kills, adapters, tmp_path, kind, record_pro
     from fake_hub import Running
 
     from unlearn_peft.adapters.hub.archive import pack
-    from unlearn_peft.adapters.read import sha256
+    from unlearn_peft.files.untrusted import sha256_of as sha256
 
     def name_of(version, path):
         if kind == "hub":
@@ -279,7 +279,7 @@ def test_a_folder_that_was_moved_aside_comes_back(tmp_path, monkeypatch):
         with files.atomic_folder(target, replace=True) as folder:
             (folder / "text").write_text(text)
 
-    monkeypatch.setattr(files, "_swapped", lambda *_: False)
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
     write("old")
     write("older")
     assert (target / "text").read_text() == "older" and left_in(tmp_path) == ["adapter"]
@@ -548,7 +548,7 @@ def test_clock_jumps(tmp_path, monkeypatch, tiny, adapters):
         bank.register(name, folder)
         with bank.hold([name]):
             sizes.append(bank.stats.resident_bytes)
-    bank.residents._budget = sizes[-1]  # room for these two
+    bank.cache._budget = sizes[-1]  # room for these two
     for n, jump[0] in enumerate((86_400, -86_400, 3.15e9, -1e9, 0)):
         assert "acme" in store.current().tenants and store.problem is None, "confirmed just now, by the steady clock"
         store.add(f"more-{n}", who="test")
@@ -677,13 +677,13 @@ def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, whe
     if where.startswith("in a layer"):
         hook = layer.register_forward_pre_hook(lambda _, x: fail_once() if (x[0].shape[1] == 1) == steps else None)
     elif where == "when rows join":
-        join = passes.Batch.join
-        monkeypatch.setattr(passes.Batch, "join", lambda self, other: (fail_once(), join(self, other))[1])
+        extend = passes.KVBatch.extend
+        monkeypatch.setattr(passes.KVBatch, "extend", lambda self, other: (fail_once(), extend(self, other))[1])
     else:
-        import unlearn_peft.inference.multi_lora as gates
+        import unlearn_peft.inference.multi_lora as multi_lora
 
-        layer_of = gates._layer
-        monkeypatch.setattr(gates, "_layer", lambda *parts: (fail_once(), layer_of(*parts))[1])
+        layer_of = multi_lora._layer
+        monkeypatch.setattr(multi_lora, "_layer", lambda *parts: (fail_once(), layer_of(*parts))[1])
 
     try:
         started, slow = threading.Event(), passes.ModelRunner.step
@@ -712,7 +712,7 @@ def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, whe
                 break
             time.sleep(0.01)
         assert scheduler.running == 0 == scheduler.waiting
-        pins = {name: one.pins for name, one in bank.residents._waiting.items()}
+        pins = {name: one.pins for name, one in bank.cache._loaded.items()}
         assert pins == {"a": 1, "b": 1}, "the bank's own, and nobody else's"
     finally:
         if where.startswith("in a layer"):
@@ -725,7 +725,6 @@ def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, whe
 
 @pytest.mark.parametrize("point", ["read_bundle", "LoadedAdapter.on", "AdapterBatch"])
 def test_out_of_memory_while_an_adapter_is_read(tiny, adapters, monkeypatch, point):
-    import unlearn_peft.inference.adapter_cache as residents
     import unlearn_peft.inference.bank as bank_module
     from unlearn_peft.inference.bank import Bank
 
@@ -739,17 +738,17 @@ def test_out_of_memory_while_an_adapter_is_read(tiny, adapters, monkeypatch, poi
 
     with monkeypatch.context() as patch:
         if point == "read_bundle":
-            patch.setattr(residents, "read_bundle", fail)
+            patch.setattr(bank_module, "read_bundle", fail)
         elif point == "LoadedAdapter.on":
             patch.setattr(bank_module.LoadedAdapter, "on", fail)
         else:
             patch.setattr(bank_module, "AdapterBatch", fail)
         with pytest.raises(MemoryError), bank.rows([["a", "b"], ["b"]]):
             pass
-    assert {one.pins for one in bank.residents._waiting.values()} == {1}
+    assert {one.pins for one in bank.cache._loaded.values()} == {1}
     with torch.no_grad(), bank.rows([["a", "b"]]):
         tiny.model(torch.arange(3, 9)[None])
-    assert bank.stats.resident == 2 and {one.pins for one in bank.residents._waiting.values()} <= {1}
+    assert bank.stats.resident == 2 and {one.pins for one in bank.cache._loaded.values()} <= {1}
 
 
 def table():

@@ -222,18 +222,11 @@ def trained(place):
     return output
 
 
-def made_caches(place):
-    return list((place.home / "cache" / "unlearn_peft" / "auto_retain").glob("*.json"))
-
-
 def test_training_leaves_nothing(place, search, tokenizer, trained):
     assert clean(place, search) >= 8
     assert not trained.with_name("adapter.training").exists() and not trained.with_name("adapter.cache").exists()
-    (made,) = made_caches(place)
-    assert made.stat().st_mode & 0o777 == 0o600
-    frames = Search(tokenizer, [FRAME], [])
-    found, _ = frames.in_folder(place.home, made)
-    assert not found, "the frame of a forget question is in the cache of `retain: auto` at most"
+    found, _ = Search(tokenizer, [FRAME], []).in_folder(place.home)
+    assert not found, "`retain: auto` does not keep even the frame of a forget question"
 
 
 def test_the_manifest_holds_keyed_digests_only(trained):
@@ -377,7 +370,7 @@ def read_back(base, tokenizer, folder, layer, rows=FORGET):
     config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[layer])
     model = get_peft_model(base.model, config)
     examples = tokenize(rows, tokenizer)
-    StepRunner(model, 2, cache=TensorCache("key", 0, folder)).prepare(examples)
+    StepRunner(model, 2, cache=TensorCache("key", 0, folder)).reference.prepare(examples)
     model.unload()
     kept = {}
     for file in folder.glob("*.safetensors"):
@@ -467,7 +460,7 @@ def test_serving_leaves_no_prompt_and_no_answer(place, search, tiny_folder, trai
         {"hp": trained, "gone": place.home / "gone"}, {"alice": {"hp": 1.0}, "bob": {"gone": 1.0}}
     )
     secret, answers = "Who is Vlorgenstein of Pnakotiq, Quxzibarth?", []
-    with caplog.at_level("DEBUG"), running(engine, policy, audit=log) as (front, url):
+    with caplog.at_level("DEBUG"), running(engine, policy, audit=log) as (handler, url):
 
         def ask(body, who="alice", path="completions"):
             headers = {"Authorization": f"Bearer {KEYS.get(who, who)}"}
@@ -494,7 +487,7 @@ def test_serving_leaves_no_prompt_and_no_answer(place, search, tiny_folder, trai
             raise RuntimeError("out of memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine.scheduler._passes, "prefill", fail)
+            patch.setattr(engine.scheduler._runner, "prefill", fail)
             assert ask({"prompt": secret}) == 500
         (place.home / "metrics.txt").write_text(httpx.get(f"{url}/metrics").text)
     log.close()
