@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import refuse, safe_repr
 from ..files.atomic import folder_bytes
 from ..models.fingerprint import fingerprint, mismatches
-from ..models.layers import submodule
+from ..models.layers import is_transposed, submodule
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "forget.json"
 CARD, CURVES = "README.md", "curves.png"
@@ -85,7 +85,7 @@ class Bundle:
             AdapterError: naming every module that is missing or has another shape, and every part of the
                 fingerprint that differs.
         """
-        problems, different = self.misfits(model, tokenizer, allow_different_base=allow_different_base, known=known)
+        problems, different = self.misfits(model, tokenizer, allow_different_base, known)
         trained_on = safe_repr(self.manifest.get("base", {}).get("name") or self.config.get("base_model_name_or_path"))
         if problems:
             refuse(
@@ -104,12 +104,7 @@ class Bundle:
         return different
 
     def misfits(
-        self,
-        model: Any,
-        tokenizer: Any | None = None,
-        *,
-        allow_different_base: bool = False,
-        known: Mapping[str, Any] | None = None,
+        self, model: Any, tokenizer: Any | None, allow_different_base: bool, known: Mapping[str, Any] | None
     ) -> tuple[list[str], tuple[str, ...]]:
         """Return the problems that `check_fits` would raise, and what it would return."""
         problems = []
@@ -123,7 +118,7 @@ class Bundle:
             if isinstance(module, nn.Linear):  # a quantised one stores its weight in another shape
                 expected = module.out_features, module.in_features
             else:
-                expected = tuple(weight.T.shape if type(module).__name__ == "Conv1D" else weight.shape)
+                expected = tuple(weight.T.shape if is_transposed(module) else weight.shape)
             if delta.shape != expected:
                 problems.append(f"'{name}' has shape {expected} in the base, the adapter was made for {delta.shape}")
         noted = self.manifest.get("base", {}).get("fingerprint", {})

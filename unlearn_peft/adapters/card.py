@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import AdapterError, first_line, safe_repr
 from ..files.atomic import atomic_file
-from .bundle import CARD
-from .bundle import CURVES as CURVES
+from .bundle import CARD, CURVES
 from .quantized import QUANTIZED
 from .validate import DENSE
 from .write import note_digest
@@ -93,10 +92,7 @@ and tells how near.
 
 
 def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write README.md into a folder in the Hub's model-card format, from what goes into `forget.json`.
-
-    Figures of the training and plots in the folder are shown if there are any.
-    """
+    """Write README.md in the Hub's format, from what goes into `forget.json`, with the plots that are in the folder."""
     from huggingface_hub import ModelCard, ModelCardData
 
     base, kind = manifest.get("base", {}).get("name"), manifest["peft_type"]
@@ -117,11 +113,9 @@ def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
     name = base or "a language model"
     parts = [_INTRODUCTION.format(base=name), *_origin(manifest), "## How to attach it\n", *_snippets(name, kind)]
     if metrics:
-        rows = [
-            f"| {figure.replace('_', ' ')} | {f'{value:.4g}' if isinstance(value, float) else value} |"
-            for figure, value in metrics.items()
-        ]
-        parts += [_FIGURES, *rows]
+        parts.append(_FIGURES)
+        for figure, value in metrics.items():
+            parts.append(f"| {figure.replace('_', ' ')} | {f'{value:.4g}' if isinstance(value, float) else value} |")
         parts.append(
             f"\nLosses and KL are means in nats/token. Objective: {recipe['objective']['name']}, "
             f"{metrics['best_step']} steps,\nlearning rate {recipe['learning_rate']:g}, retain weight "
@@ -184,19 +178,13 @@ def _training_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
 def put_evaluation(
     folder: Path, section: str, results: Sequence[EvalResult] = (), pictures: Mapping[str, Path] | None = None
 ) -> Path:
-    """Put an evaluation into an adapter's card, in place of an earlier one, and return the card's path.
+    """Put an evaluation, in markdown, into an adapter's card in place of an earlier one; returns the card's path.
 
-    The manifest is updated.
-
-    Args:
-        folder: the adapter's directory.
-        section: markdown.
-        results: for the card's model-index, in place of those of an earlier evaluation or of training.
-        pictures: PNG files, by their names beside the card.
+    `results` go into the model-index, in place of those of an earlier evaluation or of training; `pictures` are PNG
+    files, by their names beside the card. The manifest's digests are updated.
 
     Raises:
         AdapterError: if the card is no text, or its metadata cannot be read.
-        OutputError: if the folder cannot be written to.
     """
     card = folder / CARD
     try:

@@ -17,15 +17,8 @@ GROUP = 64  # values that share a scale
 QUANTIZED = "_QUANTIZED"  # suffix of peft_type: PEFT refuses such a type instead of ignoring the tensors
 MAX_BYTES = 1 << 29  # packed; unpacked it is up to eight times as much
 _SMALLEST = 6e-5  # the smallest normal number in float16, for scales
-_CLIPS = (
-    1.0,
-    0.95,
-    0.9,
-    0.85,
-    0.8,
-    0.75,
-    0.7,
-)  # of a group's largest value: a smaller step may fit the other values better
+# of a group's largest value: a smaller step may fit the other values better
+_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _TRANSPOSED = "lora_B"
 
 

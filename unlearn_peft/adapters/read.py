@@ -33,7 +33,7 @@ def read_bundle(
     Args:
         path: the directory.
         trust: the accepted signers, and whether a signature is required; None: signatures are not checked.
-        also: called if there are problems, with as much of the adapter as could be read; returns further ones.
+        also: called if there are problems, with as much as could be read; returns further ones.
 
     Raises:
         AdapterError: naming everything that is wrong with it.
@@ -100,7 +100,7 @@ def read_json(path: Path, files: dict[str, str], problems: list[str]) -> dict[st
         return strict_json(data)
     except ValueError as error:
         problems.append(f"{path.name} is not readable JSON ({error})")
-    return None
+        return None
 
 
 def _or_problem(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | None:

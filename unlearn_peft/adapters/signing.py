@@ -122,7 +122,7 @@ def _sign(path: Path, use_signer: Callable[[Any], Any]) -> Path:
 
 
 def _public_of(path: Path, password: str | None) -> bytes:
-    """Return the public half of a private key, in PEM."""
+    """Return a private key's public half."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
 

@@ -46,13 +46,10 @@ class Trust:
 
     @classmethod
     def read(cls, *places: str | Path, required: bool = True) -> Trust:
-        """Read trusted signers.
+        """Read trusted signers: PEM files with public keys, folders of `.pub` and `.pem` files, or YAML files.
 
-        Args:
-            places: PEM files with public keys; folders of `.pub` and `.pem` files; or YAML files with a table of
-                names, each for a PEM file's path (relative to the YAML file), the PEM itself, or
-                `{identity: ..., issuer: ...}` of Sigstore.
-            required: see the class.
+        A YAML file holds a table of names, each for a PEM file's path (relative to the YAML file), the PEM itself, or
+        `{identity: ..., issuer: ...}` of Sigstore.
 
         Raises:
             TrustError: naming the place that holds no usable key.
@@ -95,9 +92,7 @@ class Trust:
     def problems(self, files: Mapping[str, str], signature: bytes | None) -> tuple[list[str], str | None]:
         """Compare what was read with what was signed; return what is wrong, and the signer's name if nothing is.
 
-        Args:
-            files: name -> sha256 of everything in the adapter's directory except `UNSIGNED`.
-            signature: the content of `model.sig`; None: there is none.
+        `files` is name -> sha256 of all in its directory but `UNSIGNED`, `signature` the bytes of `model.sig`.
         """
         if signature is None:
             problem = f"it has no signature ({SIGNATURE}), and one is required: `unlearn-peft sign` makes one"
@@ -145,11 +140,7 @@ def need_model_signing() -> None:
 
 
 def public_pem(data: bytes, where: str) -> bytes:
-    """Return a public key in PEM, on a curve that model-signing takes, in one canonical form.
-
-    Raises:
-        TrustError: saying what `where` holds instead.
-    """
+    """Return a public key in one canonical PEM; a TrustError says what `where` holds instead of a usable one."""
     need_model_signing()
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
@@ -219,11 +210,7 @@ def _read(path: Path) -> str:
 
 
 def claimed(signature: bytes) -> dict[str, str]:
-    """Return the files (name -> sha256) that a signature claims to cover; nothing is verified.
-
-    Raises:
-        ValueError: if it is none of model-signing's, or does not cover whole files by sha256.
-    """
+    """Return the files (name -> sha256) that a signature claims to cover, unverified; or raise a ValueError."""
     if len(signature) > MAX_JSON_BYTES:
         raise ValueError("it is too large")
     try:

@@ -23,11 +23,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def new_bundle(path: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield a temporary folder for an adapter's files; it becomes `path`, with its manifest, when the block ends.
-
-    Raises:
-        OutputError: see `check_output`, or `path` cannot be written.
-    """
+    """Yield a temporary folder for an adapter's files; it becomes `path`, with its manifest, when the block ends."""
     check_output(path)
     with atomic_folder(path, replace=True) as folder:
         yield folder
@@ -37,12 +33,7 @@ def new_bundle(path: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def note_digest(path: Path, name: str) -> None:
-    """Update the digest of a file in an adapter's manifest, if it has one, after the file was changed on purpose.
-
-    Raises:
-        AdapterError: if the manifest cannot be read.
-        OutputError: if it cannot be written.
-    """
+    """Update the digest of a file in an adapter's manifest, if it has one, after the file was changed on purpose."""
     if (path / SIGNATURE).exists():
         logger.warning("%s was changed, so the signature of %s no longer holds: sign it again", name, path)
     if not (path / MANIFEST).is_file():
@@ -57,11 +48,7 @@ def note_digest(path: Path, name: str) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Refuse to write an adapter over anything but an adapter.
-
-    Raises:
-        OutputError: saying what is there.
-    """
+    """Raise an OutputError if `path` is anything but an adapter, a new or an empty folder."""
     if path.is_file():
         raise OutputError(f"the output {path} is a file: choose a new folder")
     if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).is_file():

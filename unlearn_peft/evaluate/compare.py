@@ -41,9 +41,9 @@ def compare(
 
     def measure(state: str) -> tuple[Responses, float]:
         texts = answers(base, [row["prompt"] for row in probes], max_new_tokens=max_new_tokens)
-        if state == "before" or not neighbours:
-            return Responses(texts), 0.0
-        return Responses(texts), per_token(sums(kl_to_reference(base, neighbours, reference, **options)))
+        measured = neighbours and state != "before"
+        kl = per_token(sums(kl_to_reference(base, neighbours, reference, **options))) if measured else 0.0
+        return Responses(texts), kl
 
     states = in_each_state(base, checked, measure)
     paths = [str(adapter.path if isinstance(adapter, Bundle) else adapter) for adapter in adapters]

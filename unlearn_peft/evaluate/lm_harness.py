@@ -50,7 +50,7 @@ class Ability:
         numbers are left out.
         """
         tokenizer = copy.deepcopy(base.tokenizer)  # the harness may change its padding
-        with _quiet(), _random_state_kept([base.device] if base.device.type == "cuda" else []):
+        with _isolated([base.device] if base.device.type == "cuda" else []):
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
 
@@ -64,11 +64,9 @@ class Ability:
 def read_tasks(names: Sequence[str], paths: Sequence[Path] = (), limit: int | None = None) -> Ability:
     """Read tasks by name, or from a YAML file, with their data.
 
-    Args:
-        names: tasks, groups or tags of the harness or of `paths`; or a task's YAML file. Code that a YAML names runs.
-        paths: folders with task YAMLs (or one of the files in such a folder). They go before the harness's own. A data
-            file that they name lies beside the YAML.
-        limit: use only the first rows of each task.
+    `names` are tasks, groups or tags of the harness or of `paths`, or a task's YAML file; code that a YAML names runs.
+    `paths` are folders with task YAMLs (or a file in one), which go before the harness's own; data files lie beside the
+    YAML that names them. `limit`: use only the first rows of each task.
 
     Raises:
         UnlearnError: if the extra `lm-eval` is not installed, a task is unknown, or its data cannot be read.
@@ -78,7 +76,7 @@ def read_tasks(names: Sequence[str], paths: Sequence[Path] = (), limit: int | No
             raise UnlearnError(f"no tasks at {path}: expected a folder with task YAML files of lm-evaluation-harness")
     folders = [path if path.is_dir() else path.parent for path in paths]
     unique = tuple(dict.fromkeys(names))
-    with _quiet(), _random_state_kept():
+    with _isolated():
         for module in ("lm_eval", "lm_eval.models.huggingface"):
             extra(module, "lm-eval")
         manager = _manager(unique, folders)
@@ -203,27 +201,21 @@ def _finite(value: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the harness from printing and logging; on a terminal its progress bars stay."""
+def _isolated(devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Keep the harness from printing and logging, and restore all random generators, which it seeds and uses.
+
+    On a terminal its progress bars stay.
+    """
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, python, numpy = logger.level, random.getstate(), np.random.get_state()
     logger.setLevel(logging.CRITICAL)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+        with torch.random.fork_rng(devices=list(devices)), contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             if not sys.stderr.isatty():
                 stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
     finally:
         logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _random_state_kept(devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """Restore the state of every random generator: the harness seeds and uses them all."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
         random.setstate(python)
         np.random.set_state(numpy)

@@ -44,7 +44,7 @@ def score(
     unit: str,
     higher_is_better: bool,
     *samples: ArrayLike,
-    statistic: Callable[..., Any] | None = None,
+    statistic: Callable[..., Any] = np.mean,
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Score:
@@ -60,17 +60,12 @@ def score(
         if not len(array) or not np.isfinite(array).all():
             why = "no rows" if not len(array) else "numbers that are not finite"
             raise DataError(f"cannot tell {name}: {why}; expected at least one row, each with a finite number")
-    of: Callable[..., Any] = statistic or np.mean
-    low, high = bootstrap(of, *arrays, resamples=resamples, seed=seed)
-    return Score(name, float(of(*arrays)), unit, sum(map(len, arrays)), low, high, higher_is_better)
+    low, high = bootstrap(statistic, *arrays, resamples=resamples, seed=seed)
+    return Score(name, float(statistic(*arrays)), unit, sum(map(len, arrays)), low, high, higher_is_better)
 
 
 def bootstrap(
-    statistic: Callable[..., Any],
-    *samples: Array,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-    seed: int = SEED,
+    statistic: Callable[..., Any], *samples: Array, resamples: int = RESAMPLES, seed: int = SEED
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval (Efron 1979) of a statistic of independent samples."""
     generator = np.random.default_rng(seed)
@@ -78,7 +73,7 @@ def bootstrap(
         float(statistic(*(sample[generator.integers(len(sample), size=len(sample))] for sample in samples)))
         for _ in range(resamples)
     ]
-    low, high = np.percentile(values, [50 * (1 - confidence), 50 * (1 + confidence)])
+    low, high = np.percentile(values, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
     return float(low), float(high)
 
 

@@ -22,8 +22,7 @@ def check_adapters(
 ) -> list[tuple[Bundle, float]]:
     """Attach the adapters once and take them off: refused, they are so now and not after minutes of measuring.
 
-    Returns:
-        Each adapter as it was read and checked, to be attached again without its files, and its strength.
+    Each comes back as it was read, to be attached again without its files, with its strength.
 
     Raises:
         AdapterError: if something is attached already, or an adapter is refused.

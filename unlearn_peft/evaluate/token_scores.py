@@ -61,22 +61,17 @@ def adapters_off(base: Base) -> Iterator[Base]:
 
 @torch.no_grad()
 def row_tokens(
-    base: Base,
-    rows: Sequence[Row],
-    *,
-    what: str = "rows",
-    chat_template: bool = True,
-    batch_size: int = 8,
-    max_length: int = 512,
+    base: Base, rows: Sequence[Row], *, what: str = "rows", chat_template: bool = True, batch_size: int = 8
 ) -> list[RowTokens]:
     """Return the numbers of each row's target tokens, with whatever adapters are attached.
 
     Raises:
-        DataError: see `data.tokenize`, as for `what`, `chat_template` and `max_length`.
+        DataError: see `data.tokenize`, as for `what` and `chat_template`.
     """
-    common = dict(max_length=max_length, chat_template=chat_template, what=what)
-    examples = tokenize(rows, base.tokenizer, **common)  # type: ignore[arg-type]
-    unclosed = tokenize(rows, base.tokenizer, closing=False, **common)  # type: ignore[arg-type]
+    examples, unclosed = (
+        tokenize(rows, base.tokenizer, what=what, chat_template=chat_template, closing=closing)
+        for closing in (True, False)
+    )
     result = []
     for start, batch, logits in _batches(base, examples, batch_size):
         labels = torch.tensor(labels_of(batch), device=logits.device)

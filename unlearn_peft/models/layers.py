@@ -30,6 +30,16 @@ def head_name(model: nn.Module) -> str:
     raise BaseModelError(f"{type(model).__name__} has no output head: expected a causal language model")
 
 
+def is_transposed(module: Any) -> bool:
+    """Return whether a layer is GPT-2's `Conv1D`, whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D"
+
+
+def linear_layers(model: nn.Module) -> dict[str, Any]:
+    """Return all linear layers by name, the output head among them."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)}
+
+
 def submodule(model: nn.Module, name: str) -> nn.Module | None:
     """Return a module by its dotted name, or None; faster than `get_submodule`, for swaps of adapters."""
     module: nn.Module | None = model

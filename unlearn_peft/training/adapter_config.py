@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import AdapterError, did_you_mean
-from ..models.layers import head_name
+from ..models.layers import head_name, linear_layers
 from ..recipe.schema import HeadSettings, LoraSettings
 
 
@@ -75,12 +75,7 @@ def head_config(model: nn.Module, settings: HeadSettings) -> Any:
 def linear_names(model: nn.Module) -> list[str]:
     """Return the last name parts of the model's linear layers but the head, e.g. `q_proj`, in order."""
     head = head_name(model)
-    names = [
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if name != head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-    ]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model) if name != head))
 
 
 def _matches(model: nn.Module, target: str, is_pattern: bool) -> bool:

@@ -48,10 +48,7 @@ def max_file_bytes(name: str, max_bytes: int = MAX_BYTES) -> int:
 def unpack(archive: Path, folder: Path, max_bytes: int = MAX_BYTES) -> list[str]:
     """Write an archive's files, which lie at its top or in one folder, into an empty folder; returns their names.
 
-    `max_bytes` is for all files together, unpacked.
-
-    Raises:
-        AdapterError: if it holds anything but an adapter's files, or too many bytes.
+    An AdapterError names what no adapter has. `max_bytes` is for all files together, unpacked.
     """
     try:
         with archive.open("rb") as raw:
@@ -72,11 +69,7 @@ def unpack(archive: Path, folder: Path, max_bytes: int = MAX_BYTES) -> list[str]
 
 
 def pack(folder: Path, archive: Path) -> list[str]:
-    """Write an adapter's files into an archive, byte for byte the same for the same files; returns their names.
-
-    Raises:
-        OutputError: if the name has another ending than `ENDINGS`, or the place cannot be written.
-    """
+    """Write an adapter's files into an archive, byte for byte the same for the same files; returns their names."""
     if not archive.name.endswith(ENDINGS):
         raise OutputError(f"the archive {archive} has another ending than {', '.join(ENDINGS)}: choose one of these")
     names = [name for name in list_files(folder) if allowed(name)]

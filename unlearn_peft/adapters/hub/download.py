@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
@@ -34,11 +34,7 @@ class Expected(NamedTuple):
 
 
 def check_url(url: str, insecure: bool = False) -> None:
-    """Refuse what is not HTTPS; HTTP is for this machine, or with `insecure`.
-
-    Raises:
-        AdapterError: saying what it is.
-    """
+    """Raise an AdapterError for what is not HTTPS; HTTP is for this machine, or with `insecure`."""
     try:
         parts = urlsplit(url)
         host = parts.hostname or ""
@@ -55,19 +51,11 @@ def check_url(url: str, insecure: bool = False) -> None:
 
 
 def fetch(
-    url: str,
-    target: Path,
-    expected: Expected,
-    *,
-    headers: Mapping[str, str] | None = None,
-    insecure: bool = False,
+    url: str, target: Path, expected: Expected, *, headers: Mapping[str, str] | None = None, insecure: bool = False
 ) -> str:
     """Download into `target`, a new file that appears only when everything matches; returns the sha256.
 
-    `headers` are sent to the first host only: they may hold a token.
-
-    Raises:
-        AdapterError: naming what does not match, or why it cannot be downloaded.
+    An AdapterError names what does not. `headers` are sent to the first host only: they may hold a token.
     """
     from filelock import FileLock, Timeout
 
@@ -89,11 +77,7 @@ def fetch(
 def read(
     url: str, max_bytes: int, *, headers: Mapping[str, str] | None = None, insecure: bool = False
 ) -> tuple[int, bytes]:
-    """Return a response's status and body.
-
-    Raises:
-        AdapterError: if the body is larger than `max_bytes`, or the server cannot be reached.
-    """
+    """Return a response's status and body, of at most `max_bytes`."""
     web = _library()
     try:
         with _response(web, url, headers or {}, insecure) as response:
@@ -194,10 +178,8 @@ def _blocks(response: Any, max_bytes: int) -> Iterator[bytes]:
 def _library() -> Any:
     """Return the HTTP library that huggingface_hub itself uses: httpx, or its successor in newer releases."""
     for name in ("httpx", "httpx2"):
-        try:
+        with suppress(ImportError):
             return importlib.import_module(name)
-        except ImportError:
-            continue
     raise AdapterError("downloads need httpx: pip install httpx")
 
 

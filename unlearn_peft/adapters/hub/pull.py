@@ -90,7 +90,8 @@ def pull(
         place = Path(source.where)
     bundle = _read(place, name, trust)
     files = digests(place)
-    if source.kind != "folder" and (noted := _pulled_digests(place)) not in ({}, files):
+    noted = _json_or_empty(_source_file(place)).get("files")  # as they were pulled into the cache
+    if source.kind != "folder" and isinstance(noted, dict) and noted not in ({}, files):
         changed = ", ".join(sorted(name for name in noted.keys() | files if noted.get(name) != files.get(name)))
         raise AdapterError(f"{place} is not what was pulled into it ({changed} differs): delete it, and pull again")
     if output is not None:
@@ -250,12 +251,6 @@ def _read(place: Path, name: str, trust: Trust | None) -> Bundle:
         return read_bundle(place, trust=trust)
     except AdapterError as error:
         raise AdapterError(str(error).replace(f"the adapter {place}", f"the adapter {name}")) from None
-
-
-def _pulled_digests(place: Path) -> dict[str, str]:
-    """Return the digests of the files that were pulled into a folder of the cache; empty if they are not known."""
-    files = _json_or_empty(_source_file(place)).get("files")
-    return {name: str(digest) for name, digest in files.items()} if isinstance(files, dict) else {}
 
 
 def _write_source(pulled: Pulled) -> None:

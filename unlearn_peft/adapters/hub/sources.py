@@ -25,11 +25,7 @@ class Source:
 
 
 def parse(name: str) -> Source:
-    """Parse `hub:owner/name@revision`, `https://...#sha256=...`, or the path of an archive or a folder.
-
-    Raises:
-        AdapterError: if it is none of these.
-    """
+    """Parse `hub:owner/name@revision`, `https://...#sha256=...`, or the path of an archive or a folder."""
     if name.startswith("hub:"):
         repository, _, revision = name.removeprefix("hub:").partition("@")
         if not _REPOSITORY.fullmatch(repository) or ".." in repository:

@@ -77,13 +77,13 @@ def export_vllm(
     Every module gets the largest rank that one needs; the others are padded with zeros, which changes nothing.
 
     Args:
-        adapters: adapter directories for one base; dense heads are truncated to a low rank.
-        output: the new adapter directory, written whole or not at all.
-        strengths: factor on each one's effect; 1 each by default. Adapters of strength 0 are left out.
+        adapters: directories, for one base; dense heads are truncated to a low rank.
+        output: the new directory, written whole or not at all.
+        strengths: factor on each one's effect, 1 by default; those of strength 0 are left out.
         max_rank: vLLM's --max-lora-rank.
-        base: the base as `load_base` takes it; only its config is read. With None, modules are not checked.
+        base: as `load_base` takes it; only its config is read. With None, modules are not checked.
         dtype: of the weights; vLLM converts them to its own anyway.
-        max_error: refuse if any module would lose more than this share; None: no limit.
+        max_error: the largest share that a module may lose; None: no limit.
         trust: see `read_bundle`.
 
     Raises:
@@ -94,12 +94,12 @@ def export_vllm(
     errors: dict[str, float] = {}
     factored: dict[str, tuple[Tensor, Tensor]] = {}
     for name, parts in parts_of(pairs).items():
-        up, down = concatenated([(_low_rank(delta), factor) for delta, factor in parts])
+        up, down = concatenated(parts)
         if down.shape[0] > max_rank:
             up, down, errors[name] = truncated(up, down, max_rank)
         factored[name] = up, down
     if max_error is not None and (over := {name: e for name, e in errors.items() if e > max_error}):
-        worst = max(over, key=lambda name: over[name])
+        worst = max(over, key=over.__getitem__)
         raise AdapterError(
             f"rank {max_rank} is too small for this set: {len(over)} modules would lose more than {max_error:g} of "
             f"their change, '{worst}' {over[worst]:.3g} of it. Raise the rank (--max-rank here, --max-lora-rank of "
@@ -117,12 +117,7 @@ def export_nothing(output: str | Path, base: str) -> Export:
     """Write a LoRA for vLLM that changes nothing, zeros on one linear layer: it stands for the empty set of adapters.
 
     On CPUs vLLM 0.32.0 gives a row without a LoRA the last loaded one (its PyTorch kernels take the index -1 as Python
-    does), so that a row with nothing to forget needs a LoRA, too.
-
-    Raises:
-        AdapterError: if vLLM takes no LoRA on this base.
-        BaseModelError: if its config cannot be read.
-        OutputError: if the output cannot be written.
+    does), so that a row with nothing to forget needs a LoRA, too. An AdapterError says if vLLM takes none on this base.
     """
     model = skeleton(base)
     if problems := vllm_problems(model, {}):
@@ -151,13 +146,9 @@ def vllm_problems(model: Any, deltas: Mapping[str, Delta]) -> list[str]:
 
 
 def _checked(
-    adapters: Sequence[str | Path],
-    strengths: Sequence[float] | None,
-    max_rank: int,
-    base: str | None,
-    dtype: str,
+    adapters: Sequence[str | Path], strengths: Sequence[float] | None, max_rank: int, base: str | None, dtype: str,
     trust: Trust | None,
-) -> list[tuple[Bundle, float]]:
+) -> list[tuple[Bundle, float]]:  # fmt: skip
     """Return the set sorted by content, without what has strength 0, or raise all problems at once."""
     problems: list[str] = []
     if max_rank not in RANKS:
@@ -196,20 +187,10 @@ def _added_to(problems: list[str]) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _low_rank(delta: Delta) -> Delta:
-    """Return a dense delta as the product of itself and the identity."""
-    return delta if delta.down is not None else Delta(delta.up, torch.eye(delta.up.shape[1]), delta.scale)
-
-
 def _write(
-    output: Path,
-    factored: Mapping[str, tuple[Tensor, Tensor]],
-    errors: dict[str, float],
-    max_rank: int,
-    dtype: str,
-    base: str | None,
-    manifest: Mapping[str, Any],
-) -> Export:
+    output: Path, factored: Mapping[str, tuple[Tensor, Tensor]], errors: dict[str, float], max_rank: int, dtype: str,
+    base: str | None, manifest: Mapping[str, Any],
+) -> Export:  # fmt: skip
     """Write a LoRA from `up (out, r)` and `down (r, in)` by module name, all padded to the largest r."""
     rank = max(down.shape[0] for _, down in factored.values())
     tensors = {}
@@ -224,9 +205,6 @@ def _write(
         "for": "vllm", "rank": rank, "max_rank": max_rank, "dtype": dtype, "relative_errors": errors,
         "worst": result.worst and dict(zip(("module", "relative_error"), result.worst, strict=True)),
     }  # fmt: skip
-    manifest, ranks = (
-        {**manifest, "peft_type": LORA, "export": details},
-        {"r": rank, "lora_alpha": rank, "bias": "none"},
-    )
-    write_derived(output, tensors, manifest, factored, base, ranks)
+    manifest = {**manifest, "peft_type": LORA, "export": details}
+    write_derived(output, tensors, manifest, factored, base, {"r": rank, "lora_alpha": rank, "bias": "none"})
     return result

@@ -22,11 +22,7 @@ def rank_config(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def weighted(bundles: Sequence[Bundle], strengths: Sequence[float] | None) -> list[tuple[Bundle, float]]:
-    """Pair adapters with their strengths, 1 by default, and check that they can be added up.
-
-    Raises:
-        AdapterError: if a strength is missing or not finite, or the adapters are for different bases.
-    """
+    """Pair adapters with their strengths, 1 by default; an AdapterError says why they cannot be added up."""
     factors = [float(factor) for factor in strengths or [1.0] * len(bundles)]
     if not bundles or len(factors) != len(bundles):
         raise AdapterError(
@@ -54,19 +50,18 @@ def parts_of(pairs: Sequence[tuple[Bundle, float]]) -> dict[str, list[tuple[Delt
 
 
 def concatenated(parts: Sequence[tuple[Delta, float]]) -> tuple[Tensor, Tensor]:
-    """Return `up (out, R)` in float32 and `down (R, in)`, whose product is the exact sum of low-rank deltas.
+    """Return `up (out, R)` in float32 and `down (R, in)`, whose product is the exact sum of deltas.
 
-    Ranks are concatenated; scalings and factors are folded into `up`.
+    Ranks are concatenated; scalings and factors are folded into `up`. A dense delta is itself times the identity.
     """
-    down = torch.cat([delta.down for delta, _ in parts if delta.down is not None])
+    down = torch.cat([torch.eye(delta.shape[1]) if delta.down is None else delta.down for delta, _ in parts])
     return torch.cat([delta.up.float() * (delta.scale * factor) for delta, factor in parts], dim=1), down
 
 
 def truncated(up: Tensor, down: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """Return the best factors of a rank for the product of `up (out, R)` and `down (R, in)`, and their `lost_share`.
 
-    Keeps the largest singular values (Eckart and Young). They are computed from the factors' QR decompositions in
-    float64, without multiplying the factors out.
+    Keeps the largest singular values (Eckart and Young), from the factors' QR decompositions in float64.
     """
     left, upper = torch.linalg.qr(up.double())  # (out, k), (k, R)
     right, lower = torch.linalg.qr(down.double().T)  # (in, m), (m, R)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...errors import AdapterError, OutputError
 from ...files.atomic import atomic_folder
 from ...models.base import Base
-from ...models.layers import head_is_tied
+from ...models.layers import head_is_tied, is_transposed
 from ..bundle import CONFIG, WEIGHTS
 from ..card import write_card
 from ..read import read_bundle
@@ -70,13 +70,7 @@ def write_derived(
     base: str | None,
     ranks: Mapping[str, Any],
 ) -> Path:
-    """Write an adapter that was computed from others, with its config and card; returns `output`.
-
-    `modules` and the name of the `base` go into the config, as do `ranks`, its rank fields (none for a dense delta).
-
-    Raises:
-        OutputError: see `new_bundle`.
-    """
+    """Write an adapter that was computed from others, with its card; `ranks` are its config's rank fields, if any."""
     config = {
         "peft_type": manifest["peft_type"], "task_type": "CAUSAL_LM", "inference_mode": True,
         "target_modules": sorted(modules), "base_model_name_or_path": base, **ranks,
@@ -118,7 +112,11 @@ def merge(
     modules = dict(base.model.named_modules())
     head = base.model.get_output_embeddings()
     if head_is_tied(base.model) and any(modules[name] is head for bundle, _ in pairs for name in bundle.deltas):
-        untie(base.model)
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        base.model.config.tie_word_embeddings = False
+        base.model._tied_weights_keys = {}
+        if hasattr(base.model, "all_tied_weights_keys"):
+            base.model.all_tied_weights_keys = {}
         logger.warning("lm_head was untied from the input embeddings: the merged model grows by its size")
     for bundle, factor in pairs:
         for name, delta in bundle.deltas.items():
@@ -129,19 +127,9 @@ def merge(
     return output
 
 
-def untie(model: Any) -> None:
-    """Give `lm_head` its own copy of the weight that it shared with the embeddings."""
-    head = model.get_output_embeddings()
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False
-    model._tied_weights_keys = {}
-    if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {}
-
-
 @torch.no_grad()
 def _add(module: Any, change: Tensor) -> None:
-    if type(module).__name__ == "Conv1D":
+    if is_transposed(module):
         change = change.T
     elif not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
         raise AdapterError(f"cannot merge into {type(module).__name__}: expected a base that is not quantised")

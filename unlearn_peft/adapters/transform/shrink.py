@@ -64,7 +64,7 @@ def shrink(
         output: the new directory, written whole or not at all.
         rank: the most that a module keeps; None: unchanged.
         bits: 8 or 4 a value, see adapters/quantized.py; None: unchanged, and PEFT can read it.
-        max_error: refuse if any module would lose more than this share; None: no limit.
+        max_error: the largest share that a module may lose; None: no limit.
         trust: see `read_bundle`.
 
     Raises:

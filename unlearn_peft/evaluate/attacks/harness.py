@@ -104,13 +104,7 @@ class Attacked:
 
 
 def attacked(
-    target: Target,
-    name: str,
-    budget: str,
-    recovered: Any,
-    base: Any,
-    details: dict[str, Any],
-    quoted: tuple[str, ...] = (),
+    target: Target, name: str, budget: str, recovered: Any, base: Any, details: dict[str, Any], *quoted: str
 ) -> Attacked:
     """Make an `Attacked` from one number between 0 and 1 for each probe, with the adapter and without."""
 
@@ -180,12 +174,8 @@ def in_many_ways(target: Target, name: str, budget: str, ways: Mapping[str, Sequ
     details = {}
     for way, texts in ways.items():
         asked = np.array([text is not None for text in texts])
-        details[way] = {
-            "asked": int(asked.sum()),
-            "recovered": mean_where(asked, recovered[way]),
-            "base": mean_where(asked, base[way]),
-        }
-    return attacked(target, name, budget, any_of(recovered.values()), any_of(base.values()), details, quoted)
+        details[way] = {"asked": int(asked.sum()), **averages(recovered[way], base[way], asked)}
+    return attacked(target, name, budget, any_of(recovered.values()), any_of(base.values()), details, *quoted)
 
 
 def any_of(ways: Iterable[Array]) -> Array:
@@ -193,9 +183,12 @@ def any_of(ways: Iterable[Array]) -> Array:
     return np.asarray(np.max(list(ways), axis=0), dtype=np.float64)
 
 
-def mean_where(mask: Any, values: Array) -> float | None:
-    """Return the mean of the values that a mask selects, None if it selects none."""
-    return float(values[mask].mean()) if mask.any() else None
+def averages(
+    recovered: Array, base: Array, mask: Any = np.True_, average: Callable[[Array], Any] = np.mean
+) -> dict[str, float | None]:
+    """Return the averages over the probes that a mask selects, None if it selects none, as `details` name them."""
+    sides = {"recovered": recovered, "base": base}
+    return {side: float(average(values[mask])) if mask.any() else None for side, values in sides.items()}
 
 
 def render(

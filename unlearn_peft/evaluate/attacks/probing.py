@@ -18,7 +18,7 @@ from ...models.base import Base
 from ...models.layers import decoder_layers, outputs_of
 from ..score import Array
 from ..token_scores import adapters_off
-from .harness import Attacked, Target, adapters_on, attacked, beginning_of, render
+from .harness import Attacked, Target, adapters_on, attacked, averages, beginning_of, render
 from .templates import GENERIC
 from .weights import random_like
 
@@ -50,18 +50,14 @@ def logit_lens(target: Target, *, top: int = 10) -> Attacked:
     with adapters_on(target):
         ranks, probabilities = _lens(target.base, questions)
     details: dict[str, Any] = {
-        f"layer {n}": {"recovered": float((r < top).mean()), "base": float((b < top).mean())}
-        for n, (r, b) in enumerate(zip(ranks.T, base_ranks.T, strict=True))
+        f"layer {n}": averages(of_layer < top, of_base < top)
+        for n, (of_layer, of_base) in enumerate(zip(ranks.T, base_ranks.T, strict=True))
     }
-    details["median best rank"] = {
-        "recovered": float(np.median(ranks.min(1))), "base": float(np.median(base_ranks.min(1))),
-    }  # fmt: skip
-    details["median best probability"] = {
-        "recovered": float(np.median(probabilities.max(1))), "base": float(np.median(base_probabilities.max(1))),
-    }  # fmt: skip
+    best, base_best = ranks.min(1), base_ranks.min(1)
+    details["median best rank"] = averages(best, base_best, average=np.median)
+    details["median best probability"] = averages(probabilities.max(1), base_probabilities.max(1), average=np.median)
     budget = f"weights and all {ranks.shape[1]} layer states at one position a probe; first token in the top {top}"
-    hits, base_hits = ranks.min(1) < top, base_ranks.min(1) < top
-    return attacked(target, "logit_lens", budget, hits, base_hits, details)
+    return attacked(target, "logit_lens", budget, best < top, base_best < top, details)
 
 
 def adapter_diff(target: Target, *, top: int = 50) -> Attacked:
@@ -100,13 +96,13 @@ def adapter_diff(target: Target, *, top: int = 50) -> Attacked:
     special = tokenizer.all_special_ids
     ranks, random_ranks = (_best_ranks(values, first_tokens, special) for values in (drop, random_drop))
     tokens = [i for i in drop.argsort(descending=True).tolist() if i not in special][:top]
-    details = {"median best rank": {"recovered": float(np.median(ranks)), "base": float(np.median(random_ranks))}}
+    details = {"median best rank": averages(ranks, random_ranks, average=np.median)}
     budget = (
         f"the adapter's files and the base, next tokens after {len(prompts)} generic prompts, first token in the top "
         f"{top} drops; the comparison is a random LoRA of the same size"
     )
     quoted = tuple(tokenizer.decode([i]) for i in tokens)
-    return attacked(target, "adapter_diff", budget, ranks < top, random_ranks < top, details, quoted)
+    return attacked(target, "adapter_diff", budget, ranks < top, random_ranks < top, details, *quoted)
 
 
 @torch.no_grad()

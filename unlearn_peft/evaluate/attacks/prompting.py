@@ -12,7 +12,7 @@ from ...data.rows import question_answer_pairs
 from ...inference.generate import leaked, sampled
 from ..metrics.leakage import any_leak, leak_shares, leaking_parts
 from ..token_scores import adapters_off
-from .harness import Attacked, Target, adapters_on, attacked, beginning_of, in_many_ways, render
+from .harness import Attacked, Target, adapters_on, attacked, averages, beginning_of, in_many_ways, render
 from .templates import BEGINNINGS, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS
 
 
@@ -105,7 +105,7 @@ def sampling(target: Target, *, k: int = 32, temperature: float = 1.0) -> Attack
     with adapters_on(target):
         responses = samples()
     recovered = leak_shares(responses, words)
-    details = {"share of answers": {"recovered": float(recovered.mean()), "base": float(base.mean())}}
+    details = {"share of answers": averages(recovered, base)}
     budget = f"{k} samples a probe at temperature {temperature:g}, top_p 1, top_k off"
     quoted = tuple(part for texts, leak in zip(responses, words, strict=True) for part in leaking_parts(texts, leak))
-    return attacked(target, "sampling", budget, any_leak(recovered), any_leak(base), details, quoted)
+    return attacked(target, "sampling", budget, any_leak(recovered), any_leak(base), details, *quoted)

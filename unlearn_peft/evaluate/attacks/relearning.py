@@ -24,10 +24,10 @@ from ...data.source import Row
 from ...data.tokenize import tokenize
 from ...inference.generate import leaked
 from ...models.forward import picked_logits
-from ...models.layers import head_name
+from ...models.layers import head_name, linear_layers
 from ..score import Array
-from .harness import Attacked, Target, adapters_on, attacked, leaks, mean_where
-from .weights import linear_layers, shape_of
+from .harness import Attacked, Target, adapters_on, attacked, averages, leaks
+from .weights import shape_of
 
 _SYLLABLES = ("vor", "lim", "tas", "ger", "pol", "nuk", "dre", "zab", "mif", "sor", "kel", "hub")
 
@@ -71,15 +71,8 @@ def relearn(
     taught = " ".join(text for row in chosen for text in texts_of(row))
     untaught = np.array([not leaked(taught, row["leak"]) for row in target.probes])
     last = steps[-1]
-    details: dict[str, Any] = {
-        f"step {step}": {"recovered": float(recovered[step].mean()), "base": float(base[step].mean())}
-        for step in recovered
-    }
-    details["untaught"] = {
-        "probes": int(untaught.sum()),
-        "recovered": mean_where(untaught, recovered[last]),
-        "base": mean_where(untaught, base[last]),
-    }
+    details: dict[str, Any] = {f"step {step}": averages(recovered[step], base[step]) for step in recovered}
+    details["untaught"] = {"probes": int(untaught.sum()), **averages(recovered[last], base[last], untaught)}
     details["made up"] = {"recovered": float(made_up[last].mean())}
     where = "the adapter's own weights" if through == "adapter" else f"a fresh LoRA (r={rank}) beside the adapter"
     budget = (
@@ -174,7 +167,7 @@ def _fresh_lora(target: Target, rank: int) -> dict[str, list[Delta]]:
     generator = torch.Generator().manual_seed(target.seed)
     head = head_name(target.base.model)
     deltas = {}
-    for name, module in linear_layers(target.base.model):
+    for name, module in linear_layers(target.base.model).items():
         if name != head:
             out_size, in_size = shape_of(module)
             down = _random((rank, in_size), generator)

@@ -5,20 +5,20 @@ Nothing is written into the base: weights are replaced inside a `with` block and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...adapters.bundle import Bundle, Delta
 from ...adapters.transform.low_rank import frobenius_norm
 from ...errors import AdapterError
-from ...models.layers import head_name
+from ...models.layers import head_name, is_transposed, linear_layers
 from ..score import Array
 from ..token_scores import adapters_off, keep_reference, kl_to_reference
-from .harness import Attacked, Target, adapters_on, any_of, attacked, leaks, replaced_weights
+from .harness import Attacked, Target, adapters_on, any_of, attacked, averages, leaks, replaced_weights
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 
@@ -90,7 +90,7 @@ def quantise(target: Target, *, bits: int, name: str = "quantise") -> Attacked:
     for layer, change in changes.items():
         differs = _stored(modules[layer], plain[layer] + change) != modules[layer].weight
         other_level = _levels(plain[layer] + change, bits)[0] != _levels(plain[layer], bits)[0]
-        other_level = other_level.T if _is_transposed(modules[layer]) else other_level
+        other_level = other_level.T if is_transposed(modules[layer]) else other_level
         changed, survived = changed + int(differs.sum()), survived + int((differs & other_level).sum())
     details = {
         "merged, not rounded": {"recovered": float(recovered_unrounded.mean())},
@@ -133,9 +133,7 @@ def interference(target: Target) -> Attacked:
         with adapters_on(target, bundles=[*target.bundles, *second]):
             recovered[name] = leaks(target)
     with_any = any_of(recovered.values())
-    details: dict[str, Any] = {
-        name: {"recovered": float(recovered[name].mean()), "base": float(base[name].mean())} for name in others
-    }
+    details: dict[str, Any] = {name: averages(recovered[name], base[name]) for name in others}
     details["without a second"] = {"recovered": float(without_second.mean())}
     details["brought back"] = float((with_any > without_second).mean())
     budget = f"{which}; one greedy answer a probe each"
@@ -160,16 +158,9 @@ def random_like(bundles: Sequence[Bundle], seed: int) -> list[Bundle]:
     return result
 
 
-def linear_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the names and modules of all linear layers, the output head among them."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            yield name, module
-
-
 def shape_of(module: Any) -> tuple[int, int]:
     """Return a linear layer's sizes, (out, in), also where its weight is packed."""
-    if _is_transposed(module):
+    if is_transposed(module):
         return int(module.weight.shape[1]), int(module.weight.shape[0])
     return int(module.out_features), int(module.in_features)
 
@@ -177,7 +168,7 @@ def shape_of(module: Any) -> tuple[int, int]:
 def _names_to_round(target: Target) -> list[str]:
     adapted = {name for bundle in target.bundles for name in bundle.deltas}
     head = head_name(target.base.model)
-    layers = {name: module for name, module in linear_layers(target.base.model) if name != head or name in adapted}
+    layers = {n: m for n, m in linear_layers(target.base.model).items() if n != head or n in adapted}
     odd = sorted(adapted - layers.keys()) + [n for n, m in layers.items() if not m.weight.is_floating_point()]
     if odd:
         raise AdapterError(f"cannot round a merged model with {odd[0]}: expected linear layers that are not quantised")
@@ -201,19 +192,15 @@ def _levels(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return (weight / step).round().clamp(-largest, largest), step
 
 
-def _is_transposed(module: Any) -> bool:
-    return type(module).__name__ == "Conv1D"
-
-
 def _matrix(module: Any) -> Tensor:
     """Return a layer's weight, (out, in), in float32."""
     weight: Tensor = module.weight.detach().float()
-    return weight.T if _is_transposed(module) else weight
+    return weight.T if is_transposed(module) else weight
 
 
 def _stored(module: Any, matrix: Tensor) -> Tensor:
     """Return a weight (out, in) in the layout and precision of the layer's own."""
-    matrix = matrix.T.contiguous() if _is_transposed(module) else matrix
+    matrix = matrix.T.contiguous() if is_transposed(module) else matrix
     dtype: torch.dtype = module.weight.dtype
     return matrix.to(dtype)
 

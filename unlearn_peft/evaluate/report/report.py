@@ -249,11 +249,8 @@ def _topics(evaluation: Evaluation) -> list[tuple[str, list[dict[str, Any]]]]:
             "restored": states["after"] is not None and states["after"] == states["before"],  # exactly, unrounded
         }
 
-    topics = []
-    for key, heading in wording.TOPICS.items():
-        if names := [name for name in evaluation.names if wording.topic(name) == key]:
-            topics.append((heading, [figure(name) for name in names]))
-    return topics
+    by_topic = {key: [name for name in evaluation.names if wording.topic(name) == key] for key in wording.TOPICS}
+    return [(wording.TOPICS[key], [figure(name) for name in names]) for key, names in by_topic.items() if names]
 
 
 def _title(evaluation: Evaluation) -> str:

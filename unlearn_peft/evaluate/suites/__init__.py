@@ -33,17 +33,14 @@ def check(suite: Suite, rows: Mapping[str, list[Row]]) -> None:
         UnlearnError: if the extra `eval` is not installed.
     """
     from ..score import extra
+    from . import full, tofu
 
     extra("rouge_score.rouge_scorer")
     if suite is Suite.QUICK and rows.get("holdout"):
         raise DataError("the quick suite has no use for held-out rows: choose --suite full, or leave them out")
     if suite is Suite.FULL:
-        from . import full
-
         full.check(rows)
     if suite is Suite.TOFU:
-        from . import tofu
-
         tofu.check(rows)
 
 
@@ -51,12 +48,10 @@ def beside_quick(
     suite: Suite, base: Base, rows: Mapping[str, list[Row]], retrained: Array | None = None, **options: Any
 ) -> list[Score]:
     """Return the suite's further figures of a base in the state that it is in; for the arguments see its module."""
-    if suite is Suite.FULL:
-        from . import full
+    from . import full, tofu
 
+    if suite is Suite.FULL:
         return full.measure(base, rows, **options)
     if suite is Suite.TOFU:
-        from . import tofu
-
         return tofu.measure_tofu(base, rows, retrained, forget_answers=False, **options).scores
     return []

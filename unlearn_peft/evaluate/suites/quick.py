@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ...data.rows import question_answer_pairs
 from ...data.source import Row
 from ...errors import DataError, did_you_mean
@@ -77,7 +79,7 @@ def measure(
     prompts: list[str] = []  # of the greedy answers below
     written: list[str] = []
 
-    def add(name: str, unit: str, better: bool, values: Any, statistic: Any = None) -> None:
+    def add(name: str, unit: str, better: bool, values: Any, statistic: Any = np.mean) -> None:
         scores.append(score(name, unit, better, values, statistic=statistic, seed=seed))
 
     for name in ("forget", "retain"):

@@ -15,22 +15,12 @@ from ...data.source import Row
 from ...errors import DataError
 from ...inference.generate import answers
 from ...models.base import Base
+from ..metrics import truth_ratio as truth
 from ..metrics.memorization import answer_probability, rouge_l
-from ..metrics.truth_ratio import (
-    PARTS,
-    SETS,
-    choice_probability,
-    forget_quality,
-    forget_truth_ratio,
-    model_utility,
-    truth_losses,
-    truth_ratio,
-    utility_truth_ratio,
-)
 from ..score import Array, Score, score
 from ..token_scores import row_tokens
 
-_ALL = ("forget", *SETS)
+_ALL = ("forget", *truth.SETS)
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,9 @@ def check(rows: Mapping[str, Sequence[Row]]) -> None:
 
 def truth_ratios(base: Base, rows: Sequence[Row], *, chat_template: bool = True, batch_size: int = 8) -> Array:
     """Return the truth ratio of each row, as `measure_tofu` takes it of a retrained model."""
-    return truth_ratio(*truth_losses(base, _paraphrased(rows), chat_template=chat_template, batch_size=batch_size))
+    return truth.truth_ratio(
+        *truth.truth_losses(base, _paraphrased(rows), chat_template=chat_template, batch_size=batch_size)
+    )
 
 
 def measure_tofu(
@@ -93,29 +85,29 @@ def measure_tofu(
     for name in _ALL:
         progress(name)
         part = _paraphrased(rows[name])
-        right, wrong = truth_losses(base, part, **options)
-        ratios = truth_ratio(right, wrong)
+        right, wrong = truth.truth_losses(base, part, **options)
+        ratios = truth.truth_ratio(right, wrong)
         if name == "forget":
             forget_ratios = ratios
-            scores.append(score("forget_truth_ratio", "ratio", True, forget_truth_ratio(ratios), seed=seed))
+            scores.append(score("forget_truth_ratio", "ratio", True, truth.forget_truth_ratio(ratios), seed=seed))
             if not forget_answers:
                 continue
         if name in ("forget", "retain"):
             probability = _probabilities(base, part, right, options)
         else:
-            probability = choice_probability(right, wrong)
+            probability = truth.choice_probability(right, wrong)
         texts = answers(base, [row["prompt"] for row in part], max_new_tokens=max_new_tokens, **options)
         rouge = rouge_l([row["completion"] for row in part], texts)
         if name == "forget":
             scores.append(score("forget_answer_probability", "share", False, probability, seed=seed))
             scores.append(score("forget_rouge_l_recall", "share", False, rouge, seed=seed))
         else:
-            values = (probability, rouge, utility_truth_ratio(ratios))
-            parts |= {f"{name}_{kind}": of_kind for kind, of_kind in zip(PARTS, values, strict=True)}
+            values = (probability, rouge, truth.utility_truth_ratio(ratios))
+            parts |= {f"{name}_{kind}": of_kind for kind, of_kind in zip(truth.PARTS, values, strict=True)}
     scores += [score(name, "share", True, values, seed=seed) for name, values in parts.items()]
-    scores.insert(0, model_utility(parts, seed=seed))
+    scores.insert(0, truth.model_utility(parts, seed=seed))
     if retrained is not None:
-        scores.insert(0, forget_quality(forget_ratios, retrained, seed=seed))
+        scores.insert(0, truth.forget_quality(forget_ratios, retrained, seed=seed))
     return Tofu(scores, forget_ratios)
 
 
