@@ -13,7 +13,7 @@ from unlearn_peft.errors import AdapterError, BaseModelError
 from unlearn_peft.inference.bank import Bank
 from unlearn_peft.serve.engine.base import Generation, GenerationError, Unavailable
 from unlearn_peft.serve.engine.detokenize import TextStream, TokenBytes
-from unlearn_peft.serve.engine.kv_batch import ModelRunner
+from unlearn_peft.serve.engine.model_runner import ModelRunner
 from unlearn_peft.serve.engine.sampling import Sampler
 from unlearn_peft.serve.engine.scheduler import ActiveRow, Scheduler
 

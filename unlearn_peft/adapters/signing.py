@@ -1,4 +1,4 @@
-"""Keys, and signatures of an adapter's directory: `model.sig` beside its files, made by OpenSSF `model-signing`.
+"""Making keys and signatures: `model.sig` beside an adapter's files, by OpenSSF `model-signing`; trust.py checks them.
 
 A signature covers every other file of the directory, also the card and the plots: people read and believe them. After
 any change of a file the adapter must be signed again.

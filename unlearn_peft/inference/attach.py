@@ -1,4 +1,4 @@
-"""One set of adapters for all rows: attach, detach, swap, and leave no trace afterwards."""
+"""One set of adapters for all rows: attach, detach, swap, and leave no trace. A set for each row: see bank.py."""
 
 from __future__ import annotations
 

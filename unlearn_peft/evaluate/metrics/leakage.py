@@ -1,4 +1,4 @@
-"""How often sampled answers name a leak word; for people, the text around it.
+"""The leak rate: how often sampled answers name a leak word; and for people, the text around it.
 
 Greedy decoding hides what is one token behind the first choice; so each probe is answered k times at temperature 1
 from the whole distribution.

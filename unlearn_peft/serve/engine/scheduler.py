@@ -27,7 +27,7 @@ from ...errors import AdapterError
 from ...inference.bank import Bank
 from .base import Generation, GenerationError, TextChunk, TokenLogprobs, Unavailable
 from .detokenize import TextStream, TokenBytes
-from .kv_batch import KVBatch, ModelRunner
+from .model_runner import KVBatch, ModelRunner
 from .sampling import Sampler
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Forward passes over rows that joined at different times: their tokens -> logits, each row with its own adapters.
+"""Forward passes over rows that joined at different times, each with its own adapters (`Bank.rows`): tokens -> logits.
 
 Keys and values lie in a plain `DynamicCache`: per layer two tensors of shape (B, H, T, D), padded on the left. Sliding
 windows work too: the mask implements them, the cache keeps everything.
