@@ -10,11 +10,14 @@ from typing import Annotated
 
 import typer
 
-from .options import BaseOption, QuantizeOption
+from .options import QuantizeOption
 
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field of the recipe: retain_weight=10, adapter.r=16; repeatable."),
+]
+RecipeBaseOption = Annotated[
+    str | None, typer.Option("--base", help="Hub id, local folder, .gguf file, or 'demo'. Default: the recipe's.")
 ]
 RecipeDtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, float32 or bfloat16.")]
 RecipeDeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, mps, ...")]
@@ -26,7 +29,7 @@ def train(
     output: Annotated[
         Path | None, typer.Option(help="The new adapter directory; with several recipes, the folder for all of them.")
     ] = None,
-    base: BaseOption = None,
+    base: RecipeBaseOption = None,
     dtype: RecipeDtypeOption = None,
     device: RecipeDeviceOption = None,
     quantize: QuantizeOption = None,
@@ -84,7 +87,7 @@ def retain(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe; it need not name a retain set.")],
     set_: SetOption = None,
     output: Annotated[Path | None, typer.Option(help="Write a .jsonl file instead of printing the rows.")] = None,
-    base: BaseOption = None,
+    base: RecipeBaseOption = None,
     dtype: RecipeDtypeOption = None,
     device: RecipeDeviceOption = None,
     quantize: QuantizeOption = None,
