@@ -13,7 +13,8 @@ SIZES: dict[str, Any] = dict(
     num_hidden_layers=4, n_layer=4, n_layers=4, num_layers=4, encoder_layers=4, decoder_layers=4,
     num_attention_heads=4, n_head=4, n_heads=4, num_heads=4, encoder_attention_heads=4, decoder_attention_heads=4,
     num_key_value_heads=2, head_dim=8, max_position_embeddings=256, n_positions=256, max_sequence_length=256,
-    max_seq_len=256, vocab_size_per_layer_input=400, hidden_size_per_layer_input=8, rotary_dim=4, word_embed_proj_dim=32,
+    max_seq_len=256, vocab_size_per_layer_input=400, hidden_size_per_layer_input=8, rotary_dim=4,
+    word_embed_proj_dim=32,
     num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4, num_experts_per_tok=2, top_k=2,
     moe_topk=2, moe_k=2, n_group=1, topk_group=1, n_shared_experts=1, shared_expert_intermediate_size=32,
     moe_shared_expert_intermediate_size=32, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
@@ -30,7 +31,8 @@ SIZES: dict[str, Any] = dict(
 MLA = {"num_key_value_heads": 4}  # as many key heads as query heads
 MORE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
-        ("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu"),
+        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note dots3_note_text glm4_moe_lite glm_moe_dsa minicpm3 "
+        "youtu".split(),
         MLA,
     ),
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -40,7 +42,8 @@ MORE: dict[str, dict[str, Any]] = {
     "nemotron_h": {"n_groups": 1},
     "reformer": {"axial_pos_embds": False, "feed_forward_size": 64, "attention_head_size": 8},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "attn_layer_indices": [1, 3]},
-    "bailing_hybrid": {"layer_group_size": 2},
+    "bailing_hybrid": {"layer_group_size": 2, **MLA},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }  # fmt: skip
 
 
@@ -61,7 +64,9 @@ def _tiny(kind: Any, sizes: dict[str, Any]) -> Any:
         if inner is not None and inner.__name__ != "AutoConfig":
             chosen[name] = _tiny(inner, sizes).to_dict()
     if "vision_config" in getattr(kind, "sub_configs", {}):
-        chosen["vision_config"] = {k: sizes[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+        chosen["vision_config"] = {
+            k: sizes[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        }
     return kind(**chosen)
 
 
@@ -142,6 +147,33 @@ def run(base: Any, kind: str, forget: list[Any], retain: list[Any], output: Any)
 
 def patched(model: Any) -> int:
     """Return how many modules have a forward pass or hooks that are not their class's."""
-    return sum(
-        ("forward" in m.__dict__) + len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()
+    return sum(("forward" in m.__dict__) + len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def names() -> list[str]:
+    """Return all families of causal language models that transformers has."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tokenizer_of(folder: Any) -> Any:
+    """Return the tokenizer of a tiny model that `make_tiny` wrote."""
+    from unlearn_peft import load_base
+
+    return load_base(str(folder)).tokenizer
+
+
+def row_of(family: str, tokenizer: Any, folder: Any) -> tuple[str, str, str]:
+    """Return a family's row of the table: what each kind of adapter does, and a note."""
+    from conftest import FORGET, RETAIN
+
+    try:
+        base = tiny_base(family, tokenizer)
+    except Exception as error:  # whatever a config or a model raises for such sizes
+        return "not run", "not run", f"transformers does not build or run it at this size ({type(error).__name__})"
+    found = {kind: run(base, kind, FORGET, RETAIN, folder / f"{family}-{kind}") for kind in ("lora", "head")}
+    notes = dict.fromkeys(
+        " ".join(note.replace("|", "/").replace(str(folder), "").split()) for _, note in found.values()
     )
+    return found["lora"][0], found["head"][0], "; ".join(note for note in notes if note)

@@ -27,9 +27,10 @@ _UNSUPPORTED = {  # with the default, the only accepted value: others change the
 }  # fmt: skip
 _IGNORED = {  # used in training only, or checked below
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "init_lora_weights", "rank_pattern", "alpha_pattern",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size",
+    "fan_in_fan_out",
 }  # fmt: skip
 _MANIFEST_FIELDS: dict[str, Any] = {
     **dict.fromkeys(("base", "files", "metrics", "recipe", "history", "versions", "data_digests"), dict),

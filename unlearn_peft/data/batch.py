@@ -83,7 +83,8 @@ def pack(
     shared = max(shared, 0)
     lengths = [len(example.ids) - shared for example in examples]
     total, widest = shared + sum(lengths), shared + max(lengths)
-    if total > min(_MAX_PACKED, longest or _MAX_PACKED, _MAX_SHARE * widest * len(examples)) or widest > (sliding_window or widest):
+    most = min(_MAX_PACKED, longest or _MAX_PACKED, _MAX_SHARE * widest * len(examples))
+    if total > most or widest > (sliding_window or widest):
         return None
     ids = torch.tensor(examples[0].ids[:shared] + [i for example in examples for i in example.ids[shared:]])
     targets = torch.tensor([False] * shared + [t for example in examples for t in example.is_target[shared:]])

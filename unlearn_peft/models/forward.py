@@ -156,7 +156,8 @@ def agrees(what: str, model: Any, shorter: Callable[[], Tensor], exact: Callable
     except Exception as error:  # whatever a model raises that is not made for this
         reason = f"raises {type(error).__name__}"
     else:
-        if found.shape == expected.shape and alike(found, expected, None if _is_exact(expected) else _off(model, exact)):
+        off = _off(model, exact) if expected.dtype in (torch.bfloat16, torch.float16) else None
+        if found.shape == expected.shape and alike(found, expected, off):
             return True
         reason = "gives other numbers"
     logger.info("%s: this model %s there, so that its rows take the longer, exact way", what, reason)
@@ -176,10 +177,6 @@ def alike(found: Tensor, expected: Tensor, off: Callable[[], Tensor] | None = No
         return bool(difference.abs().max() <= 1e-3 * (expected.abs().max().item() or 1.0))
     rounded = off().float() - expected.float()
     return bool((difference.norm(dim=-1) <= _ROUNDINGS * rounded.norm(dim=-1).mean()).all())
-
-
-def _is_exact(numbers: Tensor) -> bool:
-    return numbers.dtype not in (torch.bfloat16, torch.float16)
 
 
 def _off(model: nn.Module, exact: Callable[[], Tensor]) -> Callable[[], Tensor]:

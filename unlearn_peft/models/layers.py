@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import BaseModelError
@@ -78,7 +79,19 @@ def is_transposed(module: Any) -> bool:
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:
     """Return all linear layers by name, the output head among them."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)}
+    return {n: m for n, m in model.named_modules() if is_transposed(m) or (isinstance(m, nn.Linear) and _is_plain(m))}
+
+
+@torch.no_grad()
+def _is_plain(layer: nn.Linear) -> bool:
+    """Return whether a layer gives a tensor (..., out): routers that are made of a linear layer give more."""
+    if not type(layer).__module__.startswith("transformers.models.") or layer.weight.shape[0] != layer.out_features:
+        return True
+    try:
+        output = layer(layer.weight.new_zeros(1, 1, layer.in_features))
+    except Exception:  # whatever such a layer raises where it is not called as its model calls it
+        return False
+    return isinstance(output, Tensor) and output.shape == (1, 1, layer.out_features)
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module | None:

@@ -43,7 +43,7 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
     fields = settings.model_dump(exclude={"kind", "layers"})
     targets = fields.pop("target_modules")
     available = linear_names(model)
-    layers, kept = decoder_layers(model), [name for name in available if not _renamed_by_peft(model, name)]
+    layers, kept = decoder_layers(model), [name for name in available if not _refused_by_peft(model, name)]
     if targets == "all-linear" and settings.layers == "upper_half" and "layers_to_transform" not in fields and layers:
         fields["layers_to_transform"] = list(range(len(layers) // 2, len(layers)))
     if isinstance(targets, str) and targets == "all-linear":
@@ -70,11 +70,12 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
                 f"unknown target modules: {', '.join(unknown)}{did_you_mean(unknown[0], available)}. "
                 f"This base has: {', '.join([*available, head_name(model)])}"
             )
-        renamed = [name for name in available if name not in kept and (is_pattern or name in targets)]
-        if any(not is_pattern or re.search(rf"\b{name}\b", targets) for name in renamed):
+        refused = [name for name in available if name not in kept and (is_pattern or name in targets)]
+        if any(not is_pattern or re.search(rf"\b{name}\b", targets) for name in refused):
             raise AdapterError(
-                f"PEFT takes {', '.join(renamed)} for this model's experts, which are stored as one and are no linear "
-                f"layers: leave them out. This base has, besides: {', '.join([*kept, head_name(model)])}"
+                f"PEFT does not adapt {', '.join(refused)} in this model (it calls experts so that are stored as one, "
+                "or the model reads the layer's weight past it): leave them out. This base has, besides: "
+                f"{', '.join([*kept, head_name(model)])}"
             )
     try:
         return LoraConfig(task_type="CAUSAL_LM", **{**fields, "target_modules": targets})
@@ -104,19 +105,22 @@ def _seen_by_peft(model: nn.Module, targets: Any, numbers: Any) -> set[str]:
     return found
 
 
-def _renamed_by_peft(model: Any, name: str) -> bool:
-    """Return whether PEFT takes a linear layer's name for that of experts, in models that once had one for each."""
+def _refused_by_peft(model: Any, name: str) -> bool:
+    """Return whether PEFT adapts no layer of this name in this model, or takes it for that of experts stored as one."""
     from peft import LoraConfig
+    from peft.tuners import tuners_utils
 
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:  # an earlier PEFT renames nothing
-        return False
     config = LoraConfig(target_modules=[name])
     try:
+        if check := getattr(tuners_utils, "_check_lora_target_modules_mamba", None):
+            check(config, model, name)
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
         convert_peft_config_for_transformers(config, model, None)
-    except ValueError:  # it goes together with another name
+    except ValueError:  # Mamba reads its weight past the layer; or the name goes together with another
         return True
+    except ImportError:  # an earlier PEFT renames nothing
+        return False
     return config.target_modules != {name}
 
 
@@ -124,7 +128,7 @@ def _tell_what_stays(model: nn.Module, left_out: list[str]) -> None:
     """Log what LoRA leaves as it is in decoder layers: experts that are stored as one tensor, and `left_out`."""
     tensors = {name for layer in decoder_layers(model) for name, p in layer.named_parameters() if p.dim() > 2}
     if names := [*sorted(tensors), *left_out]:
-        logger.info("Not adapted, for PEFT knows them as no linear layers: %s", ", ".join(names))
+        logger.info("Not adapted, for to PEFT they are no linear layers: %s", ", ".join(names))
 
 
 def head_config(model: nn.Module, settings: HeadSettings) -> Any:
@@ -135,11 +139,17 @@ def head_config(model: nn.Module, settings: HeadSettings) -> Any:
     if settings.form == "dense":
         from ..adapters.dense import DenseHeadConfig
 
-        return DenseHeadConfig(task_type="CAUSAL_LM", target_modules=[head_name(model)])
+        return DenseHeadConfig(task_type="CAUSAL_LM", target_modules=_head_target(model))
     from peft import LoraConfig
 
-    targets = [head_name(model)]
+    targets = _head_target(model)
     return LoraConfig(task_type="CAUSAL_LM", r=settings.r, lora_alpha=settings.lora_alpha, target_modules=targets)
+
+
+def _head_target(model: nn.Module) -> list[str] | str:
+    """Return the head's name as PEFT finds it alone: in a list a name also stands for all that end with it."""
+    head = head_name(model)
+    return head if any(name.endswith(f".{head}") for name, _ in model.named_modules()) else [head]
 
 
 def linear_names(model: nn.Module) -> list[str]:
