@@ -27,10 +27,10 @@ PAGE = ROOT / "docs" / "families.md"
 HEAD = """<!-- written by docs/families.py: run it, do not change this page -->
 # Model families
 
-Every family of causal language models in transformers {transformers} (PEFT {peft}), built tiny with random weights: it
+Families of causal language models in transformers {transformers} (PEFT {peft}), built tiny with random weights: it
 trains, attaches, generates, is evaluated and detaches, bit-equal, with an adapter of each kind (`ok`), or is refused in
 one sentence before any work (`refused`). `python docs/families.py` writes this page, `python docs/families.py NAME ...`
-some of its rows. Both kinds are `ok` in {both} of {count} families.
+some of its rows. Both kinds are `ok` in {both} of {count} families.{missing}
 
 | family | lora | head | note |
 |---|---|---|---|
@@ -62,7 +62,11 @@ def rows():
 def write(table):
     """Write the page."""
     both = sum(cells[:2] == ("ok", "ok") for cells in table.values())
-    text = HEAD.format(transformers=version("transformers"), peft=version("peft"), both=both, count=len(table))
+    missing = [name for name in families.names() if name not in table]
+    text = HEAD.format(
+        transformers=version("transformers"), peft=version("peft"), both=both, count=len(table),
+        missing=f"\nNot run yet, {len(missing)}: {', '.join(missing)}." if missing else "",
+    )  # fmt: skip
     lines = [f"| `{name}` | {' | '.join(table[name])} |\n" for name in sorted(table)]
     PAGE.write_text(text + "".join(lines), encoding="utf-8")
 
