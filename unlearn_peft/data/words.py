@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import regex
 from collections.abc import Iterator, Sequence
 
 _NO_NAMES = set("who what which where when why how the a an in on it is name complete tell give write".split())
@@ -10,7 +11,7 @@ _NO_NAMES = set("who what which where when why how the a an in on it is name com
 
 def word_matches(text: str) -> Iterator[re.Match[str]]:
     """Find each word of a text, with its place."""
-    return re.finditer(r"\w+", text)
+    return (m for m in regex.finditer(r"(?w)\b.+?\b", text, regex.DOTALL) if regex.search(r"\w", m.group()))
 
 
 def words_of(text: str) -> set[str]:
