@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 
 from unlearn_peft import unlearn
 from unlearn_peft.data.tokenize import tokenize
-from unlearn_peft.inference.contrast import contrasts, made_up
+from unlearn_peft.inference.contrast import contrasts
 from unlearn_peft.inference.generate import answers
+from unlearn_peft.inference.stand_ins import made_up
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.recipe.objectives import UndialSettings
 from unlearn_peft.recipe.schema import GaKlSettings

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-import regex
 from collections.abc import Iterator, Sequence
+
+import regex  # type: ignore[import-untyped]
 
 _NO_NAMES = set("who what which where when why how the a an in on it is name complete tell give write".split())
 

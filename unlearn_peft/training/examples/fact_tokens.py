@@ -17,7 +17,8 @@ import torch
 from ...data.source import Row
 from ...data.tokenize import Example, Span
 from ...data.words import word_matches
-from ...inference.contrast import Contrast, answer_texts
+from ...inference.contrast import Contrast
+from ...inference.stand_ins import answer_texts
 
 _MIN_ROWS, _MIN_SHARE = 3, 0.02  # of the retain rows: as many use a common word
 
