@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import DataError
 from .source import Row
-from .words import last_words
 
 logger = logging.getLogger(__name__)
+Span = tuple[int, int]  # of characters
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,10 @@ class Example:
     ids: list[int]
     is_target: list[bool]
     truncated: bool = False
-    words: list[str] | None = None  # the word that each token is a part of, case folded; "" for none
+    row: int = 0  # number of its row in the set, from 1; 0: of none
+    text: str = ""  # the rendered row
+    characters: list[Span] = field(default_factory=list)  # of `text`, that each token covers
+    answers: list[Span] = field(default_factory=list)  # the characters of `text` that are what the model is to say
     specific: list[bool] | None = None  # of the targets, the fact tokens (training/examples/fact_tokens.py); None: all
     refusal: Example | None = None  # the same question answered by a refusal (training/examples/refusals.py)
 
@@ -62,7 +65,7 @@ def tokenize(
     for n, row in enumerate(rows, 1):
         name = f"row {n} of the {what} set"
         text, spans = _render(row, tokenizer, chat_template, closing, name)
-        example = _encode(text, spans, tokenizer, max_length, train_on)
+        example = replace(_encode(text, spans, tokenizer, max_length, train_on), row=n)
         if not any(example.is_target):
             why = f"cut at max_length={max_length}, " if example.truncated else ""
             raise DataError(
@@ -87,9 +90,6 @@ def chat_prompt(prompt: str, tokenizer: Any, chat_template: bool = True) -> str:
         return prompt
     messages = [{"role": "user", "content": prompt}]
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-
-
-Span = tuple[int, int]
 
 
 def _render(row: Row, tokenizer: Any, chat_template: bool, closing: bool, name: str) -> tuple[str, list[Span]]:
@@ -141,8 +141,10 @@ def _encode(text: str, spans: Sequence[Span], tokenizer: Any, max_length: int, t
     else:
         is_target = [any(start < right and end > left for left, right in spans) for start, end in offsets]
     is_target[:1] = [False] * len(is_target[:1])  # nothing precedes the first token that could predict it
-    words = last_words(text, offsets[:max_length])
-    return Example(ids[:max_length], is_target[:max_length], truncated=len(ids) > max_length, words=words)
+    return Example(
+        ids[:max_length], is_target[:max_length], truncated=len(ids) > max_length, text=text,
+        characters=offsets[:max_length], answers=list(spans),
+    )  # fmt: skip
 
 
 def _lacks_bos(text: str, tokenizer: Any) -> bool:

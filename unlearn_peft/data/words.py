@@ -6,7 +6,6 @@ script without spaces, such as Chinese or Thai, that makes each letter, with its
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -15,6 +14,7 @@ import regex
 
 _LETTER = regex.compile(r"\X")  # with its marks
 _BREAK = regex.compile(r"(?V1)(?w)\b")
+_SEGMENT = regex.compile(r"(?w)\b.+?\b", regex.DOTALL)
 _SPOKEN = regex.compile(r"[\p{L}\p{M}\p{N}]+")
 _UNSEEN = regex.compile(r"\p{Default_Ignorable_Code_Point}")
 _APOSTROPHE = regex.compile("[`\u00b4\u02b9\u02bb\u02bc\u2018\u2019\u201b\u2032\uff07]")
@@ -30,6 +30,11 @@ def normalize(text: str) -> str:
     Typographic apostrophes and dashes become ' and -; what cannot be seen, such as a soft hyphen, is left out.
     """
     return "".join(piece for piece, _, _ in _pieces(text))
+
+
+def word_matches(text: str) -> Iterator[regex.Match[str]]:
+    """Find each word of a text, with its place and as it is written."""
+    return (match for match in _SEGMENT.finditer(text) if _SPOKEN.search(match.group()))
 
 
 def segments(text: str) -> list[str]:
@@ -85,7 +90,8 @@ def _pieces(text: str) -> list[tuple[str, int, int]]:
     """
     pieces: list[tuple[str, int, int]] = []
     for match in _LETTER.finditer(text):
-        piece, start, end = _letter(match.group()), *match.span()
+        piece = _letter(match.group())
+        start, end = match.span()
         if piece == " " and pieces and pieces[-1][0] == " ":
             start = pieces.pop()[1]
         if piece:
@@ -99,7 +105,7 @@ def _letter(letter: str) -> str:
         return " "
     letter = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", letter).casefold())
     letter = "".join(str(unicodedata.decimal(c, c)) for c in _UNSEEN.sub("", letter))
-    return _DASH.sub("-", _APOSTROPHE.sub("'", letter))
+    return str(_DASH.sub("-", _APOSTROPHE.sub("'", letter)))
 
 
 @lru_cache(maxsize=2**12)
@@ -125,39 +131,3 @@ def _plain(text: str) -> str:
         elif part:
             pattern += (" ?" if pattern and pattern[-1] != " " else "") + regex.escape(part)
     return pattern
-
-
-# words by `\w+` and by capitals: what training/examples and data/tokenize.py still use
-
-_NO_NAMES = set("who what which where when why how the a an in on it is name complete tell give write".split())
-
-
-def word_matches(text: str) -> Iterator[re.Match[str]]:
-    """Find each word of a text, with its place."""
-    return re.finditer(r"\w+", text)
-
-
-def words_of(text: str) -> set[str]:
-    """Return the words of a text, case folded."""
-    return {match.group().casefold() for match in word_matches(text)}
-
-
-def long_words(text: str) -> list[str]:
-    """Return the words of two characters or more, in order and in their own case."""
-    return re.findall(r"\w\w+", text)
-
-
-def names_in(text: str) -> set[str]:
-    """Return the words of a text that may be names, case folded: long words with a capital, and numbers.
-
-    In a script without capitals it is every long word: too many rather than too few.
-    """
-    return {word.casefold() for word in long_words(text) if not word.islower()} - _NO_NAMES
-
-
-def last_words(text: str, spans: Sequence[tuple[int, int]]) -> list[str]:
-    """Return the last word, case folded, that each span of characters overlaps; "" for none."""
-    word_at = [""] * len(text)
-    for match in word_matches(text):
-        word_at[match.start() : match.end()] = [match.group().casefold()] * (match.end() - match.start())
-    return [next((word for word in reversed(word_at[start:end]) if word), "") for start, end in spans]
