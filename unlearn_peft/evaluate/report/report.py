@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...adapters.bundle import CONFIG, CURVES
 from ...adapters.card import EVALUATED
+from ...data.words import places
 from ...errors import OutputError
 from ...files.atomic import atomic_file
 from ..evaluation import Evaluation
