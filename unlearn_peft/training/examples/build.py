@@ -11,7 +11,7 @@ import torch
 from ...data.anchors import anchors
 from ...data.rows import read_rows, refuse_overlap
 from ...data.source import Row
-from ...data.tokenize import Example, tokenize
+from ...data.tokenize import Example, by_row, tokenize
 from ...errors import DataError
 from ...models.base import Base
 from ...recipe.schema import DATA_FIELDS, Recipe
@@ -76,15 +76,17 @@ def build_examples(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *,
         refused = refusing(rows, recipe.seed, refusals if isinstance(refusals, list) else None)
         return [
             replace(example, refusal=tokens([row], "refusal")[0]) if row else example
-            for example, row in zip(examples, refused, strict=True)
+            for row, windows in zip(refused, by_row(examples), strict=True)
+            for example in windows
         ]
 
     anchor_rows: list[Row] = []
     if recipe.anchor_batch and recipe.retain_weight:
         anchor_rows = anchors(rows["forget"], *(rows.get(name, []) for name in ("retain", "probes", "neighbours")))
     retain_rows = rows.get("retain", [])
-    pairs, held_out_pairs = split_retain(list(zip(retain_rows, tokens(retain_rows, "retain"), strict=True)), recipe)
-    retain, held_out = [example for _, example in pairs], [example for _, example in held_out_pairs]
+    row_windows = by_row(tokens(retain_rows, "retain"))
+    pairs, held_out_pairs = split_retain(list(zip(retain_rows, row_windows, strict=True)), recipe)
+    retain, held_out = ([e for _, examples in part for e in examples] for part in (pairs, held_out_pairs))
     anchor_examples = tokens(anchor_rows, "anchor")
     stays = [*retain, *held_out, *anchor_examples]
     common = common_words(stays)
