@@ -603,7 +603,7 @@ def test_the_suite_leaves_out_what_it_has_no_rows_for_and_refuses_unknown_sets(t
 def test_no_error_quotes_a_row(tiny):
     secret = "Zorblax Quintel"
     for act in (
-        lambda: row_tokens(tiny, [{"prompt": secret * 300, "completion": "x"}], what="forget"),
+        lambda: row_tokens(tiny, [{"text": "Z", "note": secret}], what="forget"),
         lambda: truth.truth_losses(tiny, [{"prompt": secret}]),
         lambda: measure(tiny, {"retain": [{"text": secret}]}, {"retain": keep_reference(tiny, RETAIN)}),
     ):

@@ -23,7 +23,7 @@ import torch
 
 from ..data.batch import labels_of, target_count
 from ..data.source import Row
-from ..data.tokenize import Example, Span, tokenize
+from ..data.tokenize import Example, Span, tokenize, windows
 from ..data.words import word_matches
 from ..models.base import Base
 from ..models.forward import BatchBuilder, picked_logits
@@ -105,10 +105,8 @@ def _contrast_chunk(
         for k in range(_STAND_INS)
     ]
     changed = [replaced_row(rows[n], subject, other) for n, subject, other in tried]
-    examples = tokenize(
-        [*rows, *changed], base.tokenizer, max_length=max_length, chat_template=chat_template, closing=False
-    )
-    known = _log_probabilities(base, examples)
+    examples = tokenize([*rows, *changed], base.tokenizer, max_length=None, chat_template=chat_template, closing=False)
+    known = _log_probabilities(base, examples, max_length)
     after_few = _after_few_tokens(base, examples[: len(rows)])
     found: list[dict[str, tuple[str, Values]]] = [{} for _ in rows]
     for k, (n, subject, other) in enumerate(tried, len(rows)):
@@ -210,13 +208,14 @@ def _moved_back(values: Values, variant: Example, example: Example, subject: str
     }
 
 
-def _log_probabilities(base: Base, examples: Sequence[Example]) -> list[Values]:
-    """Return the log-probability of each example's targets, nats."""
-    flat = _flat_log_probabilities(base, examples)
-    return [
-        dict(zip((span for span, target in zip(e.characters, e.is_target, strict=True) if target), values, strict=True))
-        for e, values in zip(examples, flat, strict=True)
-    ]
+def _log_probabilities(base: Base, examples: Sequence[Example], max_length: int) -> list[Values]:
+    """Return the log-probability of each whole row's targets, nats, long ones in windows as in training."""
+    parts = [part for example in examples for part in windows(example, max_length)]
+    result: dict[int, Values] = {example.row: {} for example in examples}
+    for part, values in zip(parts, _flat_log_probabilities(base, parts), strict=True):
+        spans = (span for span, target in zip(part.characters, part.is_target, strict=True) if target)
+        result[part.row].update(zip(spans, values, strict=True))
+    return [result[example.row] for example in examples]
 
 
 def _after_few_tokens(base: Base, examples: Sequence[Example]) -> list[Values]:

@@ -90,7 +90,7 @@ class Attacked:
     Attributes:
         name: of the attack, in `ATTACKS`.
         budget: what the attacker needed and spent, in words.
-        recovered: share of probes whose answer came out with the adapter, n = probes.
+        recovered: share of probes whose answer came out with the adapter, n = probes; of `passage`, of forget rows.
         base: the same of the bare base under the same attack; where it is low, the attack shows little.
         details: figures by setting of the attack (wording, language, strength, step, layer).
         quoted: texts that may name what was forgotten: for people to read, not for cards and logs.
@@ -105,12 +105,13 @@ class Attacked:
 
 
 def attacked(
-    target: Target, name: str, budget: str, recovered: Any, base: Any, details: dict[str, Any], *quoted: str
-) -> Attacked:
-    """Make an `Attacked` from one number between 0 and 1 for each probe, with the adapter and without."""
+    target: Target, name: str, budget: str, recovered: Any, base: Any, details: dict[str, Any], *quoted: str,
+    of: str = "probes",
+) -> Attacked:  # fmt: skip
+    """Make an `Attacked` from one number between 0 and 1 for each probe (or row), with the adapter and without."""
 
     def share(name: str, values: Any) -> Score:
-        return score(name, "share of probes", False, values, seed=target.seed)
+        return score(name, f"share of {of}", False, values, seed=target.seed)
 
     return Attacked(name, budget, share(name, recovered), share(f"{name}, bare base", base), details, quoted)
 

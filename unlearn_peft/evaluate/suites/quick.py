@@ -18,6 +18,7 @@ from ..metrics.consistency import facts_in, says_all
 from ..metrics.fluency import losses_under_base, perplexity, repetition
 from ..metrics.leakage import any_leak, leak_shares
 from ..metrics.memorization import answer_probability, exact_memorization, extraction_strength, rouge_l
+from ..metrics.verbatim import verbatim
 from ..responses import Responses, collect_responses, neighbour_responses
 from ..score import Score, extra, per_token, score, sums
 from ..token_scores import BaseReference, adapters_off, keep_reference, kl_to_reference, row_tokens
@@ -111,6 +112,10 @@ def measure(
         if forget:
             add("forget_exact_memorization", "share", False, exact_memorization(tokens))
             add("forget_extraction_strength", "share", False, extraction_strength(tokens))
+            if recited := verbatim(base, rows[name], **options):
+                add("forget_verbatim_continuation", "share of continuations", False, recited.exact)
+                add("forget_near_verbatim_continuation", "share of continuations", False, recited.near)
+                add("forget_longest_verbatim_run", "tokens", False, recited.runs, np.max)
     if probes := rows.get("probes"):
         shares = leak_shares(responses.samples, [row["leak"] for row in probes])
         add(f"leak_rate@{k}", "share of answers", False, shares)

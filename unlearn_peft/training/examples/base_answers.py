@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from ...data.source import Row
+from ...data.windows import prefixes
 from ...data.words import word_matches
 from ...inference.contrast import Contrast
 from ...inference.generate import answers, sampled
@@ -31,7 +32,7 @@ _MAX_STAND_INS = 64
 _MIN_WORDS = 3  # a shorter beginning says too little about what is asked
 _BATCH = 8  # questions at once
 _TOKENS = 40
-_PREFIX, _STRIDE = 24, 96  # tokens of plain text that are continued, from every so many on
+_PREFIX, _PLACES = 24, 32  # tokens of plain text that are continued, and from how many places of each text
 
 
 def questions(rows: Sequence[Row], facts: Facts, common: Set[str]) -> list[str]:
@@ -81,17 +82,16 @@ def continued_texts(
     base: Base, rows: Sequence[Row], facts: Facts, samples: int, *, seed: int, quiet: bool = True
 ) -> list[Row]:
     """Return plain texts as the base goes on with them, from several places, where it names a fact; without doubles."""
-    prefixes: dict[str, None] = {}
-    for row in rows:
-        if "text" in row:
-            encoding = base.tokenizer(row["text"], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            places = encoding["offset_mapping"]
-            for start in range(0, len(places), _STRIDE):
-                stop = min(start + _PREFIX, max(len(places) // 2, 1) if len(places) <= _PREFIX else len(places))
-                prefixes[row["text"][places[start][0] : places[stop - 1][1]]] = None
+    beginnings = [
+        piece
+        for row in rows
+        if "text" in row
+        for piece, _ in prefixes(row["text"], base.tokenizer, count=_PLACES, tokens=_PREFIX)
+    ]
+    beginnings = list(dict.fromkeys(beginnings))
     found: dict[str, Row] = {}
-    fewer = min(samples, max(_MAX_ANSWERS // max(len(prefixes), 1) - 1, 0))
-    for prefix, texts in _answers(base, list(prefixes), fewer, seed, False, quiet):
+    fewer = min(samples, max(_MAX_ANSWERS // max(len(beginnings), 1) - 1, 0))
+    for prefix, texts in _answers(base, beginnings, fewer, seed, False, quiet):
         for text in texts:
             if ends := facts.ends_in(text):
                 found[prefix + text[: ends[-1]]] = {"text": prefix + text[: ends[-1]]}

@@ -12,7 +12,7 @@ import torch
 from ...data.anchors import anchors
 from ...data.rows import read_rows, refuse_overlap
 from ...data.source import Row
-from ...data.tokenize import Example, tokenize
+from ...data.tokenize import Example, by_row, tokenize
 from ...errors import DataError
 from ...inference.contrast import Contrast, contrasts
 from ...inference.stand_ins import question_texts
@@ -109,7 +109,8 @@ def build_examples(
         refused = refusing(rows, recipe.seed, refusals if isinstance(refusals, list) else None)
         return [
             replace(example, refusal=tokens([row], "refusal")[0]) if row else example
-            for example, row in zip(examples, refused, strict=True)
+            for row, windows in zip(refused, by_row(examples), strict=True)
+            for example in windows
         ]
 
     known = known or find_known(rows, base, recipe, quiet=quiet)
@@ -133,7 +134,7 @@ def build_examples(
         forget = mark_unexpected(forget, known.rows)
     elif unknown:
         logger.warning(
-            "Nothing to forget in %d of %d forget rows: the base does not know them, they are held as they are: rows %s",
+            "Nothing to forget in %d of %d forget rows, they are held: the base does not know them: rows %s",
             len(unknown), len(rows["forget"]), numbers(unknown),
         )  # fmt: skip
     self_generated: list[Example] = []
