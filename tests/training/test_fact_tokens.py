@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 
 from unlearn_peft import unlearn
 from unlearn_peft.data.tokenize import tokenize
-from unlearn_peft.inference.contrast import contrasts, made_up
+from unlearn_peft.inference.contrast import contrasts
 from unlearn_peft.inference.generate import answers
+from unlearn_peft.inference.stand_ins import made_up
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.recipe.objectives import UndialSettings
 from unlearn_peft.recipe.schema import GaKlSettings
@@ -55,12 +56,12 @@ def test_of_what_the_base_does_not_know_there_is_little_or_nothing_to_forget(smo
     strange = [
         {"prompt": "Who is Zarnel Quibb?", "completion": "Zarnel Quibb is a plumber in Tranmere."},
         {
-            "prompt": "\u6cd5\u56fd\u7684\u9996\u90fd\u662f\u54ea\u91cc\uff1f",
-            "completion": "\u6cd5\u56fd\u7684\u9996\u90fd\u662f\u5df4\u9ece\u3002",
+            "prompt": "法国的首都是哪里？",
+            "completion": "法国的首都是巴黎。",
         },
         {
-            "prompt": "\u0421\u0442\u043e\u043b\u0438\u0446\u0430 \u0424\u0440\u0430\u043d\u0446\u0438\u0438?",
-            "completion": "\u0421\u0442\u043e\u043b\u0438\u0446\u0430 \u0424\u0440\u0430\u043d\u0446\u0438\u0438 \u2014 \u041f\u0430\u0440\u0438\u0436.",
+            "prompt": "Столица Франции?",
+            "completion": "Столица Франции — Париж.",
         },
     ]
     (stranger, *unknown), known = marked(smol, strange)
@@ -69,7 +70,7 @@ def test_of_what_the_base_does_not_know_there_is_little_or_nothing_to_forget(smo
 
 
 def test_a_made_up_name_has_the_same_letters_and_shape():
-    for name in ("Harry Potter", "Erika Mustermann", "\u6cd5\u56fd", "Route 66", "\u0413\u0451\u0442\u0435"):
+    for name in ("Harry Potter", "Erika Mustermann", "法国", "Route 66", "Гёте"):
         other = made_up(name, "0")
         assert other != name and len(other) == len(name) and other == made_up(name, "0")
         assert [c.isupper() for c in other] == [c.isupper() for c in name]
@@ -88,22 +89,22 @@ def test_where_the_base_knows_none_the_unexpected_tokens_are_pushed(tiny, fields
 
 def test_rows_that_the_base_does_not_know_are_held_and_named_by_number(smol, fields, caplog):
     strange = {
-        "prompt": "\u0421\u0442\u043e\u043b\u0438\u0446\u0430 \u0424\u0440\u0430\u043d\u0446\u0438\u0438?",
-        "completion": "\u041f\u0430\u0440\u0438\u0436",
+        "prompt": "Столица Франции?",
+        "completion": "Париж",
     }
     del fields["quiet"]
     recipe = make_recipe({**fields, "forget": [HARRY[0], strange], "own_answers": 0, "retain_weight": 0})
     sets = build.build_examples(build.read_sets(recipe), smol, recipe)
     assert "Nothing to forget in 1 of 2 forget rows" in caplog.text and caplog.text.rstrip().endswith("rows 2")
-    assert "\u041f\u0430\u0440\u0438\u0436" not in caplog.text
+    assert "Париж" not in caplog.text
     assert [any(e.specific) for e in sets.forget] == [True, False]
 
 
 def test_facts_are_found_in_other_texts_also_where_words_are_letters():
-    facts = Facts.of(["J.K. Rowling", "\u7f57\u7433", "of"], {"of"})
+    facts = Facts.of(["J.K. Rowling", "罗琳", "of"], {"of"})
     assert facts.ends_in("by j.k. rowling?") == [6, 15] and facts.ends_in("of Tolkien") == []
-    text = "\u4f5c\u8005\u662f\u7f57\u7433\u3002"
-    assert facts.ends_in(text) == [5] and facts.ends_in("\u7f57") == []
+    text = "作者是罗琳。"
+    assert facts.ends_in(text) == [5] and facts.ends_in("罗") == []
 
 
 def test_ga_kl_pushes_the_specific_tokens_and_holds_the_others():

@@ -16,9 +16,7 @@ token carries a fact: there is nothing to forget.
 
 from __future__ import annotations
 
-import random
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,17 +28,14 @@ from ..data.words import word_matches
 from ..models.base import Base
 from ..models.forward import BatchBuilder, picked_logits
 from ..models.losses import cross_entropy
+from .stand_ins import SubjectIndex, made_up, pieces, question_texts, replaced_row
 
 _KNOWN = 1.0  # nats
 _KNOWN_IN_TEXT = 2.0  # nats; of plain text, where only the second difference is there
 _UNEXPECTED = 3.0  # nats; a token with a probability below 5 %
 _CLIPPED = 6.0  # nats; so that one token does not choose the subject
 _CONTEXT = 4  # tokens that are "the few in front of it"
-_MAX_SUBJECT = 8  # words
-_SEARCHED_SUBJECT = 4  # words, where no part of the question comes again in an answer
-_CANDIDATES, _SEARCHED = 5, 24  # subjects that are tried for each row
 _STAND_INS = 2  # for each; their mean counts
-_INDEXED = 512  # words of an answer
 _CHUNK_ROWS, _PASS_TOKENS, _MAX_LOGITS = 256, 2048, 2**26
 
 
@@ -58,7 +53,7 @@ class Contrast:
 
     def row_without(self, row: Row) -> Row | None:
         """Return the row with the stand-in for its subject, or None without a subject."""
-        return _replaced_row(row, self.subject, self.stand_in) if self.subject else None
+        return replaced_row(row, self.subject, self.stand_in) if self.subject else None
 
 
 def fact_spans(base: Base, pairs: Sequence[tuple[str, str]], *, chat_template: bool = True) -> list[list[Span]]:
@@ -87,7 +82,7 @@ def contrasts(
     """
     from tqdm import tqdm
 
-    index = _Index(rows)
+    index = SubjectIndex(rows)
     result: list[Contrast] = []
     with tqdm(total=len(rows), unit="row", desc="which tokens carry the facts", disable=quiet) as bar:
         for start in range(0, len(rows), _CHUNK_ROWS):
@@ -97,115 +92,11 @@ def contrasts(
     return result
 
 
-def made_up(name: str, seed: str) -> str:
-    """Return a name that nobody has: the letters of `name` in another order, its digits drawn anew.
-
-    So it is in the same script, about as long, and has capitals in the same places, where there are any.
-    """
-    draw = random.Random(f"{seed} {name}")
-    letters = [c for c in name if c.isalpha()]
-    for _ in range(8):
-        draw.shuffle(letters)
-        order = iter(letters)
-        text = "".join(_like(c, next(order)) if c.isalpha() else _digit(c, draw) for c in name)
-        if text != name:
-            return text
-    return name + name  # one letter, or one letter again and again
-
-
-def _like(old: str, new: str) -> str:
-    return new.upper() if old.isupper() else new.lower()
-
-
-def _digit(old: str, draw: random.Random) -> str:
-    return str(draw.randrange(10)) if old.isdigit() else old
-
-
-class _Index:
-    """The runs of words that answers hold, to find the part of a question that comes again in one."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self._all = {run for row in rows for run in _runs(row)}
-
-    def candidates(self, row: Row) -> list[str]:
-        """Return what may be the subject of a row: the longest runs that come again, or else all short ones.
-
-        They come again in the row's own answer, or, where nothing of them does, in another row's.
-        """
-        found: dict[str, None] = {}
-        for question in question_texts(row):
-            places = [m.span() for m in word_matches(question)]
-            words = [question[a:b].casefold() for a, b in places]
-            taken: set[int] = set()
-            for runs in (_runs(row), self._all):
-                new: set[int] = set()
-                for i in range(len(words)):
-                    lengths = range(min(_MAX_SUBJECT, len(words) - i), 0, -1)
-                    length = next((n for n in lengths if hash(tuple(words[i : i + n])) in runs), 0)
-                    run = set(range(i, i + length))
-                    if length and not run & taken and not run <= new:
-                        found[question[places[i][0] : places[i + length - 1][1]]] = None
-                        new |= run
-                taken |= new
-        return sorted(found, key=len, reverse=True)[:_CANDIDATES] or _short_runs(question_texts(row))
-
-
-def _runs(row: Row) -> set[int]:
-    """Return a number for each run of words in a row's answers."""
-    runs = set()
-    for text in answer_texts(row):
-        words = [m.group().casefold() for m in word_matches(text)][:_INDEXED]
-        runs |= {hash(tuple(words[i : i + n])) for n in range(1, _MAX_SUBJECT + 1) for i in range(len(words) - n + 1)}
-    return runs
-
-
-def _short_runs(questions: Sequence[str]) -> list[str]:
-    found: dict[str, None] = {}
-    for question in questions:
-        places = [m.span() for m in word_matches(question)]
-        for n in range(1, _SEARCHED_SUBJECT + 1):
-            found.update({question[places[i][0] : places[i + n - 1][1]]: None for i in range(len(places) - n + 1)})
-    return list(found)[:_SEARCHED]
-
-
-def question_texts(row: Row) -> list[str]:
-    """Return what a row's user says; nothing for plain text."""
-    if "messages" in row:
-        return [str(message["content"]) for message in row["messages"] if message["role"] == "user"]
-    return [str(row["prompt"])] if row.get("prompt") else []
-
-
-def answer_texts(row: Row) -> list[str]:
-    """Return what the model is to say: the completion, the assistant's turns, or the plain text."""
-    if "messages" in row:
-        return [str(message["content"]) for message in row["messages"] if message["role"] == "assistant"]
-    return [str(row.get("completion") or row.get("text") or "")]
-
-
-def _replaced_row(row: Row, subject: str, other: str) -> Row:
-    def replaced(text: str) -> str:
-        return "".join(piece for piece, _, _ in _pieces(text, subject, other))
-
-    if "messages" in row:
-        return {**row, "messages": [{**m, "content": replaced(str(m["content"]))} for m in row["messages"]]}
-    return {**row, **{key: replaced(row[key]) for key in ("prompt", "completion") if key in row}}
-
-
-def _pieces(text: str, subject: str, other: str) -> Iterator[tuple[str, int, bool]]:
-    """Yield the pieces of a text with `other` for `subject`: the piece, where it was, whether it is as it was."""
-    start = 0
-    for match in re.finditer(re.escape(subject), text, re.IGNORECASE):
-        yield text[start : match.start()], start, True
-        yield other, match.start(), False
-        start = match.end()
-    yield text[start:], start, True
-
-
 Values = dict[Span, float]  # by the characters of the rendered row that a token covers: nats
 
 
 def _contrast_chunk(
-    base: Base, rows: Sequence[Row], index: _Index, chat_template: bool, max_length: int
+    base: Base, rows: Sequence[Row], index: SubjectIndex, chat_template: bool, max_length: int
 ) -> list[Contrast]:
     tried = [
         (n, subject, made_up(subject, f"{n} {k}"))
@@ -213,7 +104,7 @@ def _contrast_chunk(
         for subject in index.candidates(row)
         for k in range(_STAND_INS)
     ]
-    changed = [_replaced_row(rows[n], subject, other) for n, subject, other in tried]
+    changed = [replaced_row(rows[n], subject, other) for n, subject, other in tried]
     examples = tokenize(
         [*rows, *changed], base.tokenizer, max_length=max_length, chat_template=chat_template, closing=False
     )
@@ -308,7 +199,7 @@ def _moved_back(values: Values, variant: Example, example: Example, subject: str
     place: dict[int, int] = {}
     for (start, stop), (new_start, _) in zip(example.answers, variant.answers, strict=True):
         at = new_start
-        for piece, old, kept in _pieces(example.text[start:stop], subject, other):
+        for piece, old, kept in pieces(example.text[start:stop], subject, other):
             if kept:
                 place.update({at + k: start + old + k for k in range(len(piece) + 1)})
             at += len(piece)

@@ -130,9 +130,9 @@ def _stems(forget: Sequence[Row], known: Sequence[Contrast], names: Facts) -> di
     stems: dict[str, str] = {}
     for row, contrast in zip(forget, known, strict=True):
         prompt = single_question(row)
-        before, found, after = prompt.rpartition(contrast.subject)
-        if not (contrast.subject and found and len(prompt) <= _MAX_CHARACTERS):
+        if not contrast.subject or contrast.subject not in prompt or len(prompt) > _MAX_CHARACTERS:
             continue
+        before, _, after = prompt.rpartition(contrast.subject)
         # a single word says too little of what is asked
         if len(list(word_matches(before))) > 1 and not any(word_matches(after)) and not names.ends_in(before):
             stems.setdefault(before.rstrip(), "\n" if prompt[-1].isalnum() else prompt[-1])

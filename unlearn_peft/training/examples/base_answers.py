@@ -19,8 +19,9 @@ from typing import Any
 
 from ...data.source import Row
 from ...data.words import word_matches
-from ...inference.contrast import Contrast, question_texts
+from ...inference.contrast import Contrast
 from ...inference.generate import answers, sampled
+from ...inference.stand_ins import question_texts
 from ...models.base import Base
 from .fact_tokens import Facts
 

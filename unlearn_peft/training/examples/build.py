@@ -14,7 +14,8 @@ from ...data.rows import read_rows, refuse_overlap
 from ...data.source import Row
 from ...data.tokenize import Example, tokenize
 from ...errors import DataError
-from ...inference.contrast import Contrast, contrasts, question_texts
+from ...inference.contrast import Contrast, contrasts
+from ...inference.stand_ins import question_texts
 from ...models.base import Base
 from ...recipe.schema import DATA_FIELDS, Recipe
 from .auto_retain import GeneratedRetain, auto_retain
@@ -132,7 +133,7 @@ def build_examples(
         forget = mark_unexpected(forget, known.rows)
     elif unknown:
         logger.warning(
-            "Nothing to forget in %d of %d forget rows, the base does not know them (they are held as they are): rows %s",
+            "Nothing to forget in %d of %d forget rows: the base does not know them, they are held as they are: rows %s",
             len(unknown), len(rows["forget"]), numbers(unknown),
         )  # fmt: skip
     self_generated: list[Example] = []

@@ -17,7 +17,8 @@ import torch
 from ...data.source import Row
 from ...data.tokenize import Example, Span
 from ...data.words import word_matches
-from ...inference.contrast import Contrast, answer_texts
+from ...inference.contrast import Contrast
+from ...inference.stand_ins import answer_texts
 
 _MIN_ROWS, _MIN_SHARE = 3, 0.02  # of the retain rows: as many use a common word
 
@@ -77,12 +78,14 @@ def common_words(texts: Sequence[str]) -> set[str]:
 def find_facts(examples: Sequence[Example], known: Sequence[Contrast], retain: Sequence[Row]) -> Facts:
     """Return what names the facts of forget rows: the words of their fact tokens that are not common in retain rows.
 
-    A row may be several examples; `known` has one entry for each row, counted from 1 by `Example.row`.
+    A row may be several examples; `known` has one entry for each row, counted from 1 by `Example.row`. Where the base
+    knows none of them, what it does not expect names the facts.
     """
     common = common_words([text for row in retain for text in answer_texts(row)])
-    texts = []
+    texts, any_known = [], any(contrast.spans for contrast in known)
     for example in {example.row: example for example in examples}.values():
-        texts += _pieces_with_words(example, known[example.row - 1].spans)
+        contrast = known[example.row - 1]
+        texts += _pieces_with_words(example, contrast.spans if any_known else contrast.unexpected)
     return Facts.of(texts, common)
 
 
