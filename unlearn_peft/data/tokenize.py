@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 from ..errors import DataError
 from .source import Row
-from .words import last_words
 
 logger = logging.getLogger(__name__)
+Span = tuple[int, int]  # of characters
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Example:
     truncated: bool = False  # a part of the prompt is out of sight
     row: int = 0  # number of its row in the set, from 1; 0: of none
     head: int = 0  # tokens in front of the first target, which each window of a long row begins with
-    words: list[str] | None = None  # the word that each token is a part of, case folded; "" for none
+    text: str = ""  # the rendered row
+    characters: list[Span] = field(default_factory=list)  # of `text`, that each token covers
+    answers: list[Span] = field(default_factory=list)  # the characters of `text` that are what the model is to say
     specific: list[bool] | None = None  # of the targets, the fact tokens (training/examples/fact_tokens.py); None: all
     refusal: Example | None = None  # the same question answered by a refusal (training/examples/refusals.py)
 
@@ -119,9 +121,6 @@ def chat_prompt(prompt: str, tokenizer: Any, chat_template: bool = True) -> str:
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
-Span = tuple[int, int]
-
-
 def _render(row: Row, tokenizer: Any, chat_template: bool, closing: bool, name: str) -> tuple[str, list[Span]]:
     """Return the row's whole text and the character spans of its targets."""
     has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -172,7 +171,7 @@ def _encode(text: str, spans: Sequence[Span], tokenizer: Any, train_on: str) -> 
         is_target = [any(start < right and end > left for left, right in spans) for start, end in offsets]
     head = is_target.index(True) if any(is_target) else len(ids)
     is_target[:1] = [False] * len(is_target[:1])  # nothing precedes the first token that could predict it
-    return Example(ids, is_target, head=head, words=last_words(text, offsets))
+    return Example(ids, is_target, head=head, text=text, characters=offsets, answers=list(spans))
 
 
 def _part(example: Example, tokens: Sequence[int], counted: int, truncated: bool) -> Example:
@@ -183,7 +182,7 @@ def _part(example: Example, tokens: Sequence[int], counted: int, truncated: bool
 
     is_target = [example.is_target[t] and t >= counted for t in tokens]
     return replace(
-        example, ids=part(example.ids), is_target=is_target, words=part(example.words),
+        example, ids=part(example.ids), is_target=is_target, characters=part(example.characters),
         specific=part(example.specific), truncated=truncated,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ from ..data.tokenize import Example, by_row, tokenize, windows
 from ..errors import DataError
 from ..inference.bank import Bank
 from ..models.base import Base
-from ..models.forward import BatchBuilder, picked_logits
+from ..models.forward import BackboneAndHead, BatchBuilder, picked_logits
 from ..models.losses import kl_of_logits
 
 _MAX_LOGITS = 2**26  # of a batch: 256 MB in float32
@@ -92,15 +92,16 @@ def row_tokens(
 
 @dataclass(frozen=True)
 class BaseReference:
-    """The bare base's predictions for some rows, one tensor a row.
+    """What the bare base predicts for some rows: its hidden states in front of the head, one (n, d) tensor a row.
 
-    Hidden states in front of the head (n, d), or where a model does more behind its head (scaling, capping),
-    logits (n, V).
+    Its logits, V numbers a token, are never kept: they are computed again from the states, or, of a model of which
+    that does not give the same (`again`), by the base itself with the adapters switched off meanwhile.
     """
 
     rows: list[Tensor]
-    hidden: bool
-    texts: list[str] = field(default_factory=list)  # greedy answers to the rows' questions, where they are compared
+    again: bool
+    said: list[set[str]] = field(default_factory=list)  # facts in its greedy answers, where these are compared
+    gold: list[set[str]] = field(default_factory=list)  # facts in the rows' own answers
 
 
 @torch.no_grad()
@@ -110,18 +111,15 @@ def keep_reference(
     """Return what the bare base predicts at the targets of `rows`; adapters are off meanwhile."""
     whole = tokenize(rows, base.tokenizer, max_length=None, what=what, chat_template=chat_template)
     examples = _windows(base, whole)
-    head = base.model.get_output_embeddings()
-    hidden: bool | None = None
+    again = False
     reference: list[Tensor] = []
     with adapters_off(base):
         seen: list[Tensor] = []
         for _, batch, logits in _batches(base, examples, batch_size, seen.append):
             states = seen.pop()
-            if hidden is None:
-                hidden = torch.allclose(head.forward(states[None])[0], logits, rtol=1e-4, atol=1e-4)
-            values = states if hidden else logits
-            reference.extend(v.clone() for v in _split(values.cpu(), batch))
-    return BaseReference(_joined(reference, examples), bool(hidden))
+            again = again or (not reference and not _same(base, states, logits))
+            reference.extend(v.clone() for v in _split(states.cpu(), batch))
+    return BaseReference(_joined(reference, examples), again)
 
 
 @torch.no_grad()
@@ -144,18 +142,33 @@ def kl_to_reference(
     if [len(states) for states in reference.rows] != [target_count(example) for example in whole]:
         raise DataError(f"the reference was not made of these {len(rows)} rows of the {what} set: make it again")
     before = [part for row, own in zip(reference.rows, by_row(examples), strict=True) for part in _split(row, own)]
-    head = base.model.get_output_embeddings()
     result: list[Tensor] = []
     for start, batch, logits in _batches(base, examples, batch_size):
-        of_base = torch.cat(before[start : start + len(batch)]).to(logits.device)
-        values = []
-        for i in range(0, len(logits), _CHUNK):
-            chunk = of_base[i : i + _CHUNK]
-            if reference.hidden:  # `forward` passes by the hooks through which an adapter on the head works
-                chunk = head.forward(chunk[None])[0]
-            values.append(kl_of_logits(logits[i : i + _CHUNK], chunk))
+        with adapters_off(base):
+            if reference.again:
+                ((_, _, of_base),) = _batches(base, batch, len(batch))
+            else:
+                of_base = _behind(base, torch.cat(before[start : start + len(batch)]).to(logits.device))
+        parts = (slice(i, i + _CHUNK) for i in range(0, len(logits), _CHUNK))
+        values = [kl_of_logits(logits[part], of_base[part]) for part in parts]
         result.extend(_split(torch.cat(values).cpu(), batch))
     return _joined(result, examples)
+
+
+def _behind(base: Base, states: Tensor) -> Tensor:
+    """Return the logits (n, V) of hidden states in front of the head (n, d): the head's, and what a model does to them.
+
+    `forward` passes by the hooks through which an adapter on the head works.
+    """
+    parts = BackboneAndHead(base.model)
+    return parts.logits(states, parts.head.forward(states[None])[0])
+
+
+def _same(base: Base, states: Tensor, logits: Tensor) -> bool:
+    try:
+        return torch.allclose(_behind(base, states), logits, rtol=1e-4, atol=1e-4)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # a model that is not in two such parts
+        return False
 
 
 def _windows(base: Base, rows: Sequence[Example]) -> list[Example]:

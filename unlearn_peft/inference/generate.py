@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.tokenize import chat_prompt, encode_text
+from ..data.words import said
 from ..models.base import Base
 
 
@@ -78,5 +79,5 @@ def _generate(
 
 
 def leaked(text: str, words: Sequence[str]) -> list[str]:
-    """Return the words that the text contains; case does not matter."""
-    return [word for word in words if word.casefold() in text.casefold()]
+    """Return the words that the text contains, in whatever spelling: see `data.words.said`."""
+    return said(text, words)

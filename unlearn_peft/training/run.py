@@ -27,7 +27,7 @@ from ..recipe.load import make_recipe
 from ..recipe.schema import Recipe
 from .adapter_trainer import Progress
 from .checkpoints import Checkpoints
-from .examples.build import build_examples, make_retain, read_sets
+from .examples.build import build_examples, find_known, make_retain, read_sets
 from .save import metrics_of, save_adapter, settings_of
 from .step.sharding import runs_on_cpu
 from .trainer import Job, Trained, run_digest, train
@@ -121,11 +121,12 @@ def unlearn_many(
             locks.enter_context(_locked(outputs[n]))
         for n in remaining:
             rows = read[n]
+            known = find_known(rows, live, recipes[n], quiet=quiet or not main)
             if recipes[n].makes_retain:
-                made = make_retain(rows, live, recipes[n])
+                made = make_retain(rows, live, recipes[n], known)
                 rows["retain"] = _of_main_process(made.rows, live)
                 logger.info("%s", made.summary())
-            sets = build_examples(rows, live, recipes[n], quiet=quiet or not main)
+            sets = build_examples(rows, live, recipes[n], known, quiet=quiet or not main)
             digests.append({name: keyed_digest(row_set, data_key) for name, row_set in rows.items()})
             checkpoints = Checkpoints(outputs[n], run_digest(recipes[n], str(sorted(digests[-1].items())), live))
             if main and not resume and (aside := checkpoints.put_aside()):

@@ -19,6 +19,7 @@ from ...adapters.bundle import Bundle
 from ...adapters.trust import Trust
 from ...data.rows import read_rows
 from ...data.source import Row
+from ...data.words import places
 from ...errors import AdapterError, DataError
 from ...inference.attach import attached
 from ...inference.bank import Bank
@@ -227,8 +228,8 @@ def render(
 def beginning_of(row: Row) -> str:
     """Return the row's completion up to its first leak word, or nothing where it has none."""
     text = str(row.get("completion") or "")
-    places = [at for word in row["leak"] if (at := text.casefold().find(word.casefold())) >= 0]
-    return text[: min(places)] if places else ""
+    found = places(text, row["leak"])
+    return text[: found[0][0]] if found else ""
 
 
 def _greedy(target: Target, texts: Sequence[str | None]) -> list[str]:
