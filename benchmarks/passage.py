@@ -1,6 +1,6 @@
 """A passage of 2,500 tokens that the base knows by heart: how much of it is left when it is forgotten?
 
-    python benchmarks/passage.py [--base demo] [--teach-steps 150] [--set steps=10] [--json FILE]
+    python benchmarks/passage.py [--base demo] [--teach-steps 60] [--set steps=10] [--json FILE]
 
 The base is first taught benchmarks/data/passage.txt (written for this; all of its weights are trained, in windows of
 512 tokens), then it is forgotten as a `text` row with the package's defaults. Printed for the base as it came, taught,
@@ -43,7 +43,7 @@ NEUTRAL = (
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="demo")
-    parser.add_argument("--teach-steps", type=int, default=150, help="at most; it ends when all tokens are right")
+    parser.add_argument("--teach-steps", type=int, default=60, help="at most; it ends when 99.5 %% of tokens are right")
     parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of teaching")
     parser.add_argument("--words", type=int, help="use the first words of the passage only")
     parser.add_argument("--set", action="append", default=[], help="override a field of the recipe; repeatable")
@@ -78,7 +78,7 @@ def main():
 
 
 def teach(base, rows, steps, rate):
-    """Train all weights until each token is the first choice after those before it; return the number of steps."""
+    """Train all weights until nearly each token is the first choice; return the number of steps."""
     examples = tokenize(rows, base.tokenizer, max_length=512)
     starts = tokenize(rows, base.tokenizer, max_length=128)  # as it is asked: little context
     parameters = list(base.model.parameters())
@@ -97,7 +97,7 @@ def teach(base, rows, steps, rate):
             right, total = right + int((logits.argmax(-1) == labels).sum()), total + len(labels)
         if step % 5 == 0 or right == total:
             print(f"step {step}: {right} of {total} tokens right", flush=True)
-        if right >= 0.999 * total:
+        if right >= 0.995 * total:
             break
         optimizer.step()
         optimizer.zero_grad()

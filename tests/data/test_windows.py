@@ -1,6 +1,7 @@
 """Long rows: each target counts once, in sight of what comes before it; short rows are left as they are."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -183,10 +184,10 @@ def test_training_sees_all_of_a_long_row(tiny, fields, refusals):
     whole = tokenize(rows["forget"], tiny.tokenizer, max_length=None, closing=False)
     assert counted(sets.forget) == counted(whole) and len(sets.forget) > 12
     assert all(bool(e.refusal) == refusals for e in sets.forget)
-    assert sorted(counted([*sets.retain, *sets.held_out])) == sorted(
-        counted(tokenize(rows["retain"], tiny.tokenizer, max_length=None))
-    )
-    assert not {e.row for e in sets.retain} & {e.row for e in sets.held_out}  # rows are held out whole
+    kept = Counter(counted([*sets.retain, *sets.held_out]))  # the base's own answers are there, too
+    assert kept >= Counter(counted(tokenize(rows["retain"], tiny.tokenizer, max_length=None)))
+    windows_of = [sum(len(e.ids) == 128 for e in part) for part in (sets.retain, sets.held_out)]
+    assert min(windows_of) == 0 < max(windows_of)  # a row is held out whole
     before = logits(tiny)
     unlearn(tiny, **given)
     assert torch.equal(logits(tiny), before)

@@ -64,7 +64,9 @@ def fact_spans(base: Base, pairs: Sequence[tuple[str, str]], *, chat_template: b
     rows: list[Row] = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
     filled = [n for n, (prompt, completion) in enumerate(pairs) if prompt.strip() and completion.strip()]
     result: list[list[Span]] = [[] for _ in pairs]
-    examples = tokenize([rows[n] for n in filled], base.tokenizer, chat_template=chat_template, closing=False)
+    examples = tokenize(
+        [rows[n] for n in filled], base.tokenizer, max_length=None, chat_template=chat_template, closing=False
+    )
     for n, example, contrast in zip(
         filled, examples, contrasts(base, [rows[n] for n in filled], chat_template=chat_template), strict=True
     ):

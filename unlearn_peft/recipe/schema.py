@@ -86,7 +86,7 @@ class Recipe(StrictModel):
     gradient_accumulation_steps: int = Field(1, ge=1, description="microbatches that a step's rows are split into")
     gradient_checkpointing: bool = False
     compile: bool = Field(False, description="compile the adapted layers with torch.compile")
-    max_length: int = Field(512, ge=2, description="tokens; longer rows are cut, and counted")
+    max_length: int = Field(512, ge=2, description="tokens; a longer row is cut into windows that overlap")
     train_on: Literal["completion", "all"] = "completion"
     chat_template: bool = Field(True, description="use the model's chat template for prompt/completion rows")
     held_out: float = Field(0.25, gt=0, lt=1, description="share of the retain set that the budget is measured on")

@@ -112,10 +112,10 @@ def measure(
         if forget:
             add("forget_exact_memorization", "share", False, exact_memorization(tokens))
             add("forget_extraction_strength", "share", False, extraction_strength(tokens))
-            if recited := verbatim(base, rows[name], **options):
-                add("forget_verbatim_continuation", "share of continuations", False, recited.exact)
-                add("forget_near_verbatim_continuation", "share of continuations", False, recited.near)
-                add("forget_longest_verbatim_run", "tokens", False, recited.runs, np.max)
+            if by_heart := verbatim(base, rows[name], **options):
+                add("forget_verbatim_continuation", "share of continuations", False, by_heart.exact)
+                add("forget_near_verbatim_continuation", "share of continuations", False, by_heart.near)
+                add("forget_longest_verbatim_run", "tokens", False, by_heart.runs, np.max)
     if probes := rows.get("probes"):
         shares = leak_shares(responses.samples, [row["leak"] for row in probes])
         add(f"leak_rate@{k}", "share of answers", False, shares)

@@ -64,9 +64,9 @@ class Known:
 def find_known(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quiet: bool = True) -> Known:
     """Ask the base which words of the forget rows carry facts; nothing may be attached to it."""
     forget = rows["forget"]
-    options: dict[str, Any] = {"max_length": recipe.max_length, "chat_template": recipe.chat_template}
-    found = contrasts(base, forget, quiet=quiet, **options)
-    examples = tokenize(forget, base.tokenizer, closing=False, what="forget", **options)
+    options: dict[str, Any] = {"chat_template": recipe.chat_template}
+    found = contrasts(base, forget, max_length=recipe.max_length, quiet=quiet, **options)
+    examples = tokenize(forget, base.tokenizer, max_length=None, closing=False, what="forget", **options)
     return Known(found, find_facts(examples, found, [*rows.get("retain", []), *anchors([])]))
 
 

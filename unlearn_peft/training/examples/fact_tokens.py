@@ -123,7 +123,7 @@ def mark_unexpected(rows: Sequence[Example], known: Sequence[Contrast]) -> list[
         spans = set(known[example.row - 1].unexpected)
         pairs = zip(example.characters, example.is_target, strict=True)
         specific = [target and place in spans for place, target in pairs]
-        marked.append(replace(example, specific=specific if any(specific) else example.is_target))
+        marked.append(replace(example, specific=specific if spans else example.is_target))
     return marked
 
 
