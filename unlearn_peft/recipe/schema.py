@@ -63,14 +63,19 @@ class Recipe(StrictModel):
     neighbours: DataSource | None = Field(None, description="rows that must survive; never trained on")
     objective: Objective = Field(default_factory=GaKlSettings)
     retain_weight: float = Field(15.0, ge=0)
-    steps: int = Field(45, ge=1, description="at most: stop_when may end the run earlier")
+    steps: int | None = Field(
+        None, ge=1, description="at most: stop_when may end the run earlier; null: 45, or more for many forget rows"
+    )
+    visits: int = Field(2, ge=1, description="how often each forget row is trained on, at least, where steps is null")
     learning_rate: float = Field(8e-4, gt=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(5, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     max_grad_norm: float | None = Field(1.0, gt=0)
-    forget_batch: int = Field(8, ge=1)
+    forget_batch: int | None = Field(
+        None, ge=1, description="null: 8, or up to 32 for many forget rows where steps is null, too"
+    )
     own_answers: int = Field(
         3,
         ge=0,
