@@ -6,7 +6,7 @@ Settings are chosen by the half `choose` alone; `confirm` is looked at once, at 
 the rows replaced and `retain: auto`, or with --defaults the package's own. A line a subject: probes that the base
 answers of all; of those, the ones that still leak with the adapter, in all and by kind of probe; answers sampled at
 temperature 1 that leak before and with, over all probes; neighbours whose greedy answer (40 tokens) is unchanged; their
-mean KL to the base (nats/token); training seconds. Each is appended to out/subjects.jsonl at once: numbers and settings.
+mean KL to the base (nats/token); training seconds. Each goes to out/subjects.jsonl at once: numbers and settings only.
 """
 
 import argparse
