@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,11 @@ def test_subjects_and_languages_run(benchmarks, tiny_folder, tmp_path, monkeypat
         monkeypatch.setattr(sys, "argv", ["x", *map(str, [*arguments, *fast, "--output", out])])
         main()
     subject, language = map(json.loads, out.read_text().splitlines())
+    for key in ("kinds_answered", "kinds_leaking"):
+        subject[key] = Counter(subject[key])
+    both = subjects.total([subject, subject])
+    assert both["n_probes"] == 38 and both["neighbour_kl"] == pytest.approx(subject["neighbour_kl"])
+    assert "| all |" in subjects.line(both)
     assert subject["n_probes"] == 19 and 0 <= subject["unchanged"] <= subject["n_neighbours"] == 8
     assert 0 < language["fact_tokens"] <= language["target_tokens"] and language["neutral_kl"] >= 0
     assert "| darwin |" in capsys.readouterr().out
