@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...data.batch import Batch, target_count
 from ...data.tokenize import Example
 from ...files.atomic import atomic_file
-from ...models.forward import BackboneAndHead, BatchBuilder, alike, picked_logits, predicting
+from ...models.forward import BackboneAndHead, BatchBuilder, agrees, picked_logits, predicting
 from ...models.layers import decoder_layers, outputs_of, patched_forward, returning
 from .head import knows_delta
 
@@ -101,14 +101,21 @@ class ReferenceCache:
         with self.model.disable_adapter():
             if self.splits is None:
                 batch = self.builder.batch(examples[:2])
-                expected = picked_logits(self.model, self.base.head, batch)
-                self.splits = alike(self.base.logits(self.base.states(batch)[predicting(batch)]), expected)
+                self.splits = agrees(
+                    "backbone and head apart",
+                    self.model,
+                    lambda: self.base.logits(self.base.states(batch)[predicting(batch)]),
+                    lambda: picked_logits(self.model, self.base.head, batch),
+                )
             if not self.splits:
                 return None
             batch = self.builder.batch(examples)
             with ExitStack() as stack:
                 outputs = {layer: stack.enter_context(outputs_of(layer)) for layer in (*self.watched, self.below)}
                 states = self.base.states(batch)
+        if self.input_name is not None and not _like_states(outputs[self.below], states):
+            self._needs.discard(self.input_name)
+            self.input_name = self.below = None  # then all layers run
         counts, picked = [target_count(e) for e in examples], predicting(batch)
         by_name: dict[str, Sequence[Tensor]] = {FINAL: torch.split(states[picked], counts)}
         by_name |= {self.output_name(x): torch.split(outputs[x][-1][picked], counts) for x in self.watched}
@@ -128,6 +135,11 @@ class ReferenceCache:
     def _cached(self, example: Example) -> Mapping[str, Tensor] | None:
         tensors = self.cache.get(example)
         return tensors if tensors is not None and self._needs <= tensors.keys() else None
+
+
+def _like_states(outputs: Sequence[Any], states: Tensor) -> bool:
+    """Return whether a layer ran once and gave hidden states such as the model's, (B, T, d)."""
+    return len(outputs) == 1 and isinstance(outputs[0], Tensor) and outputs[0].shape == states.shape
 
 
 class TensorCache:
