@@ -124,7 +124,7 @@ def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
         )
     if "forgotten_rows" in metrics:
         parts.append(
-            f"{rows_told(metrics).capitalize()}.\nA row is forgotten when its tokens that carry the fact have lost 90 % "
+            f"{rows_told(metrics).capitalize()}.\nA row is forgotten when its fact tokens have lost 90 % "
             "of their probability\n(geometric mean), or are less likely than exp(-8). Rows are told by number only.\n"
         )
     pictures = ((CURVES, "forget and retain curves"), (FIGURES, "figures of the evaluation"))

@@ -12,10 +12,10 @@ from itertools import groupby
 from typing import Any
 
 from ..errors import DataError
+from .prompt import Rendered, Span, ask, format_of, has_template, render
 from .source import Row
 
 logger = logging.getLogger(__name__)
-Span = tuple[int, int]  # of characters
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ def tokenize(
         rows: checked rows, see `read_rows`.
         tokenizer: the base's.
         max_length: in tokens; a longer row becomes several examples, see `windows`. None: one example for each row.
-        train_on: `completion`, or `all` to count prompt tokens too.
-        chat_template: whether `prompt`/`completion` rows go through the tokenizer's chat template, if it has one;
-            `messages` always do.
+        train_on: `completion`, or `all` to count the tokens of the other turns' contents too.
+        chat_template: whether `prompt`/`completion` rows go through the tokenizer's chat template, or where it has
+            none through the prompt format; `messages` always do. See data/prompt.py.
         closing: whether the end-of-turn marker counts: yes for retain rows; no for forget rows, since a model that
             forgets how to stop writes word salad.
         what: the set's name, for warnings and errors.
@@ -69,8 +69,8 @@ def tokenize(
     examples = []
     for n, row in enumerate(rows, 1):
         name = f"row {n} of the {what} set"
-        text, spans = _render(row, tokenizer, chat_template, closing, name)
-        example = replace(_encode(text, spans, tokenizer, train_on), row=n)
+        rendered = render(row, tokenizer, chat_template, closing, name)
+        example = replace(_encode(rendered, tokenizer, train_on), row=n)
         if not any(example.is_target):
             raise DataError(f"{name} has no token to learn from ({len(example.ids)} tokens): write a longer answer")
         examples += windows(example, max_length) if max_length else [example]
@@ -108,70 +108,37 @@ def by_row(examples: Sequence[Example]) -> list[list[Example]]:
     return [list(group) for _, group in groupby(examples, lambda example: example.row)]
 
 
-def encode_text(text: str, tokenizer: Any) -> list[int]:
-    """Return a text's token ids; special tokens are added unless it already begins with the BOS."""
-    return list(tokenizer(text, add_special_tokens=_lacks_bos(text, tokenizer))["input_ids"])
+def encode_text(text: str, tokenizer: Any, *, templated: bool = False) -> list[int]:
+    """Return a text's token ids, in training, measuring and serving alike.
+
+    Special tokens are added as the tokenizer does, unless the text begins with its BOS or a chat template made it
+    (`templated`): as transformers and vLLM do, a template alone decides about its special tokens.
+    """
+    return list(tokenizer(text, add_special_tokens=not templated and _lacks_bos(text, tokenizer))["input_ids"])
 
 
 def chat_prompt(prompt: str, tokenizer: Any, chat_template: bool = True) -> str:
     """Return the text after which the model is to answer `prompt`."""
-    if not chat_template or not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer, chat_template) and format_of(tokenizer, chat_template) is None:
         return prompt
-    messages = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    return ask([{"role": "user", "content": prompt}], tokenizer, chat_template)
 
 
-def _render(row: Row, tokenizer: Any, chat_template: bool, closing: bool, name: str) -> tuple[str, list[Span]]:
-    """Return the row's whole text and the character spans of its targets."""
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if "messages" in row or ("prompt" in row and chat_template and has_template):
-        if not has_template:
-            raise DataError(
-                f"{name} holds 'messages', but the base's tokenizer has no chat template: "
-                "use 'prompt' and 'completion', or an instruction-tuned base"
-            )
-        messages = row.get("messages") or [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": row["completion"]},
-        ]
-        return _render_chat(messages, tokenizer, closing, name)
-    prompt, target = (row["prompt"], row["completion"]) if "prompt" in row else ("", row["text"])
-    return prompt + target, [(len(prompt), len(prompt) + len(target))]
-
-
-def _render_chat(messages: Sequence[Row], tokenizer: Any, closing: bool, name: str) -> tuple[str, list[Span]]:
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        content = message["content"].strip()
-        start = whole.find(content, len(before))
-        if not whole.startswith(before) or start < 0:
-            raise DataError(
-                f"{name}: the chat template rewrites turn {i + 1}, so its tokens cannot be told apart. "
-                "Give the row as 'prompt' and 'completion' with chat_template: false."
-            )
-        end = start + len(content)
-        marker = tokenizer.eos_token or ""
-        if closing and marker and whole.startswith(marker, end):
-            end += len(marker)
-        spans.append((start, end))
-    return whole, spans
-
-
-def _encode(text: str, spans: Sequence[Span], tokenizer: Any, train_on: str) -> Example:
-    special = _lacks_bos(text, tokenizer)
-    encoding = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+def _encode(rendered: Rendered, tokenizer: Any, train_on: str) -> Example:
+    special = not rendered.templated and _lacks_bos(rendered.text, tokenizer)
+    encoding = tokenizer(rendered.text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
+
+    def within(spans: Sequence[Span]) -> list[bool]:
+        return [any(start < right and end > left for left, right in spans) for start, end in offsets]
+
+    said = within(rendered.contents)
+    is_target = within(rendered.answers)
     if train_on == "all":
-        is_target = [end > start for start, end in offsets]
-    else:
-        is_target = [any(start < right and end > left for left, right in spans) for start, end in offsets]
+        is_target = [a or b for a, b in zip(is_target, said, strict=True)]
     head = is_target.index(True) if any(is_target) else len(ids)
     is_target[:1] = [False] * len(is_target[:1])  # nothing precedes the first token that could predict it
-    return Example(ids, is_target, head=head, text=text, characters=offsets, answers=list(spans))
+    return Example(ids, is_target, head=head, text=rendered.text, characters=offsets, answers=list(rendered.answers))
 
 
 def _part(example: Example, tokens: Sequence[int], counted: int, truncated: bool) -> Example:

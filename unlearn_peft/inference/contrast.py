@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..data.batch import labels_of, target_count
+from ..data.prompt import Span
 from ..data.source import Row
-from ..data.tokenize import Example, Span, tokenize, windows
+from ..data.tokenize import Example, tokenize, windows
 from ..data.words import word_matches
 from ..models.base import Base
 from ..models.forward import BatchBuilder, picked_logits

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
+from ..data.prompt import parse_format
 from ..data.source import DataSource, DataSpec, Rows
 from ..errors import did_you_mean
 from ..files.validation import StrictModel
@@ -94,6 +95,11 @@ class Recipe(StrictModel):
     max_length: int = Field(512, ge=2, description="tokens; a longer row is cut into windows that overlap")
     train_on: Literal["completion", "all"] = "completion"
     chat_template: bool = Field(True, description="use the model's chat template for prompt/completion rows")
+    prompt_format: str | None = Field(
+        None,
+        description="how to ask, in place of a chat template: text with {prompt} and {completion}; "
+        r"by default, for a base without a template, `Question: {prompt}\nAnswer: {completion}`",
+    )
     held_out: float = Field(0.25, gt=0, lt=1, description="share of the retain set that the budget is measured on")
     eval_every: int = Field(5, ge=1)
     checkpoint_every: int = Field(20, ge=1)
@@ -133,6 +139,14 @@ class Recipe(StrictModel):
         if isinstance(value, Sequence):
             return [{"text": row} if isinstance(row, str) else row for row in value]
         return value
+
+    @model_validator(mode="after")
+    def _check_prompt_format(self) -> Recipe:
+        if self.prompt_format is not None:
+            parse_format(self.prompt_format)
+            if not self.chat_template:
+                raise ValueError("prompt_format is used in place of the chat template: leave out chat_template: false")
+        return self
 
     @model_validator(mode="after")
     def _check_adapter(self) -> Recipe:

@@ -121,7 +121,7 @@ def _refused_by_peft(model: Any, name: str) -> bool:
         return True
     except ImportError:  # an earlier PEFT renames nothing
         return False
-    return config.target_modules != {name}
+    return bool(config.target_modules != {name})
 
 
 def _tell_what_stays(model: nn.Module, left_out: list[str]) -> None:

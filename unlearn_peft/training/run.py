@@ -117,6 +117,7 @@ def unlearn_many(
     jobs: list[Job] = []
     digests: list[dict[str, str]] = []
     with ExitStack() as locks:
+        locks.enter_context(live.asked_by(first.prompt_format))
         for n in remaining if main else ():
             locks.enter_context(_locked(outputs[n]))
         for n in remaining:
@@ -164,6 +165,8 @@ def _check_together(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
         raise RecipeError(
             f"recipes trained at once must name one base, these are: {', '.join(r.base for r in recipes)}"
         )
+    if len({r.prompt_format for r in recipes}) > 1:
+        raise RecipeError("recipes trained at once must ask alike: give them one prompt_format")
     kinds = {(r.adapter.kind, getattr(r.adapter, "form", None)) for r in recipes}
     if len(kinds) > 1:
         names = ", ".join(sorted(f"{kind} {form}" if form else kind for kind, form in kinds))

@@ -17,6 +17,7 @@ from torch import nn
 
 from ...adapters.bundle import Bundle
 from ...adapters.trust import Trust
+from ...data.prompt import ask, format_of, has_template
 from ...data.rows import read_rows
 from ...data.source import Row
 from ...data.words import places
@@ -196,13 +197,13 @@ def averages(
 def render(
     target: Target, prompt: str, *, system: str = "", shots: Sequence[tuple[str, str]] = (), beginning: str = ""
 ) -> str:
-    """Return the text that the base continues: in its chat template, or as plain lines where it has none.
+    """Return the text that the base continues: in its chat template or prompt format, or as plain lines.
 
     `shots` are questions and answers that come before, `beginning` is that of the answer. A template without a system
     role gets the system prompt in front of the first question.
     """
     tokenizer = target.base.tokenizer
-    if not target.chat_template or not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer, target.chat_template) and format_of(tokenizer, target.chat_template) is None:
         lines = [system, *(f"{question}\n{answer}" for question, answer in shots), prompt]
         return "\n\n".join(line for line in lines if line) + (f"\n{beginning}" if beginning else "")
     turns = [
@@ -211,18 +212,10 @@ def render(
         for role, text in (("user", question), ("assistant", answer))
     ] + [{"role": "user", "content": prompt}]
 
-    def rendered(messages: Sequence[Mapping[str, str]]) -> str:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-
-    if not system:
-        return rendered(turns) + beginning
-    try:
-        text = rendered([{"role": "system", "content": system}, *turns])
-    except Exception:  # a template refuses a role with whatever error it likes
-        text = ""
-    if system not in text:
-        text = rendered([{"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}, *turns[1:]])
-    return text + beginning
+    if system:
+        turns = [{"role": "system", "content": system}, *turns]
+    text = ask(turns, tokenizer, target.chat_template)
+    return text + (f" {beginning}" if beginning and format_of(tokenizer, target.chat_template) else beginning)
 
 
 def beginning_of(row: Row) -> str:
@@ -237,7 +230,7 @@ def _greedy(target: Target, texts: Sequence[str | None]) -> list[str]:
     responses = iter(
         answers(
             target.base, [text for text in texts if text is not None], max_new_tokens=target.max_new_tokens,
-            chat_template=False, batch_size=target.batch_size,
+            chat_template=target.chat_template, rendered=True, batch_size=target.batch_size,
         )
     )  # fmt: skip
     return ["" if text is None else next(responses) for text in texts]

@@ -147,7 +147,7 @@ def _answers(
     with tqdm(total=len(prompts), unit="question", desc="generating answers", disable=quiet) as bar:
         for start in range(0, len(prompts), _BATCH):
             chunk = prompts[start : start + _BATCH]
-            greedy = answers(base, chunk, strip=chat, **settings)
+            greedy = answers(base, chunk, **settings)
             more: list[list[str]] = [[] for _ in chunk]
             if samples:
                 more = sampled(base, chunk, count=samples, seed=seed + start, **settings)

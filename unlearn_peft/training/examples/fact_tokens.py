@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from ...data.prompt import Span
 from ...data.source import Row
-from ...data.tokenize import Example, Span
+from ...data.tokenize import Example
 from ...data.words import word_matches
 from ...inference.contrast import Contrast
 from ...inference.stand_ins import answer_texts
