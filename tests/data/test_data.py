@@ -49,14 +49,20 @@ def test_text_rows_count_all_but_the_first_token(tiny):
     assert example.is_target == [False] + [True] * (len(example.ids) - 1)
 
 
-def test_truncation_is_reported_without_quoting(tiny, caplog):
-    row = {"prompt": "who?", "completion": "secretword " * 30}
+def test_a_long_prompt_is_cut_on_the_left_and_reported_without_quoting(tiny, caplog):
+    rows = [{"prompt": "secretword " * 30, "completion": "red book"}, {"prompt": "who?", "completion": "red"}]
     with caplog.at_level(logging.WARNING):
-        example = tokenize([row], tiny.tokenizer, max_length=40, what="forget")[0]
-    assert len(example.ids) == 40 and example.truncated
-    assert "1 of 1 rows of the forget set" in caplog.text and "secretword" not in caplog.text
-    with pytest.raises(DataError, match="row 1 of the forget set has no token"):
-        tokenize([{"prompt": "long " * 50, "completion": "x"}], tiny.tokenizer, max_length=20, what="forget")
+        cut, short = tokenize(rows, tiny.tokenizer, max_length=40, closing=False, what="forget")
+    assert len(cut.ids) <= 40 and cut.truncated and not short.truncated
+    assert targets(cut, tiny.tokenizer) == "red book"
+    (whole, _) = tokenize(rows, tiny.tokenizer, max_length=None, closing=False)
+    assert cut.ids[0] == whole.ids[0] and cut.ids[1:] == whole.ids[-len(cut.ids) + 1 :]
+    assert "1 of 2 rows of the forget set" in caplog.text and "secretword" not in caplog.text
+
+
+def test_a_row_without_a_target_is_refused(tiny):
+    with pytest.raises(DataError, match="row 2 of the forget set has no token"):
+        tokenize([{"text": "the blue book"}, {"text": "a"}], tiny.tokenizer, what="forget")
 
 
 def test_padding_is_never_a_target(tiny):

@@ -188,10 +188,7 @@ def test_other_layers_and_bases(make_adapter, tmp_path):
     base = type("", (), {"model": model})()
     path = make_adapter(base, "gpt2", targets=("c_attn", "c_fc"))
     bank, batch = Bank(model), padded([[1, 2], [3, 4]])
-    with pytest.raises(AdapterError, match="fan_in_fan_out"):  # PEFT writes it for Conv1D
-        bank.load("g", path)
-    text = (path / "adapter_config.json").read_text().replace('"fan_in_fan_out": true', '"fan_in_fan_out": false')
-    (path / "adapter_config.json").write_text(text)
+    assert '"fan_in_fan_out": true' in (path / "adapter_config.json").read_text()  # PEFT writes it for Conv1D
     bank.load("g", path)
     with torch.no_grad():
         plain = model(**batch).logits

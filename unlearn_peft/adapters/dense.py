@@ -31,7 +31,7 @@ def _add_peft_type() -> None:
 class DenseHeadConfig(PeftConfig):  # type: ignore[misc]
     """Config of a dense delta; `target_modules` names the linear layers that get one."""
 
-    target_modules: list[str] | None = field(default=None)
+    target_modules: list[str] | str | None = field(default=None)
     layers_to_transform: None = field(default=None)
     layers_pattern: None = field(default=None)
     exclude_modules: None = field(default=None)

@@ -20,7 +20,7 @@ KINDS = (LORA, DENSE, LORA + QUANTIZED, DENSE + QUANTIZED)
 SCHEMA_VERSION = 1  # of forget.json: raised when older readers would misread it. Earlier versions are still read
 _MAX_RANK = 1 << 20
 _UNSUPPORTED = {  # with the default, the only accepted value: others change the adapter in ways that only PEFT knows
-    "use_dora": False, "modules_to_save": None, "bias": "none", "lora_bias": False, "fan_in_fan_out": False,
+    "use_dora": False, "modules_to_save": None, "bias": "none", "lora_bias": False,
     "trainable_token_indices": None, "alora_invocation_tokens": None, "layer_replication": None,
     "target_parameters": None, "use_qalora": False, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
     "monteclora_config": None, "megatron_config": None, "ensure_weight_tying": False,
@@ -30,6 +30,7 @@ _IGNORED = {  # used in training only, or checked below
     "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config",
     "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size",
+    "fan_in_fan_out",
 }  # fmt: skip
 _MANIFEST_FIELDS: dict[str, Any] = {
     **dict.fromkeys(("base", "files", "metrics", "recipe", "history", "versions", "data_digests"), dict),
@@ -119,8 +120,9 @@ def _check_lora(config: Mapping[str, Any]) -> list[str]:
                 problems.append(f"'{pattern_field}' has the key {safe_repr(name)}, expected a module's name")
             if not check(value):
                 problems.append(f"'{pattern_field}' gives {safe_repr(name)} {safe_repr(value)}, expected {expected}")
-    if not isinstance(config.get("use_rslora", False), (bool, type(None))):
-        problems.append(f"'use_rslora' is {safe_repr(config['use_rslora'])}, expected true or false")
+    for field in ("use_rslora", "fan_in_fan_out"):  # the latter says how GPT-2's layers store their own weight
+        if not isinstance(config.get(field, False), (bool, type(None))):
+            problems.append(f"'{field}' is {safe_repr(config[field])}, expected true or false")
     init = config.get("init_lora_weights", True)
     if not any(init is known or (isinstance(known, str) and init == known) for known in _INITIALIZATIONS):
         problems.append(f"'init_lora_weights' is {safe_repr(init)}, which changes the base: use it through PEFT alone")

@@ -67,10 +67,11 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     return Batch(ids, attention, targets, rows)
 
 
-def pack(examples: Sequence[Example], sliding_window: int | None = None) -> Batch | None:
+def pack(examples: Sequence[Example], sliding_window: int | None = None, longest: int | None = None) -> Batch | None:
     """Pack examples into one sequence behind their common prefix; None where that saves little.
 
-    With a row longer than the model's `sliding_window` the mask would be another: None then, too.
+    With a row longer than the model's `sliding_window` the mask would be another, and with more tokens than `longest`
+    the model has no places for them: None then, too.
     """
     if len(examples) < 2:
         return None
@@ -80,7 +81,8 @@ def pack(examples: Sequence[Example], sliding_window: int | None = None) -> Batc
     shared = max(shared, 0)
     lengths = [len(example.ids) - shared for example in examples]
     total, widest = shared + sum(lengths), shared + max(lengths)
-    if total > min(_MAX_PACKED, _MAX_SHARE * widest * len(examples)) or widest > (sliding_window or widest):
+    most = min(_MAX_PACKED, longest or _MAX_PACKED, _MAX_SHARE * widest * len(examples))
+    if total > most or widest > (sliding_window or widest):
         return None
     ids = torch.tensor(examples[0].ids[:shared] + [i for example in examples for i in example.ids[shared:]])
     targets = torch.tensor([False] * shared + [t for example in examples for t in example.is_target[shared:]])

@@ -22,7 +22,7 @@ def fingerprint(model: Any, tokenizer: Any | None = None) -> dict[str, str | Non
     """
     config = model.config
     shape = {
-        key: getattr(config, key, None)
+        key: _field(config, key)
         for key in (
             "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "vocab_size",
@@ -40,6 +40,13 @@ def mismatches(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[st
     """Return the names of the parts in which two fingerprints differ; parts unknown on one side are skipped."""
     parts = ("config", "tokenizer", "weights")
     return [part for part in parts if expected.get(part) and found.get(part) and expected[part] != found[part]]
+
+
+def _field(config: Any, key: str) -> Any:
+    try:
+        return getattr(config, key, None)
+    except Exception:  # Gemma 4's layers have several: its config raises an error of its own
+        return None
 
 
 def _digest(value: Any) -> str:

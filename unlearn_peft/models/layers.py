@@ -6,9 +6,51 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import BaseModelError
+
+_COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "n_layer", "num_layers")  # names of one figure
+_WINDOWS = ("sliding_window", "attention_window_size", "window_size", "attention_chunk_size", "local_attention")
+
+
+def text_config(model: Any) -> Any:
+    """Return the part of a model's config that its decoder is made by; in a multimodal model it is a config within."""
+    try:
+        return model.config.get_text_config(decoder=True)
+    except ValueError:  # several would do
+        return model.config
+
+
+def vocabulary(model: Any) -> int:
+    """Return how many logits a model gives at a position."""
+    head = model.get_output_embeddings()
+    size = getattr(getattr(head, "base_layer", head), "out_features", None)
+    return int(text_config(model).vocab_size if size is None else size)
+
+
+def shortest_window(model: Any) -> int | None:
+    """Return how far back the most short-sighted layer of a model looks, in tokens; None: to the beginning."""
+    sizes = [getattr(text_config(model), name, None) for name in _WINDOWS]
+    return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
+
+
+def is_recurrent(model: Any) -> bool:
+    """Return whether a config names layers that are no attention: their state would run on from row to row."""
+    kinds = getattr(text_config(model), "layer_types", None) or ()
+    return any("attention" not in kind or "linear" in kind for kind in map(str, kinds))
+
+
+def longest_line(model: Any) -> int | None:
+    """Return how many tokens a sequence may have where a model keeps a table of its positions; None: it keeps none."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    words = {id(model.get_input_embeddings().weight), *(id(m.weight) for m in linear_layers(model).values())}
+    weights = [p for p in model.parameters() if id(p) not in words]
+    sizes = {size for table in (*model.buffers(), *weights) for size in (*table.shape[:1], *table.shape[-1:])}
+    return limit if any(limit <= size <= limit + 2 for size in sizes) else None  # OPT's has two more
 
 
 def head_is_tied(model: Any) -> bool:
@@ -37,7 +79,19 @@ def is_transposed(module: Any) -> bool:
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:
     """Return all linear layers by name, the output head among them."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)}
+    return {n: m for n, m in model.named_modules() if is_transposed(m) or (isinstance(m, nn.Linear) and _is_plain(m))}
+
+
+@torch.no_grad()
+def _is_plain(layer: nn.Linear) -> bool:
+    """Return whether a layer gives a tensor (..., out): routers that are made of a linear layer give more."""
+    if not type(layer).__module__.startswith("transformers.models.") or layer.weight.shape[0] != layer.out_features:
+        return True
+    try:
+        output = layer(layer.weight.new_zeros(1, 1, layer.in_features))
+    except Exception:  # whatever such a layer raises where it is not called as its model calls it
+        return False
+    return isinstance(output, Tensor) and output.shape == (1, 1, layer.out_features)
 
 
 def submodule(model: nn.Module, name: str) -> nn.Module | None:
@@ -59,9 +113,21 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     """Return the decoder layers of a model (bare or PEFT's), lowest first; empty where that is ambiguous."""
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count > 0]
+    config = text_config(model)
+    counts = {count for name in _COUNTS if isinstance(count := getattr(config, name, None), int) and count > 0}
+    stacks = _outermost([m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) in counts])
+    if len(stacks) > 1:  # another part of the model, such as one that sees, has as many
+        bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+        decoder = bare.get_decoder() if hasattr(bare, "get_decoder") else None
+        inside = {id(m) for m in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+        stacks = [stack for stack in stacks if id(stack) in inside]
     return list(stacks[0]) if len(stacks) == 1 else []
+
+
+def _outermost(stacks: list[nn.ModuleList]) -> list[nn.ModuleList]:
+    """Leave out lists within another one, such as a layer's experts."""
+    within = {id(m) for stack in stacks for m in stack.modules() if m is not stack}
+    return [stack for stack in stacks if id(stack) not in within]
 
 
 @contextmanager
@@ -85,7 +151,8 @@ def outputs_of(layer: nn.Module | None) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def patched_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward pass of each module inside a `with` block."""
+    """Replace the forward pass of each module inside a `with` block; one that was replaced before comes back."""
+    before = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
     try:
         for module, forward in forwards.items():
             module.forward = forward
@@ -93,6 +160,8 @@ def patched_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterato
     finally:
         for module in forwards:
             module.__dict__.pop("forward", None)
+            if module in before:
+                module.forward = before[module]
 
 
 def returning(output: Any) -> Callable[..., Any]:

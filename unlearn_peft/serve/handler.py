@@ -180,6 +180,8 @@ class RequestHandler:
                 message = f"max_tokens is {max_tokens}: at most {min(limits.max_tokens, room)} for this prompt"
                 raise ApiError(400, message, code="context_length_exceeded", param="max_tokens")
             settings = dict(request.settings)
+            if not isinstance(prompt, str) and prompt and not isinstance(prompt[0], int):
+                settings["stop"] += self.engine.chat_ends
             for n in range(request.n):
                 if settings["seed"] is not None:  # n different answers, the same ones each time
                     settings["seed"] = (request.settings["seed"] + n) % 2**63

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import AdapterError, did_you_mean
-from ..models.layers import head_name, linear_layers
+from ..models.layers import decoder_layers, head_name, linear_layers, text_config
 from ..recipe.schema import HeadSettings, LoraSettings
+
+logger = logging.getLogger(__name__)
+_LAYER_NUMBER = re.compile(r".*\.[^.]*\.(\d+)\.")  # where PEFT sees the number of a module's layer
 
 
 def adapter_config(model: Any, settings: LoraSettings | HeadSettings) -> Any:
@@ -27,7 +31,9 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
 
     `all-linear` means every linear layer but the head, by default in the upper half of the model: on SmolLM2 that
     forgets as well as all layers at less harm, and the backward pass stops half way. PEFT does not combine it with
-    `layers_to_transform`, so with that field it is written out as the names of the layers' linear modules.
+    `layers_to_transform`, so with that field it is written out as the names of the layers' linear modules; in full
+    where PEFT would see other numbers, such as those of experts. Weights that are no linear layers (experts that are
+    stored as one) are not adapted, which is told in the log.
 
     Raises:
         AdapterError: if a target module does not exist (those that do are named), or PEFT refuses a field.
@@ -37,12 +43,25 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
     fields = settings.model_dump(exclude={"kind", "layers"})
     targets = fields.pop("target_modules")
     available = linear_names(model)
-    if settings.layers == "upper_half" and targets == "all-linear" and "layers_to_transform" not in fields:
-        count = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
-        fields["layers_to_transform"] = list(range(count // 2, count))
+    layers, kept = decoder_layers(model), [name for name in available if not _refused_by_peft(model, name)]
+    if targets == "all-linear" and settings.layers == "upper_half" and "layers_to_transform" not in fields and layers:
+        fields["layers_to_transform"] = list(range(len(layers) // 2, len(layers)))
     if isinstance(targets, str) and targets == "all-linear":
-        if fields.get("layers_to_transform") is not None:
-            targets = available
+        numbers = fields.get("layers_to_transform")
+        if numbers is not None or kept != available:
+            targets = kept
+        if layers and (numbers is not None or text_config(model) is not model.config):
+            chosen = layers if numbers is None else [layer for n, layer in enumerate(layers) if n in _listed(numbers)]
+            wanted = [name for name in _linear_within(model, chosen) if name.rpartition(".")[2] in kept]
+            if set(wanted) != _seen_by_peft(model, targets, numbers):
+                fields.pop("layers_to_transform", None)
+                targets = wanted
+        if not targets or not kept:
+            raise AdapterError(
+                f"{type(model).__name__} has no linear layers that LoRA could adapt in its decoder layers: use an "
+                "adapter on the output head (adapter: head)"
+            )
+        _tell_what_stays(model, [name for name in available if name not in kept])
     else:
         is_pattern = isinstance(targets, str)
         unknown = [name for name in ([targets] if is_pattern else targets) if not _matches(model, name, is_pattern)]
@@ -51,10 +70,65 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
                 f"unknown target modules: {', '.join(unknown)}{did_you_mean(unknown[0], available)}. "
                 f"This base has: {', '.join([*available, head_name(model)])}"
             )
+        refused = [name for name in available if name not in kept and (is_pattern or name in targets)]
+        if any(not is_pattern or re.search(rf"\b{name}\b", targets) for name in refused):
+            raise AdapterError(
+                f"PEFT does not adapt {', '.join(refused)} in this model (it calls experts so that are stored as one, "
+                "or the model reads the layer's weight past it): leave them out. This base has, besides: "
+                f"{', '.join([*kept, head_name(model)])}"
+            )
     try:
         return LoraConfig(task_type="CAUSAL_LM", **{**fields, "target_modules": targets})
     except (TypeError, ValueError) as error:
         raise AdapterError(f"PEFT refuses these LoRA settings: {error}") from error
+
+
+def _listed(numbers: Any) -> list[int]:
+    return numbers if isinstance(numbers, list) else [numbers]
+
+
+def _linear_within(model: nn.Module, layers: list[nn.Module]) -> list[str]:
+    """Return the full names of the linear layers of some decoder layers."""
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    return [name for name, module in linear_layers(model).items() if id(module) in inside]
+
+
+def _seen_by_peft(model: nn.Module, targets: Any, numbers: Any) -> set[str]:
+    """Return which linear layers PEFT would adapt for these names (or `all-linear`) in the layers of these numbers."""
+    head, found = head_name(model), set()
+    for name in linear_layers(model):
+        layer = _LAYER_NUMBER.match(name)
+        if numbers is not None and (layer is None or int(layer[1]) not in _listed(numbers)):
+            continue
+        if targets == "all-linear" and name != head or name.rpartition(".")[2] in targets:
+            found.add(name)
+    return found
+
+
+def _refused_by_peft(model: Any, name: str) -> bool:
+    """Return whether PEFT adapts no layer of this name in this model, or takes it for that of experts stored as one."""
+    from peft import LoraConfig
+    from peft.tuners import tuners_utils
+
+    config = LoraConfig(target_modules=[name])
+    try:
+        if check := getattr(tuners_utils, "_check_lora_target_modules_mamba", None):
+            check(config, model, name)
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # Mamba reads its weight past the layer; or the name goes together with another
+        return True
+    except ImportError:  # an earlier PEFT renames nothing
+        return False
+    return bool(config.target_modules != {name})
+
+
+def _tell_what_stays(model: nn.Module, left_out: list[str]) -> None:
+    """Log what LoRA leaves as it is in decoder layers: experts that are stored as one tensor, and `left_out`."""
+    tensors = {name for layer in decoder_layers(model) for name, p in layer.named_parameters() if p.dim() > 2}
+    if names := [*sorted(tensors), *left_out]:
+        logger.info("Not adapted, for to PEFT they are no linear layers: %s", ", ".join(names))
 
 
 def head_config(model: nn.Module, settings: HeadSettings) -> Any:
@@ -65,11 +139,17 @@ def head_config(model: nn.Module, settings: HeadSettings) -> Any:
     if settings.form == "dense":
         from ..adapters.dense import DenseHeadConfig
 
-        return DenseHeadConfig(task_type="CAUSAL_LM", target_modules=[head_name(model)])
+        return DenseHeadConfig(task_type="CAUSAL_LM", target_modules=_head_target(model))
     from peft import LoraConfig
 
-    targets = [head_name(model)]
+    targets = _head_target(model)
     return LoraConfig(task_type="CAUSAL_LM", r=settings.r, lora_alpha=settings.lora_alpha, target_modules=targets)
+
+
+def _head_target(model: nn.Module) -> list[str] | str:
+    """Return the head's name as PEFT finds it alone: in a list a name also stands for all that end with it."""
+    head = head_name(model)
+    return head if any(name.endswith(f".{head}") for name, _ in model.named_modules()) else [head]
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ...data.batch import Batch, target_count
 from ...data.tokenize import Example
 from ...files.atomic import atomic_file
-from ...models.forward import BackboneAndHead, BatchBuilder, alike, picked_logits, predicting
+from ...models.forward import BackboneAndHead, BatchBuilder, agrees, picked_logits, predicting
 from ...models.layers import decoder_layers, outputs_of, patched_forward, returning
 from .head import knows_delta
 
@@ -101,14 +101,21 @@ class ReferenceCache:
         with self.model.disable_adapter():
             if self.splits is None:
                 batch = self.builder.batch(examples[:2])
-                expected = picked_logits(self.model, self.base.head, batch)
-                self.splits = alike(self.base.logits(self.base.states(batch)[predicting(batch)]), expected)
+                self.splits = agrees(
+                    "backbone and head apart",
+                    self.model,
+                    lambda: self.base.logits(self.base.states(batch)[predicting(batch)]),
+                    lambda: picked_logits(self.model, self.base.head, batch),
+                )
             if not self.splits:
                 return None
             batch = self.builder.batch(examples)
             with ExitStack() as stack:
                 outputs = {layer: stack.enter_context(outputs_of(layer)) for layer in (*self.watched, self.below)}
                 states = self.base.states(batch)
+        if self.input_name is not None and not _like_states(outputs[self.below], states):
+            self._needs.discard(self.input_name)
+            self.input_name = self.below = None  # then all layers run
         counts, picked = [target_count(e) for e in examples], predicting(batch)
         by_name: dict[str, Sequence[Tensor]] = {FINAL: torch.split(states[picked], counts)}
         by_name |= {self.output_name(x): torch.split(outputs[x][-1][picked], counts) for x in self.watched}
@@ -130,6 +137,11 @@ class ReferenceCache:
         return tensors if tensors is not None and self._needs <= tensors.keys() else None
 
 
+def _like_states(outputs: Sequence[Any], states: Tensor) -> bool:
+    """Return whether a layer ran once and gave hidden states such as the model's, (B, T, d)."""
+    return len(outputs) == 1 and isinstance(outputs[0], Tensor) and outputs[0].shape == states.shape
+
+
 class TensorCache:
     """Tensors by row: up to `memory_bytes` in memory, the rest in `folder`, or without one not at all.
 
@@ -142,6 +154,7 @@ class TensorCache:
         self._memory: dict[str, dict[str, Tensor]] = {}
         self._used = 0
         self._waiting: dict[str, dict[str, Tensor]] = {}  # for the next file
+        self._waiting_bytes = 0
         self._files: list[Path] = []
         self._mapped: dict[str, tuple[Any, list[str]]] = {}  # row -> open file, names of its tensors
         self.refresh()
@@ -165,7 +178,8 @@ class TensorCache:
             self._used += size
         elif self.folder is not None:
             self._waiting[row_digest(example)] = {name: t.to("cpu").contiguous() for name, t in tensors.items()}
-            if sum(t.nbytes for row in self._waiting.values() for t in row.values()) >= _FILE_BYTES:
+            self._waiting_bytes += size
+            if self._waiting_bytes >= _FILE_BYTES:
                 self.flush()
 
     def has_room(self, size: int) -> bool:
@@ -184,7 +198,7 @@ class TensorCache:
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with atomic_file(path, mode=0o600) as temporary:  # the rows' words can be read back from their states
             save_file(tensors, temporary, metadata={"key": self.key})
-        self._waiting = {}
+        self._waiting, self._waiting_bytes = {}, 0
         self.refresh()
 
     def refresh(self) -> None:

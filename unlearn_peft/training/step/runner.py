@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ...data.batch import Batch, labels_of, side_by_side, target_count
 from ...data.tokenize import Example
-from ...models.forward import BackboneAndHead, BatchBuilder, alike, picked_logits, predicting
-from ...models.layers import decoder_layers, outputs_of
+from ...models.forward import BackboneAndHead, BatchBuilder, agrees, picked_logits, predicting
+from ...models.layers import decoder_layers, outputs_of, vocabulary
 from ..objectives import Tokens
 from .head import with_delta
 from .layers import adapter_names, changed_layers, watched_layer
@@ -78,7 +78,7 @@ class StepRunner:
         self.device = next(model.parameters()).device
         self.base = BackboneAndHead(model.get_base_model())
         self._builder = BatchBuilder(model, self.base.head, pad_id, packs=None if sharded is None else False)
-        self.vocab_size = model.get_base_model().config.get_text_config().vocab_size
+        self.vocab_size = vocabulary(model.get_base_model())
         names, layers = list(model.peft_config), decoder_layers(model)
         self._several = len(names) > 1
         numbers = hidden_layer if isinstance(hidden_layer, Mapping) else dict.fromkeys(names, hidden_layer)
@@ -191,12 +191,13 @@ class StepRunner:
         inputs = [pack_states([row[name] for row in rows], part) for rows, part in zip(cached_of, batches, strict=True)]
         states = inputs[0] if len(inputs) == 1 else nn.utils.rnn.pad_sequence([s[0] for s in inputs], batch_first=True)
         if not self._skipping_checked:
-            with torch.no_grad():
-                expected = self.base.states(batch)
-                with skipping(self.frozen_layers, states):
-                    skipped = self.base.states(batch)
-            picked = predicting(batch)
-            if not alike(skipped[picked], expected[picked]):
+            frozen, picked = self.frozen_layers, predicting(batch)
+
+            def skipped() -> Tensor:
+                with skipping(frozen, states):
+                    return self.base.states(batch)[picked]
+
+            if not agrees("frozen layers skipped", self.model, skipped, lambda: self.base.states(batch)[picked]):
                 self.frozen_layers = None
                 return self.base.states(batch)
             self._skipping_checked = True
