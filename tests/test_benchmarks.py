@@ -137,6 +137,7 @@ def test_the_subjects_are_whole(benchmarks):
         assert not any(leaked(row["prompt"], row["leak"]) for row in language["probes"]), path.name
 
 
+@pytest.mark.long
 def test_subjects_and_languages_run(benchmarks, tiny_folder, tmp_path, monkeypatch, capsys):
     import languages
     import subjects
