@@ -186,8 +186,7 @@ def test_training_sees_all_of_a_long_row(tiny, fields, refusals):
     assert all(bool(e.refusal) == refusals for e in sets.forget)
     kept = Counter(counted([*sets.retain, *sets.held_out]))  # the base's own answers are there, too
     assert kept >= Counter(counted(tokenize(rows["retain"], tiny.tokenizer, max_length=None)))
-    windows_of = [sum(len(e.ids) == 128 for e in part) for part in (sets.retain, sets.held_out)]
-    assert min(windows_of) == 0 < max(windows_of)  # a row is held out whole
+    assert not {e.text for e in sets.retain} & {e.text for e in sets.held_out}  # a row is held out whole
     before = logits(tiny)
     unlearn(tiny, **given)
     assert torch.equal(logits(tiny), before)
