@@ -121,7 +121,7 @@ def test_neighbours_answers_are_compared_with_the_bases_own(tiny, make_adapter, 
         said = answers(tiny, prompts, max_new_tokens=32, batch_size=8)
     facts = [meaning.facts_in(*pair) for pair in zip(prompts, bare, strict=True)]
     assert said != bare and now.value == meaning.says_all(facts, said).mean()
-    assert asked == [prompts, prompts]  # once for its own answers and once for the rows', not in each state
+    assert asked == [prompts]  # once, not in each state
 
 
 def test_tofu_generates_as_many_tokens_as_open_unlearning(tiny, make_adapter, monkeypatch):

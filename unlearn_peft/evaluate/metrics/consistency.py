@@ -1,6 +1,8 @@
 """Does an answer still say the same, and is it right? Decided by words, without a model to judge it.
 
-Which characters of an answer carry its facts, the bare base tells (`inference/contrast.py`); they come in as spans.
+The same: it has all the words of the base's first sentence that the question does not say. That is strict: another
+wording counts as a change, but no name can change unseen. Right: it has the words of the gold answer that carry the
+facts, which the bare base tells (`inference/contrast.py`); they come in as spans.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ _LABELS = {
     "retain_knowledge_memorization": "Knowledge memorization of the retain rows (KnowMem)",
     "retain_kl": "KL to the base on the retain rows",
     "neighbours_kl": "KL to the base on the neighbours",
-    "neighbours_unchanged": "Neighbours whose answer names the same as before",
+    "neighbours_unchanged": "Neighbours whose answer says the same as before",
     "neighbours_right": "Neighbours whose answer has all that their row names",
     "free_text_kl": "KL to the base on free text",
     "repetition": "Repetition in its answers",

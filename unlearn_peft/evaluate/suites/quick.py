@@ -41,15 +41,11 @@ def take_reference(
         pairs = question_answer_pairs(rows["neighbours"])
         with adapters_off(base):
             own = neighbour_responses(base, rows["neighbours"], **options)
-            answered = [(question, text) for (question, _), text in zip(pairs, own, strict=True)]
-            said = _facts(base, answered, chat_template)
-            reference["neighbours"] = replace(near, said=said, gold=_facts(base, pairs, chat_template))
+            spans = fact_spans(base, pairs, chat_template=chat_template)
+        said = [facts_in(question, text) for (question, _), text in zip(pairs, own, strict=True)]
+        gold = [facts_in(*pair, of_pair) for pair, of_pair in zip(pairs, spans, strict=True)]
+        reference["neighbours"] = replace(near, said=said, gold=gold)
     return reference
-
-
-def _facts(base: Base, pairs: Sequence[tuple[str, str]], chat_template: bool) -> list[set[str]]:
-    spans = fact_spans(base, pairs, chat_template=chat_template)
-    return [facts_in(*pair, of_pair) for pair, of_pair in zip(pairs, spans, strict=True)]
 
 
 def measure(
