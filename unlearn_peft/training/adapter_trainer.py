@@ -166,7 +166,7 @@ class AdapterTrainer:
     def evaluate(self, runner: StepRunner) -> dict[str, float]:
         """Measure the forget set and the held-out retain rows, or a sample of many; keep the step if it is the best.
 
-        A step that forgets less than the bare base is never kept.
+        With a budget, a step that forgets less than the bare base is never kept.
         """
         forget_loss, specific_loss, score, probability = self._forget_figures(runner)
         kl = self._mean_kl(runner, self._held)
@@ -179,7 +179,8 @@ class AdapterTrainer:
         within = budget is None or kl <= budget  # too few rows to hold any out: measured on what is trained on
         # Without a budget the last step is kept; with one, the last within it that forgets about as much as the best:
         # as the learning rate falls, what was harmed on the way recovers.
-        if within and score >= progress.start_score and (budget is None or score >= _NEAR_BEST * progress.best_score):
+        least = max(progress.start_score, _NEAR_BEST * progress.best_score)
+        if within and (budget is None or score >= least):
             progress.best_step, progress.best_score = self.step, max(score, progress.best_score)
             self.best = to_cpu(self.parameters)
         stop = self.recipe.objective.stop_when

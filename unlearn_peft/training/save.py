@@ -51,6 +51,11 @@ def save_adapter(
         write_card(folder, manifest)
     metrics = metrics_of(trained)
     logger.log(logging.WARNING if metrics["not_reached"] else logging.INFO, "%s", rows_told(metrics))
+    if (
+        metrics["forget_loss"] < metrics["forget_loss_base"]
+        and metrics["specific_loss"] < metrics["specific_loss_base"]
+    ):
+        logger.warning("The kept step forgets less than the base: its loss on the forget rows is lower")
     if progress.best_step == 0:
         budget = recipe.objective.retain_budget
         within = "" if budget is None else f" within the retain budget of {budget:g} nats/token"
