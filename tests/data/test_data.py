@@ -136,3 +136,34 @@ def test_real_tokenizer_masks_the_answer(smol):
     assert targets(example, smol.tokenizer) == "Jane Austen."
     assert "You are a helpful AI assistant" in smol.tokenizer.decode(example.ids)
     assert torch.tensor(example.is_target).sum() >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "completions"),
+    [
+        ("a.jsonl", '{"prompt": "a", "completion": "1964-08-12"}\n{"prompt": "b", "completion": "2001-03-04"}',
+         ["1964-08-12", "2001-03-04"]),
+        ("a.jsonl", '{"prompt": "a", "completion": 1964}\n\n{"prompt": "b", "completion": "42"}', ["1964", "42"]),
+        ("a.json", '[{"prompt": "a", "completion": "x"},\n {"prompt": "b", "completion": "y"}]', ["x", "y"]),
+        ("a.csv", "prompt,completion\na,NA\nb,None\nc,True\nd,0042\ne,Null\n", ["NA", "None", "True", "0042", "Null"]),
+    ],
+)  # fmt: skip
+def test_text_stays_text_whatever_it_looks_like(tmp_path, name, text, completions):
+    (tmp_path / name).write_text(text)
+    rows = read_rows(DataSpec(path=str(tmp_path / name)), "forget")
+    assert [row["completion"] for row in rows] == completions
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("a.csv", "prompt,completion\na,b\nc,d,Zorblax\n", "row 2: more fields"),
+        ("a.jsonl", '{"prompt": "a", "completion": "b"}\nZorblax\n', "line 2: no JSON"),
+        ("a.jsonl", '"Zorblax"\n', "line 1: expected a JSON object"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named_and_not_quoted(tmp_path, name, text, place):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=place) as caught:
+        read_rows(DataSpec(path=str(tmp_path / name)), "forget")
+    assert "Zorblax" not in str(caught.value)

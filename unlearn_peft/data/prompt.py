@@ -74,7 +74,7 @@ def format_of(tokenizer: Any, chat_template: bool = True) -> PromptFormat | None
 def ask(messages: Sequence[Row], tokenizer: Any, chat_template: bool = True, name: str = "the prompt") -> str:
     """Return the text that the base continues with its answer.
 
-    A template that begins every answer by itself, as reasoning templates do with an empty thought, does so here too:
+    Where a template begins a whole answer with more, as reasoning templates do with an empty thought, so is it here:
     what is asked has the form of what is trained.
 
     Raises:
@@ -86,6 +86,8 @@ def ask(messages: Sequence[Row], tokenizer: Any, chat_template: bool = True, nam
         return "\n".join(str(message["content"]) for message in messages)
     messages = _accepted(messages, tokenizer, name)
     asked = _apply(messages, tokenizer, add_generation_prompt=True)
+    if asked == _apply(messages, tokenizer):
+        return asked  # it begins no answer
     try:
         opening = _apply([*messages, {"role": "assistant", "content": _MARK}], tokenizer).partition(_MARK)[0]
     except Exception:  # a template refuses with whatever error it likes
