@@ -219,9 +219,7 @@ class RequestHandler:
         self._active[call.tenant] -= count
         self._mean_seconds += (time.monotonic() - call.began - self._mean_seconds) / 16
 
-    async def _clean_up(
-        self, call: Call, tasks: list[asyncio.Task[None]], taken: ExitStack, client_gone: bool
-    ) -> None:
+    async def _clean_up(self, call: Call, tasks: list[asyncio.Task[None]], taken: ExitStack, client_gone: bool) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

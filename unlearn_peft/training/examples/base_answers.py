@@ -32,6 +32,7 @@ _MAX_STAND_INS = 64
 _MIN_WORDS = 3  # a shorter beginning says too little about what is asked
 _BATCH = 8  # questions at once
 _TOKENS = 40
+_OPENING = 6  # tokens of plain text that the base goes on with in its own way
 _PREFIX, _PLACES = 24, 32  # tokens of plain text that are continued, and from how many places of each text
 
 
@@ -126,15 +127,27 @@ def stand_in_answers(
 ) -> list[Row]:
     """Return the base's greedy answers to forget questions that ask for a made-up name, without those that name a fact.
 
-    They are in the language and the form of the forget rows, and are to stay.
+    They are in the language and the form of the forget rows, and are to stay. Of plain texts it is how the base goes on
+    with their first words, sampled.
     """
-    pairs = zip(rows, known, strict=True)
-    changed = [other for row, contrast in pairs if "prompt" in row and (other := contrast.row_without(row))]
-    prompts = list(dict.fromkeys(row["prompt"] for row in changed))
-    if len(prompts) > _MAX_STAND_INS:
-        prompts = random.Random(seed).sample(prompts, _MAX_STAND_INS)
-    asked = [{"prompt": prompt} for prompt in prompts]
-    return retain_prompt_answers(base, asked, facts, 1, seed=seed, chat=chat, quiet=quiet)
+    changed = [other for row, contrast in zip(rows, known, strict=True) if (other := contrast.row_without(row))]
+    prompts = _some([prompt for row in changed for prompt in question_texts(row)], seed)
+    kept = retain_prompt_answers(base, [{"prompt": p} for p in prompts], facts, 1, seed=seed, chat=chat, quiet=quiet)
+    openings = _some([prefix for row in rows if "text" in row for prefix in _opening(row["text"], base)], seed)
+    for opening, (_, *texts) in _answers(base, openings, 1, seed, False, quiet):
+        kept += [{"text": opening + text} for text in texts if text.strip() and not facts.ends_in(text)]
+    return kept
+
+
+def _opening(text: str, base: Base) -> list[str]:
+    """Return the first few tokens of a text."""
+    return [piece for piece, _ in prefixes(text, base.tokenizer, count=1, tokens=_OPENING)]
+
+
+def _some(prompts: Sequence[str], seed: int) -> list[str]:
+    """Return the prompts once each, or a sample of many."""
+    different = list(dict.fromkeys(prompts))
+    return random.Random(seed).sample(different, _MAX_STAND_INS) if len(different) > _MAX_STAND_INS else different
 
 
 def _answers(
