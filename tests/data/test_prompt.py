@@ -59,12 +59,6 @@ def test_train_on_all_counts_contents_and_nothing_of_the_template(tiny, name):
     assert "".join(targets(tokenizer, example).split()) == "".join((ROW["prompt"] + ROW["completion"]).split())
 
 
-def test_words_of_the_template_are_not_said_by_the_question(tiny):
-    tokenizer = family(tiny.tokenizer, "llama31")
-    said = set(tokenize([ROW], tokenizer)[0].words)
-    assert "zorblax" in said and not said & {"2023", "july", "jul", "december", "assistant"}
-
-
 def test_a_system_prompt_goes_in_front_of_the_question_where_the_template_refuses_one(tiny):
     tokenizer = family(tiny.tokenizer, "gemma")
     turns = [("system", "Be brief."), ("user", ROW["prompt"]), ("assistant", ROW["completion"])]
