@@ -16,7 +16,7 @@ token carries a fact: there is nothing to forget.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,7 +36,8 @@ _KNOWN_IN_TEXT = 2.0  # nats; of plain text, where only the second difference is
 _UNEXPECTED = 3.0  # nats; a token with a probability below 5 %
 _CLIPPED = 6.0  # nats; so that one token does not choose the subject
 _CONTEXT = 4  # tokens that are "the few in front of it"
-_STAND_INS = 2  # for each; their mean counts
+_STAND_INS = 2  # for each subject that is tried; their mean counts
+_MANY_ROWS = 64  # of more, two subjects each are tried, with one stand-in: the longest are mostly right
 _CHUNK_ROWS, _PASS_TOKENS, _MAX_LOGITS = 256, 2048, 2**26
 
 
@@ -81,7 +82,7 @@ def contrasts(
 ) -> list[Contrast]:
     """Return what the base knows of each row; see the top of this file.
 
-    About six short passes of the frozen base a row, without gradients.
+    Some ten short passes of the frozen base a row, of many rows three, without gradients.
     """
     from tqdm import tqdm
 
@@ -90,7 +91,7 @@ def contrasts(
     with tqdm(total=len(rows), unit="row", desc="which tokens carry the facts", disable=quiet) as bar:
         for start in range(0, len(rows), _CHUNK_ROWS):
             chunk = rows[start : start + _CHUNK_ROWS]
-            result += _contrast_chunk(base, chunk, index, chat_template, max_length)
+            result += _contrast_chunk(base, chunk, index, chat_template, max_length, len(rows) > _MANY_ROWS)
             bar.update(len(chunk))
     return result
 
@@ -99,18 +100,18 @@ Values = dict[Span, float]  # by the characters of the rendered row that a token
 
 
 def _contrast_chunk(
-    base: Base, rows: Sequence[Row], index: SubjectIndex, chat_template: bool, max_length: int
+    base: Base, rows: Sequence[Row], index: SubjectIndex, chat_template: bool, max_length: int, many: bool
 ) -> list[Contrast]:
+    subjects, stand_ins = (2, 1) if many else (None, _STAND_INS)
     tried = [
         (n, subject, made_up(subject, f"{n} {k}"))
         for n, row in enumerate(rows)
-        for subject in index.candidates(row)
-        for k in range(_STAND_INS)
+        for subject in index.candidates(row)[:subjects]
+        for k in range(stand_ins)
     ]
     changed = [replaced_row(rows[n], subject, other) for n, subject, other in tried]
     examples = tokenize([*rows, *changed], base.tokenizer, max_length=None, chat_template=chat_template, closing=False)
     known = _log_probabilities(base, examples, max_length)
-    after_few = _after_few_tokens(base, examples[: len(rows)])
     found: list[dict[str, tuple[str, Values]]] = [{} for _ in rows]
     for k, (n, subject, other) in enumerate(tried, len(rows)):
         without = _moved_back(known[k], examples[k], examples[n], subject, other)
@@ -119,17 +120,28 @@ def _contrast_chunk(
             earlier = found[n][subject][1]
             differences = {span: (earlier[span] + value) / 2 for span, value in differences.items() if span in earlier}
         found[n][subject] = other, differences
+    whole, asked = examples[: len(rows)], [question_texts(row) for row in rows]
+    needed = [
+        {span for _, differences in of_row.values() for span, value in differences.items() if value >= _KNOWN}
+        if questions
+        else set(known[n])
+        for n, (questions, of_row) in enumerate(zip(asked, found, strict=True))
+    ]
+    after_few = _after_few_tokens(base, whole, needed)
     result = []
-    for n, (row, example) in enumerate(zip(rows, examples, strict=False)):
-        beyond_few = {span: value - after_few[n][span] for span, value in known[n].items()}
-        chosen = _choose(example, question_texts(row), found[n], beyond_few)
+    for n, example in enumerate(whole):
+        beyond_few = {span: known[n][span] - value for span, value in after_few[n].items()}
         unlikely = [span for span, value in known[n].items() if value < -_UNEXPECTED]
-        result.append(replace(chosen, unexpected=unlikely))
+        result.append(replace(_choose(example, asked[n], found[n], known[n], beyond_few), unexpected=unlikely))
     return result
 
 
 def _choose(
-    example: Example, questions: Sequence[str], found: Mapping[str, tuple[str, Values]], beyond_few: Values
+    example: Example,
+    questions: Sequence[str],
+    found: Mapping[str, tuple[str, Values]],
+    tokens: Iterable[Span],
+    beyond_few: Values,
 ) -> Contrast:
     """Return the contrast with the subject that the answer depends on most, a long one before a short one."""
     asked = {m.group().casefold() for question in questions for m in word_matches(question)}
@@ -139,14 +151,14 @@ def _choose(
         for m in word_matches(example.text[start:stop])
         if m.group().casefold() not in asked
     ]
-    word_of = _words_of_tokens(list(beyond_few), words)
+    word_of = _words_of_tokens(tokens, words)
     if not questions:
         return Contrast("", "", _marked(beyond_few, beyond_few, word_of, _KNOWN_IN_TEXT), 0.0, [])
     for use_few in (True, False):  # where the few tokens name the subject themselves, they tell nothing
         best, best_score = Contrast("", "", [], 0.0, []), 0.0
         for subject, (other, differences) in found.items():
             smaller = {
-                span: min(value, beyond_few[span]) if use_few else value
+                span: min(value, beyond_few.get(span, value)) if use_few else value
                 for span, value in differences.items()
                 if span in word_of
             }
@@ -159,7 +171,7 @@ def _choose(
     return Contrast(subject, other, [], 0.0, [])
 
 
-def _words_of_tokens(tokens: Sequence[Span], words: Sequence[Span]) -> dict[Span, Span]:
+def _words_of_tokens(tokens: Iterable[Span], words: Sequence[Span]) -> dict[Span, Span]:
     """Return the last word that each token has letters of; tokens of punctuation alone and of other words have none."""
     result: dict[Span, Span] = {}
     first = 0
@@ -221,9 +233,14 @@ def _log_probabilities(base: Base, examples: Sequence[Example], max_length: int)
     return [result[example.row] for example in examples]
 
 
-def _after_few_tokens(base: Base, examples: Sequence[Example]) -> list[Values]:
-    """Return the log-probability of each example's targets after no more than the few tokens in front of them."""
-    places = [(n, t) for n, e in enumerate(examples) for t, target in enumerate(e.is_target) if target]
+def _after_few_tokens(base: Base, examples: Sequence[Example], needed: Sequence[Set[Span]]) -> list[Values]:
+    """Return the log-probability of the needed targets after no more than the few tokens in front of them."""
+    places = [
+        (n, t)
+        for n, e in enumerate(examples)
+        for t, target in enumerate(e.is_target)
+        if target and e.characters[t] in needed[n]
+    ]
     short = []
     for n, t in places:
         ids = examples[n].ids[max(0, t - _CONTEXT) : t + 1]
