@@ -50,8 +50,9 @@ def sampled(
     seed: int = 0,
     chat_template: bool = True,
     batch_size: int = 1,
+    rendered: bool = False,
 ) -> list[list[str]]:
-    """Sample `count` answers to each prompt from the whole distribution.
+    """Sample `count` answers to each prompt from the whole distribution; `rendered` as for `answers`.
 
     Each batch has its own seed (`seed` + the number of its first prompt): with a batch size of 1, a prompt's answers do
     not depend on the other prompts.
@@ -59,7 +60,7 @@ def sampled(
     samples: list[list[str]] = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        texts = _generate(base, batch, chat_template, count, max_new_tokens, temperature, seed + start)
+        texts = _generate(base, batch, chat_template, count, max_new_tokens, temperature, seed + start, rendered)
         texts = [_stripped(text, base, chat_template) for text in texts]
         samples += [texts[n : n + count] for n in range(0, len(texts), count)]
     return samples

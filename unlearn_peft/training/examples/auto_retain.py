@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...data.anchors import anchors
+from ...data.prompt import ask
 from ...data.rows import question_of, single_question, texts_of
 from ...data.source import Row
 from ...data.words import word_matches
@@ -142,18 +143,11 @@ def _stems(forget: Sequence[Row], known: Sequence[Contrast], names: Facts) -> di
 def _completed(base: Base, stems: Mapping[str, str], seed: int, chat: bool) -> Iterator[str]:
     """Yield questions about other subjects, as the base completes the stems."""
     for n, (stem, end) in enumerate(stems.items()):
+        asked = ask([{"role": "user", "content": stem}], base.tokenizer, chat)
         (texts,) = sampled(
-            base, [_open_turn(base, stem) if chat else stem], count=2 * _PER_STEM, temperature=0.8,
-            max_new_tokens=16, seed=seed + n, chat_template=False,
+            base, [asked[: asked.rindex(stem) + len(stem)]], count=2 * _PER_STEM, temperature=0.8, max_new_tokens=16,
+            seed=seed + n, chat_template=chat, rendered=True,
         )  # fmt: skip
         ends = dict.fromkeys(text.partition(end)[0].strip() for text in texts if end in text)
         usable = [t for t in ends if any(word_matches(t)) and "\n" not in t and len(t) <= _MAX_CHARACTERS]
         yield from (f"{stem} {text}{end}".strip() for text in usable[:_PER_STEM])
-
-
-def _open_turn(base: Base, stem: str) -> str:
-    """Return the text of a chat in which the user has said no more than `stem` yet."""
-    if not getattr(base.tokenizer, "chat_template", None):
-        return stem
-    text = str(base.tokenizer.apply_chat_template([{"role": "user", "content": stem}], tokenize=False))
-    return text[: text.rindex(stem) + len(stem)]
