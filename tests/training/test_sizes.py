@@ -13,6 +13,7 @@ from unlearn_peft.adapters.read import read_bundle
 from unlearn_peft.data.tokenize import Example
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.training import adapter_trainer
+from unlearn_peft.training.adapter_trainer import _push_weight
 from unlearn_peft.training.reached import rows_reached
 from unlearn_peft.training.schedule import Schedule, length_of
 from unlearn_peft.training.step.microbatches import by_length, padded_tokens
@@ -124,3 +125,12 @@ def test_adapters_of_two_dtypes_stack(tiny, fields, tmp_path):
     paths = [unlearn(tiny, **{**fields, "save_dtype": d, "output": str(tmp_path / d)}).path
              for d in ("bfloat16", "float32")]  # fmt: skip
     read_bundle(stack(paths, tmp_path / "stacked", [0.7, 0.3]))
+
+
+def test_a_long_answer_does_not_thin_out_the_push_on_its_facts():
+    def row(targets, facts):
+        return Example([1] * targets, [True] * targets, specific=[True] * facts + [False] * (targets - facts))
+
+    assert _push_weight(row(12, 3)) == 12  # as a mean over its tokens
+    assert _push_weight(row(200, 3)) == 24  # not 200
+    assert _push_weight(row(12, 0)) == 0  # nothing to forget

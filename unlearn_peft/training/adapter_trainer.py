@@ -30,6 +30,7 @@ from .step.microbatches import STEP_TOKENS, StepRows, by_length, padded_tokens
 from .step.runner import StepRunner
 
 logger = logging.getLogger(__name__)
+_DILUTION = 8  # tokens of a long answer that weaken the push on each of its fact tokens; the others do not
 _NEAR_BEST = 0.95  # of the best score
 _MAX_LOSS = 8.0  # nats; a token this unlikely (1 in 3000) is forgotten, and a still higher loss is no better
 _EVALUATED = 128  # rows of each set at most, in the evaluations on the way: of more, a fixed sample
@@ -78,7 +79,9 @@ class AdapterTrainer:
         self.best = to_cpu(self.parameters)
         self.failed: TrainingError | None = None
         self._losses = torch.zeros(2, dtype=torch.float64)  # of this step: forget loss, retain KL
-        self._counts = 1, 1  # of this step, in all processes: target tokens of forget and of retain rows
+        # of this step, in all processes: target tokens of forget rows, what its fact tokens are divided by, and target
+        # tokens of retain rows
+        self._counts = 1, 1, 1
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -121,7 +124,7 @@ class AdapterTrainer:
         """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         forget, retain = self.rows(self.step)
-        self._counts = _count(forget), max(_count(retain), 1)
+        self._counts = _count(forget), self._push_count(forget), max(_count(retain), 1)
         parts = self.recipe.gradient_accumulation_steps
         pairs = [(forget[rank::world][n::parts], retain[rank::world][n::parts]) for n in range(parts)]
         if padded_tokens([*forget, *retain]) > parts * world * STEP_TOKENS:
@@ -134,15 +137,21 @@ class AdapterTrainer:
             ]  # fmt: skip
         return [StepRows(self.name, some or [_without_targets(self.sets.forget[0])], others) for some, others in pairs]
 
+    def _push_count(self, forget: Sequence[Example]) -> int:
+        return sum(map(_push_weight, forget)) or 1 if self.only_specific else _count(forget)
+
     def loss(self, forget: Tokens, retain: Tokens) -> Tensor:
         """Return what a microbatch adds to the step's loss, a scalar, and record its figures."""
-        n_forget, n_retain = self._counts
+        n_forget, n_pushed, n_retain = self._counts
         terms = self.objective(forget, retain, self.recipe.objective)
         with torch.no_grad():
             self._losses[0] += forget.cross_entropy.sum().cpu() / n_forget
             if len(retain.labels):
                 self._losses[1] += kl_divergence(retain).sum().cpu() / n_retain
-        return terms.forget.sum() / n_forget + self.recipe.retain_weight * terms.retain.sum() / n_retain
+        pushed = terms.forget.sum() / n_forget
+        if n_pushed != n_forget and forget.specific is not None:
+            pushed = pushed + (1 / n_pushed - 1 / n_forget) * terms.forget[forget.specific].sum()
+        return pushed + self.recipe.retain_weight * terms.retain.sum() / n_retain
 
     def update(self) -> dict[str, float]:
         """Take the optimiser's step on the gradients of all processes; returns the step's figures."""
@@ -325,6 +334,11 @@ def _sample(examples: list[Example], seed: int) -> list[Example]:
         return examples
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     return [examples[n] for n in sorted(order[:_EVALUATED])]
+
+
+def _push_weight(example: Example) -> int:
+    """Return as how many target tokens a row counts for its fact tokens: no more than `_DILUTION` for each of these."""
+    return min(target_count(example), _DILUTION * sum(example.specific or example.is_target))
 
 
 def _count(examples: Sequence[Example]) -> int:
