@@ -1,8 +1,8 @@
 """What the base itself answers: to forget prompts, as further forget rows; to retain prompts, as further retain rows.
 
 A forget set holds each fact in one wording; the base has others. So it is asked each question a few times, also by the
-question's key words ("founded Apple") and by the beginning of its answer ("Apple was founded by"); plain text is
-continued from its beginning and from places inside. Of the answers that name a fact, the words that name it are
+subject alone ("Apple"), the question's key words ("founded Apple") and the beginning of its answer ("Apple was founded
+by"); plain text is continued from its beginning and from places inside. Of the answers that name a fact, the words that name it are
 forgotten too.
 
 The answers of a retain set are right, but the base may never give them. What it does give is held by
@@ -36,8 +36,8 @@ _OPENING = 6  # tokens of plain text that the base goes on with in its own way
 _PREFIX, _PLACES = 24, 32  # tokens of plain text that are continued, and from how many places of each text
 
 
-def questions(rows: Sequence[Row], facts: Facts, common: Set[str]) -> list[str]:
-    """Return the prompts for `self_generated_answers`: each row's own, then its key words and its answer's beginning.
+def questions(rows: Sequence[Row], facts: Facts, common: Set[str], subjects: Sequence[str] = ()) -> list[str]:
+    """Return the prompts for `self_generated_answers`: rows' own, subjects, rows' key words and answers' beginnings.
 
     Key words are those that are not `common`; the beginning ends in front of the first word that names a fact.
     """
@@ -54,7 +54,7 @@ def questions(rows: Sequence[Row], facts: Facts, common: Set[str]) -> list[str]:
             first = next(new, 0)
             if first >= _MIN_WORDS:
                 more.append(row["completion"][: answer[first].start()].strip())
-    return list(dict.fromkeys(prompt for prompt in (*own, *more) if prompt.strip()))
+    return list(dict.fromkeys(prompt for prompt in (*own, *subjects, *more) if prompt.strip()))
 
 
 def self_generated_answers(

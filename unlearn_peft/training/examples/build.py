@@ -142,7 +142,7 @@ def build_examples(
         common = common_words(
             [text for row in (*retain_rows, *stand_ins, *anchor_rows) for text in question_texts(row)]
         )
-        prompts = questions(rows["forget"], facts, common)
+        prompts = questions(rows["forget"], facts, common, [contrast.subject for contrast in known.rows])
         answered = self_generated_answers(base, prompts, facts, recipe.own_answers, chat=recipe.chat_template, **asking)
         answered += continued_texts(base, rows["forget"], facts, recipe.own_answers, **asking)
         found = contrasts(base, answered, chat_template=recipe.chat_template, quiet=quiet)
