@@ -172,8 +172,7 @@ def _same(base: Base, states: Tensor, logits: Tensor) -> bool:
 
 
 def _windows(base: Base, rows: Sequence[Example]) -> list[Example]:
-    positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or _WINDOW
-    return [window for row in rows for window in windows(row, min(_WINDOW, positions))]
+    return [window for row in rows for window in windows(row, base.window(_WINDOW))]
 
 
 def _joined(values: Sequence[Tensor], examples: Sequence[Example]) -> list[Tensor]:

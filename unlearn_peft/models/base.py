@@ -20,6 +20,7 @@ from ..data.prompt import DEFAULT_FORMAT, parse_format
 from ..errors import BaseModelError, first_line
 from .fingerprint import fingerprint
 from .gguf import convert_gguf, demo_gguf
+from .layers import text_config
 from .quantization import disable_cpu_packing, quantization
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -39,6 +40,10 @@ class Base:
     def device(self) -> torch.device:
         """Where the base's parameters are."""
         return torch.device(next(self.model.parameters()).device)
+
+    def window(self, tokens: int) -> int:
+        """Return so many tokens, or as many as the model has positions for."""
+        return min(tokens, getattr(text_config(self.model), "max_position_embeddings", None) or tokens)
 
     @property
     def prompt_format(self) -> str | None:

@@ -65,7 +65,7 @@ def find_known(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, qui
     """Ask the base which words of the forget rows carry facts; nothing may be attached to it."""
     forget = rows["forget"]
     options: dict[str, Any] = {"chat_template": recipe.chat_template}
-    found = contrasts(base, forget, max_length=recipe.max_length, quiet=quiet, **options)
+    found = contrasts(base, forget, max_length=base.window(recipe.max_length), quiet=quiet, **options)
     examples = tokenize(forget, base.tokenizer, max_length=None, closing=False, what="forget", **options)
     return Known(found, find_facts(examples, found, [*rows.get("retain", []), *anchors([])]))
 
@@ -98,7 +98,7 @@ def build_examples(
 
     def tokens(rows: Sequence[Row], what: str, closing: bool = True) -> list[Example]:
         return tokenize(
-            rows, base.tokenizer, max_length=recipe.max_length, train_on=recipe.train_on,
+            rows, base.tokenizer, max_length=base.window(recipe.max_length), train_on=recipe.train_on,
             chat_template=recipe.chat_template, closing=closing, what=what,
         )  # fmt: skip
 
