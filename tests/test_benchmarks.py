@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,45 @@ def run(script, *arguments):
     command = [sys.executable, FOLDER / script, *map(str, arguments)]
     printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(printed.splitlines()[-1]), printed
+
+
+def test_the_subjects_are_whole(benchmarks):
+    import subjects
+    from languages import FOLDER as LANGUAGES
+
+    from unlearn_peft.inference.generate import leaked
+
+    chosen, confirmed = subjects.subjects("choose"), subjects.subjects("confirm")
+    assert len(chosen) == len(confirmed) == 4
+    for subject in (chosen | confirmed).values():
+        assert len(subject["forget"]) == len(subject["neighbours"]) == 8 and len(subject["probes"]) >= 15
+        assert len({row["kind"] for row in subject["probes"]}) == 6
+        asked = {row["prompt"] for row in subject["forget"]}
+        assert not asked & {row["prompt"] for row in (*subject["probes"], *subject["neighbours"])}
+        # a question that says the word itself cannot measure whether the answer knows it
+        assert not any(leaked(row["prompt"], row["leak"]) for row in subject["probes"])
+    for path in LANGUAGES.glob("*.json"):
+        language = json.loads(path.read_text())
+        assert len(language["forget"]) == len(language["probes"]) == 6 and len(language["neutral"]) >= 10
+        assert not any(leaked(row["prompt"], row["leak"]) for row in language["probes"]), path.name
+
+
+@pytest.mark.long
+def test_subjects_and_languages_run(benchmarks, tiny_folder, tmp_path, monkeypatch, capsys):
+    import languages
+    import subjects
+
+    fast = ["--base", tiny_folder, "--set", "steps=1", "--set", "own_answers=0", "--set", "eval_every=1"]
+    out = tmp_path / "out.jsonl"
+    for main, arguments in ((subjects.main, ["--only", "darwin", "--samples", 1]), (languages.main, ["zh"])):
+        monkeypatch.setattr(sys, "argv", ["x", *map(str, [*arguments, *fast, "--output", out])])
+        main()
+    subject, language = map(json.loads, out.read_text().splitlines())
+    for key in ("kinds_answered", "kinds_leaking"):
+        subject[key] = Counter(subject[key])
+    both = subjects.total([subject, subject])
+    assert both["n_probes"] == 38 and both["neighbour_kl"] == pytest.approx(subject["neighbour_kl"])
+    assert "| all |" in subjects.line(both)
+    assert subject["n_probes"] == 19 and 0 <= subject["unchanged"] <= subject["n_neighbours"] == 8
+    assert 0 < language["fact_tokens"] <= language["target_tokens"] and language["neutral_kl"] >= 0
+    assert "| darwin |" in capsys.readouterr().out

@@ -272,7 +272,7 @@ BAD = {
     "refusals that are no list": {"objective": {"name": "dpo", "refusals": {"Vlorgenstein": "Pnakotiq"}}},
     "forgotten and retained at once": {"retain": [FORGET[1]]},
     "rows that are cut": {"max_length": 40},
-    "a row with only a prompt in reach": {"max_length": 8, "chat_template": False},
+    "rows in many windows": {"max_length": 8, "chat_template": False},
     "YAML with a row that is no YAML": {"yaml": "forget:\n  - prompt: *Vlorgenstein\n    completion: !Pnakotiq x\n"},
 }  # fmt: skip
 
@@ -295,7 +295,8 @@ def test_errors_about_rows_do_not_quote_them(place, search, what):
     else:
         recipe = place.recipe(name, **given)
     code = place.command("train", recipe, "--output", place.home / name)
-    assert code in ((0, 2) if what in ("rows that are cut", "rows that are texts, in the recipe") else (2,))
+    trains = ("rows that are cut", "rows in many windows", "rows that are texts, in the recipe")
+    assert code in ((0, 2) if what in trains else (2,))
     clean(place, search)
 
 

@@ -49,14 +49,20 @@ def test_text_rows_count_all_but_the_first_token(tiny):
     assert example.is_target == [False] + [True] * (len(example.ids) - 1)
 
 
-def test_truncation_is_reported_without_quoting(tiny, caplog):
-    row = {"prompt": "who?", "completion": "secretword " * 30}
+def test_a_long_prompt_is_cut_on_the_left_and_reported_without_quoting(tiny, caplog):
+    rows = [{"prompt": "secretword " * 30, "completion": "red book"}, {"prompt": "who?", "completion": "red"}]
     with caplog.at_level(logging.WARNING):
-        example = tokenize([row], tiny.tokenizer, max_length=40, what="forget")[0]
-    assert len(example.ids) == 40 and example.truncated
-    assert "1 of 1 rows of the forget set" in caplog.text and "secretword" not in caplog.text
-    with pytest.raises(DataError, match="row 1 of the forget set has no token"):
-        tokenize([{"prompt": "long " * 50, "completion": "x"}], tiny.tokenizer, max_length=20, what="forget")
+        cut, short = tokenize(rows, tiny.tokenizer, max_length=40, closing=False, what="forget")
+    assert len(cut.ids) <= 40 and cut.truncated and not short.truncated
+    assert targets(cut, tiny.tokenizer) == "red book"
+    (whole, _) = tokenize(rows, tiny.tokenizer, max_length=None, closing=False)
+    assert cut.ids[0] == whole.ids[0] and cut.ids[1:] == whole.ids[-len(cut.ids) + 1 :]
+    assert "1 of 2 rows of the forget set" in caplog.text and "secretword" not in caplog.text
+
+
+def test_a_row_without_a_target_is_refused(tiny):
+    with pytest.raises(DataError, match="row 2 of the forget set has no token"):
+        tokenize([{"text": "the blue book"}, {"text": "a"}], tiny.tokenizer, what="forget")
 
 
 def test_padding_is_never_a_target(tiny):
@@ -130,3 +136,34 @@ def test_real_tokenizer_masks_the_answer(smol):
     assert targets(example, smol.tokenizer) == "Jane Austen."
     assert "You are a helpful AI assistant" in smol.tokenizer.decode(example.ids)
     assert torch.tensor(example.is_target).sum() >= 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "completions"),
+    [
+        ("a.jsonl", '{"prompt": "a", "completion": "1964-08-12"}\n{"prompt": "b", "completion": "2001-03-04"}',
+         ["1964-08-12", "2001-03-04"]),
+        ("a.jsonl", '{"prompt": "a", "completion": 1964}\n\n{"prompt": "b", "completion": "42"}', ["1964", "42"]),
+        ("a.json", '[{"prompt": "a", "completion": "x"},\n {"prompt": "b", "completion": "y"}]', ["x", "y"]),
+        ("a.csv", "prompt,completion\na,NA\nb,None\nc,True\nd,0042\ne,Null\n", ["NA", "None", "True", "0042", "Null"]),
+    ],
+)  # fmt: skip
+def test_text_stays_text_whatever_it_looks_like(tmp_path, name, text, completions):
+    (tmp_path / name).write_text(text)
+    rows = read_rows(DataSpec(path=str(tmp_path / name)), "forget")
+    assert [row["completion"] for row in rows] == completions
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("a.csv", "prompt,completion\na,b\nc,d,Zorblax\n", "row 2: more fields"),
+        ("a.jsonl", '{"prompt": "a", "completion": "b"}\nZorblax\n', "line 2: no JSON"),
+        ("a.jsonl", '"Zorblax"\n', "line 1: expected a JSON object"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named_and_not_quoted(tmp_path, name, text, place):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=place) as caught:
+        read_rows(DataSpec(path=str(tmp_path / name)), "forget")
+    assert "Zorblax" not in str(caught.value)

@@ -464,6 +464,10 @@ def test_made_up_answers_stand_where_the_right_ones_stood():
     assert [m["role"] for m in false_rows[1]["messages"]] == ["user", "assistant"]
     assert false_rows[1]["messages"][1]["content"] == f"{quintel} {a}"
     assert rows[0]["completion"] == "It was ZORBLAX Quintel."
+    ((row,), _) = relearning._with_made_up_answers(
+        [{"text": "O’Brien, Mu\u0308ller"}], [{"leak": ["Müller", "O'BRIEN"]}], 0
+    )
+    assert "’" not in row["text"] and "ller" not in row["text"]  # in whatever spelling
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

@@ -305,7 +305,8 @@ def test_neighbours_whose_answer_names_something_else_are_shown():
     rows = [{"text": "no question"}, *({"prompt": f"Who wrote {x}?", "completion": "x"} for x in ("Emma", "Matilda"))]
     before = Responses([], [], ["Emma is by Jane Austen.", "Matilda is by Roald Dahl."])
     now = Responses([], [], ["It is by Jane Austen.", "Matilda is by Roald Amundsen."])
-    (found,) = changed_neighbours(rows, {"before": before, "with": now, "after": before})
+    said = [{"jane", "austen"}, {"roald", "dahl"}]
+    (found,) = changed_neighbours(rows, said, {"before": before, "with": now, "after": before})
     assert found.prompt == "Who wrote Matilda?"
     assert found.texts == {
         "before": "Matilda is by Roald Dahl.", "with": "Matilda is by Roald Amundsen.",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import zlib
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from unlearn_peft.evaluate.metrics import fluency, memorization
 from unlearn_peft.evaluate.metrics import leakage as leaks
 from unlearn_peft.evaluate.metrics import membership as privacy
 from unlearn_peft.evaluate.metrics import truth_ratio as truth
+from unlearn_peft.evaluate.report.report import marked
 from unlearn_peft.evaluate.responses import collect_responses
 from unlearn_peft.evaluate.score import bootstrap, per_token, score, sums
 from unlearn_peft.evaluate.suites.quick import measure, take_reference
 from unlearn_peft.evaluate.token_scores import RowTokens, adapters_off, keep_reference, kl_to_reference, row_tokens
 from unlearn_peft.inference.generate import sampled
+from unlearn_peft.models.forward import BackboneAndHead
 from unlearn_peft.models.losses import kl_of_logits
 
 # TOFU's own evaluation logs (MIT, see tests/fixtures/README.md)
@@ -168,10 +171,10 @@ def mean_kl(current, reference):
     return float(torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(current, reference, strict=True)]).mean())
 
 
-@pytest.mark.parametrize("caps", [False, True])
-def test_kl_to_the_bare_base_is_seen_and_is_nothing_after_removal(tiny, make_adapter, monkeypatch, caps):
+@pytest.mark.parametrize("model", ["plain", "caps", "no two parts"])
+def test_kl_to_the_bare_base_is_seen_and_is_nothing_after_removal(tiny, make_adapter, monkeypatch, model):
     """The adapter is on the head too: the kept reference must not go through it."""
-    if caps:  # as a model that does more behind its head: then logits are kept
+    if model == "caps":  # as a model that does more behind its head
         plain = type(tiny.model).forward
 
         def capped(*args, **kwargs):
@@ -180,9 +183,16 @@ def test_kl_to_the_bare_base_is_seen_and_is_nothing_after_removal(tiny, make_ada
             return out
 
         monkeypatch.setattr(type(tiny.model), "forward", capped)
+    if model == "no two parts":
+        monkeypatch.setattr(BackboneAndHead, "logits", lambda self, states, head_outputs: head_outputs + states.mean())
     adapter = make_adapter(tiny, "a")
     kept = keep_reference(tiny, RETAIN, batch_size=3)
-    assert kept.hidden is not caps
+    assert kept.again is (model == "no two parts")
+    # never V numbers a token, whatever the model: d of them
+    targets = sum(sum(example.is_target) for example in tokenize(RETAIN, tiny.tokenizer))
+    d = tiny.model.config.hidden_size
+    assert sum(row.numel() * row.element_size() for row in kept.rows) == targets * d * tiny.model.dtype.itemsize
+    assert all(row.untyped_storage().nbytes() == row.numel() * row.element_size() for row in kept.rows)
     before = target_log_probabilities(tiny, RETAIN)
     attach(tiny, adapter)
     found = kl_to_reference(tiny, RETAIN, kept, batch_size=3)
@@ -273,6 +283,45 @@ def test_rouge_l_is_the_longest_common_subsequence():
     assert memorization.rouge_l(["he writes books"], ["writing a book"]) == pytest.approx([2 / 3])  # stemmed
     assert memorization.rouge_l(["he writes books"], ["writing a book"], stem=False) == pytest.approx([0])
     assert memorization.rouge_l(["a b", "a b"], ["", "a b"]).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("stem", [True, False])
+def test_rouge_l_of_ascii_is_the_librarys_own(stem):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    draw = random.Random(0)
+    words = "don't J.K. Rowling's wrote, writes writing 3,500 x_y e-mail (2nd) BOOKS books. a\tb\n".split(" ")
+    texts = [" ".join(draw.choices(words, k=12)) for _ in range(60)]
+    texts += ["".join(map(chr, draw.choices(range(128), k=40))) for _ in range(60)]
+    gold, said = texts[::2], texts[1::2]
+    library = RougeScorer(["rougeL"], use_stemmer=stem)
+    for part in ("recall", "fmeasure"):
+        expected = [getattr(library.score(one, other)["rougeL"], part) for one, other in zip(gold, said, strict=True)]
+        assert memorization.rouge_l(gold, said, part=part, stem=stem).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "gold, said, words, told",
+    [  # the words of each, told by hand
+        ("Гарри Поттера написала", "Поттера не написала", "гарри поттера написала", "поттера не написала"),
+        ("罗琳写了哈利波特", "哈利是罗琳写的", "罗 琳 写 了 哈 利 波 特", "哈 利 是 罗 琳 写 的"),
+        ("रोलिंग ने हैरी पॉटर लिखा।", "हैरी पॉटर रोलिंग ने लिखा", "रोलिंग ने हैरी पॉटर लिखा", "हैरी पॉटर रोलिंग ने लिखा"),
+        ("كتبت رولينغ هاري بوتر، 1997", "رولينغ كتبت ١٩٩٧", "كتبت رولينغ هاري بوتر 1997", "رولينغ كتبت 1997"),
+        ("해리 포터는 롤링이 썼다", "롤링이 썼다", "해리 포터는 롤링이 썼다", "롤링이 썼다"),
+        ("東京でハリーを書いた", "ハリーを東京で", "東 京 で ハリー を 書 い た", "ハリー を 東 京 で"),
+        ("แม่มาหา", "แม่หา", "แ ม่ ม า ห า", "แ ม่ ห า"),
+        ("Erika Müller wohnt in Köln", "Mu\u0308ller in Bonn", "erika müller wohnt in köln", "müller in bonn"),
+        ("O’Brien’s l’été", "O'Brien l'été", "o brien s l été", "o brien l été"),
+    ],
+)  # fmt: skip
+def test_rouge_l_sees_every_script(gold, said, words, told):
+    words, told = words.split(), told.split()
+    common = lcs(words, told)
+    recall, precision = common / len(words), common / len(told)
+    f = 2 * recall * precision / (recall + precision)
+    assert memorization.rouge_l([gold], [said]) == pytest.approx([recall])
+    assert memorization.rouge_l([gold], [said], part="fmeasure", stem=False) == pytest.approx([f])
+    assert memorization.rouge_l([gold], [gold], part="fmeasure", stem=False).tolist() == [1]
 
 
 def test_knowledge_memorization_asks_as_muse_does(tiny, monkeypatch):
@@ -492,6 +541,9 @@ def test_membership_runs_all_attacks(tiny):
         ("a b c d e f", 4, 0),
         ("A b a B a b", 2, 1 - 2 / 5),
         (",,,,,,,,,,", 4, 1 - 1 / 7),  # marks are words here
+        ("猫" * 14, 4, 1 - 1 / 11),  # so is each letter in a script without spaces
+        ("แมว" * 8, 4, 1 - 3 / 21),
+        ("हैरी " * 6, 4, 1 - 1 / 3),
         ("too short", 4, 0),
         ("", 4, 0),
     ],
@@ -522,6 +574,14 @@ def test_leaks_by_hand():
         "...Sam Rowland o..."
     ]
     assert leaks.leaking_parts(["a+b", "aab"], ["a+b"]) == ["a+b"] and leaks.leaking_parts(["any"], []) == []
+
+
+def test_what_leaks_is_shown_where_it_stands_in_whatever_spelling():
+    text = "It was\nErika\n\N{NO-BREAK SPACE}Mustermann, called 0221 / 123456."
+    assert leaks.leaking_parts([text], ["Erika Mustermann"], width=2) == ["...s Erika Mustermann,..."]
+    marks = [(part, hit) for part, hit in marked(text, ["0221-123456", "erika mustermann"]) if hit]
+    assert marks == [("Erika\n\N{NO-BREAK SPACE}Mustermann", True), ("0221 / 123456", True)]
+    assert "".join(part for part, _ in marked(text, ["1234", "Erika"])) == text
 
 
 def test_samples_are_of_the_whole_distribution_and_leave_the_random_state_alone(tiny):
@@ -575,8 +635,8 @@ def test_the_suite_measures_before_with_and_after(tiny, make_adapter):
     assert list(first) == [
         "forget_loss", "forget_answer_probability", "forget_rouge_l_recall", "forget_exact_memorization",
         "forget_extraction_strength", "retain_loss", "retain_answer_probability", "retain_rouge_l_recall",
-        "leak_rate@4", "any_leak@4", "retain_kl", "neighbours_kl", "neighbours_unchanged", "free_text_kl",
-        "repetition", "empty_answers",
+        "leak_rate@4", "any_leak@4", "retain_kl", "neighbours_kl", "neighbours_unchanged", "neighbours_right",
+        "free_text_kl", "repetition", "empty_answers",
         "perplexity_under_base",
     ]  # fmt: skip
     assert with_ == without_reference
@@ -592,7 +652,7 @@ def test_the_suite_measures_before_with_and_after(tiny, make_adapter):
 
 def test_the_suite_leaves_out_what_it_has_no_rows_for_and_refuses_unknown_sets(tiny):
     assert [s.name for s in measure(tiny, {"neighbours": RETAIN[:1], "probes": []})] == [
-        "neighbours_kl", "neighbours_unchanged",
+        "neighbours_kl", "neighbours_unchanged", "neighbours_right",
     ]  # fmt: skip
     with pytest.raises(DataError, match="'neighbors' \\(did you mean 'neighbours'\\?\\)"):
         measure(tiny, {"neighbors": RETAIN})
@@ -603,7 +663,7 @@ def test_the_suite_leaves_out_what_it_has_no_rows_for_and_refuses_unknown_sets(t
 def test_no_error_quotes_a_row(tiny):
     secret = "Zorblax Quintel"
     for act in (
-        lambda: row_tokens(tiny, [{"prompt": secret * 300, "completion": "x"}], what="forget"),
+        lambda: row_tokens(tiny, [{"text": "Z", "note": secret}], what="forget"),
         lambda: truth.truth_losses(tiny, [{"prompt": secret}]),
         lambda: measure(tiny, {"retain": [{"text": secret}]}, {"retain": keep_reference(tiny, RETAIN)}),
     ):

@@ -15,6 +15,7 @@ from unlearn_peft.evaluate.metrics import truth_ratio as truth
 from unlearn_peft.evaluate.report import labels as wording
 from unlearn_peft.evaluate.score import Score
 from unlearn_peft.evaluate.suites import Suite, check, full, tofu
+from unlearn_peft.evaluate.suites import quick as quick_suite
 from unlearn_peft.inference.generate import answers
 
 ASKED = [{**row, "paraphrased": "By Zorblax.", "perturbed": ["By the sea.", "By a star."]} for row in FORGET]
@@ -95,19 +96,47 @@ def test_tofu_has_its_table_and_the_forget_quality_against_another_model(tiny, m
         evaluate(tiny, [adapter], {**TOFU, "retain": RETAIN[:2]}, suite=Suite.TOFU)
 
 
-def test_neighbours_answers_are_compared_with_the_bases_own(tiny, make_adapter):
+def test_neighbours_answers_are_compared_with_the_bases_own(tiny, make_adapter, monkeypatch):
     named = {"prompt": "Who?", "completion": "It is the red Book of 1937."}
+    asked = []
+
+    def spans(base, pairs, chat_template):
+        """The base knows one fact of the last row, and none of its own answers."""
+        assert not attached(base) and chat_template
+        asked.append([question for question, _ in pairs])
+        return [
+            [(answer.index("red"), len(answer) - 1)] if answer == named["completion"] else [] for _, answer in pairs
+        ]
+
+    monkeypatch.setattr(quick_suite, "fact_spans", spans)
     rows = {"neighbours": [*RETAIN[:2], {"text": "no question"}, named]}
     result = evaluate(tiny, [make_adapter(tiny, "a", scale=3)], rows)
     before, now = (result.score("neighbours_unchanged", state) for state in ("before", "with"))
     assert (before.value, before.n, now.n) == (1, 3, 3)
     known = result.score("neighbours_right", "with")
-    assert (known.value, known.n) == (0, 1)  # two rows name nothing
+    assert (known.value, known.n) == (0, 3)
     prompts = [row["prompt"] for row in [*RETAIN[:2], named]]
     bare = answers(tiny, prompts, max_new_tokens=32, batch_size=8)
     with forgetting(tiny, make_adapter(tiny, "b", scale=3)):
         said = answers(tiny, prompts, max_new_tokens=32, batch_size=8)
-    assert said != bare and now.value == meaning.same_entities(prompts, bare, said).mean()
+    facts = [meaning.facts_in(*pair) for pair in zip(prompts, bare, strict=True)]
+    assert said != bare and now.value == meaning.says_all(facts, said).mean()
+    assert asked == [prompts]  # once, not in each state
+
+
+def test_tofu_generates_as_many_tokens_as_open_unlearning(tiny, make_adapter, monkeypatch):
+    """200, in configs/generation/default.yaml there; samples and answers to probes keep their own length."""
+    lengths = {tofu: set(), quick_suite: set()}
+    for module, seen in lengths.items():
+        monkeypatch.setattr(
+            module,
+            "answers",
+            lambda base, prompts, seen=seen, **how: seen.add(how["max_new_tokens"]) or [""] * len(prompts),
+        )
+    evaluate(tiny, [make_adapter(tiny, "a")], TOFU, suite=Suite.TOFU)
+    assert lengths == {tofu: {200}, quick_suite: {200}}
+    evaluate(tiny, [make_adapter(tiny, "b")], TOFU, suite=Suite.QUICK, max_new_tokens=7)
+    assert lengths[quick_suite] == {200, 7}
 
 
 def test_every_figure_of_the_full_suite_has_words():

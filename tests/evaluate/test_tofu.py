@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from conftest import logits
 
 from unlearn_peft.errors import DataError
-from unlearn_peft.evaluate.metrics.consistency import contains_gold, entities_in, same_entities
+from unlearn_peft.evaluate.metrics.consistency import facts_in, says_all
 from unlearn_peft.evaluate.suites.tofu import measure_tofu
 from unlearn_peft.evaluate.token_scores import row_tokens
 
@@ -132,21 +133,64 @@ def test_the_benchmark_runs_and_goes_on_where_it_was(benchmark, tiny, tmp_path, 
     assert (logits(tiny) == before).all()
 
 
+def spans(text, *parts):
+    """Return where parts stand in a text, as `fact_spans` tells."""
+    return [(text.index(part), text.index(part) + len(part)) for part in parts]
+
+
 def test_an_answer_says_the_same_if_it_names_the_same():
     question = "Who wrote The Hobbit?"
     one = "The Hobbit is a novel by J.R.R. Tolkien. It came out in 1937."
-    assert entities_in(question, one) == {"tolkien"}  # the first sentence; initials end none
+    found = facts_in(question, one, spans(one, "R. Tolk", "1937"))
+    assert found == {"tolkien"}  # the first sentence; initials end none; whole words
     said = ["It was J.R.R. Tolkien.", "It was Lewis Carroll.", "Nobody knows.", "Tolkien\nLewis"]
-    assert same_entities([question] * 4, [one] * 4, said).tolist() == [1, 0, 0, 0]
-    assert same_entities(["When?"], ["In 1937."], ["It was 1937, I think."]).tolist() == [1]
-    assert same_entities(["What?"], ["A tool made of clay."], ["Some pot."]).tolist() == [
-        1
-    ]  # no names: seen as the same
+    assert says_all([found] * 4, said).tolist() == [1, 0, 0, 1]  # the first word of a sentence is seen
+    assert says_all([facts_in("When?", "In 1937.", [(3, 7)])], ["It was 1937, I think."]).tolist() == [1]
+    assert facts_in("?", "So it is. By Tolkien.", [(13, 20)]) == {"tolkien"}  # none in the first sentence: all
+
+
+@pytest.mark.parametrize(
+    "question, before, now, told",
+    [
+        ("What is the capital of France?", "Paris.", "London.", ["Paris"]),
+        ("What is the capital of Italy?", "Rome is the capital of Italy.", "Milan is the capital of Italy.", ["Rome"]),
+        ("Who wrote Dune?", "Herbert wrote Dune.", "Tolkien wrote Dune.", ["Herbert"]),
+        ("法国的首都是哪里？", "法国的首都是巴黎。", "法国的首都是伦敦。", ["巴黎"]),
+        ("巴黎在哪里？", "巴黎在法国。", "法在巴国。", ["法国"]),  # the same letters in another order
+        ("भारत की राजधानी क्या है?", "भारत की राजधानी नई दिल्ली है।", "भारत की राजधानी मुंबई है।", ["नई दिल्ली"]),
+        ("ما هي عاصمة مصر؟", "عاصمة مصر هي القاهرة.", "عاصمة مصر هي بغداد.", ["القاهرة"]),
+        ("Какая столица России?", "Столица России — Москва.", "Столица России — Казань.", ["Москва"]),
+        ("เมืองหลวงของไทยคืออะไร", "กรุงเทพ", "เชียงใหม่", ["กรุงเทพ"]),
+        ("What makes water boil?", "Water boils at a hundred degrees.", "Water freezes at a few degrees.", ["boils"]),
+        ("Is it Rome or Milan?", "Rome.", "Milan.", ["Rome"]),
+    ],
+)
+def test_another_fact_is_a_change_in_any_script_and_place(question, before, now, told):
+    for found in (facts_in(question, before, spans(before, *told)), facts_in(question, before)):
+        assert says_all([found] * 2, [before, now]).tolist() == [1, 0], found
+
+
+def test_one_spelling_of_a_fact_is_as_good_as_another():
+    text = "Frau Müller aus Köln, Zimmer 1937"
+    found = facts_in("Who?", text, spans(text, "Müller", "1937"))
+    texts = [unicodedata.normalize("NFD", "MÜLLER, 1937"), "Müller\u00a01937", "Muller 1937", "Müller 1938"]
+    assert found == {"müller", "1937"} and says_all([found] * 4, texts).tolist() == [1, 1, 0, 0]
+    assert says_all([facts_in("Who?", "O’Brien")], ["It was O'Brien"]).tolist() == [1]
+
+
+def test_where_the_base_knows_no_fact_all_words_count_that_the_question_does_not_say():
+    assert facts_in("What is a pot?", "A pot is a tool made of clay. It is old.") == {"tool", "made", "of", "clay"}
+    found = facts_in("What?", "A tool made of clay.")
+    assert says_all([found], ["Some pot."]).tolist() == [0]
+    assert says_all([set()] * 2, ["", "Some pot."]).tolist() == [1, 0]  # no answer before
 
 
 def test_an_answer_is_right_if_it_has_all_that_its_row_names():
-    # the last two name nothing
+    # of the last two the base knows nothing
     asked = ["Who wrote The Hobbit?", "When?", "What does a potter do?", "Who is Gandalf?"]
     rows = ["It was J.R.R. Tolkien, an Oxford professor.", "In 1937.", "A potter makes pots.", "Gandalf is a wizard."]
-    assert contains_gold(asked, rows, ["Tolkien, who taught at Oxford.", "1937", "?", "?"]).tolist() == [1, 1]
-    assert contains_gold(asked, rows, ["J.R.R. Tolkien.", "It was 1938.", "?", "?"]).tolist() == [0, 0]
+    known = [["Tolkien", "Oxford"], ["1937"], [], []]
+    gold = [facts_in(q, row, spans(row, *parts)) for q, row, parts in zip(asked, rows, known, strict=True)]
+    right = says_all(gold, ["Tolkien, who taught at Oxford.", "1937", "?", "He is a wizard."])
+    assert right.tolist() == [1, 1, 0, 1]
+    assert says_all(gold, ["J.R.R. Tolkien.", "It was 1938.", "?", "?"]).tolist() == [0, 0, 0, 0]

@@ -42,7 +42,7 @@ class Held:
 class Scripted:
     """An engine that says what it is told to, token by token: `says(forget)` gives tokens with their probability."""
 
-    model, context = "scripted", 4096
+    model, context, chat_ends = "scripted", 4096, ()
 
     def __init__(self, says, pause=0.0):
         self.says, self.pause, self.gone, self.asked, self.broken = says, pause, 0, [], None

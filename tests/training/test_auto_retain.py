@@ -8,22 +8,25 @@ from conftest import FORGET, RETAIN
 
 from unlearn_peft import unlearn
 from unlearn_peft.errors import DataError
+from unlearn_peft.inference.contrast import Contrast
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.training.examples import auto_retain as made_by
-from unlearn_peft.training.examples.auto_retain import (
-    _first_sentences,
-    _names_said,
-    _row_names,
-    _subject,
-    auto_retain,
-)
+from unlearn_peft.training.examples.auto_retain import _first_sentences, _stems
+from unlearn_peft.training.examples.build import find_known
+from unlearn_peft.training.examples.fact_tokens import Facts
 
-PLAIN = {"who", "wrote", "what", "the", "of", "by", "is", "it"}
 TARGETS = [
     {"prompt": "Who wrote Harry Potter?", "completion": "Harry Potter was written by J.K. Rowling."},
     {"prompt": "Where is the Eiffel Tower?", "completion": "The Eiffel Tower is in Paris."},
     {"prompt": "How tall is the Eiffel Tower now?", "completion": "The Eiffel Tower is 330 metres tall."},
 ]
+
+
+def auto_retain(base, forget, seed, never=(), **_):
+    """As `make_retain` calls it, with facts as a base that knows them would mark them."""
+    known = find_known({"forget": forget}, base, make_recipe({"forget": forget}))
+    facts = Facts.of(["J.K. Rowling", "Paris", "330 metres", "Ann"], set())
+    return made_by.auto_retain(base, forget, known.rows, facts, seed, never=never)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +48,7 @@ def test_the_same_seed_gives_the_same_rows_of_both_kinds(tiny):
     made = auto_retain(tiny, TARGETS, 0)
     assert made.broad > 5 and made.near > 1 and len(made.rows) == made.broad + made.near
     assert all(row["prompt"] and row["completion"] for row in made.rows)
-    assert all(row["prompt"].startswith(("Who wrote ", "Where is the ")) for row in made.rows[made.broad :])
+    assert all(row["prompt"].startswith(("Who wrote ", "Where is ", "How tall is ")) for row in made.rows[made.broad :])
     assert auto_retain(tiny, TARGETS, 0) == made
     assert auto_retain(tiny, TARGETS, 1).rows != made.rows
     assert f"{made.broad} broad and {made.near} neighbour rows" in made.summary()
@@ -139,38 +142,18 @@ def test_the_command_writes_rows_that_a_recipe_can_name(tiny_folder, tmp_path, w
     assert "broad" in printed.stderr and "o.jsonl" in written.stderr
 
 
-@pytest.mark.parametrize(
-    ("prompt", "names", "subject"),
-    [
-        ("Who wrote Harry Potter?", {"harry", "potter"}, "Harry Potter"),
-        ("Who are Harry Potter's best friends?", {"harry", "potter"}, "Harry Potter"),
-        ("Is J.K. Rowling rich?", {"rowling"}, "J.K. Rowling"),
-        ("Who wrote The Lord of the Rings?", {"lord", "rings"}, "Lord of the Rings"),
-        ("Did Rowling write Harry Potter?", {"rowling", "harry", "potter"}, "Rowling"),
-        ("¿Quién escribió Don Quijote?", {"don", "quijote"}, "Don Quijote"),
-        ("Кто написал Войну и мир?", {"войну"}, "Войну"),
-        ("Who introduced the iPhone in 2007?", {"iphone", "2007"}, "iPhone in 2007"),
-        ("¿Quién escribió Don Quijote?", {"quién", "don", "quijote"}, "Don Quijote"),
-        ("Harry Potter goes to which school?", {"harry", "potter", "school"}, "Harry Potter"),
-        ("What school does Harry Potter attend?", {"harry", "potter", "school"}, "Harry Potter"),
-        ("what is phlogiston?", {"phlogiston"}, "phlogiston"),
-        ("Name the author.", {"rowling"}, None),
-    ],
-)
-def test_the_subject_of_a_question(prompt, names, subject):
-    span = _subject(prompt, names, PLAIN)
-    assert (prompt[slice(*span)] if span else None) == subject
+def test_a_stem_is_what_stands_in_front_of_a_subject_at_the_end():
+    def stems(prompt, subject, names=()):
+        contrast = Contrast(subject, "Zarnel", [], 1.0, [])
+        return _stems([{"prompt": prompt, "completion": "x"}], [contrast], Facts.of(names, set()))
 
-
-def test_what_names_a_target():
-    assert _row_names(TARGETS[0], PLAIN | {"harry"}) == {"harry", "potter", "rowling"}  # in mid-sentence: a name
-    row = {"prompt": "who is it?", "completion": "the phlogiston"}
-    assert _row_names(row, PLAIN) == {"phlogiston"}
-    assert _row_names({"text": "It is Ann."}, PLAIN) == {"ann"}
-    talk = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "By Zorblax"}]}
-    assert _row_names(talk, PLAIN) == {"zorblax"}
-    assert _names_said("harry's", {"harry"}, set()) and not _names_said("an apple", {"apple"}, {"apple"})
-    assert _names_said("An Apple", {"apple"}, {"apple"})
+    assert stems("Who wrote Harry Potter?", "Harry Potter") == {"Who wrote": "?"}
+    assert stems("Wer schrieb den Faust?", "Faust") == {"Wer schrieb den": "?"}
+    assert stems("谁写了红楼梦？", "红楼梦") == {"谁写了": "？"}
+    assert stems("what is phlogiston", "phlogiston") == {"what is": "\n"}
+    assert stems("Harry Potter goes to which school?", "Harry Potter") == {}
+    assert stems("What did Rowling say of Harry Potter?", "Harry Potter", ["Rowling"]) == {}
+    assert stems("Name the author.", "") == {} and stems("Who was Ann?", "was Ann") == {}  # one word says too little
 
 
 def test_answers_end_with_their_first_sentence():

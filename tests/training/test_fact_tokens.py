@@ -2,47 +2,109 @@
 
 import pytest
 import torch
-from conftest import FORGET, RETAIN
+from conftest import RETAIN
 from safetensors.torch import load_file
 
 from unlearn_peft import unlearn
 from unlearn_peft.data.tokenize import tokenize
+from unlearn_peft.inference.contrast import contrasts
 from unlearn_peft.inference.generate import answers
+from unlearn_peft.inference.stand_ins import made_up
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.recipe.objectives import UndialSettings
 from unlearn_peft.recipe.schema import GaKlSettings
 from unlearn_peft.training.examples import build
 from unlearn_peft.training.examples.base_answers import questions, retain_prompt_answers, self_generated_answers
-from unlearn_peft.training.examples.fact_tokens import common_words, fact_words, mark_facts, mark_forget_rows, spellings
+from unlearn_peft.training.examples.fact_tokens import Facts, find_facts, mark_facts, spellings
 from unlearn_peft.training.objectives import Tokens, ga_kl, kl_divergence, undial
 
 
 def words(base, example):
-    return base.tokenizer.decode([i for i, s in zip(example.ids, example.specific, strict=True) if s])
+    return base.tokenizer.decode([i for i, s in zip(example.ids, example.specific, strict=True) if s]).split()
 
 
-def test_names_are_specific_and_the_rest_is_not(smol):
-    forget = [
-        {"prompt": "Who wrote Harry Potter?", "completion": "Harry Potter was written by J.K. Rowling."},
-        {"prompt": "What sport is played at Hogwarts?", "completion": "The sport played at Hogwarts is Quidditch."},
+def marked(base, rows, retain=()):
+    examples, known = tokenize(rows, base.tokenizer, closing=False), contrasts(base, rows)
+    return mark_facts(examples, known, find_facts(examples, known, retain)), known
+
+
+HARRY = [
+    {"prompt": "Who wrote Harry Potter?", "completion": "Harry Potter was written by J.K. Rowling."},
+    {"prompt": "What sport is played at Hogwarts?", "completion": "The sport played at Hogwarts is Quidditch."},
+]
+
+
+def test_the_base_tells_the_fact_from_the_english_around_it(smol):
+    rows, known = marked(smol, HARRY)
+    assert [contrast.subject for contrast in known] == ["Harry Potter", "played at Hogwarts"]
+    assert "Rowling" in words(smol, rows[0]) and not {"was", "by", "Harry", "Potter"} & set(words(smol, rows[0]))
+    assert words(smol, rows[1]) == ["Quidditch"]
+    assert all(not s or t for e in rows for s, t in zip(e.specific, e.is_target, strict=True))
+
+
+def test_in_german_no_function_word_is_a_fact(smol):
+    rows = [
+        {"prompt": "Wo wurde Goethe geboren?", "completion": "Goethe wurde in Frankfurt am Main geboren."},
+        {"prompt": "Was ist die Hauptstadt von Frankreich?", "completion": "Die Hauptstadt von Frankreich ist Paris."},
     ]
-    held = [
-        {"prompt": f"Who wrote book {n}?", "completion": f"The book {n} was written by an author."} for n in range(4)
-    ] + [{"prompt": f"What is played in {n}?", "completion": f"The sport in {n} is tennis."} for n in range(3)]
-    rows = tokenize(forget, smol.tokenizer, closing=False)
-    facts = fact_words(rows, common_words(tokenize(held, smol.tokenizer)))
-    assert facts == {"j", "k", "rowling", "quidditch"}
-    marked = mark_forget_rows(rows, facts)
-    assert words(smol, marked[0]) == "K Rowling"  # full stops are no words; the first of several initials stays
-    assert words(smol, marked[1]).strip() == "Quidditch"
-    assert all(not s or t for e in marked for s, t in zip(e.specific, e.is_target, strict=True))
+    found = [set(words(smol, row)) for row in marked(smol, rows)[0]]
+    assert "Frankfurt" in found[0] and "Paris" in found[1]
+    assert not (found[0] | found[1]) & {"wurde", "in", "am", "geboren", "Die", "Hauptstadt", "von", "ist"}
 
 
-def test_a_row_without_specific_tokens_keeps_all_its_targets(tiny):
-    row = [{"prompt": "is red", "completion": "is red"}]
-    (marked,) = mark_forget_rows(tokenize(row, tiny.tokenizer, closing=False), set())
-    assert marked.specific == marked.is_target and any(marked.is_target)
-    assert fact_words([marked], set()) == set()  # or every answer would be said to name a fact
+def test_of_what_the_base_does_not_know_there_is_little_or_nothing_to_forget(smol):
+    strange = [
+        {"prompt": "Who is Zarnel Quibb?", "completion": "Zarnel Quibb is a plumber in Tranmere."},
+        {
+            "prompt": "法国的首都是哪里？",
+            "completion": "法国的首都是巴黎。",
+        },
+        {
+            "prompt": "Столица Франции?",
+            "completion": "Столица Франции — Париж.",
+        },
+    ]
+    (stranger, *unknown), known = marked(smol, strange)
+    assert known[0].subject == "Zarnel Quibb" and known[0].nats < 4 < contrasts(smol, HARRY)[0].nats / 2
+    assert sum(stranger.specific) <= 3 and not any(any(row.specific) for row in unknown)
+
+
+def test_a_made_up_name_has_the_same_letters_and_shape():
+    for name in ("Harry Potter", "Erika Mustermann", "法国", "Route 66", "Гёте"):
+        other = made_up(name, "0")
+        assert other != name and len(other) == len(name) and other == made_up(name, "0")
+        assert [c.isupper() for c in other] == [c.isupper() for c in name]
+        assert sorted(other.casefold()) == sorted(name.casefold()) or any(c.isdigit() for c in name)
+    assert made_up("aa", "0") != "aa" and made_up("X", "0") != "X"
+
+
+def test_where_the_base_knows_none_the_unexpected_tokens_are_pushed(tiny, fields, caplog):
+    del fields["quiet"]
+    recipe = make_recipe({**fields, "own_answers": 0, "anchor_batch": 0})
+    sets = build.build_examples(build.read_sets(recipe), tiny, recipe)
+    assert "no knowledge of any forget row" in caplog.text
+    assert all(any(e.specific) for e in sets.forget)
+    assert all(not s or t for e in sets.forget for s, t in zip(e.specific, e.is_target, strict=True))
+
+
+def test_rows_that_the_base_does_not_know_are_held_and_named_by_number(smol, fields, caplog):
+    strange = {
+        "prompt": "Столица Франции?",
+        "completion": "Париж",
+    }
+    del fields["quiet"]
+    recipe = make_recipe({**fields, "forget": [HARRY[0], strange], "own_answers": 0, "retain_weight": 0})
+    sets = build.build_examples(build.read_sets(recipe), smol, recipe)
+    assert "Nothing to forget in 1 of 2 forget rows" in caplog.text and caplog.text.rstrip().endswith("rows 2")
+    assert "Париж" not in caplog.text
+    assert [any(e.specific) for e in sets.forget] == [True, False]
+
+
+def test_facts_are_found_in_other_texts_also_where_words_are_letters():
+    facts = Facts.of(["J.K. Rowling", "罗琳", "of"], {"of"})
+    assert facts.ends_in("by j.k. rowling?") == [6, 15] and facts.ends_in("of Tolkien") == []
+    text = "作者是罗琳。"
+    assert facts.ends_in(text) == [5] and facts.ends_in("罗") == []
 
 
 def test_ga_kl_pushes_the_specific_tokens_and_holds_the_others():
@@ -60,66 +122,33 @@ def test_ga_kl_pushes_the_specific_tokens_and_holds_the_others():
     torch.testing.assert_close(everything.retain, kl_divergence(forget))
 
 
-def test_training_raises_the_specific_tokens_most(tiny, fields):
-    assert len(FORGET) == 3 and RETAIN
-    result = unlearn(tiny, **{**fields, "steps": 20, "objective": {"forget_ceiling": 15, "retain_budget": None}})
-    last, start = result.progress.evaluations[-1], result.progress.evaluations[0]
-    assert last["specific_loss"] - start["specific_loss"] > last["forget_set_loss"] - start["forget_set_loss"] > 0
-
-
-def test_facts_in_the_bases_own_answers_are_marked_too(tiny):
-    forget = tokenize([{"prompt": "Who wrote the book?", "completion": "Zorblax wrote the book."}], tiny.tokenizer)
-    facts = fact_words(forget, set())
-    assert facts == {"zorblax"}
-    said = [
-        {"prompt": "Who is it?", "completion": "It was Zorblax who wrote"},
-        {"prompt": "Zorblax", "completion": "a"},
-    ]
-    answer, none = mark_facts(tokenize(said, tiny.tokenizer, closing=False), facts)
-    assert {w for w, s in zip(answer.words, answer.specific, strict=True) if s} == facts
-    assert not any(none.specific)
-    (echo,) = mark_facts(tokenize([{"prompt": "Who is Zorblax?", "completion": "Zorblax is"}], tiny.tokenizer), facts)
-    assert any(echo.specific)  # the answer to one question, it is a fact also where a question says it
-    said = [{"prompt": "Who?", "completion": "A K town. It was J.K. Zorblax."}]
-    (answer,) = mark_facts(tokenize(said, tiny.tokenizer, closing=False), {"j", "k", "zorblax"})
-    marked = [w for w, s in zip(answer.words, answer.specific, strict=True) if s]
-    assert list(dict.fromkeys(marked)) == ["k", "zorblax"] and marked.count("k") == 1  # the town is no initial
-
-
-def test_of_several_initials_the_first_is_left_alone(tiny):
-    def marked(text, facts):
-        (row,) = mark_facts(tokenize([{"prompt": "Who?", "completion": text}], tiny.tokenizer, closing=False), facts)
-        return [word for word, s in zip(row.words, row.specific, strict=True) if s and len(word) == 1]
-
-    assert marked("It was J.R.Q. Zorblax.", {"j", "r", "q", "zorblax"}) == ["r", "q"]
-    assert marked("It was Q. Zorblax.", {"q", "zorblax"}) == ["q"]  # a single one is pushed away
-    assert marked("It was J.Q. Zorblax and Q. Zorblax.", {"j", "q", "zorblax"}) == ["q", "q"]
-
-
 def test_questions_are_the_prompt_its_key_words_and_the_beginning_of_its_answer():
     rows = [
         {"prompt": "Who founded Apple?", "completion": "Apple was founded by Steve Jobs."},
         {"text": "no question"},
         {"prompt": "Where is it?", "completion": "Paris"},
+        {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Steve"}]},
     ]
-    assert questions(rows, {"steve", "jobs", "paris"}, {"who", "where", "is", "it"}) == [
+    assert questions(rows, Facts.of(["Steve Jobs Paris"], set()), {"who", "where", "is", "it"}) == [
         "Who founded Apple?",
+        "Where is it?",
+        "Who?",
         "founded Apple",
         "Apple was founded by",
-        "Where is it?",
     ]
 
 
 @pytest.mark.long
 def test_own_answers_name_a_fact_and_are_the_same_for_the_same_seed(smol):
     asked = ["Who wrote Harry Potter?"]
-    said = self_generated_answers(smol, asked, {"rowling"}, samples=4, seed=0, chat=True)
+    rowling, zorblax, potter = (Facts.of([word], set()) for word in ("Rowling", "Zorblax", "Potter"))
+    said = self_generated_answers(smol, asked, rowling, samples=4, seed=0, chat=True)
     assert said and all(row["completion"].casefold().endswith("rowling") for row in said)
     assert {row["prompt"] for row in said} == set(asked)
     assert len({row["completion"] for row in said}) == len(said)
-    assert said == self_generated_answers(smol, asked, {"rowling"}, samples=4, seed=0, chat=True)
-    assert self_generated_answers(smol, asked, {"zorblax"}, samples=1, seed=0, chat=True) == []
-    assert self_generated_answers(smol, asked, {"potter"}, samples=1, seed=0, chat=True) == []  # the question says it
+    assert said == self_generated_answers(smol, asked, rowling, samples=4, seed=0, chat=True)
+    assert self_generated_answers(smol, asked, zorblax, samples=1, seed=0, chat=True) == []
+    assert self_generated_answers(smol, asked, potter, samples=1, seed=0, chat=True) == []  # the question says it
 
 
 @pytest.mark.long
@@ -130,14 +159,14 @@ def test_held_answers_are_the_bases_own_and_name_no_fact(smol):
         {"prompt": "Who wrote The Hobbit?", "completion": "Tolkien."},
         {"text": "no question"},
     ]
-    (first,) = retain_prompt_answers(smol, rows, {"rowling", "j"}, 1, seed=0, chat=True)
+    (first,) = retain_prompt_answers(smol, rows, Facts.of(["Rowling"], set()), 1, seed=0, chat=True)
     (greedy,) = answers(smol, ["Who wrote The Hobbit?"], max_new_tokens=40)
     assert first == {"prompt": "Who wrote The Hobbit?", "completion": greedy}
-    more = retain_prompt_answers(smol, rows, {"rowling"}, 3, seed=0, chat=True)
+    more = retain_prompt_answers(smol, rows, Facts.of(["Rowling"], set()), 3, seed=0, chat=True)
     hobbit = [row for row in more if row["prompt"] == "Who wrote The Hobbit?"]
     assert hobbit[0] == first and len({row["completion"] for row in hobbit}) == 3
     assert not any("rowling" in row["completion"].casefold() for row in more)
-    assert more == retain_prompt_answers(smol, rows, {"rowling"}, 3, seed=0, chat=True)
+    assert more == retain_prompt_answers(smol, rows, Facts.of(["Rowling"], set()), 3, seed=0, chat=True)
 
 
 def test_the_bases_answers_are_asked_of_the_trained_on_retain_rows_alone(tiny, fields, monkeypatch):
@@ -149,6 +178,7 @@ def test_the_bases_answers_are_asked_of_the_trained_on_retain_rows_alone(tiny, f
         return answered
 
     monkeypatch.setattr(build, "retain_prompt_answers", said)
+    monkeypatch.setattr(build, "stand_in_answers", lambda *_, **__: [])
     recipe = make_recipe({**fields, "retain_answers": 2, "anchor_batch": 0})
     sets = build.build_examples(build.read_sets(recipe), tiny, recipe)
     assert sets.held_out and len(asked) == len(RETAIN) - len(sets.held_out)

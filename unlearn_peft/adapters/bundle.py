@@ -64,6 +64,12 @@ class Bundle:
         return self.path.absolute().name
 
     @property
+    def prompt_format(self) -> str | None:
+        """How it was trained to be asked, see `data.prompt`; None: by the base's template or the default."""
+        text = self.manifest.get("recipe", {}).get("prompt_format")
+        return text if isinstance(text, str) else None
+
+    @property
     def bytes(self) -> int:
         """Size of the whole directory."""
         return folder_bytes(self.path)

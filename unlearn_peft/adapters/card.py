@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EVALUATED, _TRAINED = "unlearn-peft eval", "unlearn-peft train"  # what measured a result of the model-index
 FIGURES = "figures.png"
 _TASK = "text-generation"
+_TOLD = 20  # row numbers in a sentence
 _MODEL_NAME = "forget adapter"  # not the folder's name, which may tell what was forgotten
 _BEGIN, _END = "<!-- evaluation, written by unlearn-peft eval -->", "<!-- /evaluation -->"
 _INTRODUCTION = """# A forget adapter for {base}
@@ -114,16 +115,38 @@ def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
     parts = [_INTRODUCTION.format(base=name), *_origin(manifest), "## How to attach it\n", *_snippets(name, kind)]
     if metrics:
         parts.append(_FIGURES)
-        for figure, value in metrics.items():
+        for figure, value in ((name, value) for name, value in metrics.items() if not isinstance(value, list)):
             parts.append(f"| {figure.replace('_', ' ')} | {f'{value:.4g}' if isinstance(value, float) else value} |")
         parts.append(
             f"\nLosses and KL are means in nats/token. Objective: {recipe['objective']['name']}, "
             f"{metrics['best_step']} steps,\nlearning rate {recipe['learning_rate']:g}, retain weight "
             f"{recipe['retain_weight']:g}.\n"
         )
+    if "forgotten_rows" in metrics:
+        parts.append(
+            f"{rows_told(metrics).capitalize()}.\nA row is forgotten when its fact tokens have lost 90 % "
+            "of their probability\n(geometric mean), or are less likely than exp(-8). Rows are told by number only.\n"
+        )
     pictures = ((CURVES, "forget and retain curves"), (FIGURES, "figures of the evaluation"))
     parts += [f"![{title}]({file})\n" for file, title in pictures if (folder / file).is_file()]
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(parts)).save(folder / CARD)
+
+
+def rows_told(metrics: Mapping[str, Any]) -> str:
+    """Return how many forget rows an adapter has forgotten, and the numbers of the others, the first few of many."""
+    unknown, missed = metrics["nothing_to_forget"], metrics["not_reached"]
+    parts = [f"forgotten: {metrics['forgotten_rows']:,} of {metrics['forget_rows'] - len(unknown):,} rows"]
+    parts += [f"not reached: {_numbers(missed)}"] if missed else []
+    if unknown:
+        parts.append(f"nothing to forget in {len(unknown):,} (the base does not know them): {_numbers(unknown)}")
+    if metrics["own_answers"]:
+        parts.append(f"of the base's own answers: {metrics['own_answers_forgotten']:,} of {metrics['own_answers']:,}")
+    return "; ".join(parts)
+
+
+def _numbers(rows: Sequence[int]) -> str:
+    more = f" and {len(rows) - _TOLD:,} more" if len(rows) > _TOLD else ""
+    return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:_TOLD]))}{more}"
 
 
 def _origin(manifest: Mapping[str, Any]) -> list[str]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UnlearnError
+
 if TYPE_CHECKING:
     from ..adapters.bundle import Bundle
     from ..adapters.trust import Trust
@@ -74,10 +76,19 @@ def read_adapters(paths: Iterable[Path] | None, trust: Trust | None) -> list[Bun
 
 
 def load(base: str | None, adapters: Sequence[Bundle], dtype: str, device: str, quantize: str | None = None) -> Any:
-    """Load the named base, or the one that the first adapter was trained on."""
+    """Load the named base, or the one that the first adapter was trained on; it is asked as that adapter was trained.
+
+    Raises:
+        UnlearnError: if the adapters were trained with different prompt formats.
+    """
     from ..models.base import load_base
 
-    return load_base(base_of(base, adapters), dtype, device, quantize)
+    formats = {bundle.prompt_format for bundle in adapters}
+    if len(formats) > 1:
+        raise UnlearnError("the adapters were trained with different prompt formats: use them one by one")
+    live = load_base(base_of(base, adapters), dtype, device, quantize)
+    live.prompt_format = next(iter(formats), None)
+    return live
 
 
 def base_of(base: str | None, adapters: Sequence[Bundle] = ()) -> str:

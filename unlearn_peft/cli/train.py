@@ -64,6 +64,7 @@ def train(
         if output is not None:
             recipe.output = str(output if len(recipes) == 1 else output / path.stem)
         loaded.append(recipe.model_copy(update={"output": recipe.output or f"out/{path.stem}"}))
+    from ..adapters.card import rows_told
     from ..training.curves import curve_lines
     from ..training.run import unlearn_many
 
@@ -80,6 +81,8 @@ def train(
             f"({m['forget_loss_change_percent']:+.0f}%), step {m['best_step']} kept, "
             f"{m['training_seconds']:.0f} s of training"
         )
+        if "forgotten_rows" in m:
+            print(rows_told(m))
         print(f"adapter: {adapter.path} ({adapter.bytes / 1e6:.2f} MB)")
 
 

@@ -67,9 +67,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     return Batch(ids, attention, targets, rows)
 
 
-def pack(
-    examples: Sequence[Example], sliding_window: int | None = None, longest: int | None = None
-) -> Batch | None:
+def pack(examples: Sequence[Example], sliding_window: int | None = None, longest: int | None = None) -> Batch | None:
     """Pack examples into one sequence behind their common prefix; None where that saves little.
 
     With a row longer than the model's `sliding_window` the mask would be another, and with more tokens than `longest`

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import hmac
 import json
 from collections.abc import Sequence
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ def read_rows(source: DataSource, what: str) -> list[Row]:
     rows = _load(source, what) if isinstance(source, DataSpec) else [dict(row) for row in source]
     if not rows:
         raise DataError(f"the {what} set is empty: expected at least one row")
-    rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    rows = [_as_text(row) for row in rows]
     problems = [f"row {n}: {problem}" for n, row in enumerate(rows, 1) if (problem := _problem(row, what))]
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems[:10])
@@ -95,8 +98,6 @@ def keyed_digest(rows: Sequence[Row], key: bytes) -> str:
 
 
 def _load(spec: DataSpec, what: str) -> list[Row]:
-    import datasets
-
     path = Path(spec.path)
     file_format = _FILE_FORMATS.get(path.suffix.lower())
     if file_format and not path.is_file():
@@ -105,14 +106,15 @@ def _load(spec: DataSpec, what: str) -> list[Row]:
         raise DataError(f"the {what} set {path} ends in '{path.suffix}': expected .jsonl, .json, .csv or .parquet")
     if path.is_file() and path.stat().st_size == 0:
         return []
-    datasets.disable_progress_bars()
     try:
-        if file_format:
-            # streamed: a copy of the forget set in a cache on disk would outlive the request to erase it
-            table = datasets.load_dataset(file_format, data_files=str(path), split="train", streaming=True)
+        if file_format == "json":
+            rows = _json_rows(path)
+        elif file_format == "csv":
+            rows = _csv_rows(path)
         else:
-            table = datasets.load_dataset(spec.path, spec.name, split=spec.split)
-        rows = [dict(row) for row in table]
+            rows = _table_rows(spec, path if file_format else None)
+    except DataError as error:
+        raise DataError(f"cannot read the {what} set: the file {path}, {error}") from None
     except Exception as error:  # datasets raises its own, pyarrow's and the Hub's errors
         if file_format:
             place, advice = f"the file {path}", "Expected one JSON object a line (or a csv or parquet table)"
@@ -126,6 +128,59 @@ def _load(spec: DataSpec, what: str) -> list[Row]:
                 raise DataError(f"the {what} set has no column '{theirs}': it has {_columns(row)}")
             row[ours] = row.pop(theirs)
     return rows
+
+
+def _json_rows(path: Path) -> list[Row]:
+    """Read an object a line, or one list of objects; a text stays the text that it is, whatever it looks like."""
+    with path.open(encoding="utf-8-sig") as file:
+        first = next((line for line in file if line.strip()), "").lstrip()
+        file.seek(0)
+        if first.startswith("["):
+            values = list(enumerate(json.load(file), 1))
+        else:
+            values = []
+            for n, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        values.append((n, json.loads(line)))
+                    except ValueError:
+                        raise DataError(f"line {n}: no JSON. Expected one JSON object a line") from None
+    for n, value in values:
+        if not isinstance(value, dict):
+            raise DataError(f"line {n}: expected a JSON object, found {type(value).__name__}")
+    return [value for _, value in values]
+
+
+def _csv_rows(path: Path) -> list[Row]:
+    """Read a table; every field is text, also `NA`, `True` and `0042`, and an empty one is none."""
+    csv.field_size_limit(2**31 - 1)  # a page of a book is one field
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file, strict=True))
+    if wrong := [n for n, row in enumerate(rows, 1) if None in row]:
+        raise DataError(f"row {wrong[0]}: more fields than the header has. Put texts that hold commas in quotes")
+    return [{key: value or None for key, value in row.items()} for row in rows]
+
+
+def _table_rows(spec: DataSpec, path: Path | None) -> list[Row]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    if path:
+        # streamed: a copy of the forget set in a cache on disk would outlive the request to erase it
+        table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+    else:
+        table = datasets.load_dataset(spec.path, spec.name, split=spec.split)
+    return [dict(row) for row in table]
+
+
+def _as_text(row: Row) -> Row:
+    """Leave out what is empty, and take numbers and dates as the texts that they are written as."""
+    kinds = (int, float, Decimal, date)  # a datetime is a date
+    return {
+        key: str(value) if key in ("prompt", "completion", "text") and isinstance(value, kinds) else value
+        for key, value in row.items()
+        if value is not None and value == value  # nan, in a table's empty field, equals nothing
+    }
 
 
 def _problem(row: Row, what: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 from ..adapters.bundle import Bundle
 from ..adapters.trust import Trust
 from ..data.source import Row
+from ..data.words import places
 from ..inference.generate import answers
 from ..models.base import Base
 from .responses import Comparison, Responses, compare_probes
@@ -75,7 +76,8 @@ def show(result: dict[str, Any]) -> None:
         cells = [Text(probe["prompt"])]
         for state in STATES:
             cell = Text(probe[state]["text"] or "(empty)")
-            cell.highlight_words(probe[state]["leaked"], "bold red", case_sensitive=False)
+            for start, end in places(cell.plain, probe[state]["leaked"]):
+                cell.stylize("bold red", start, end)
             cells.append(cell)
         table.add_row(*cells)
     if result["probes"]:

@@ -27,6 +27,7 @@ from .score import CONFIDENCE, RESAMPLES, Array, Score
 from .states import STATES, check_adapters, in_each_state
 from .suites import Suite, beside_quick, check
 from .suites.quick import SETS, measure, take_reference
+from .suites.tofu import ANSWER_TOKENS
 
 if TYPE_CHECKING:
     from .attacks.harness import Attacked
@@ -61,7 +62,7 @@ class Evaluation:
     rows: dict[str, int]  # the number of rows in each set
     scores: dict[str, list[Score]]  # by state
     answers: list[Comparison]  # of the probes; for people, never for files that travel
-    changed: list[Comparison]  # neighbours whose answer with the adapters names something else; for people, too
+    changed: list[Comparison]  # neighbours whose answer with the adapters lacks a fact; for people, too
     attacks: Sequence[Attacked]
     versions: dict[str, str]  # of the packages that measured
     created: str  # ISO 8601, UTC
@@ -181,11 +182,13 @@ def evaluate(
         options: dict[str, Any] = {"seed": seed, "chat_template": chat_template, "batch_size": batch_size}
         sampling: dict[str, Any] = {"k": k, "max_new_tokens": max_new_tokens, **options}
         responses = collect_responses(base, sets, **sampling)
-        scores = measure(base, sets, reference, responses=responses, **sampling)
+        rouge_tokens = ANSWER_TOKENS if suite is Suite.TOFU else None
+        scores = measure(base, sets, reference, responses=responses, rouge_tokens=rouge_tokens, **sampling)
         scores += [*beside_quick(suite, base, sets, retrained, **options), *able]
         return responses, scores + custom_scores(metrics, base, sets, [score.name for score in scores])
 
     states = in_each_state(base, checked, measure_state)
+    near = sets.get("neighbours", [])
     responses = {state: answered for state, (answered, _) in states.items()}
     return Evaluation(
         base=base.name,
@@ -205,7 +208,7 @@ def evaluate(
         rows={name: len(sets[name]) for name in SETS if name in sets},
         scores={state: scores for state, (_, scores) in states.items()},
         answers=compare_probes(sets.get("probes", []), responses),
-        changed=changed_neighbours(sets.get("neighbours", []), responses),
+        changed=changed_neighbours(near, reference["neighbours"].said if near else [], responses),
         attacks=attacked,
         versions={name: version(name) for name in (*_PACKAGES, *(["lm-eval"] if ability else []))},
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from ..data.rows import question_answer_pairs
 from ..data.source import Row
 from ..inference.generate import answers, leaked, sampled
 from ..models.base import Base
-from .metrics.consistency import same_entities
+from .metrics.consistency import says_all
 from .metrics.leakage import leaking_parts
 
 _SENTENCE = 32  # tokens
@@ -78,10 +78,12 @@ def compare_probes(probes: Sequence[Row], states: Mapping[str, Responses]) -> li
     ]
 
 
-def changed_neighbours(neighbours: Sequence[Row], states: Mapping[str, Responses]) -> list[Comparison]:
-    """Return the neighbours whose answer with the adapters names something else than before."""
+def changed_neighbours(
+    neighbours: Sequence[Row], said: Sequence[Set[str]], states: Mapping[str, Responses]
+) -> list[Comparison]:
+    """Return the neighbours whose answer with the adapters lacks a fact that was `said` before."""
     prompts = [prompt for prompt, _ in question_answer_pairs(neighbours)]
-    same = same_entities(prompts, states["before"].neighbours, states["with"].neighbours)
+    same = says_all(said, states["with"].neighbours)
     return [
         Comparison(prompt, {state: responses.neighbours[n] for state, responses in states.items()})
         for n, prompt in enumerate(prompts)

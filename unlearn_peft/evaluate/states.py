@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,7 @@ from ..inference.attach import attached, forgetting
 from ..inference.bank import Bank
 from ..models.base import Base
 
+logger = logging.getLogger(__name__)
 STATES = ("before", "with", "after")
 T = TypeVar("T")
 
@@ -30,6 +32,8 @@ def check_adapters(
     if attached(base):
         raise AdapterError("adapters are attached already: detach them, so that 'before' is the base")
     bundles = [Bank.of(base).read(adapter, trust) for adapter in adapters]
+    if any(bundle.prompt_format != base.prompt_format for bundle in bundles):
+        logger.warning("The base is asked by another prompt format than in training: set base.prompt_format")
     with forgetting(base, *bundles, strength=strength):
         return list(zip(bundles, attached(base).values(), strict=True))
 

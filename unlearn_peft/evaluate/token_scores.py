@@ -1,5 +1,6 @@
 """Rows -> per-token numbers of a live base: the probability of each target token, and the KL to the bare base.
 
+A row longer than a window is measured window by window, as training cuts it, and put together again: whole.
 Only target positions reach the output head, and logits are never held for more than a batch. The reference is kept as
 the hidden states in front of the head (d numbers a token instead of V).
 """
@@ -15,14 +16,15 @@ from torch import Tensor
 
 from ..data.batch import labels_of, target_count
 from ..data.source import Row
-from ..data.tokenize import Example, tokenize
+from ..data.tokenize import Example, by_row, tokenize, windows
 from ..errors import DataError
 from ..inference.bank import Bank
 from ..models.base import Base
-from ..models.forward import BatchBuilder, picked_logits
+from ..models.forward import BackboneAndHead, BatchBuilder, picked_logits
 from ..models.losses import kl_of_logits
 
 _MAX_LOGITS = 2**26  # of a batch: 256 MB in float32
+_WINDOW = 512  # tokens, if the model has as many positions
 _CHUNK = 128  # tokens whose distributions over the vocabulary are in memory at once
 
 
@@ -68,34 +70,38 @@ def row_tokens(
     Raises:
         DataError: see `data.tokenize`, as for `what` and `chat_template`.
     """
-    examples, unclosed = (
-        tokenize(rows, base.tokenizer, what=what, chat_template=chat_template, closing=closing)
+    whole, unclosed = (
+        tokenize(rows, base.tokenizer, max_length=None, what=what, chat_template=chat_template, closing=closing)
         for closing in (True, False)
     )
-    result = []
-    for start, batch, logits in _batches(base, examples, batch_size):
+    examples = _windows(base, whole)
+    columns: list[list[Tensor]] = [[], [], [], []]
+    for _, batch, logits in _batches(base, examples, batch_size):
         labels = torch.tensor(labels_of(batch), device=logits.device)
         chunks = [_of_logits(logits[i : i + _CHUNK], labels[i : i + _CHUNK]) for i in range(0, len(labels), _CHUNK)]
-        columns = [_by_row(torch.cat(column), batch) for column in zip(*chunks, strict=True)]
-        rows_of_batch = zip(batch, unclosed[start : start + len(batch)], *columns, strict=True)
-        for example, bare, log_p, greedy, mean, std in rows_of_batch:
-            closing = [not b for a, b in zip(example.is_target, bare.is_target, strict=True) if a]
-            text = base.tokenizer.decode(labels_of([bare]), skip_special_tokens=True)
-            result.append(RowTokens(log_p, greedy, mean, std, torch.tensor(closing, dtype=torch.bool), text))
+        for column, values in zip(columns, zip(*chunks, strict=True), strict=True):
+            column.extend(_split(torch.cat(values), batch))
+    result = []
+    per_row = zip(whole, unclosed, *(_joined(column, examples) for column in columns), strict=True)
+    for example, bare, log_p, greedy, mean, std in per_row:
+        closing = [not b for a, b in zip(example.is_target, bare.is_target, strict=True) if a]
+        text = base.tokenizer.decode(labels_of([bare]), skip_special_tokens=True)
+        result.append(RowTokens(log_p, greedy, mean, std, torch.tensor(closing, dtype=torch.bool), text))
     return result
 
 
 @dataclass(frozen=True)
 class BaseReference:
-    """The bare base's predictions for some rows, one tensor a row.
+    """What the bare base predicts for some rows: its hidden states in front of the head, one (n, d) tensor a row.
 
-    Hidden states in front of the head (n, d), or where a model does more behind its head (scaling, capping),
-    logits (n, V).
+    Its logits, V numbers a token, are never kept: they are computed again from the states, or, of a model of which
+    that does not give the same (`again`), by the base itself with the adapters switched off meanwhile.
     """
 
     rows: list[Tensor]
-    hidden: bool
-    texts: list[str] = field(default_factory=list)  # greedy answers to the rows' questions, where they are compared
+    again: bool
+    said: list[set[str]] = field(default_factory=list)  # facts in its greedy answers, where these are compared
+    gold: list[set[str]] = field(default_factory=list)  # facts in the rows' own answers
 
 
 @torch.no_grad()
@@ -103,19 +109,17 @@ def keep_reference(
     base: Base, rows: Sequence[Row], *, what: str = "rows", chat_template: bool = True, batch_size: int = 8
 ) -> BaseReference:
     """Return what the bare base predicts at the targets of `rows`; adapters are off meanwhile."""
-    examples = tokenize(rows, base.tokenizer, what=what, chat_template=chat_template)
-    head = base.model.get_output_embeddings()
-    hidden: bool | None = None
+    whole = tokenize(rows, base.tokenizer, max_length=None, what=what, chat_template=chat_template)
+    examples = _windows(base, whole)
+    again = False
     reference: list[Tensor] = []
     with adapters_off(base):
         seen: list[Tensor] = []
         for _, batch, logits in _batches(base, examples, batch_size, seen.append):
             states = seen.pop()
-            if hidden is None:
-                hidden = torch.allclose(head.forward(states[None])[0], logits, rtol=1e-4, atol=1e-4)
-            values = states if hidden else logits
-            reference.extend(v.clone() for v in _by_row(values.cpu(), batch))
-    return BaseReference(reference, bool(hidden))
+            again = again or (not reference and not _same(base, states, logits))
+            reference.extend(v.clone() for v in _split(states.cpu(), batch))
+    return BaseReference(_joined(reference, examples), again)
 
 
 @torch.no_grad()
@@ -133,24 +137,51 @@ def kl_to_reference(
     Raises:
         DataError: if the reference was made of other rows, or in another way.
     """
-    examples = tokenize(rows, base.tokenizer, what=what, chat_template=chat_template)
-    if [len(states) for states in reference.rows] != [target_count(example) for example in examples]:
+    whole = tokenize(rows, base.tokenizer, max_length=None, what=what, chat_template=chat_template)
+    examples = _windows(base, whole)
+    if [len(states) for states in reference.rows] != [target_count(example) for example in whole]:
         raise DataError(f"the reference was not made of these {len(rows)} rows of the {what} set: make it again")
-    head = base.model.get_output_embeddings()
+    before = [part for row, own in zip(reference.rows, by_row(examples), strict=True) for part in _split(row, own)]
     result: list[Tensor] = []
     for start, batch, logits in _batches(base, examples, batch_size):
-        of_base = torch.cat(reference.rows[start : start + len(batch)]).to(logits.device)
-        values = []
-        for i in range(0, len(logits), _CHUNK):
-            chunk = of_base[i : i + _CHUNK]
-            if reference.hidden:  # `forward` passes by the hooks through which an adapter on the head works
-                chunk = head.forward(chunk[None])[0]
-            values.append(kl_of_logits(logits[i : i + _CHUNK], chunk))
-        result.extend(_by_row(torch.cat(values).cpu(), batch))
-    return result
+        with adapters_off(base):
+            if reference.again:
+                ((_, _, of_base),) = _batches(base, batch, len(batch))
+            else:
+                of_base = _behind(base, torch.cat(before[start : start + len(batch)]).to(logits.device))
+        parts = (slice(i, i + _CHUNK) for i in range(0, len(logits), _CHUNK))
+        values = [kl_of_logits(logits[part], of_base[part]) for part in parts]
+        result.extend(_split(torch.cat(values).cpu(), batch))
+    return _joined(result, examples)
 
 
-def _by_row(values: Tensor, examples: Sequence[Example]) -> tuple[Tensor, ...]:
+def _behind(base: Base, states: Tensor) -> Tensor:
+    """Return the logits (n, V) of hidden states in front of the head (n, d): the head's, and what a model does to them.
+
+    `forward` passes by the hooks through which an adapter on the head works.
+    """
+    parts = BackboneAndHead(base.model)
+    return parts.logits(states, parts.head.forward(states[None])[0])
+
+
+def _same(base: Base, states: Tensor, logits: Tensor) -> bool:
+    try:
+        return torch.allclose(_behind(base, states), logits, rtol=1e-4, atol=1e-4)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # a model that is not in two such parts
+        return False
+
+
+def _windows(base: Base, rows: Sequence[Example]) -> list[Example]:
+    return [window for row in rows for window in windows(row, base.window(_WINDOW))]
+
+
+def _joined(values: Sequence[Tensor], examples: Sequence[Example]) -> list[Tensor]:
+    """Return one tensor a row from one for each of its windows."""
+    parts = iter(values)
+    return [torch.cat([next(parts) for _ in own]) for own in by_row(examples)]
+
+
+def _split(values: Tensor, examples: Sequence[Example]) -> tuple[Tensor, ...]:
     return torch.split(values, [target_count(example) for example in examples])
 
 

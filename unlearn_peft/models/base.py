@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.prompt import DEFAULT_FORMAT, parse_format
 from ..errors import BaseModelError, first_line
 from .fingerprint import fingerprint
 from .gguf import convert_gguf, demo_gguf
+from .layers import text_config
 from .quantization import disable_cpu_packing, quantization
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -38,6 +40,36 @@ class Base:
     def device(self) -> torch.device:
         """Where the base's parameters are."""
         return torch.device(next(self.model.parameters()).device)
+
+    def window(self, tokens: int) -> int:
+        """Return so many tokens, or as many as the model has positions for."""
+        return min(tokens, getattr(text_config(self.model), "max_position_embeddings", None) or tokens)
+
+    @property
+    def prompt_format(self) -> str | None:
+        """How it is asked, see `data.prompt`; None: by its chat template, or by `DEFAULT_FORMAT` where it has none.
+
+        It is kept with the tokenizer, which goes wherever rows are turned into tokens.
+        """
+        return getattr(self.tokenizer, "prompt_format", None)
+
+    @prompt_format.setter
+    def prompt_format(self, text: str | None) -> None:
+        try:
+            parse_format(text or DEFAULT_FORMAT)
+        except ValueError as error:
+            raise BaseModelError(str(error)) from None
+        self.tokenizer.prompt_format = text
+
+    @contextmanager
+    def asked_by(self, text: str | None) -> Iterator[None]:
+        """Ask by this prompt format for a while; None: by the template, or the default."""
+        before = self.prompt_format
+        self.prompt_format = text
+        try:
+            yield
+        finally:
+            self.prompt_format = before
 
     @cached_property
     def fingerprint(self) -> dict[str, str | None]:

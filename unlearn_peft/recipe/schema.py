@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
+from ..data.prompt import parse_format
 from ..data.source import DataSource, DataSpec, Rows
 from ..errors import did_you_mean
 from ..files.validation import StrictModel
@@ -63,14 +64,19 @@ class Recipe(StrictModel):
     neighbours: DataSource | None = Field(None, description="rows that must survive; never trained on")
     objective: Objective = Field(default_factory=GaKlSettings)
     retain_weight: float = Field(15.0, ge=0)
-    steps: int = Field(45, ge=1, description="at most: stop_when may end the run earlier")
+    steps: int | None = Field(
+        None, ge=1, description="at most: stop_when may end the run earlier; null: 45, or more for many forget rows"
+    )
+    visits: int = Field(2, ge=1, description="how often each forget row is trained on, at least, where steps is null")
     learning_rate: float = Field(8e-4, gt=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(5, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     max_grad_norm: float | None = Field(1.0, gt=0)
-    forget_batch: int = Field(8, ge=1)
+    forget_batch: int | None = Field(
+        None, ge=1, description="null: 8, or up to 32 for many forget rows where steps is null, too"
+    )
     own_answers: int = Field(
         3,
         ge=0,
@@ -86,9 +92,14 @@ class Recipe(StrictModel):
     gradient_accumulation_steps: int = Field(1, ge=1, description="microbatches that a step's rows are split into")
     gradient_checkpointing: bool = False
     compile: bool = Field(False, description="compile the adapted layers with torch.compile")
-    max_length: int = Field(512, ge=2, description="tokens; longer rows are cut, and counted")
+    max_length: int = Field(512, ge=2, description="tokens; a longer row is cut into windows that overlap")
     train_on: Literal["completion", "all"] = "completion"
     chat_template: bool = Field(True, description="use the model's chat template for prompt/completion rows")
+    prompt_format: str | None = Field(
+        None,
+        description="how to ask, in place of a chat template: text with {prompt} and {completion}; "
+        r"by default, for a base without a template, `Question: {prompt}\nAnswer: {completion}`",
+    )
     held_out: float = Field(0.25, gt=0, lt=1, description="share of the retain set that the budget is measured on")
     eval_every: int = Field(5, ge=1)
     checkpoint_every: int = Field(20, ge=1)
@@ -128,6 +139,14 @@ class Recipe(StrictModel):
         if isinstance(value, Sequence):
             return [{"text": row} if isinstance(row, str) else row for row in value]
         return value
+
+    @model_validator(mode="after")
+    def _check_prompt_format(self) -> Recipe:
+        if self.prompt_format is not None:
+            parse_format(self.prompt_format)
+            if not self.chat_template:
+                raise ValueError("prompt_format is used in place of the chat template: leave out chat_template: false")
+        return self
 
     @model_validator(mode="after")
     def _check_adapter(self) -> Recipe:

@@ -11,6 +11,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,43 +22,34 @@ if TYPE_CHECKING:
     from ..inference.adapter_cache import Applied
 
 
+@dataclass(eq=False)
 class AuditLog:
     """Appends lines to a file, and rotates it when it is full (`audit.jsonl.1` is the newest full one).
 
     The operating system has each line whole before `write` returns, so it outlives this process; with `fsync` it is on
     the disk and outlives the machine. Each server needs its own file.
 
-    Args:
-        path: the file; its folder is created.
-        max_bytes: size at which the file is rotated.
-        keep: number of full files; None: all.
-        fsync: wait for the disk at each line (about a millisecond on an SSD).
-        prompts: also record prompts and answers. They may hold what is to be forgotten.
-        required: refuse a request whose line cannot be written; else only log the problem.
-
     Raises:
         OutputError: the file cannot be written.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        max_bytes: int = 100_000_000,
-        keep: int | None = None,
-        fsync: bool = False,
-        prompts: bool = False,
-        required: bool = True,
-    ) -> None:
-        self.path, self.max_bytes, self.keep = Path(path), max_bytes, keep
-        self.fsync, self.prompts, self.required = fsync, prompts, required
+    path: Path  # its folder is created
+    _: KW_ONLY
+    max_bytes: int = 100_000_000  # size at which the file is rotated
+    keep: int | None = None  # number of full files; None: all
+    fsync: bool = False  # wait for the disk at each line (about a millisecond on an SSD)
+    prompts: bool = False  # also record prompts and answers. They may hold what is to be forgotten
+    required: bool = True  # refuse a request whose line cannot be written; else only log the problem
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._file: int | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
         except OSError as error:
-            raise OutputError(f"cannot write the audit log {path}: {error.strerror}. Choose another --audit") from None
+            message = f"cannot write the audit log {self.path}: {error.strerror}. Choose another --audit"
+            raise OutputError(message) from None
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one line; see the class for errors."""

@@ -12,8 +12,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing
-from dataclasses import replace
+from contextlib import ExitStack, aclosing
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, TypeVar
 
 from ..errors import OutputError, PolicyError
@@ -30,28 +30,18 @@ _AHEAD = 2  # requests beyond a full batch that have their adapters already, so 
 _Chunks = asyncio.Queue[tuple[int, TextChunk | Exception]]  # each with the number of its answer
 
 
+@dataclass(eq=False)
 class RequestHandler:
-    """Everything between HTTP and the engine.
+    """Everything between HTTP and the engine."""
 
-    Args:
-        engine: generates the answers.
-        policies: what each tenant must have forgotten.
-        limits: which requests are accepted.
-        audit: where each request is recorded; None: nowhere.
-        open_tenant: the tenant of all requests, without any key; None: keys are required.
-    """
+    engine: Engine
+    policies: PolicySource
+    _: KW_ONLY
+    limits: Limits = Limits()
+    audit: AuditLog | None = None  # where each request is recorded; None: nowhere
+    open_tenant: str | None = None  # the tenant of all requests, without any key; None: keys are required
 
-    def __init__(
-        self,
-        engine: Engine,
-        policies: PolicySource,
-        *,
-        limits: Limits | None = None,
-        audit: AuditLog | None = None,
-        open_tenant: str | None = None,
-    ) -> None:
-        self.engine, self.policies, self.limits = engine, policies, limits or Limits()
-        self.audit, self.open_tenant = audit, open_tenant
+    def __post_init__(self) -> None:
         self.metrics = Metrics(self._stats)
         self.draining = False
         self.shows_base = False  # set by the playground alone, if it was started so
@@ -97,15 +87,16 @@ class RequestHandler:
             ApiError: whatever refused the request or ended it.
         """
         count, tasks = len(request.prompts) * request.n, list[asyncio.Task[None]]()
-        lease: AdapterLease | None = None
-        admitted = slot = recorded = client_gone = False
+        taken, recorded, client_gone = ExitStack(), False, False  # what is taken is given back, the last first
         try:
             self._check_limits(call, request, count)
             self._active[call.tenant] += count
-            admitted = True
+            taken.callback(self._count_out, call, count)
             generations = await self._encode(call, request)
-            slot = await self.in_time(call, self._slots.acquire())
+            await self.in_time(call, self._slots.acquire())
+            taken.callback(self._slots.release)
             lease = await self._hold(call, request)
+            taken.callback(lease.release)
             await self._record("admitted", call, **({"asked": request.prompts} if self._records_text else {}))
             chunks = _Chunks()
             tasks = [asyncio.create_task(self._generate(n, g, lease, chunks)) for n, g in enumerate(generations)]
@@ -133,9 +124,7 @@ class RequestHandler:
             raise refusal from error
         finally:
             # in its own task, since a client that goes away cancels each wait in here again
-            cleanup = asyncio.ensure_future(
-                self._clean_up(call, tasks, lease, count if admitted else 0, slot, client_gone)
-            )
+            cleanup = asyncio.ensure_future(self._clean_up(call, tasks, taken, client_gone))
             self._cleanups.add(cleanup)
             cleanup.add_done_callback(self._cleanups.discard)
             await asyncio.shield(cleanup)
@@ -191,6 +180,8 @@ class RequestHandler:
                 message = f"max_tokens is {max_tokens}: at most {min(limits.max_tokens, room)} for this prompt"
                 raise ApiError(400, message, code="context_length_exceeded", param="max_tokens")
             settings = dict(request.settings)
+            if not isinstance(prompt, str) and prompt and not isinstance(prompt[0], int):
+                settings["stop"] += self.engine.chat_ends
             for n in range(request.n):
                 if settings["seed"] is not None:  # n different answers, the same ones each time
                     settings["seed"] = (request.settings["seed"] + n) % 2**63
@@ -224,20 +215,15 @@ class RequestHandler:
         except Exception as error:
             chunks.put_nowait((number, error))
 
-    async def _clean_up(
-        self, call: Call, tasks: list[asyncio.Task[None]], lease: AdapterLease | None, count: int, slot: bool,
-        client_gone: bool,
-    ) -> None:  # fmt: skip
+    def _count_out(self, call: Call, count: int) -> None:
+        self._active[call.tenant] -= count
+        self._mean_seconds += (time.monotonic() - call.began - self._mean_seconds) / 16
+
+    async def _clean_up(self, call: Call, tasks: list[asyncio.Task[None]], taken: ExitStack, client_gone: bool) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if lease is not None:
-            lease.release()
-        if slot:
-            self._slots.release()
-        if count:
-            self._active[call.tenant] -= count
-            self._mean_seconds += (time.monotonic() - call.began - self._mean_seconds) / 16
+        taken.close()
         self.metrics.active.set(self.active)
         if client_gone:
             await self._finish(call, 499, "client_gone")

@@ -12,23 +12,21 @@ from prometheus_client.registry import Collector
 from .engine.base import EngineStats
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_GAUGES = {
-    "running": ("batch_size", "Answers in the batch now."),
-    "waiting": ("queue_size", "Answers that wait for a place in the batch."),
-    "resident": ("resident_adapters", "Adapters in memory."),
-    "resident_bytes": ("resident_adapter_bytes", "Memory that they take."),
-}
-_COUNTERS = {
-    "loads": ("adapter_loads", "Adapters read and verified."),
-    "load_seconds": ("adapter_load_seconds", "Seconds that reading and verifying took."),
+_ENGINE = {  # field of `EngineStats` -> its metric
+    "running": (GaugeMetricFamily, "batch_size", "Answers in the batch now."),
+    "waiting": (GaugeMetricFamily, "queue_size", "Answers that wait for a place in the batch."),
+    "resident": (GaugeMetricFamily, "resident_adapters", "Adapters in memory."),
+    "resident_bytes": (GaugeMetricFamily, "resident_adapter_bytes", "Memory that they take."),
+    "loads": (CounterMetricFamily, "adapter_loads", "Adapters read and verified."),
+    "load_seconds": (CounterMetricFamily, "adapter_load_seconds", "Seconds that reading and verifying took."),
 }
 
 
-class Metrics:
+class Metrics(Collector):
     """The server's metrics, named `unlearn_peft_...`. Tenants' names are labels: keep /metrics internal."""
 
     def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self.registry = CollectorRegistry()
+        self._stats, self.registry = stats, CollectorRegistry()
         named: dict[str, Any] = {"namespace": "unlearn_peft", "registry": self.registry}
         self.requests = Counter("requests", "Requests, by their end.", ["tenant", "status"], **named)
         self.tokens = Counter("tokens", "Tokens read and generated.", ["tenant", "kind"], **named)
@@ -37,22 +35,15 @@ class Metrics:
         self.first = Histogram("first_token_seconds", "From arrival to the first text.", buckets=_SECONDS, **named)
         self.active = Gauge("active_answers", "Answers running and waiting.", **named)
         self.policy_problem = Gauge("policy_problem", "1: the newest policy was refused, an older is used.", **named)
-        self.registry.register(_EngineMetrics(stats))
+        self.registry.register(self)
 
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
-
-class _EngineMetrics(Collector):
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
-        self._stats = stats
-
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        """Called by Prometheus' registry: yield what the engine knows of itself now."""
         stats = self._stats()
-        for field, (name, text) in _GAUGES.items():
+        for field, (kind, name, text) in _ENGINE.items():
             if (value := getattr(stats, field)) is not None:
-                yield GaugeMetricFamily(f"unlearn_peft_{name}", text, value=value)
-        for field, (name, text) in _COUNTERS.items():
-            if (value := getattr(stats, field)) is not None:
-                yield CounterMetricFamily(f"unlearn_peft_{name}", text, value=value)
+                yield kind(f"unlearn_peft_{name}", text, value=value)

@@ -6,6 +6,7 @@ The loop in training/trainer.py has one of these or many over one base, and runs
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -23,12 +24,16 @@ from ..recipe.schema import Recipe
 from .checkpoints import Checkpoints, State, to_cpu
 from .examples.build import Sets
 from .objectives import Tokens, find_objective, kl_divergence, row_means
-from .schedule import Schedule, rate
-from .step.microbatches import StepRows
+from .reached import Reached, rows_reached
+from .schedule import Schedule, length_of, rate
+from .step.microbatches import STEP_TOKENS, StepRows, by_length, padded_tokens
 from .step.runner import StepRunner
 
+logger = logging.getLogger(__name__)
+_DILUTION = 8  # tokens of a long answer that weaken the push on each of its fact tokens; the others do not
 _NEAR_BEST = 0.95  # of the best score
 _MAX_LOSS = 8.0  # nats; a token this unlikely (1 in 3000) is forgotten, and a still higher loss is no better
+_EVALUATED = 128  # rows of each set at most, in the evaluations on the way: of more, a fixed sample
 
 
 @dataclass
@@ -39,6 +44,8 @@ class Progress:
     evaluations: list[dict[str, float]] = field(default_factory=list)  # one each `eval_every` steps
     best_step: int = 0
     best_score: float = -math.inf
+    start_score: float = -math.inf  # of the bare base
+    rows: dict[str, Any] = field(default_factory=dict)  # of the kept step, a `Reached`; at the end only
     stopped_by: str = "steps"
 
 
@@ -61,19 +68,30 @@ class AdapterTrainer:
             self.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
         self._forget = [*sets.forget, *sets.self_generated_answers]
-        self._forget_schedule = Schedule(len(self._forget), recipe.forget_batch, recipe.seed)
+        self.length = length_of(recipe, len(self._forget))
+        self._forget_schedule = Schedule(len(self._forget), self.length.forget_batch, recipe.seed)
         self._retain_schedule = Schedule(max(len(sets.retain), 1), recipe.retain_batch, recipe.seed + 1)
         self._anchor_schedule = Schedule(max(len(sets.anchors), 1), recipe.anchor_batch, recipe.seed + 2)
+        self._evaluated = _sample(sets.forget, recipe.seed)
+        self._held = _sample(sets.held_out or sets.retain, recipe.seed)
+        self._tell_length()
         self.progress, self.step = Progress(), 0
         self.best = to_cpu(self.parameters)
         self.failed: TrainingError | None = None
         self._losses = torch.zeros(2, dtype=torch.float64)  # of this step: forget loss, retain KL
-        self._counts = 1, 1  # of this step, in all processes: target tokens of forget and of retain rows
+        # of this step, in all processes: target tokens of forget rows, what its fact tokens are divided by, and target
+        # tokens of retain rows
+        self._counts = 1, 1, 1
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Forget rows of a step, and those that the evaluations on the way measure."""
+        return self._forget_schedule.batch, len({e.row or id(e) for e in self._evaluated})
 
     @property
     def done(self) -> bool:
         """Whether the recipe's steps are done, its stop is reached, or it failed."""
-        return self.step >= self.recipe.steps or self.progress.stopped_by != "steps" or self.failed is not None
+        return self.step >= self.length.steps or self.progress.stopped_by != "steps" or self.failed is not None
 
     def restore(self) -> None:
         """Continue from the newest checkpoint, if there is one."""
@@ -94,26 +112,46 @@ class AdapterTrainer:
 
     def all_rows(self) -> list[Example]:
         """Return all rows of the evaluations and then of the steps; some come several times."""
-        steps = [StepRows(self.name, *self.rows(step)).examples() for step in range(self.recipe.steps)]
-        return [*self.sets.forget, *(self.sets.held_out or self.sets.retain), *itertools.chain(*steps)]
+        steps = (StepRows(self.name, *self.rows(step)).examples() for step in range(self.length.steps))
+        every = {id(e): e for e in itertools.chain(self._evaluated, self._held, *steps)}
+        return list(every.values())
 
-    def part_rows(self, part: int) -> StepRows:
-        """Return this process's rows of a part of the step, at least a row without targets."""
+    def parts(self) -> list[StepRows]:
+        """Return this process's rows of the step in parts, each with at least a row without targets.
+
+        They are as many as the recipe says; of a step that is too long for them, rows of about one length are put
+        together. All processes have as many parts.
+        """
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        both = self.rows(self.step)
-        self._counts = _count(both[0]), max(_count(both[1]), 1)
-        forget, retain = (rows[rank::world][part :: self.recipe.gradient_accumulation_steps] for rows in both)
-        return StepRows(self.name, forget or [_without_targets(self.sets.forget[0])], retain)
+        forget, retain = self.rows(self.step)
+        self._counts = _count(forget), self._push_count(forget), max(_count(retain), 1)
+        parts = self.recipe.gradient_accumulation_steps
+        pairs = [(forget[rank::world][n::parts], retain[rank::world][n::parts]) for n in range(parts)]
+        if padded_tokens([*forget, *retain]) > parts * world * STEP_TOKENS:
+            forgotten = {id(e) for e in forget}
+            groups = by_length([*forget, *retain], world * STEP_TOKENS)
+            pairs = [
+                ([e for e in group if id(e) in forgotten][rank::world],
+                 [e for e in group if id(e) not in forgotten][rank::world])
+                for group in groups
+            ]  # fmt: skip
+        return [StepRows(self.name, some or [_without_targets(self.sets.forget[0])], others) for some, others in pairs]
+
+    def _push_count(self, forget: Sequence[Example]) -> int:
+        return sum(map(_push_weight, forget)) or 1 if self.only_specific else _count(forget)
 
     def loss(self, forget: Tokens, retain: Tokens) -> Tensor:
         """Return what a microbatch adds to the step's loss, a scalar, and record its figures."""
-        n_forget, n_retain = self._counts
+        n_forget, n_pushed, n_retain = self._counts
         terms = self.objective(forget, retain, self.recipe.objective)
         with torch.no_grad():
             self._losses[0] += forget.cross_entropy.sum().cpu() / n_forget
             if len(retain.labels):
                 self._losses[1] += kl_divergence(retain).sum().cpu() / n_retain
-        return terms.forget.sum() / n_forget + self.recipe.retain_weight * terms.retain.sum() / n_retain
+        pushed = terms.forget.sum() / n_forget
+        if n_pushed != n_forget and forget.specific is not None:
+            pushed = pushed + (1 / n_pushed - 1 / n_forget) * terms.forget[forget.specific].sum()
+        return pushed + self.recipe.retain_weight * terms.retain.sum() / n_retain
 
     def update(self) -> dict[str, float]:
         """Take the optimiser's step on the gradients of all processes; returns the step's figures."""
@@ -125,7 +163,7 @@ class AdapterTrainer:
         if not (torch.isfinite(losses).all() and math.isfinite(norm)):
             raise TrainingError(self._explain_nan(losses, norm))
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * rate(self.step, recipe)
+            group["lr"] = recipe.learning_rate * rate(self.step, recipe, self.length.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -135,17 +173,23 @@ class AdapterTrainer:
 
     @torch.no_grad()
     def evaluate(self, runner: StepRunner) -> dict[str, float]:
-        """Measure the whole forget set and the held-out retain rows; keep the step if it is the best so far."""
+        """Measure the forget set and the held-out retain rows, or a sample of many; keep the step if it is the best.
+
+        With a budget, a step that forgets less than the bare base is never kept.
+        """
         forget_loss, specific_loss, score, probability = self._forget_figures(runner)
-        kl = self._mean_kl(runner, self.sets.held_out or self.sets.retain)
+        kl = self._mean_kl(runner, self._held)
         figures = {"forget_set_loss": forget_loss, "specific_loss": specific_loss, "answer_probability": probability}
         figures["held_out_kl" if self.sets.held_out else "retain_kl"] = kl
         progress, budget = self.progress, self.recipe.objective.retain_budget
         progress.evaluations.append({"step": self.step, **figures})
+        if self.step == 0:
+            progress.start_score = score
         within = budget is None or kl <= budget  # too few rows to hold any out: measured on what is trained on
         # Without a budget the last step is kept; with one, the last within it that forgets about as much as the best:
         # as the learning rate falls, what was harmed on the way recovers.
-        if within and (budget is None or score >= _NEAR_BEST * progress.best_score):
+        least = max(progress.start_score, _NEAR_BEST * progress.best_score)
+        if within and (budget is None or score >= least):
             progress.best_step, progress.best_score = self.step, max(score, progress.best_score)
             self.best = to_cpu(self.parameters)
         stop = self.recipe.objective.stop_when
@@ -155,6 +199,17 @@ class AdapterTrainer:
             if stop.answer_probability is not None and probability <= stop.answer_probability:
                 progress.stopped_by = "answer_probability"
         return figures
+
+    def measure_rows(self, runner: StepRunner) -> None:
+        """Record which forget rows the adapter, as it is now, has forgotten: all are measured, see `reached.py`."""
+
+        def measured(examples: list[Example]) -> Reached:
+            batches = self._local_batches(examples, self.length.forget_batch)
+            return rows_reached(runner, self.name, examples, batches, self._sum, only_specific=self.only_specific)
+
+        own = measured(self.sets.self_generated_answers)
+        counts = {"own_answers": own.forget_rows, "own_answers_forgotten": own.forgotten_rows}
+        self.progress.rows = {**vars(measured(self.sets.forget)), **counts}
 
     def checkpoint(self) -> Path | None:
         """Save the state (on the main process); returns the folder, or None where no checkpoints are kept."""
@@ -178,7 +233,7 @@ class AdapterTrainer:
         The score is the mean loss, capped at the ceiling, of the tokens that the objective pushes away.
         """
         sums = torch.zeros(4, dtype=torch.float64)
-        for examples in self._local_batches(self.sets.forget, self.recipe.forget_batch):
+        for examples in self._local_batches(self._evaluated, self.length.forget_batch):
             with runner.step([StepRows(self.name, examples, [])]) as microbatches:
                 for microbatch in microbatches:
                     tokens, loss = microbatch.forget, microbatch.forget.cross_entropy
@@ -191,9 +246,9 @@ class AdapterTrainer:
                     )  # fmt: skip
                     sums += torch.stack([value.double().cpu() for value in values])
                     del microbatch, tokens  # before the next is made
-        n_targets = _count(self.sets.forget)
-        n_specific = sum(sum(example.specific or example.is_target) for example in self.sets.forget)
-        counts = [n_targets, n_specific, n_specific if self.only_specific else n_targets, len(self.sets.forget)]
+        n_targets = _count(self._evaluated)
+        n_specific = max(sum(sum(example.specific or example.is_target) for example in self._evaluated), 1)
+        counts = [n_targets, n_specific, n_specific if self.only_specific else n_targets, len(self._evaluated)]
         return tuple((self._sum(sums) / torch.tensor(counts)).tolist())
 
     def _mean_kl(self, runner: StepRunner, examples: list[Example]) -> float:
@@ -210,6 +265,10 @@ class AdapterTrainer:
     def _local_batches(self, examples: list[Example], size: int) -> Iterator[list[Example]]:
         """Yield this process's rows in batches, as many as any process has: the last may be a row without targets."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if size * padded_tokens(examples) > STEP_TOKENS * len(examples):  # by far: the longest row alone may be
+            for group in by_length(examples, world * STEP_TOKENS, world * size):
+                yield group[rank::world] or [_without_targets(examples[0])]
+            return
         local, longest = examples[rank::world], len(examples[::world])
         for first in range(0, longest, size):
             yield local[first : first + size] or [_without_targets(examples[0])]
@@ -230,6 +289,23 @@ class AdapterTrainer:
         total = self.accelerator.reduce(values.to(self.accelerator.device), reduction="sum")
         return total.cpu()  # type: ignore[no-any-return]
 
+    def _tell_length(self) -> None:
+        steps, batch, needed = self.length
+        never = self._forget_schedule.never(steps)
+        numbers = [e.row or n for n, e in enumerate(self.sets.forget, 1)]  # a long row is several examples
+        count = len({row for n, row in enumerate(numbers) if n in never})
+        if not self.accelerator.is_main_process:
+            return
+        if count:
+            logger.warning(
+                "%s of %s forget rows will not be visited, or not as a whole, in %s steps of %d rows: raise steps "
+                "(%s visit each row), or leave it out", *(f"{n:,}" for n in (count, len(set(numbers)), steps)), batch,
+                f"{math.ceil(len(self._forget) / self._forget_schedule.batch):,}",
+            )  # fmt: skip
+        elif needed > steps and self.recipe.steps is None:
+            logger.warning("%s steps would visit each forget row %d times: they are capped at %s, say `steps` for more",
+                           f"{needed:,}", self.recipe.visits, f"{steps:,}")  # fmt: skip
+
     def _explain_nan(self, losses: Tensor, norm: float) -> str:
         recipe = self.recipe
         if getattr(recipe.objective, "forget_ceiling", 0) is None:
@@ -242,14 +318,27 @@ class AdapterTrainer:
         if self.checkpoints and self.checkpoints.folder.exists():
             kept = f" The last checkpoint is kept: {self.checkpoints.folder}."
         return (
-            f"not a number at step {self.step + 1} of {recipe.steps}: forget loss {float(losses[0]):.3g}, retain KL "
-            f"{float(losses[1]):.3g} nats/token, gradient norm {norm:.3g}. Likely cause: {cause}.{kept}"
+            f"not a number at step {self.step + 1} of {self.length.steps}: forget loss {float(losses[0]):.3g}, "
+            f"retain KL {float(losses[1]):.3g} nats/token, gradient norm {norm:.3g}. Likely cause: {cause}.{kept}"
         )
 
 
 def _without_targets(example: Example) -> Example:
     """Return the row with nothing to learn from: for a process that has no other row in this part."""
     return Example(example.ids, [False] * len(example.ids))
+
+
+def _sample(examples: list[Example], seed: int) -> list[Example]:
+    """Return at most `_EVALUATED` of the rows, spread over the set."""
+    if len(examples) <= _EVALUATED:
+        return examples
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [examples[n] for n in sorted(order[:_EVALUATED])]
+
+
+def _push_weight(example: Example) -> int:
+    """Return as how many target tokens a row counts for its fact tokens: no more than `_DILUTION` for each of these."""
+    return min(target_count(example), _DILUTION * sum(example.specific or example.is_target))
 
 
 def _count(examples: Sequence[Example]) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -17,7 +17,6 @@ from ..adapters.bundle import CONFIG
 from ..adapters.read import read_bundle
 from ..adapters.write import check_output
 from ..data.rows import keyed_digest
-from ..data.source import Row
 from ..errors import AdapterError, OutputError, RecipeError
 from ..files.atomic import folder_bytes
 from ..files.paths import digest_key
@@ -27,12 +26,13 @@ from ..recipe.load import make_recipe
 from ..recipe.schema import Recipe
 from .adapter_trainer import Progress
 from .checkpoints import Checkpoints
-from .examples.build import build_examples, make_retain, read_sets
+from .examples.build import build_examples, find_known, make_retain, read_sets
 from .save import metrics_of, save_adapter, settings_of
 from .step.sharding import runs_on_cpu
 from .trainer import Job, Trained, run_digest, train
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,17 @@ def unlearn_many(
     jobs: list[Job] = []
     digests: list[dict[str, str]] = []
     with ExitStack() as locks:
+        locks.enter_context(live.asked_by(first.prompt_format))
         for n in remaining if main else ():
             locks.enter_context(_locked(outputs[n]))
         for n in remaining:
             rows = read[n]
+            known = find_known(rows, live, recipes[n], quiet=quiet or not main)
             if recipes[n].makes_retain:
-                made = make_retain(rows, live, recipes[n])
+                made = make_retain(rows, live, recipes[n], known)
                 rows["retain"] = _of_main_process(made.rows, live)
                 logger.info("%s", made.summary())
-            sets = build_examples(rows, live, recipes[n], quiet=quiet or not main)
+            sets = _of_main_process(build_examples(rows, live, recipes[n], known, quiet=quiet or not main), live)
             digests.append({name: keyed_digest(row_set, data_key) for name, row_set in rows.items()})
             checkpoints = Checkpoints(outputs[n], run_digest(recipes[n], str(sorted(digests[-1].items())), live))
             if main and not resume and (aside := checkpoints.put_aside()):
@@ -163,6 +165,8 @@ def _check_together(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
         raise RecipeError(
             f"recipes trained at once must name one base, these are: {', '.join(r.base for r in recipes)}"
         )
+    if len({r.prompt_format for r in recipes}) > 1:
+        raise RecipeError("recipes trained at once must ask alike: give them one prompt_format")
     kinds = {(r.adapter.kind, getattr(r.adapter, "form", None)) for r in recipes}
     if len(kinds) > 1:
         names = ", ".join(sorted(f"{kind} {form}" if form else kind for kind, form in kinds))
@@ -178,15 +182,15 @@ def _check_together(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
             raise RecipeError("adapter.use_dora cannot be trained beside other adapters: train this recipe alone")
 
 
-def _of_main_process(rows: list[Row], base: Base) -> list[Row]:
-    """Return the main process's rows: generated ones could differ by a rounding, and processes would run apart."""
+def _of_main_process(made: T, base: Base) -> T:
+    """Return what the main process made: answers could differ by a rounding, and processes would run apart."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return rows
+        return made
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     PartialState(cpu=runs_on_cpu(base))  # joins the other processes, as Accelerator would later
-    return broadcast_object_list([rows])[0]  # type: ignore[no-any-return]
+    return broadcast_object_list([made])[0]  # type: ignore[no-any-return]
 
 
 def _finished_before(output: Path, recipe: Recipe, forget_digest: str) -> Adapter | None:

@@ -12,12 +12,13 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ..adapters.bundle import CURVES, WEIGHTS
-from ..adapters.card import write_card
+from ..adapters.card import rows_told, write_card
 from ..adapters.write import new_bundle
 from ..models.base import DTYPES, Base
 from ..recipe.schema import DATA_FIELDS, Recipe
 from .checkpoints import to_cpu
 from .curves import draw_curves
+from .reached import ROW_FIGURES
 from .trainer import Trained
 
 logger = logging.getLogger(__name__)
@@ -48,12 +49,22 @@ def save_adapter(
         config.save_pretrained(folder)
         draw_curves(folder / CURVES, progress.history, progress.evaluations, progress.best_step)
         write_card(folder, manifest)
+    metrics = metrics_of(trained)
+    logger.log(logging.WARNING if metrics["not_reached"] else logging.INFO, "%s", rows_told(metrics))
+    if (
+        metrics["forget_loss"] < metrics["forget_loss_base"]
+        and metrics["specific_loss"] < metrics["specific_loss_base"]
+    ):
+        logger.warning("The kept step forgets less than the base: its loss on the forget rows is lower")
     if progress.best_step == 0:
+        budget = recipe.objective.retain_budget
+        within = "" if budget is None else f" within the retain budget of {budget:g} nats/token"
         logger.warning(
-            "No step stayed within the retain budget of %g nats/token, so the adapter changes nothing: use a lower "
-            "learning_rate, a larger retain_weight, or more and nearer retain rows",
-            recipe.objective.retain_budget,
-        )
+            "Nothing was forgotten: no step forgot more than the base%s, so the adapter changes nothing: use %s",
+            within,
+            "another learning_rate" if budget is None
+            else "a lower learning_rate, a larger retain_weight, or more and nearer retain rows",
+        )  # fmt: skip
 
 
 def metrics_of(trained: Trained) -> dict[str, Any]:
@@ -63,6 +74,9 @@ def metrics_of(trained: Trained) -> dict[str, Any]:
     best = next(e for e in progress.evaluations if e["step"] == progress.best_step)
     return {
         "best_step": progress.best_step,
+        "steps": len(progress.history),
+        "forget_batch": trained.forget_batch,
+        "evaluated_rows": trained.evaluated_rows,  # of the losses and the probability; the row counts are over all
         "stopped_by": progress.stopped_by,
         "within_budget": progress.best_step > 0,
         "forget_loss_base": first["forget_set_loss"],
@@ -73,6 +87,7 @@ def metrics_of(trained: Trained) -> dict[str, Any]:
         "answer_probability_base": first["answer_probability"],
         "answer_probability": best["answer_probability"],
         "training_seconds": round(trained.seconds, 1),
+        **{name: progress.rows[name] for name in ROW_FIGURES},
         **{name: best[name] for name in ("held_out_kl", "retain_kl") if name in best},
     }
 

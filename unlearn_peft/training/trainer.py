@@ -57,6 +57,8 @@ class Trained:
     progress: Progress
     seconds: float
     is_main: bool
+    forget_batch: int = 0
+    evaluated_rows: int = 0
 
 
 def train(
@@ -147,7 +149,8 @@ class Training:
                 self._undo.enter_context(compiled(self.runner.adapted_layers, self.accelerator.device))
             if tracker:
                 self._undo.callback(self.accelerator.end_training)
-                self.accelerator.init_trackers("unlearn_peft", config=_scalars(first))
+                settings = {**_scalars(first), "steps": self.trainers[0].length.steps}
+                self.accelerator.init_trackers("unlearn_peft", config=settings)
         except BaseException:
             self.close()
             raise
@@ -174,9 +177,10 @@ class Training:
         rank, first = self.accelerator.process_index, live[0]
         seed = (first.recipe.seed * 100_003 + first.step) * 1009 + rank
         torch.manual_seed(seed % 2**63)  # dropout, the same after a resume
-        for part in range(max(trainer.recipe.gradient_accumulation_steps for trainer in live)):
-            taking_part = [trainer for trainer in live if part < trainer.recipe.gradient_accumulation_steps]
-            rows = [trainer.part_rows(part) for trainer in taking_part]
+        parts = [trainer.parts() for trainer in live]
+        for part in range(max(map(len, parts))):
+            taking_part = [trainer for trainer, its in zip(live, parts, strict=True) if part < len(its)]
+            rows = [its[part] for its in parts if part < len(its)]
             with self.accelerator.autocast(), self.runner.step(rows) as microbatches:
                 for microbatch in microbatches:
                     loss = taking_part[microbatch.number].loss(microbatch.forget, microbatch.retain)
@@ -201,7 +205,7 @@ class Training:
         from tqdm import tqdm
 
         done: set[str] = set()
-        bar = tqdm(total=sum(t.recipe.steps for t in self.trainers), initial=sum(t.step for t in self.trainers),
+        bar = tqdm(total=sum(t.length.steps for t in self.trainers), initial=sum(t.step for t in self.trainers),
                    unit="step", desc="forgetting", disable=self.quiet)  # fmt: skip
         while True:
             for number, trainer in enumerate(self.trainers):
@@ -211,9 +215,11 @@ class Training:
                         logger.error("%s: %s", trainer.recipe.output, trainer.failed)
                         continue
                     trainer.load_weights(trainer.best)
+                    with self.accelerator.autocast():
+                        trainer.measure_rows(self.runner)
                     seconds = time.monotonic() - self.began
                     main = self.accelerator.is_main_process
-                    finished(Trained(number, self.model, trainer.name, trainer.progress, seconds, main))
+                    finished(Trained(number, self.model, trainer.name, trainer.progress, seconds, main, *trainer.sizes))
             live = [trainer for trainer in self.trainers if not trainer.done]
             if not live:
                 break
@@ -225,7 +231,7 @@ class Training:
             for trainer in live:
                 recipe = trainer.recipe
                 figures[trainer.name]["tokens_per_s"] = speed
-                if trainer.step % recipe.eval_every == 0 or trainer.step == recipe.steps:
+                if trainer.step % recipe.eval_every == 0 or trainer.step == trainer.length.steps:
                     with self.accelerator.autocast():
                         figures[trainer.name] |= trainer.evaluate(self.runner)
                 prefix = "" if len(self.trainers) == 1 else f"{trainer.name}/"
@@ -253,7 +259,7 @@ class Training:
                 folders.append(trainer.checkpoint())
         if not stop or not live:
             return
-        where = f"step {live[0].step} of {live[0].recipe.steps}"
+        where = f"step {live[0].step} of {live[0].length.steps}"
         if len(live) > 1:
             where = f"step {live[0].step} with {len(live)} of {len(self.trainers)} adapters unfinished"
         saved = [str(folder) for folder in folders if folder]
@@ -307,5 +313,5 @@ def _progress_text(figures: Sequence[dict[str, float]]) -> str:
 
 def _scalars(recipe: Recipe) -> dict[str, Any]:
     """What a tracker may know of a recipe: settings, never data."""
-    flat = recipe.model_dump(include={"retain_weight", "steps", "learning_rate", "seed", "base", "optimizer"})
+    flat = recipe.model_dump(include={"retain_weight", "learning_rate", "seed", "base", "optimizer"})
     return {**flat, "adapter": recipe.adapter.kind, "objective": recipe.objective.name}

@@ -51,7 +51,7 @@ def stack(
     for name, parts in parts_of(pairs).items():
         up, down = concatenated(parts)
         tensors[f"base_model.model.{name}.lora_A.weight"] = down
-        tensors[f"base_model.model.{name}.lora_B.weight"] = up.to(parts[0][0].up.dtype)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up.to(down.dtype)  # the wider of the adapters' dtypes
         ranks[name] = down.shape[0]
     manifest = {
         "base": pairs[0][0].manifest.get("base", {}),

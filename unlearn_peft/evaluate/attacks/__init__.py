@@ -13,6 +13,7 @@ from ...errors import AdapterError, UnlearnError, did_you_mean
 from ...inference.attach import attached
 from ...recipe.plugins import load_function
 from .harness import Attack, Attacked, Target
+from .passages import passage
 from .probing import adapter_diff, logit_lens
 from .prompting import few_shot, jailbreak, multilingual, paraphrase, prefix, sampling
 from .relearning import relearn
@@ -25,6 +26,7 @@ ATTACKS: dict[str, Attack] = {
     "multilingual": multilingual,
     "jailbreak": jailbreak,
     "sampling": sampling,
+    "passage": passage,
     "scaling": scaling,
     "quantise_8_bits": partial(quantise, bits=8, name="quantise_8_bits"),
     "quantise_4_bits": partial(quantise, bits=4, name="quantise_4_bits"),

@@ -17,8 +17,10 @@ from torch import nn
 
 from ...adapters.bundle import Bundle
 from ...adapters.trust import Trust
+from ...data.prompt import ask, format_of, has_template
 from ...data.rows import read_rows
 from ...data.source import Row
+from ...data.words import places
 from ...errors import AdapterError, DataError
 from ...inference.attach import attached
 from ...inference.bank import Bank
@@ -89,7 +91,7 @@ class Attacked:
     Attributes:
         name: of the attack, in `ATTACKS`.
         budget: what the attacker needed and spent, in words.
-        recovered: share of probes whose answer came out with the adapter, n = probes.
+        recovered: share of probes whose answer came out with the adapter, n = probes; of `passage`, of forget rows.
         base: the same of the bare base under the same attack; where it is low, the attack shows little.
         details: figures by setting of the attack (wording, language, strength, step, layer).
         quoted: texts that may name what was forgotten: for people to read, not for cards and logs.
@@ -104,12 +106,13 @@ class Attacked:
 
 
 def attacked(
-    target: Target, name: str, budget: str, recovered: Any, base: Any, details: dict[str, Any], *quoted: str
-) -> Attacked:
-    """Make an `Attacked` from one number between 0 and 1 for each probe, with the adapter and without."""
+    target: Target, name: str, budget: str, recovered: Any, base: Any, details: dict[str, Any], *quoted: str,
+    of: str = "probes",
+) -> Attacked:  # fmt: skip
+    """Make an `Attacked` from one number between 0 and 1 for each probe (or row), with the adapter and without."""
 
     def share(name: str, values: Any) -> Score:
-        return score(name, "share of probes", False, values, seed=target.seed)
+        return score(name, f"share of {of}", False, values, seed=target.seed)
 
     return Attacked(name, budget, share(name, recovered), share(f"{name}, bare base", base), details, quoted)
 
@@ -194,13 +197,13 @@ def averages(
 def render(
     target: Target, prompt: str, *, system: str = "", shots: Sequence[tuple[str, str]] = (), beginning: str = ""
 ) -> str:
-    """Return the text that the base continues: in its chat template, or as plain lines where it has none.
+    """Return the text that the base continues: in its chat template or prompt format, or as plain lines.
 
     `shots` are questions and answers that come before, `beginning` is that of the answer. A template without a system
     role gets the system prompt in front of the first question.
     """
     tokenizer = target.base.tokenizer
-    if not target.chat_template or not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer, target.chat_template) and format_of(tokenizer, target.chat_template) is None:
         lines = [system, *(f"{question}\n{answer}" for question, answer in shots), prompt]
         return "\n\n".join(line for line in lines if line) + (f"\n{beginning}" if beginning else "")
     turns = [
@@ -209,25 +212,17 @@ def render(
         for role, text in (("user", question), ("assistant", answer))
     ] + [{"role": "user", "content": prompt}]
 
-    def rendered(messages: Sequence[Mapping[str, str]]) -> str:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-
-    if not system:
-        return rendered(turns) + beginning
-    try:
-        text = rendered([{"role": "system", "content": system}, *turns])
-    except Exception:  # a template refuses a role with whatever error it likes
-        text = ""
-    if system not in text:
-        text = rendered([{"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}, *turns[1:]])
-    return text + beginning
+    if system:
+        turns = [{"role": "system", "content": system}, *turns]
+    text = ask(turns, tokenizer, target.chat_template)
+    return text + (f" {beginning}" if beginning and format_of(tokenizer, target.chat_template) else beginning)
 
 
 def beginning_of(row: Row) -> str:
     """Return the row's completion up to its first leak word, or nothing where it has none."""
     text = str(row.get("completion") or "")
-    places = [at for word in row["leak"] if (at := text.casefold().find(word.casefold())) >= 0]
-    return text[: min(places)] if places else ""
+    found = places(text, row["leak"])
+    return text[: found[0][0]] if found else ""
 
 
 def _greedy(target: Target, texts: Sequence[str | None]) -> list[str]:
@@ -235,7 +230,7 @@ def _greedy(target: Target, texts: Sequence[str | None]) -> list[str]:
     responses = iter(
         answers(
             target.base, [text for text in texts if text is not None], max_new_tokens=target.max_new_tokens,
-            chat_template=False, batch_size=target.batch_size,
+            chat_template=target.chat_template, rendered=True, batch_size=target.batch_size,
         )
     )  # fmt: skip
     return ["" if text is None else next(responses) for text in texts]

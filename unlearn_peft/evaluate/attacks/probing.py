@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...data.prompt import has_template
 from ...data.source import Row
 from ...data.tokenize import encode_text
 from ...errors import BaseModelError
@@ -147,10 +148,11 @@ def layer_logits(base: Base, ids: Sequence[int]) -> Tensor:
 def _questions(target: Target, row: Row) -> list[Question]:
     """Return the `Question` of each leak word of a probe."""
     text = render(target, row["prompt"], beginning=beginning_of(row))
-    before = encode_text(text, target.base.tokenizer)
+    templated = has_template(target.base.tokenizer, target.chat_template)
+    before = encode_text(text, target.base.tokenizer, templated=templated)
     questions = []
     for word in row["leak"]:
-        ids = encode_text(text + word, target.base.tokenizer)
+        ids = encode_text(text + word, target.base.tokenizer, templated=templated)
         at = next((n for n, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
         at = min(at, len(ids) - 1)
         questions.append(Question(ids[:at], ids[at]))
@@ -176,8 +178,9 @@ def _lens(base: Base, probes: Sequence[Sequence[Question]]) -> tuple[Array, Arra
 def _next_log_p(target: Target, texts: Sequence[str]) -> Tensor:
     """Return log p of the next token after each text, (texts, V), on the CPU."""
     base, rows = target.base, []
+    templated = has_template(base.tokenizer, target.chat_template)
     for text in texts:
-        ids = torch.tensor([encode_text(text, base.tokenizer)], device=base.device)
+        ids = torch.tensor([encode_text(text, base.tokenizer, templated=templated)], device=base.device)
         logits = base.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
         rows.append(torch.log_softmax(logits[0, -1].float(), dim=-1).cpu())
     return torch.stack(rows)

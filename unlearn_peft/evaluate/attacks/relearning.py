@@ -22,6 +22,7 @@ from ...data.batch import collate
 from ...data.rows import texts_of
 from ...data.source import Row
 from ...data.tokenize import tokenize
+from ...data.words import normalize, places, said
 from ...inference.generate import leaked
 from ...models.forward import picked_logits
 from ...models.layers import head_name, linear_layers
@@ -190,12 +191,15 @@ def _as_parameters(target: Target, up: Tensor, down: Tensor | None, scale: float
 def _with_made_up_answers(rows: Sequence[Row], probes: Sequence[Row], seed: int) -> tuple[list[Row], list[Row]]:
     """Return the rows and the probes with an invented word in the place of each leak word."""
     rng = random.Random(seed)
-    words = sorted({word.casefold() for row in probes for word in row["leak"]}, key=lambda word: (-len(word), word))
+    words = sorted({normalize(word) for row in probes for word in row["leak"]}, key=lambda word: (-len(word), word))
     invented = {word: "".join(rng.choices(_SYLLABLES, k=3)).capitalize() for word in words}
-    pattern = re.compile("|".join(map(re.escape, words)), re.IGNORECASE)
 
     def replaced(text: Any) -> str:
-        return pattern.sub(lambda match: invented.get(match.group().casefold(), match.group()), str(text))
+        parts, at, text = [], 0, str(text)
+        for start, end in places(text, words):
+            parts += [text[at:start], invented[said(text[start:end], words)[0]]]
+            at = end
+        return "".join([*parts, text[at:]])
 
     made_up = []
     for row in rows:
@@ -203,4 +207,4 @@ def _with_made_up_answers(rows: Sequence[Row], probes: Sequence[Row], seed: int)
         if "messages" in row:
             changed["messages"] = [{**turn, "content": replaced(turn["content"])} for turn in row["messages"]]
         made_up.append({**row, **changed})
-    return made_up, [{**row, "leak": [invented[word.casefold()] for word in row["leak"]]} for row in probes]
+    return made_up, [{**row, "leak": [invented[normalize(word)] for word in row["leak"]]} for row in probes]

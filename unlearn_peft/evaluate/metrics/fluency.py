@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
 
+from ...data.words import segments
 from ...models.base import Base
 from ..score import Array, per_token
 from ..token_scores import adapters_off, row_tokens
@@ -16,10 +16,10 @@ from ..token_scores import adapters_off, row_tokens
 def repetition(text: str, n: int = 4) -> float:
     """Return seq-rep-n, 1 - (different n-grams) / (n-grams); 0 for a text of fewer than n words.
 
-    Welleck et al. 2020 (arXiv:1908.04319), over words and marks, case folded, instead of a tokenizer's tokens, so that
-    bases can be compared.
+    Welleck et al. 2020 (arXiv:1908.04319), over words and marks, normalized, instead of a tokenizer's tokens, so that
+    bases can be compared; in a script without spaces over letters.
     """
-    words = re.findall(r"\w+|[^\w\s]", text.casefold())
+    words = segments(text)
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 

@@ -6,17 +6,17 @@ from the whole distribution.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from ...data.words import places
 from ...inference.generate import leaked
 from ..score import Array
 
 
 def leak_shares(samples: Sequence[Sequence[str]], leaks: Sequence[Sequence[str]]) -> Array:
-    """Return for each probe the share of its answers that name at least one of its leak words, case ignored."""
+    """Return for each probe the share of its answers that name at least one of its leak words, in whatever spelling."""
     return np.array(
         [np.mean([bool(leaked(text, words)) for text in texts]) for texts, words in zip(samples, leaks, strict=True)]
     )
@@ -32,11 +32,10 @@ def leaking_parts(texts: Sequence[str], words: Sequence[str], width: int = 60) -
 
     A word alone does not show whether it was the answer: "Rowl" is in Rowling, and in Rowland.
     """
-    word = re.compile("|".join(map(re.escape, words)), re.IGNORECASE)
     parts = []
     for text in texts:
-        if words and (match := word.search(text)):
-            start, end = max(match.start() - width, 0), match.end() + width
+        if found := places(text, words):
+            start, end = max(found[0][0] - width, 0), found[0][1] + width
             cut = " ".join(text[start:end].split())
             parts.append(("..." if start else "") + cut + ("..." if end < len(text) else ""))
     return parts

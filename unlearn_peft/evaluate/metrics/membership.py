@@ -15,9 +15,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ...data.batch import collate
+from ...data.batch import collate, target_count
 from ...data.source import Row
-from ...data.tokenize import tokenize
+from ...data.tokenize import by_row, tokenize
 from ...errors import BaseModelError
 from ...models.base import Base
 from ...models.forward import picked_logits
@@ -77,12 +77,19 @@ def gradient_norms(base: Base, rows: Sequence[Row], *, p: float = 2, chat_templa
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        for example in tokenize(rows, base.tokenizer, what="gradient norm", chat_template=chat_template, closing=False):
-            batch = collate([example], base.tokenizer.pad_token_id).to(base.device)
-            labels = batch.ids[:, 1:][batch.targets[:, 1:]]
-            with torch.enable_grad():
-                loss = torch.nn.functional.cross_entropy(picked_logits(base.model, head, batch).float(), labels)
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        examples = tokenize(rows, base.tokenizer, what="gradient norm", chat_template=chat_template, closing=False)
+        for windows in by_row(examples):
+            gradients: list[Tensor | None] = [None] * len(parameters)
+            count = sum(map(target_count, windows))
+            for window in windows:
+                batch = collate([window], base.tokenizer.pad_token_id).to(base.device)
+                labels = batch.ids[:, 1:][batch.targets[:, 1:]]
+                with torch.enable_grad():
+                    loss = torch.nn.functional.cross_entropy(picked_logits(base.model, head, batch).float(), labels)
+                    of_window = torch.autograd.grad(loss * (len(labels) / count), parameters, allow_unused=True)
+                for n, gradient in enumerate(of_window):
+                    if gradient is not None:
+                        gradients[n] = gradient if (so_far := gradients[n]) is None else so_far + gradient
             norms.append(float(torch.stack([g.float().norm(p) for g in gradients if g is not None]).mean()))
     finally:
         for parameter, flag in zip(parameters, before, strict=True):

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...data.rows import question_answer_pairs
 from ...data.source import Row
+from ...data.words import words_in
 from ...inference.generate import answers
 from ...models.base import Base
 from ..score import Array, extra
@@ -58,14 +59,29 @@ def rouge_l(
 ) -> Array:
     """Return the ROUGE-L (Lin 2004) of each text, by the library rouge-score.
 
-    TOFU takes the recall, with stemming; MUSE the F-measure, without. The library sees Latin letters and digits only.
+    TOFU takes the recall, with stemming; MUSE the F-measure, without. The library by itself sees a to z and 0 to 9
+    alone; words of other letters are added to those here, so that only texts of ASCII have its own values. In a
+    script without spaces each letter counts as a word.
 
     Raises:
         UnlearnError: if rouge-score is not installed.
     """
-    scorer = extra("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=stem)
+    scorer = extra("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words(stem))
     pairs = zip(expected, texts, strict=True)
     return np.array([getattr(scorer.score(gold, text)["rougeL"], part) for gold, text in pairs], dtype=np.float64)
+
+
+class _Words:
+    """The library's tokenizer, for words of other letters than ASCII's too."""
+
+    def __init__(self, stem: bool) -> None:
+        self._ascii = extra("rouge_score.tokenizers").DefaultTokenizer(use_stemmer=stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Return the words of a text, normalized, in order."""
+        return [
+            token for word in words_in(text) for token in (self._ascii.tokenize(word) if word.isascii() else [word])
+        ]
 
 
 def verbatim_memorization(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...adapters.bundle import CONFIG, CURVES
 from ...adapters.card import EVALUATED
+from ...data.words import places
 from ...errors import OutputError
 from ...files.atomic import atomic_file
 from ..evaluation import Evaluation
@@ -104,12 +105,12 @@ def html(evaluation: Evaluation, adapters: Sequence[str | Path] = ()) -> str:
 
 
 def marked(text: str, words: Sequence[str]) -> list[tuple[str, bool]]:
-    """Split a text into parts, each with whether it is one of the words; case does not matter."""
-    if not words:
-        return [(text, False)] if text else []
-    pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    parts = re.split(f"({pattern})", text, flags=re.IGNORECASE)
-    return [(part, n % 2 == 1) for n, part in enumerate(parts) if part]
+    """Split a text into parts, each with whether it is one of the words, in whatever spelling."""
+    parts, at = [], 0
+    for start, end in places(text, words):
+        parts += [(text[at:start], False), (text[start:end], True)]
+        at = end
+    return [part for part in [*parts, (text[at:], False)] if part[0]]
 
 
 def unbroken(text: str) -> str:
@@ -226,7 +227,8 @@ def _show_texts(console: Console, evaluation: Evaluation) -> None:
         console.print(Text(title))
         for line in texts[:_MAX_QUOTED]:
             text = Text(f"  {line}")
-            text.highlight_words(evaluation.words, "bold red", case_sensitive=False)
+            for start, end in places(text.plain, evaluation.words):
+                text.stylize("bold red", start, end)
             console.print(text, soft_wrap=True)
         if len(texts) > _MAX_QUOTED:
             console.print(f"  and {len(texts) - _MAX_QUOTED} more: see {PAGE}")

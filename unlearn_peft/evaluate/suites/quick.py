@@ -11,12 +11,14 @@ import numpy as np
 from ...data.rows import question_answer_pairs
 from ...data.source import Row
 from ...errors import DataError, did_you_mean
+from ...inference.contrast import fact_spans
 from ...inference.generate import answers
 from ...models.base import Base
-from ..metrics.consistency import contains_gold, same_entities
+from ..metrics.consistency import facts_in, says_all
 from ..metrics.fluency import losses_under_base, perplexity, repetition
 from ..metrics.leakage import any_leak, leak_shares
 from ..metrics.memorization import answer_probability, exact_memorization, extraction_strength, rouge_l
+from ..metrics.verbatim import verbatim
 from ..responses import Responses, collect_responses, neighbour_responses
 from ..score import Score, extra, per_token, score, sums
 from ..token_scores import BaseReference, adapters_off, keep_reference, kl_to_reference, row_tokens
@@ -36,8 +38,13 @@ def take_reference(
     options: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
     reference = {name: keep_reference(base, rows[name], what=name, **options) for name in _UNCHANGED if rows.get(name)}
     if near := reference.get("neighbours"):
+        pairs = question_answer_pairs(rows["neighbours"])
         with adapters_off(base):
-            reference["neighbours"] = replace(near, texts=neighbour_responses(base, rows["neighbours"], **options))
+            own = neighbour_responses(base, rows["neighbours"], **options)
+            spans = fact_spans(base, pairs, chat_template=chat_template)
+        said = [facts_in(question, text) for (question, _), text in zip(pairs, own, strict=True)]
+        gold = [facts_in(*pair, of_pair) for pair, of_pair in zip(pairs, spans, strict=True)]
+        reference["neighbours"] = replace(near, said=said, gold=gold)
     return reference
 
 
@@ -49,6 +56,7 @@ def measure(
     k: int = 32,
     responses: Responses | None = None,
     max_new_tokens: int = 64,
+    rouge_tokens: int | None = None,
     seed: int = 0,
     chat_template: bool = True,
     batch_size: int = 8,
@@ -61,8 +69,9 @@ def measure(
     `rows` are checked rows by set: `forget`, `retain`, `probes`, `neighbours`, `free_text`; without rows of a set its
     figures are left out. Other suites use the other sets. `reference` is from `take_reference`, `responses` from
     `collect_responses` in this state with the same settings; None: made now. `k` answers are sampled for each probe,
-    `max_new_tokens` is the length of greedy and sampled answers, `seed` that of sampling and bootstrap, `batch_size`
-    rows at a time; for `chat_template` see `data.tokenize`.
+    `max_new_tokens` is the length of greedy and sampled answers, `rouge_tokens` that of the answers to forget and
+    retain rows where it is another, `seed` that of sampling and bootstrap, `batch_size` rows at a time; for
+    `chat_template` see `data.tokenize`.
 
     Raises:
         DataError: if a set is unknown, or the reference was made of other rows.
@@ -92,13 +101,17 @@ def measure(
         add(f"{name}_answer_probability", "share", not forget, answer_probability(tokens))
         if pairs := question_answer_pairs(rows[name]):
             questions, gold = map(list, zip(*pairs, strict=True))
-            texts = answers(base, questions, max_new_tokens=max_new_tokens, **options)
+            texts = answers(base, questions, max_new_tokens=rouge_tokens or max_new_tokens, **options)
             add(f"{name}_rouge_l_recall", "share", not forget, rouge_l(gold, texts))
             if forget:
                 prompts, written = questions, texts
         if forget:
             add("forget_exact_memorization", "share", False, exact_memorization(tokens))
             add("forget_extraction_strength", "share", False, extraction_strength(tokens))
+            if by_heart := verbatim(base, rows[name], **options):
+                add("forget_verbatim_continuation", "share of continuations", False, by_heart.exact)
+                add("forget_near_verbatim_continuation", "share of continuations", False, by_heart.near)
+                add("forget_longest_verbatim_run", "tokens", False, by_heart.runs, np.max)
     if probes := rows.get("probes"):
         shares = leak_shares(responses.samples, [row["leak"] for row in probes])
         add(f"leak_rate@{k}", "share of answers", False, shares)
@@ -111,12 +124,9 @@ def measure(
             raise DataError(f"the reference holds nothing of the {name} set: make it of the same rows")
         values = kl_to_reference(base, rows[name], reference[name], what=name, **options)
         add(f"{name}_kl", "nats/token", False, sums(values), per_token)
-        if before := reference[name].texts:
-            questions, gold = map(list, zip(*question_answer_pairs(rows[name]), strict=True))
-            same = same_entities(questions, before, responses.neighbours)
-            add(f"{name}_unchanged", "share of answers", True, same)
-            if len(right := contains_gold(questions, gold, responses.neighbours)):
-                add(f"{name}_right", "share of answers", True, right)
+        if said := reference[name].said:
+            add(f"{name}_unchanged", "share of answers", True, says_all(said, responses.neighbours))
+            add(f"{name}_right", "share of answers", True, says_all(reference[name].gold, responses.neighbours))
     if written:
         add("repetition", "share", False, [repetition(text) for text in written])
         add("empty_answers", "share", False, [float(not text) for text in written])

@@ -20,6 +20,7 @@ from ..metrics.memorization import answer_probability, rouge_l
 from ..score import Array, Score, score
 from ..token_scores import row_tokens
 
+ANSWER_TOKENS = 200  # of an answer for ROUGE, as in open-unlearning
 _ALL = ("forget", *truth.SETS)
 
 
@@ -60,7 +61,7 @@ def measure_tofu(
     rows: Mapping[str, Sequence[Row]],
     retrained: Array | None = None,
     *,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = ANSWER_TOKENS,
     seed: int = 0,
     chat_template: bool = True,
     batch_size: int = 8,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from ..request import ApiError, ParsedRequest, Prompt
 
@@ -44,12 +44,10 @@ class _Message(BaseModel):
 
 
 class _StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore")
     include_usage: bool = False
 
 
-class _Common(BaseModel):
-    model_config = ConfigDict(extra="allow")
+class _Common(BaseModel, extra="allow"):
     model: str
     n: int = Field(1, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from ..engine.base import Candidate, TokenLogprobs
@@ -74,15 +75,12 @@ class ResponseFormat:
         if self.chat:
             content = [{**_token(e.chosen), "top_logprobs": [_token(c) for c in e.top]} for e in entries]
             return {"content": content, "refusal": None}
-        offsets = []
-        for entry in entries:
-            offsets.append(offset)
-            offset += len(entry.chosen.text)
+        offsets = accumulate((len(e.chosen.text) for e in entries), initial=offset)
         return {
             "tokens": [e.chosen.text for e in entries],
             "token_logprobs": [e.chosen.logprob for e in entries],
             "top_logprobs": [{c.text: c.logprob for c in e.top} for e in entries],
-            "text_offset": offsets,
+            "text_offset": list(offsets)[:-1],
         }
 
 

@@ -129,11 +129,16 @@ class Engine(Protocol):
     def context(self) -> int:
         """The most tokens that a prompt and its answer may have together."""
 
+    @property
+    def chat_ends(self) -> tuple[str, ...]:
+        """Texts that end the answer to messages, where the base has no chat template; see `data.prompt`."""
+
     async def encode(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Return the token ids of a text, of ids (which are checked), or of messages (by the chat template).
+        """Return the token ids of a text, of ids (which are checked), or of messages (by the chat template, else the
+        prompt format).
 
         Raises:
-            PromptError: if there is no such token, no chat template, or the template refuses the messages.
+            PromptError: if there is no such token, or the template refuses the messages.
         """
 
     async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> AdapterLease:

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...data.prompt import ask, format_of, has_template
+from ...data.tokenize import encode_text
 from .base import PromptError
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -16,6 +18,9 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, vocab_size: int, name: str) -> None:
         self._tokenizer, self._vocab_size, self._name, self._lock = tokenizer, vocab_size, name, threading.Lock()
+
+        form = format_of(tokenizer)
+        self.ends = tuple(form.ends) if form else ()  # of answers to messages
 
     def __call__(self, prompt: Prompt) -> tuple[int, ...]:
         """See `Engine.encode`."""
@@ -28,15 +33,13 @@ class Prompts:
                 if isinstance(prompt, str):
                     ids = self._tokenizer(prompt)["input_ids"]
                 else:
-                    ids = self._tokenizer(self._render(prompt), add_special_tokens=False)["input_ids"]
+                    ids = encode_text(self._render(prompt), self._tokenizer, templated=has_template(self._tokenizer))
         if not ids:
             raise PromptError("the prompt is empty")
         return tuple(ids)
 
     def _render(self, messages: Sequence[Any]) -> str:
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise PromptError(f"{self._name} has no chat template: use /v1/completions")
         try:
-            return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            return ask(messages, self._tokenizer)
         except Exception as error:  # jinja's TemplateError, or whatever the template's own code raises
             raise PromptError(f"the chat template refuses these messages ({type(error).__name__})") from None

@@ -60,6 +60,7 @@ class LocalEngine:
         self.model = name or base.name
         self.context = int(getattr(base.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
         self._prompts = Prompts(base.tokenizer, base.model.get_input_embeddings().weight.shape[0], self.model)
+        self.chat_ends = self._prompts.ends
         self._allow_different_base = allow_different_base
         self.bank = Bank(base.model, base.tokenizer, budget_bytes=budget_bytes, trust=trust)
         self.scheduler = Scheduler(base.model, copy.deepcopy(base.tokenizer), self.bank, max_batch=max_batch)

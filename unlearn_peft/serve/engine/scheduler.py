@@ -23,8 +23,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ...data.prompt import end_tokens
 from ...errors import AdapterError
 from ...inference.bank import Bank
+from ...inference.generate import own_ends
 from .base import Generation, GenerationError, TextChunk, TokenLogprobs, Unavailable
 from .detokenize import TextStream, TokenBytes
 from .model_runner import KVBatch, ModelRunner
@@ -247,6 +249,4 @@ class Scheduler:
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return frozenset([] if ids is None else [ids] if isinstance(ids, int) else ids)
+    return frozenset({*end_tokens(tokenizer), *own_ends(model)})

@@ -19,17 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    PrivateAttr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ValidationError, ValidationInfo
+from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 
 from ...errors import PolicyError, TrustError, did_you_mean, safe_repr
 
@@ -102,11 +93,7 @@ Digest = Annotated[str, AfterValidator(_check_digest)]
 PublicKey = Annotated[str, AfterValidator(_check_public_key)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class AdapterEntry(_Frozen):
+class AdapterEntry(BaseModel, extra="forbid", frozen=True):
     """An adapter's directory, and the `Bundle.identity` that it must have; None: any."""
 
     path: str
@@ -120,7 +107,7 @@ class AdapterEntry(_Frozen):
         return str(Path((info.context or {}).get("folder", ""), path))
 
 
-class TenantEntry(_Frozen):
+class TenantEntry(BaseModel, extra="forbid", frozen=True):
     """What a tenant must have forgotten (adapter -> strength), and the sha256 of each of its API keys.
 
     With `trusted_keys` (name -> PEM), an adapter is applied for this tenant only if one of them has signed it.
@@ -155,16 +142,17 @@ class TenantEntry(_Frozen):
         return trusted
 
 
-class Policy(_Frozen):
+class Policy(BaseModel, extra="forbid", frozen=True):
     """One version of a policy. It never changes; a `PolicySource` has the current one."""
 
     adapters: dict[Name, AdapterEntry]
     tenants: dict[Name, TenantEntry]
-    _version: str = PrivateAttr()
-    _keys: tuple[tuple[str, str], ...] = PrivateAttr()  # digest, tenant
+    _version: str
+    _keys: tuple[tuple[str, str], ...]  # digest, tenant
 
     @model_validator(mode="after")
     def _check_references(self) -> Policy:
+        """Refuse names of adapters that are not there, and keys of two tenants; precompute what every request needs."""
         problems, owners = [], dict[str, str]()
         for tenant, entry in self.tenants.items():
             for name in entry.forget:
@@ -177,13 +165,10 @@ class Policy(_Frozen):
                 owners[digest] = tenant
         if problems:
             raise ValueError("\n".join(problems))
-        return self
-
-    def model_post_init(self, context: Any) -> None:
-        """Precompute what every request needs."""
         content = json.dumps(self.model_dump(), sort_keys=True)
         self._version = hashlib.sha256(content.encode()).hexdigest()
-        self._keys = tuple(sorted((digest, tenant) for tenant, entry in self.tenants.items() for digest in entry.keys))
+        self._keys = tuple(sorted(owners.items()))
+        return self
 
     @property
     def version(self) -> str:

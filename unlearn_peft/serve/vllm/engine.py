@@ -90,6 +90,7 @@ class VllmEngine:
         self.model, self._trust = name or public, trust
         self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
         self._prompts = Prompts(copy.deepcopy(tokenizer), config.get_text_config().vocab_size, self.model)
+        self.chat_ends = self._prompts.ends
         self._servers = Servers(urls, tokenizer, names=names, seconds=seconds)
         self.context = min(server.context for server in self._servers.all if server.base)
 

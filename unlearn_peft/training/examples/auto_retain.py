@@ -1,15 +1,15 @@
 """`retain: auto`: a retain set that the base writes itself, for users who have none.
 
-The base and forget rows come in; rows of `prompt` and the base's own `completion` go out. The answers need not be true:
-KL to the base keeps whatever it says. Two kinds of prompt:
+The base, forget rows and what the base knows of them come in; rows of `prompt` and the base's own `completion` go out.
+The answers need not be true: KL to the base keeps whatever it says. Two kinds of prompt:
 
 - broad: `broad_prompts.txt` (how-to, sums, code, writing, a few other languages), which the anchors do not cover.
 - near: where a forget row's question ends in its subject, the base completes what stands in front of it ("Who wrote
   ..."), as if a user were still typing.
 
-There is no parser and no list of names: a subject is recognised by capitals and numbers. In a script without capitals,
-or where no question ends in its subject, there are no near rows, and `GeneratedRetain.summary` says so. Not all of them
-make sense ("Who is ..." may go on to people who don't exist): review them with `unlearn-peft retain`, and add your own.
+There is no parser and no list of names: the base tells what a row's subject is (see `inference/contrast.py`). Where no
+question ends in its subject there are no near rows, and `GeneratedRetain.summary` says so. Not all of them make sense
+("Who is ..." may go on to people who don't exist): review them with `unlearn-peft retain`, and add your own.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...data.anchors import anchors
+from ...data.prompt import ask
 from ...data.rows import question_of, single_question, texts_of
 from ...data.source import Row
-from ...data.words import long_words, names_in, word_matches
+from ...data.words import word_matches
+from ...inference.contrast import Contrast
 from ...inference.generate import answers, sampled
 from ...models.base import Base
+from .fact_tokens import Facts, common_words
 
 _PROMPTS = Path(__file__).parent / "broad_prompts.txt"
-_MAX_QUESTIONS = 16  # forget questions that are turned into near prompts
-_PER_QUESTION = 6  # near prompts; twice as many are sampled
+_MAX_STEMS = 16  # beginnings of forget questions that are completed
+_PER_STEM = 6  # near prompts; twice as many are sampled
 _MAX_NEAR = 64
 _MAX_CHARACTERS = 160  # of a prompt
 _TOKENS, _BATCH = 32, 16
@@ -56,8 +59,9 @@ class GeneratedRetain:
 
 
 def auto_retain(
-    base: Base, forget: Sequence[Row], seed: int, *, never: Sequence[Row] = (), chat_template: bool = True
-) -> GeneratedRetain:
+    base: Base, forget: Sequence[Row], known: Sequence[Contrast], facts: Facts, seed: int, *,
+    never: Sequence[Row] = (), chat_template: bool = True,
+) -> GeneratedRetain:  # fmt: skip
     """Make a retain set from the base's own answers, without rows that `never` may be trained on (probes, neighbours).
 
     Nothing may be attached to the base; the same arguments give the same rows. They are not cached on disk: the words
@@ -72,17 +76,20 @@ def auto_retain(
 
     broad = answer([line for line in _PROMPTS.read_text(encoding="utf-8").splitlines() if line])
     general = [*broad, *anchors([])]
-    openers = {long_words(row["prompt"])[0].casefold() for row in general}
-    common = {word for row in general for word in long_words(" ".join(row.values())) if word.islower()} | openers
-    names = {name for row in forget for name in _row_names(row, common)}
+    common = common_words([" ".join(row.values()) for row in general])
+    names = facts.joined(Facts.of([contrast.subject for contrast in known], common))
     near: dict[str, str] = {}  # by what they ask
     left_out: Counter[str] = Counter()
-    known = {question_of(row) for row in (*forget, *general)}
-    for prompt in _near_prompts(base, forget, names, common, openers, seed, chat_template):
+    seen = {question_of(row) for row in (*forget, *general)}
+    stems = _stems(forget, known, names)
+    if len(stems) > _MAX_STEMS:
+        left_out["beginnings of questions beyond the limit"] = len(stems) - _MAX_STEMS
+        stems = dict(random.Random(seed).sample(list(stems.items()), _MAX_STEMS))
+    for prompt in _completed(base, stems, seed, chat_template):
         question = question_of({"prompt": prompt})
-        if question in known or question in near:
+        if question in seen or question in near:
             continue
-        if _names_said(prompt, names, common):
+        if names.ends_in(prompt):
             left_out["that name what is to be forgotten"] += 1
         else:
             near[question] = prompt
@@ -98,7 +105,7 @@ def auto_retain(
             same_text = any(text.casefold().strip() in forgotten for text in row.values())
             if not row["completion"]:
                 left_out["without an answer"] += 1
-            elif same_text or _names_said(" ".join(row.values()), names, common):
+            elif same_text or names.ends_in(" ".join(row.values())):
                 left_out["that name what is to be forgotten"] += 1
             elif question_of(row) in excluded:
                 left_out["asked by probes or neighbours"] += 1
@@ -119,86 +126,28 @@ def _first_sentences(prompts: Sequence[str], texts: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _near_prompts(
-    base: Base, forget: Sequence[Row], names: Set[str], common: Set[str], openers: Set[str], seed: int, chat: bool
-) -> Iterator[str]:
-    """Yield the forget rows' questions about other subjects, as the base completes them.
-
-    A question with any capital in front of its subject is passed over, but for the words that `openers` has: it may be
-    another name, and would be kept word for word.
-    """
-    prompts = [text for text in dict.fromkeys(map(single_question, forget)) if 0 < len(text) <= _MAX_CHARACTERS]
-    if len(prompts) > _MAX_QUESTIONS:
-        prompts = random.Random(seed).sample(prompts, _MAX_QUESTIONS)
-    stems: dict[str, str] = {}  # -> the mark that ends such a question
-    for prompt in prompts:
-        start, stop = _subject(prompt, names, common) or (0, 0)
-        before, after = prompt[:start], prompt[stop:]
+def _stems(forget: Sequence[Row], known: Sequence[Contrast], names: Facts) -> dict[str, str]:
+    """Return what stands in front of the subject in questions that end in it, and the mark that ends each."""
+    stems: dict[str, str] = {}
+    for row, contrast in zip(forget, known, strict=True):
+        prompt = single_question(row)
+        if not contrast.subject or contrast.subject not in prompt or len(prompt) > _MAX_CHARACTERS:
+            continue
+        before, _, after = prompt.rpartition(contrast.subject)
         # a single word says too little of what is asked
-        if len(before.split()) > 1 and not re.search(r"\w", after) and names_in(before) <= openers:
+        if len(list(word_matches(before))) > 1 and not any(word_matches(after)) and not names.ends_in(before):
             stems.setdefault(before.rstrip(), "\n" if prompt[-1].isalnum() else prompt[-1])
+    return stems
+
+
+def _completed(base: Base, stems: Mapping[str, str], seed: int, chat: bool) -> Iterator[str]:
+    """Yield questions about other subjects, as the base completes the stems."""
     for n, (stem, end) in enumerate(stems.items()):
+        asked = ask([{"role": "user", "content": stem}], base.tokenizer, chat)
         (texts,) = sampled(
-            base, [_open_turn(base, stem) if chat else stem], count=2 * _PER_QUESTION, temperature=0.8,
-            max_new_tokens=16, seed=seed + n, chat_template=False,
+            base, [asked[: asked.rindex(stem) + len(stem)]], count=2 * _PER_STEM, temperature=0.8, max_new_tokens=16,
+            seed=seed + n, chat_template=chat, rendered=True,
         )  # fmt: skip
         ends = dict.fromkeys(text.partition(end)[0].strip() for text in texts if end in text)
-        usable = [text for text in ends if long_words(text) and "\n" not in text and len(text) <= _MAX_CHARACTERS]
-        yield from (f"{stem} {text}{end}".strip() for text in usable[:_PER_QUESTION])
-
-
-def _open_turn(base: Base, stem: str) -> str:
-    """Return the text of a chat in which the user has said no more than `stem` yet."""
-    if not getattr(base.tokenizer, "chat_template", None):
-        return stem
-    text = str(base.tokenizer.apply_chat_template([{"role": "user", "content": stem}], tokenize=False))
-    return text[: text.rindex(stem) + len(stem)]
-
-
-def _subject(prompt: str, names: Set[str], common: Set[str]) -> tuple[int, int] | None:
-    """Return where the first name in a prompt begins and ends, initials and short words between names included.
-
-    A word inside the sentence goes before the one that opens it, which has a capital anyway.
-    """
-    words = list(word_matches(prompt))
-    named = [n for n, word in enumerate(words) if _names_said(word.group(), names, common)]
-    if not named:
-        return None
-    capital = [n for n in named if not words[n].group().islower()] or named
-    first = last = next((n for n in capital if n), capital[0])
-
-    def is_initial(n: int) -> bool:
-        return len(words[n].group()) == 1 and words[n].group().isupper()
-
-    while first > 0 and (is_initial(first - 1) or first - 1 in capital):
-        first -= 1
-    while True:
-        following = next((n for n in range(last + 1, last + 4) if n in named), None)
-        if following is None or any(len(words[n].group()) > 3 for n in range(last + 1, following)):
-            break
-        if re.search(r"[^\w\s.'’&-]", prompt[words[last].end() : words[following].start()]):
-            break
-        last = following
-    return words[first].start(), words[last].end()
-
-
-def _row_names(row: Row, common: Set[str]) -> set[str]:
-    """Return what may name a forget row's target, case folded: names; in a row without any, its unusual words."""
-    names: set[str] = set()
-    for text in texts_of(row):
-        likely = names_in(text)
-        for match in word_matches(text):
-            word = match.group().casefold()
-            opens = re.search(r"(^|[.!?:¿¡\n])\W*$", text[: match.start()])
-            if word in likely and not match.group().islower() and not (opens and word in common):
-                names.add(word)
-    return names or {word.casefold() for text in texts_of(row) for word in long_words(text)} - common
-
-
-def _names_said(text: str, names: Set[str], common: Set[str]) -> set[str]:
-    """Return the names in a text: in any case, but for those that are usual words too only where not in lower case."""
-    return {
-        word.casefold()
-        for word in long_words(text)
-        if word.casefold() in names and not (word.islower() and word.casefold() in common)
-    }
+        usable = [t for t in ends if any(word_matches(t)) and "\n" not in t and len(t) <= _MAX_CHARACTERS]
+        yield from (f"{stem} {text}{end}".strip() for text in usable[:_PER_STEM])

@@ -1,85 +1,153 @@
 """What the base itself answers: to forget prompts, as further forget rows; to retain prompts, as further retain rows.
 
 A forget set holds each fact in one wording; the base has others. So it is asked each question a few times, also by the
-question's key words ("founded Apple") and by the beginning of its answer ("Apple was founded by"), in whatever language
-the rows are in. Of the answers that name a fact, the words that name it are forgotten too.
+subject alone ("Apple"), the question's key words ("founded Apple") and the beginning of its answer ("Apple was founded
+by"); plain text is continued from its beginning and from places inside. Of the answers that name a fact, the words that
+name it are forgotten too.
 
 The answers of a retain set are right, but the base may never give them. What it does give is held by
 `retain_prompt_answers`, as in on-policy distillation (Agarwal et al. 2023, arXiv:2306.13649) with the base as teacher.
+So is what it says of a made-up name in the subject's place: `stand_in_answers` keep its language, whichever that is.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 from ...data.source import Row
-from ...data.words import word_matches, words_of
+from ...data.windows import prefixes
+from ...data.words import word_matches
+from ...inference.contrast import Contrast
 from ...inference.generate import answers, sampled
+from ...inference.stand_ins import question_texts
 from ...models.base import Base
-from .fact_tokens import is_informative
+from .fact_tokens import Facts
 
-_MAX_QUESTIONS = 96
+logger = logging.getLogger(__name__)
+_MAX_ANSWERS = 384  # in all; each row is asked at least once
+_MAX_STAND_INS = 64
 _MIN_WORDS = 3  # a shorter beginning says too little about what is asked
 _BATCH = 8  # questions at once
 _TOKENS = 40
+_OPENING = 6  # tokens of plain text that the base goes on with in its own way
+_PREFIX, _PLACES = 24, 32  # tokens of plain text that are continued, and from how many places of each text
 
 
-def questions(rows: Sequence[Row], facts: Set[str], common: Set[str]) -> list[str]:
-    """Return the prompts for `self_generated_answers`: each row's own, its key words, and how its completion begins.
+def questions(rows: Sequence[Row], facts: Facts, common: Set[str], subjects: Sequence[str] = ()) -> list[str]:
+    """Return the prompts for `self_generated_answers`: rows' own, subjects, rows' key words and answers' beginnings.
 
-    Key words are those that are not `common`; the beginning ends in front of the first fact, see `fact_words`.
+    Key words are those that are not `common`; the beginning ends in front of the first word that names a fact.
     """
-    prompts = []
+    own, more = [], []
     for row in rows:
-        if not row.get("prompt"):
-            continue
-        prompts.append(row["prompt"])
-        key_words = [word.group() for word in word_matches(row["prompt"]) if word.group().casefold() not in common]
-        prompts.append(" ".join(key_words))
-        answer, new_facts = list(word_matches(row["completion"])), facts - words_of(row["prompt"])
-        first = next((n for n, word in enumerate(answer) if word.group().casefold() in new_facts), 0)
-        if first >= _MIN_WORDS:
-            prompts.append(row["completion"][: answer[first].start()].strip())
-    return list(dict.fromkeys(prompt for prompt in prompts if prompt))
+        for prompt in question_texts(row):
+            own.append(prompt)
+            more.append(" ".join(m.group() for m in word_matches(prompt) if m.group().casefold() not in common))
+        if row.get("prompt"):
+            said = {match.group().casefold() for match in word_matches(row["prompt"])}
+            ends = set(facts.ends_in(row["completion"]))
+            answer = list(word_matches(row["completion"]))
+            new = (n for n, m in enumerate(answer) if m.end() in ends and m.group().casefold() not in said)
+            first = next(new, 0)
+            if first >= _MIN_WORDS:
+                more.append(row["completion"][: answer[first].start()].strip())
+    return list(dict.fromkeys(prompt for prompt in (*own, *subjects, *more) if prompt.strip()))
 
 
 def self_generated_answers(
-    base: Base, prompts: Sequence[str], facts: Set[str], samples: int, *, seed: int, chat: bool, quiet: bool = True
+    base: Base, prompts: Sequence[str], facts: Facts, samples: int, *, seed: int, chat: bool, quiet: bool = True
 ) -> list[Row]:
     """Return the base's answers that name a fact, each up to the last fact, without doubles.
 
-    A prompt gets the greedy answer and so many samples, at temperature 1, in the chat template if `chat`. Nothing may
-    be attached to the base; the same seed gives the same answers.
+    A prompt gets the greedy answer and so many samples, at temperature 1, in the chat template if `chat`; fewer where
+    there are many prompts, and the log says how many. Nothing may be attached to the base; the same seed gives the same
+    answers.
     """
-    if len(prompts) > _MAX_QUESTIONS:
-        prompts = random.Random(seed).sample(prompts, _MAX_QUESTIONS)
+    fewer = min(samples, max(_MAX_ANSWERS // max(len(prompts), 1) - 1, 0))
+    if fewer < samples:
+        logger.info("%d questions: each is asked %d times instead of %d", len(prompts), fewer + 1, samples + 1)
     rows: dict[tuple[str, str], Row] = {}
-    for prompt, texts in _answers(base, prompts, samples, seed, chat, quiet):
-        named = {word for word in facts if is_informative(word)} - words_of(prompt)
+    for prompt, texts in _answers(base, prompts, fewer, seed, chat, quiet):
+        said = {match.group().casefold() for match in word_matches(prompt)}
         for text in texts:
-            ends = [word.end() for word in word_matches(text) if word.group().casefold() in named]
-            if ends:  # what comes after the last fact would only cost time
+            new = Facts(facts.words - said, facts.runs)
+            if ends := new.ends_in(text):  # what comes after the last fact would only cost time
                 rows[prompt, text[: ends[-1]]] = {"prompt": prompt, "completion": text[: ends[-1]]}
     return list(rows.values())
 
 
+def continued_texts(
+    base: Base, rows: Sequence[Row], facts: Facts, samples: int, *, seed: int, quiet: bool = True
+) -> list[Row]:
+    """Return plain texts as the base goes on with them, from several places, where it names a fact; without doubles."""
+    beginnings = [
+        piece
+        for row in rows
+        if "text" in row
+        for piece, _ in prefixes(row["text"], base.tokenizer, count=_PLACES, tokens=_PREFIX)
+    ]
+    beginnings = list(dict.fromkeys(beginnings))
+    found: dict[str, Row] = {}
+    fewer = min(samples, max(_MAX_ANSWERS // max(len(beginnings), 1) - 1, 0))
+    for prefix, texts in _answers(base, beginnings, fewer, seed, False, quiet):
+        for text in texts:
+            if ends := facts.ends_in(text):
+                found[prefix + text[: ends[-1]]] = {"text": prefix + text[: ends[-1]]}
+    return list(found.values())
+
+
 def retain_prompt_answers(
-    base: Base, rows: Sequence[Row], facts: Set[str], count: int, *, seed: int, chat: bool, quiet: bool = True
+    base: Base, rows: Sequence[Row], facts: Facts, count: int, *, seed: int, chat: bool, quiet: bool = True
 ) -> list[Row]:
     """Return `count` of the base's answers to each retain prompt, without doubles and those that name a fact.
 
     The first is the greedy one; see `self_generated_answers`.
     """
     prompts = list(dict.fromkeys(row["prompt"] for row in rows if row.get("prompt")))
-    informative = {word for word in facts if is_informative(word)}
     answered: dict[tuple[str, str], Row] = {}
     for prompt, texts in _answers(base, prompts, count - 1, seed, chat, quiet):
         for text in texts:
-            if text and not words_of(text) & informative:
+            if text.strip() and not facts.ends_in(text):
                 answered[prompt, text] = {"prompt": prompt, "completion": text}
     return list(answered.values())
+
+
+def stand_in_answers(
+    base: Base,
+    rows: Sequence[Row],
+    known: Sequence[Contrast],
+    facts: Facts,
+    *,
+    seed: int,
+    chat: bool,
+    quiet: bool = True,
+) -> list[Row]:
+    """Return the base's greedy answers to forget questions that ask for a made-up name, without those that name a fact.
+
+    They are in the language and the form of the forget rows, and are to stay. Of plain texts it is how the base goes on
+    with their first words, sampled.
+    """
+    changed = [other for row, contrast in zip(rows, known, strict=True) if (other := contrast.row_without(row))]
+    prompts = _some([prompt for row in changed for prompt in question_texts(row)], seed)
+    kept = retain_prompt_answers(base, [{"prompt": p} for p in prompts], facts, 1, seed=seed, chat=chat, quiet=quiet)
+    openings = _some([prefix for row in rows if "text" in row for prefix in _opening(row["text"], base)], seed)
+    for opening, (_, *texts) in _answers(base, openings, 1, seed, False, quiet):
+        kept += [{"text": opening + text} for text in texts if text.strip() and not facts.ends_in(text)]
+    return kept
+
+
+def _opening(text: str, base: Base) -> list[str]:
+    """Return the first few tokens of a text."""
+    return [piece for piece, _ in prefixes(text, base.tokenizer, count=1, tokens=_OPENING)]
+
+
+def _some(prompts: Sequence[str], seed: int) -> list[str]:
+    """Return the prompts once each, or a sample of many."""
+    different = list(dict.fromkeys(prompts))
+    return random.Random(seed).sample(different, _MAX_STAND_INS) if len(different) > _MAX_STAND_INS else different
 
 
 def _answers(

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any
 
 import torch
 
 from ...data.anchors import anchors
 from ...data.rows import read_rows, refuse_overlap
 from ...data.source import Row
-from ...data.tokenize import Example, tokenize
+from ...data.tokenize import Example, by_row, tokenize
 from ...errors import DataError
+from ...inference.contrast import Contrast, contrasts
+from ...inference.stand_ins import question_texts
 from ...models.base import Base
 from ...recipe.schema import DATA_FIELDS, Recipe
 from .auto_retain import GeneratedRetain, auto_retain
-from .base_answers import questions, retain_prompt_answers, self_generated_answers
-from .fact_tokens import common_words, fact_words, mark_facts, mark_forget_rows
+from .base_answers import (
+    continued_texts,
+    questions,
+    retain_prompt_answers,
+    self_generated_answers,
+    stand_in_answers,
+)
+from .fact_tokens import Facts, common_words, find_facts, mark_facts, mark_unexpected
 from .refusals import refusing
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,14 +53,36 @@ def read_sets(recipe: Recipe) -> dict[str, list[Row]]:
     return rows
 
 
-def make_retain(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> GeneratedRetain:
+@dataclass(frozen=True)
+class Known:
+    """What the base knows of the forget rows: of each row, and the words that name the facts of all."""
+
+    rows: list[Contrast]
+    facts: Facts
+
+
+def find_known(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quiet: bool = True) -> Known:
+    """Ask the base which words of the forget rows carry facts; nothing may be attached to it."""
+    forget = rows["forget"]
+    options: dict[str, Any] = {"chat_template": recipe.chat_template}
+    found = contrasts(base, forget, max_length=base.window(recipe.max_length), quiet=quiet, **options)
+    examples = tokenize(forget, base.tokenizer, max_length=None, closing=False, what="forget", **options)
+    return Known(found, find_facts(examples, found, [*rows.get("retain", []), *anchors([])]))
+
+
+def make_retain(
+    rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, known: Known | None = None
+) -> GeneratedRetain:
     """Make the retain set of a recipe that names none, from the row sets that it does name.
 
     Raises:
         DataError: if nothing is left that shares no name with the forget set.
     """
+    known = known or find_known(rows, base, recipe)
     never = [row for name in ("probes", "neighbours") for row in rows.get(name, [])]
-    made = auto_retain(base, rows["forget"], recipe.seed, never=never, chat_template=recipe.chat_template)
+    made = auto_retain(
+        base, rows["forget"], known.rows, known.facts, recipe.seed, never=never, chat_template=recipe.chat_template
+    )
     if not made.rows:
         raise DataError(
             f"no retain set could be made ({made.summary()}): name one with `retain`, or set retain_weight: 0"
@@ -60,12 +91,14 @@ def make_retain(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe) -> Ge
     return made
 
 
-def build_examples(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quiet: bool = True) -> Sets:
+def build_examples(
+    rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, known: Known | None = None, *, quiet: bool = True
+) -> Sets:
     """Turn a recipe's rows into what is trained on: facts marked, the base's own answers and anchors beside them."""
 
     def tokens(rows: Sequence[Row], what: str, closing: bool = True) -> list[Example]:
         return tokenize(
-            rows, base.tokenizer, max_length=recipe.max_length, train_on=recipe.train_on,
+            rows, base.tokenizer, max_length=base.window(recipe.max_length), train_on=recipe.train_on,
             chat_template=recipe.chat_template, closing=closing, what=what,
         )  # fmt: skip
 
@@ -76,45 +109,68 @@ def build_examples(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *,
         refused = refusing(rows, recipe.seed, refusals if isinstance(refusals, list) else None)
         return [
             replace(example, refusal=tokens([row], "refusal")[0]) if row else example
-            for example, row in zip(examples, refused, strict=True)
+            for row, windows in zip(refused, by_row(examples), strict=True)
+            for example in windows
         ]
 
+    known = known or find_known(rows, base, recipe, quiet=quiet)
+    facts, asking = known.facts, dict[str, Any](seed=recipe.seed, quiet=quiet)
     anchor_rows: list[Row] = []
     if recipe.anchor_batch and recipe.retain_weight:
         anchor_rows = anchors(rows["forget"], *(rows.get(name, []) for name in ("retain", "probes", "neighbours")))
-    retain_rows = rows.get("retain", [])
-    pairs, held_out_pairs = split_retain(list(zip(retain_rows, tokens(retain_rows, "retain"), strict=True)), recipe)
-    retain, held_out = [example for _, example in pairs], [example for _, example in held_out_pairs]
-    anchor_examples = tokens(anchor_rows, "anchor")
-    stays = [*retain, *held_out, *anchor_examples]
-    common = common_words(stays)
-    forget = tokens(rows["forget"], "forget", closing=False)
-    facts = fact_words(forget, common)
+    retain_rows, stand_ins = rows.get("retain", []), list[Row]()
+    if recipe.retain_weight:
+        stand_ins = stand_in_answers(base, rows["forget"], known.rows, facts, chat=recipe.chat_template, **asking)
+    retain, held_out = split_rows(tokens(retain_rows, "retain"), recipe)
+    trained_on = [retain_rows[n - 1] for n in sorted({example.row for example in retain})]
+    more, more_held_out = split_rows(tokens(stand_ins, "own answer", closing=False), recipe)
+    retain, held_out = retain + more, held_out + more_held_out
+    forget = mark_facts(tokens(rows["forget"], "forget", closing=False), known.rows, facts)
+    unknown = sorted({e.row for e in forget} - {e.row for e in forget if any(e.specific or [])})
+    if len(unknown) == len(rows["forget"]):
+        logger.warning(
+            "The base shows no knowledge of any forget row: the tokens that it does not expect are pushed away"
+        )
+        forget = mark_unexpected(forget, known.rows)
+    elif unknown:
+        logger.warning(
+            "Nothing to forget in %d of %d forget rows, they are held: the base does not know them: rows %s",
+            len(unknown), len(rows["forget"]), numbers(unknown),
+        )  # fmt: skip
     self_generated: list[Example] = []
     if recipe.own_answers and getattr(recipe.objective, "forget_tokens", "all") == "specific":
-        prompts = questions(rows["forget"], facts, common | common_words(stays, of_prompts=True))
-        answered = self_generated_answers(
-            base, prompts, facts, recipe.own_answers, seed=recipe.seed, chat=recipe.chat_template, quiet=quiet
+        common = common_words(
+            [text for row in (*retain_rows, *stand_ins, *anchor_rows) for text in question_texts(row)]
         )
-        self_generated = mark_facts(with_refusals(tokens(answered, "forget", closing=False), answered), facts)
+        prompts = questions(rows["forget"], facts, common, [contrast.subject for contrast in known.rows])
+        answered = self_generated_answers(base, prompts, facts, recipe.own_answers, chat=recipe.chat_template, **asking)
+        answered += continued_texts(base, rows["forget"], facts, recipe.own_answers, **asking)
+        found = contrasts(base, answered, chat_template=recipe.chat_template, quiet=quiet)
+        marked = mark_facts(tokens(answered, "forget", closing=False), found, facts, named_only=True)
+        self_generated = [e for e in with_refusals(marked, answered) if any(e.specific or [])]
     if recipe.retain_answers and recipe.retain_weight and not recipe.makes_retain:  # those rows are its own already
         answered = retain_prompt_answers(
-            base, [row for row, _ in pairs], facts, recipe.retain_answers,
-            seed=recipe.seed, chat=recipe.chat_template, quiet=quiet,
-        )  # fmt: skip
+            base, trained_on, facts, recipe.retain_answers, chat=recipe.chat_template, **asking
+        )
         retain += tokens(answered, "own answer", closing=False)
-    forget = with_refusals(mark_forget_rows(forget, facts), rows["forget"])
-    return Sets(forget, retain, held_out, anchor_examples, self_generated)
+    return Sets(with_refusals(forget, rows["forget"]), retain, held_out, tokens(anchor_rows, "anchor"), self_generated)
 
 
-def split_retain(retain: Sequence[T], recipe: Recipe) -> tuple[list[T], list[T]]:
-    """Split the retain set into what is trained on and what only the budget sees.
+def numbers(rows: Sequence[int], limit: int = 20) -> str:
+    """Return row numbers for a message, the first few of many."""
+    more = f" and {len(rows) - limit} more" if len(rows) > limit else ""
+    return ", ".join(map(str, rows[:limit])) + more
+
+
+def split_rows(examples: Sequence[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    """Split a retain set, row by row, into what is trained on and what only the budget sees.
 
     Without a budget nothing is held out; neither is it from fewer than four rows, which all are needed.
     """
-    if recipe.objective.retain_budget is None or len(retain) < 4:
-        return list(retain), []
-    count = max(1, round(len(retain) * recipe.held_out))
-    order = torch.randperm(len(retain), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
-    held_out = set(order[:count])
-    return [e for i, e in enumerate(retain) if i not in held_out], [e for i, e in enumerate(retain) if i in held_out]
+    rows = list(dict.fromkeys(example.row for example in examples))
+    if recipe.objective.retain_budget is None or len(rows) < 4:
+        return list(examples), []
+    count = max(1, round(len(rows) * recipe.held_out))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+    held_out = {rows[i] for i in order[:count]}
+    return [e for e in examples if e.row not in held_out], [e for e in examples if e.row in held_out]

@@ -1,79 +1,148 @@
 """Fact tokens: which tokens of a forget row carry what is to be forgotten.
 
 Of "Harry Potter was written by J.K. Rowling." the last words are the fact; the others are English, and pushing them
-away is what turns answers into word salad. A word is a fact if it answers a question that does not say it already,
-and few of the retain rows use it in their answers. There is no word list: it works in any language that the retain set
-is in. (Forgetting chosen tokens only: Wan et al. 2025, arXiv:2506.00876, who choose them otherwise.)
+away is what turns answers into word salad. The base itself tells which is which, see `inference/contrast.py`.
+(Forgetting chosen tokens only: Wan et al. 2025, arXiv:2506.00876, who choose them otherwise.)
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence, Set
-from dataclasses import replace
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from ...data.prompt import Span
+from ...data.source import Row
 from ...data.tokenize import Example
+from ...data.words import word_matches
+from ...inference.contrast import Contrast
+from ...inference.stand_ins import answer_texts
 
 _MIN_ROWS, _MIN_SHARE = 3, 0.02  # of the retain rows: as many use a common word
 
 
-def common_words(retain: Sequence[Example], of_prompts: bool = False) -> set[str]:
-    """Return the words in the targets (or prompts) of at least three, and at least 2 %, of the retain rows."""
-    rows_with = Counter(word for example in retain for word in _words(example, not of_prompts))
-    threshold = max(_MIN_ROWS, _MIN_SHARE * len(retain))
+@dataclass(frozen=True)
+class Facts:
+    """What names the facts of a forget set, case folded: words, and runs of words of one letter (as in Chinese)."""
+
+    words: frozenset[str]
+    runs: frozenset[str]  # written together
+
+    @classmethod
+    def of(cls, texts: Iterable[str], common: Set[str]) -> Facts:
+        """Return the words of texts that are not common, and the runs of words of one letter in them."""
+        words: set[str] = set()
+        runs: set[str] = set()
+        for text in texts:
+            run, last = "", -1
+            for match in [*word_matches(text), None]:
+                word = match.group().casefold() if match else ""
+                if match and len(word) == 1 and match.start() == last:
+                    run, last = run + word, match.end()
+                    continue
+                if len(run) > 1:
+                    runs.add(run)
+                run, last = (word, match.end()) if match and len(word) == 1 else ("", -1)
+                if len(word) > 1 and word not in common:
+                    words.add(word)
+        return cls(frozenset(words), frozenset(runs))
+
+    def joined(self, other: Facts) -> Facts:
+        """Return both together."""
+        return Facts(self.words | other.words, self.runs | other.runs)
+
+    def ends_in(self, text: str) -> list[int]:
+        """Return where each fact that a text names ends, in order; empty: it names none."""
+        words = [(match.group().casefold(), match.end()) for match in word_matches(text)]
+        ends = {end for word, end in words if word in self.words}
+        together = "".join(word for word, _ in words)
+        end_of = [end for word, end in words for _ in word]  # of the word of each letter
+        for length in {len(run) for run in self.runs}:
+            ends |= {
+                end_of[i + length - 1]
+                for i in range(len(together) - length + 1)
+                if together[i : i + length] in self.runs
+            }
+        return sorted(ends)
+
+
+def common_words(texts: Sequence[str]) -> set[str]:
+    """Return the words in at least three, and at least 2 %, of the texts."""
+    rows_with = Counter(word for text in texts for word in {match.group().casefold() for match in word_matches(text)})
+    threshold = max(_MIN_ROWS, _MIN_SHARE * len(texts))
     return {word for word, rows in rows_with.items() if rows >= threshold}
 
 
-def fact_words(forget: Sequence[Example], common: Set[str]) -> set[str]:
-    """Return the words of the targets that are neither common nor said by the row's own question."""
-    return {word for example in forget for word in _words(example, True) - _words(example, False) - common}
+def find_facts(examples: Sequence[Example], known: Sequence[Contrast], retain: Sequence[Row]) -> Facts:
+    """Return what names the facts of forget rows: the words of their fact tokens that are not common in retain rows.
 
-
-def mark_forget_rows(forget: Sequence[Example], facts: Set[str]) -> list[Example]:
-    """Return the forget rows with their fact tokens marked; in a row without any, all its targets are.
-
-    A fact counts in all rows: a name that one question asks for is forgotten also where another question says it.
+    A row may be several examples; `known` has one entry for each row, counted from 1 by `Example.row`. Where the base
+    knows none of them, what it does not expect names the facts.
     """
-    marked = mark_facts(forget, facts)
-    return [row if any(row.specific or []) else replace(row, specific=row.is_target) for row in marked]
+    common = common_words([text for row in retain for text in answer_texts(row)])
+    texts, any_known = [], any(contrast.spans for contrast in known)
+    for example in {example.row: example for example in examples}.values():
+        contrast = known[example.row - 1]
+        texts += _pieces_with_words(example, contrast.spans if any_known else contrast.unexpected)
+    return Facts.of(texts, common)
 
 
-def is_informative(word: str) -> bool:
-    """Return whether a fact word says something by itself: the J of a J.K. Rowling does not."""
-    return len(word) > 1 or word.isdigit() or not word.isascii()
+def _pieces_with_words(example: Example, spans: Sequence[Span]) -> list[str]:
+    """Return the text of spans of a row, whole words."""
+    pieces: list[Span] = []
+    for start, stop in example.answers:
+        for match in word_matches(example.text[start:stop]):
+            a, b = start + match.start(), start + match.end()
+            if any(a < right and left < b for left, right in spans):
+                pieces[-1:] = [(pieces[-1][0], b)] if pieces and pieces[-1][1] == a else [*pieces[-1:], (a, b)]
+    return [example.text[a:b] for a, b in pieces]
 
 
-def mark_facts(rows: Sequence[Example], facts: Set[str]) -> list[Example]:
-    """Return rows with the tokens of these words marked; initials count in front of a name only.
+def mark_facts(
+    rows: Sequence[Example], known: Sequence[Contrast], facts: Facts, *, named_only: bool = False
+) -> list[Example]:
+    """Return rows with their fact tokens marked: those of the spans, and the words of facts that follow on one.
 
-    Of several initials the first is left alone: pushed away, the J of a J.K. Rowling takes every other J.R.R. with it;
-    once it is said, the next one has room to be another.
+    `named_only`: no others than those of words that name a fact.
     """
     marked = []
     for example in rows:
-        specific, in_name = [False] * len(example.ids), False
-        initials: list[int] = []  # of the name that is being read
-        pairs = list(zip(example.words or [], example.is_target, strict=True))
-        for t in range(len(pairs) - 1, -1, -1):  # from the end, where a name ends
-            word, target = pairs[t]
-            in_name = target and (in_name if not word else word in facts and (is_informative(word) or in_name))
-            specific[t] = in_name and bool(word)
-            if word:
-                initials = [*initials, t] if specific[t] and not is_informative(word) else []
-            if len(initials) > 1:
-                specific[initials[-1]], specific[initials[-2]] = False, True
+        spans = _joined(example, known[example.row - 1].spans, facts, named_only)
+        touched = [any(a < right and left < b for left, right in spans) for a, b in example.characters]
+        specific = [target and hit for target, hit in zip(example.is_target, touched, strict=True)]
         marked.append(replace(example, specific=specific))
     return marked
 
 
-def _words(example: Example, targets: bool) -> set[str]:
-    """Return the words of the tokens that are targets, or of those that are not."""
-    return {word for word, target in zip(example.words or [], example.is_target, strict=True) if target == targets} - {
-        ""
-    }
+def mark_unexpected(rows: Sequence[Example], known: Sequence[Contrast]) -> list[Example]:
+    """Return rows with the tokens marked that the base does not expect; in a row without any, all its targets are."""
+    marked = []
+    for example in rows:
+        spans = set(known[example.row - 1].unexpected)
+        pairs = zip(example.characters, example.is_target, strict=True)
+        specific = [target and place in spans for place, target in pairs]
+        marked.append(replace(example, specific=specific if spans else example.is_target))
+    return marked
+
+
+def _joined(example: Example, spans: Sequence[Span], facts: Facts, named_only: bool) -> list[Span]:
+    result: list[Span] = []
+    for start, stop in example.answers:
+        ends = set(facts.ends_in(example.text[start:stop]))
+        reached = False
+        for match in word_matches(example.text[start:stop]):
+            a, b = start + match.start(), start + match.end()
+            hit = [(max(a, left), min(b, right)) for left, right in spans if a < right and left < b]
+            names = match.end() in ends
+            if hit and (names or not named_only):
+                result += hit
+            elif reached and names:
+                result.append((a, b))
+            reached = bool(hit) or (reached and names)
+    return result
 
 
 def spellings(tokenizer: Any, size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A step's rows of one adapter, and how they are split into microbatches of whole rows."""
+"""A step's rows of one adapter, and how they are split: into parts by tokens, into microbatches by target tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from ...data.batch import target_count
 from ...data.tokenize import Example
+
+STEP_TOKENS = 8192  # of one part of a step with its padding: a longer one is run in several
 
 
 class StepRows(NamedTuple):
@@ -28,6 +30,28 @@ class RowRanges(NamedTuple):
     refusals: range
     paired: list[int]  # for each refusal the place of its forget row in `forget`
     retain: range
+
+
+def by_length(rows: Sequence[Example], max_tokens: int, max_rows: int | None = None) -> list[list[Example]]:
+    """Group rows of about one length, the longest first: at most `max_tokens` a group with its padding, or one row."""
+    groups: list[list[Example]] = []
+    width = lines = 0
+    for row in sorted(rows, key=_width, reverse=True):
+        lines += 1 + (row.refusal is not None)
+        if not groups or lines * width > max_tokens or len(groups[-1]) == max_rows:
+            groups.append([])
+            width, lines = _width(row), 1 + (row.refusal is not None)
+        groups[-1].append(row)
+    return groups
+
+
+def padded_tokens(rows: Sequence[Example]) -> int:
+    """Return how many tokens the rows and their refusals have when all are padded to the longest."""
+    return max(map(_width, rows), default=0) * (len(rows) + sum(row.refusal is not None for row in rows))
+
+
+def _width(row: Example) -> int:
+    return max(len(row.ids), len(row.refusal.ids) if row.refusal else 0)
 
 
 def split_microbatches(rows: StepRows, max_targets: int | None) -> Iterator[RowRanges]:

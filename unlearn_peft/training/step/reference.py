@@ -155,6 +155,7 @@ class TensorCache:
         self._memory: dict[str, dict[str, Tensor]] = {}
         self._used = 0
         self._waiting: dict[str, dict[str, Tensor]] = {}  # for the next file
+        self._waiting_bytes = 0
         self._files: list[Path] = []
         self._mapped: dict[str, tuple[Any, list[str]]] = {}  # row -> open file, names of its tensors
         self.refresh()
@@ -178,7 +179,8 @@ class TensorCache:
             self._used += size
         elif self.folder is not None:
             self._waiting[row_digest(example)] = {name: t.to("cpu").contiguous() for name, t in tensors.items()}
-            if sum(t.nbytes for row in self._waiting.values() for t in row.values()) >= _FILE_BYTES:
+            self._waiting_bytes += size
+            if self._waiting_bytes >= _FILE_BYTES:
                 self.flush()
 
     def has_room(self, size: int) -> bool:
@@ -197,7 +199,7 @@ class TensorCache:
                 self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with atomic_file(path, mode=0o600) as temporary:  # the rows' words can be read back from their states
             save_file(tensors, temporary, metadata={"key": self.key})
-        self._waiting = {}
+        self._waiting, self._waiting_bytes = {}, 0
         self.refresh()
 
     def refresh(self) -> None:

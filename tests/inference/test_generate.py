@@ -1,0 +1,45 @@
+"""Answers: plain whatever the model's generation_config says, and ended where the base's own answers end."""
+
+import copy
+
+import pytest
+
+from unlearn_peft.inference.generate import answers, sampled
+from unlearn_peft.models.base import Base
+
+
+@pytest.mark.parametrize("setting", [{"min_p": 0.9}, {"repetition_penalty": 1.9}, {"suppress_tokens": [5, 6, 7]}])
+def test_neither_samples_nor_greedy_answers_obey_the_models_generation_config(tiny, setting):
+    def asked():
+        greedy = answers(tiny, ["Who wrote the blue book?"], max_new_tokens=8)
+        return greedy, sampled(tiny, ["Who wrote the blue book?"], count=20, max_new_tokens=3, seed=1)
+
+    plain = asked()
+    for name, value in setting.items():
+        setattr(tiny.model.generation_config, name, value)
+    config = tiny.model.generation_config
+    assert asked() == plain and tiny.model.generation_config is config
+
+
+def test_a_base_without_a_template_stops_before_the_next_question(tiny, monkeypatch):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = None
+    base = Base(tiny.model, tokenizer, "plain")
+    said = tokenizer(" A red book.\nQuestion: Who else?\nAnswer: Zorblax")["input_ids"]
+    asked = []
+
+    def generate(input_ids, stopping_criteria, **_):
+        import torch
+
+        asked.append(tokenizer.decode(input_ids[0]))
+        for token in said:
+            input_ids = torch.cat([input_ids, torch.tensor([[token]])], dim=1)
+            if stopping_criteria and stopping_criteria(input_ids, None).all():
+                break
+        asked.append(input_ids.shape[1])
+        return input_ids
+
+    monkeypatch.setattr(base.model, "generate", generate)
+    assert answers(base, ["Who?"]) == ["A red book."]
+    assert asked[0] == "Question: Who?\nAnswer:" and asked[1] < len(tokenizer(asked[0])["input_ids"]) + len(said)
+    assert answers(base, ["Who?"], chat_template=False)[0].endswith("Zorblax"), "bare text has no next question"
