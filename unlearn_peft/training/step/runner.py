@@ -172,7 +172,7 @@ class StepRunner:
                 final = self._final_states(cached_of, batches, batch)[predicting(batch)]
         if torch.is_grad_enabled() and not final.requires_grad:
             name = type(self.base.model).__name__
-            raise AdapterError(f"no gradient reaches the adapter's layers in {name}: use one on the head (adapter: head)")
+            raise AdapterError(f"no gradient reaches the adapter's layers in {name}: use a head (adapter: head)")
         result, first = {}, 0
         for n, each in cached.items():
             span = slice(first, first + sum(map(target_count, per_adapter[n].examples())))
