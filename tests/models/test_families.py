@@ -108,3 +108,14 @@ def test_a_step_is_the_plain_way(family, reach, tokenizer):
     for _ in range(2):
         *found, _ = the_runners_step(runner, forget, retain, forget_ceiling=15)
         assert_same(found, expected)
+
+
+def test_padding_has_a_gradient(tokenizer):
+    """Gemma 3n takes the root of a state's square, and far from a row's end its padding token's state is zero."""
+    model = with_adapter(families.tiny_base("gemma3n_text", tokenizer, sliding_window=8).model, REACHES["all"])
+    forget, retain = step_rows(tokenizer)
+    runner = StepRunner(model, 2)
+    runner._builder._packs = False
+    long = tokenize([{"text": "green star " * 30}], tokenizer)
+    _, gradients, _ = the_runners_step(runner, forget, [*retain, *long])
+    assert all(gradient.isfinite().all() for gradient in gradients.values())

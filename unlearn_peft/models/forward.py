@@ -36,6 +36,8 @@ class BatchBuilder:
         self.model, self.head, self.pad_id, self._packs = model, head, pad_id, packs
         self.device = next(model.parameters()).device
         bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if getattr(bare.get_input_embeddings(), "padding_idx", None) == pad_id:
+            self.pad_id = int(pad_id == 0)  # the padding token's embedding is zero, where a norm may have no gradient
         self._window, self._longest = shortest_window(bare), longest_line(bare)
         if packs is None and is_recurrent(bare):
             self._packs = False
