@@ -116,27 +116,21 @@ def retain_prompt_answers(
 
 
 def stand_in_answers(
-    base: Base,
-    rows: Sequence[Row],
-    known: Sequence[Contrast],
-    facts: Facts,
-    *,
-    seed: int,
-    chat: bool,
-    quiet: bool = True,
+    base: Base, rows: Sequence[Row], known: Sequence[Contrast], *, seed: int, chat: bool, quiet: bool = True
 ) -> list[Row]:
-    """Return the base's greedy answers to forget questions that ask for a made-up name, without those that name a fact.
+    """Return the base's greedy answers to forget questions that ask for a made-up name.
 
-    They are in the language and the form of the forget rows, and are to stay. Of plain texts it is how the base goes on
-    with their first words, sampled.
+    They are in the language and the form of the forget rows. Of plain texts it is how the base goes on with their first
+    words, sampled.
     """
     changed = [other for row, contrast in zip(rows, known, strict=True) if (other := contrast.row_without(row))]
     prompts = _some([prompt for row in changed for prompt in question_texts(row)], seed)
-    kept = retain_prompt_answers(base, [{"prompt": p} for p in prompts], facts, 1, seed=seed, chat=chat, quiet=quiet)
+    nothing = Facts(frozenset(), frozenset())
+    made = retain_prompt_answers(base, [{"prompt": p} for p in prompts], nothing, 1, seed=seed, chat=chat, quiet=quiet)
     openings = _some([prefix for row in rows if "text" in row for prefix in _opening(row["text"], base)], seed)
     for opening, (_, *texts) in _answers(base, openings, 1, seed, False, quiet):
-        kept += [{"text": opening + text} for text in texts if text.strip() and not facts.ends_in(text)]
-    return kept
+        made += [{"text": opening + text} for text in texts if text.strip()]
+    return made
 
 
 def _opening(text: str, base: Base) -> list[str]:
