@@ -126,14 +126,15 @@ def build_examples(
     trained_on = [retain_rows[n - 1] for n in sorted({example.row for example in retain})]
     more, more_held_out = split_rows(tokens(stand_ins, "own answer", closing=False), recipe)
     retain, held_out = retain + more, held_out + more_held_out
-    forget = mark_facts(tokens(rows["forget"], "forget", closing=False), facts, known.rows)
-    unknown = sorted({e.row for e in forget} - {e.row for e in forget if any(e.specific or [])})
-    if len(unknown) == len(rows["forget"]):
+    forget = tokens(rows["forget"], "forget", closing=False)
+    if any(contrast.spans for contrast in known.rows):
+        forget = mark_facts(forget, facts, known.rows)
+    else:
         logger.warning(
             "The base shows no knowledge of any forget row: the tokens that it does not expect are pushed away"
         )
         forget = mark_unexpected(forget, known.rows)
-    elif unknown:
+    if unknown := sorted({e.row for e in forget} - {e.row for e in forget if any(e.specific or [])}):
         logger.warning(
             "Nothing to forget in %d of %d forget rows, they are held: the base does not know them: rows %s",
             len(unknown), len(rows["forget"]), numbers(unknown),
