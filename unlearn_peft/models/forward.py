@@ -87,6 +87,17 @@ class BackboneAndHead:
         """Return the final hidden states, (B, T, d)."""
         return self.backbone(**model_inputs(batch)).last_hidden_state  # type: ignore[no-any-return]
 
+    def head_sees_states(self, batch: Batch) -> bool:
+        """Return whether the head's input is the backbone's output: some models scale or transform it in between."""
+        seen: list[Tensor] = []
+        handle = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            states = self.states(batch)[0, :2]
+            self.logits(states)
+        finally:
+            handle.remove()
+        return len(seen) == 1 and torch.equal(seen[0][0], states)
+
     def logits(self, states: Tensor, head_outputs: Tensor | None = None) -> Tensor:
         """Return the logits, (n, V), of final hidden states (n, d); `head_outputs`, (n, V): the head's, if known."""
         output = _backbone_output(states[None])

@@ -94,14 +94,14 @@ def _linear_within(model: nn.Module, layers: list[nn.Module]) -> list[str]:
 
 
 def _seen_by_peft(model: nn.Module, targets: Any, numbers: Any) -> set[str]:
-    """Return which linear layers PEFT would adapt for these names (or `all-linear`) in the layers of these numbers."""
+    """Return which modules PEFT would adapt for these names (or `all-linear`) in the layers of these numbers."""
     head, found = head_name(model), set()
-    for name in linear_layers(model):
+    for name in linear_layers(model) if targets == "all-linear" else dict(model.named_modules()):
         layer = _LAYER_NUMBER.match(name)
         if numbers is not None and (layer is None or int(layer[1]) not in _listed(numbers)):
             continue
         if targets == "all-linear" and name != head or name.rpartition(".")[2] in targets:
-            found.add(name)
+            found.add(name)  # also a module that is none but has a linear layer's name
     return found
 
 

@@ -107,6 +107,7 @@ class ReferenceCache:
                     lambda: self.base.logits(self.base.states(batch)[predicting(batch)]),
                     lambda: picked_logits(self.model, self.base.head, batch),
                 )
+                self.keep_head = self.keep_head and bool(self.splits) and self.base.head_sees_states(batch)
             if not self.splits:
                 return None
             batch = self.builder.batch(examples)
