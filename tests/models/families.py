@@ -41,7 +41,7 @@ MORE: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "nemotron_h": {"n_groups": 1},
-    "reformer": {"axial_pos_embds": False, "feed_forward_size": 64, "attention_head_size": 8},
+    "reformer": {"num_buckets": 4, "axial_pos_embds": False, "feed_forward_size": 64, "attention_head_size": 8},
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "attn_layer_indices": [1, 3]},
     "bailing_hybrid": {"layer_group_size": 2, **MLA},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -75,7 +75,7 @@ def _tiny(kind: Any, sizes: dict[str, Any]) -> Any:
     return kind(**chosen)
 
 
-def tiny_base(family: str, tokenizer: Any) -> Any:
+def tiny_base(family: str, tokenizer: Any, **more: Any) -> Any:
     """Return a `Base` of a family with random weights, or raise whatever transformers raises for such a size.
 
     Raises:
@@ -86,7 +86,7 @@ def tiny_base(family: str, tokenizer: Any) -> Any:
 
     from unlearn_peft.models.base import Base, freeze
 
-    config = tiny_config(family, len(tokenizer))
+    config = tiny_config(family, len(tokenizer), **more)
     with torch.device("meta"):
         weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if weights > LARGEST:

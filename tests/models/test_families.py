@@ -8,14 +8,18 @@ import families
 import pytest
 import torch
 from conftest import make_tiny
+from test_runner import REACHES, assert_same, the_plain_step, the_runners_step, with_adapter
+from test_runner import rows as step_rows
 
 from unlearn_peft.data.batch import pack
 from unlearn_peft.data.tokenize import tokenize
 from unlearn_peft.models.forward import BatchBuilder, alike, one_rounding_off, picked_logits
 from unlearn_peft.models.layers import patched_forward, returning
+from unlearn_peft.training.step.runner import StepRunner
 
 # transposed layers, tuples, a mask of its own, experts, a state, windows within a config within a config
 SOME = ("gpt2", "bloom", "codegen", "mixtral", "mamba", "lfm2", "gemma3")
+SCALED = {"minicpm3": {"dim_model_base": 8}, "granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.25}}
 ALL = [pytest.param(name, marks=() if name in SOME else pytest.mark.long) for name in families.names()]
 
 
@@ -91,3 +95,16 @@ def test_a_forward_that_was_patched_before_comes_back():
     with patched_forward({layer: returning("second")}):
         assert layer(None) == "second"
     assert layer.forward is first
+
+
+@pytest.mark.parametrize("family", ["minicpm3", "bert", "rembert", "granite", "cohere", "gemma2", "bloom", "mixtral"])
+@pytest.mark.parametrize("reach", ["head", "dense head", "all"])
+def test_a_step_is_the_plain_way(family, reach, tokenizer):
+    """Also where a head's input is scaled or transformed, its output scaled or capped, or there are experts."""
+    model = with_adapter(families.tiny_base(family, tokenizer, **SCALED.get(family, {})).model, REACHES[reach])
+    forget, retain = step_rows(tokenizer)
+    expected = the_plain_step(model, forget, retain, forget_ceiling=15)
+    runner = StepRunner(model, 2)
+    for _ in range(2):
+        *found, _ = the_runners_step(runner, forget, retain, forget_ceiling=15)
+        assert_same(found, expected)

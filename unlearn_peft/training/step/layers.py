@@ -13,10 +13,15 @@ from ...models.layers import decoder_layers
 
 
 def changed_layers(model: Any, layers: Sequence[nn.Module], adapter: str = "default") -> list[int]:
-    """Return the numbers of the layers that have a part of the adapter; all, where the embeddings have one."""
-    if _trains(model.get_base_model().get_input_embeddings(), adapter):
+    """Return the numbers of the layers that have a part of the adapter; all, where it has one beside them.
+
+    Beside them are the embeddings and what else is below the head's part, such as a projection.
+    """
+    base = model.get_base_model()
+    known = {id(p) for module in (base.get_output_embeddings(), *layers) for p in module.parameters()}
+    if any(id(p) not in known for p in _trained(base.base_model, adapter)):
         return list(range(len(layers)))
-    return [n for n, layer in enumerate(layers) if _trains(layer, adapter)]
+    return [n for n, layer in enumerate(layers) if _trained(layer, adapter)]
 
 
 def watched_layer(model: Any, number: int | bool | None, adapter: str = "default") -> nn.Module:
@@ -68,8 +73,8 @@ def adapter_names(model: Any, names: list[str] | None) -> Iterator[None]:
             handle.remove()
 
 
-def _trains(module: nn.Module, adapter: str) -> bool:
-    return any(p.requires_grad and adapter in name.split(".") for name, p in module.named_parameters())
+def _trained(module: nn.Module, adapter: str) -> list[nn.Parameter]:
+    return [p for name, p in module.named_parameters() if p.requires_grad and adapter in name.split(".")]
 
 
 def training_mode(model: Any, gradient_checkpointing: bool) -> None:

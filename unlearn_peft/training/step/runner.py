@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...data.batch import Batch, labels_of, side_by_side, target_count
 from ...data.tokenize import Example
+from ...errors import AdapterError
 from ...models.forward import BackboneAndHead, BatchBuilder, agrees, picked_logits, predicting
 from ...models.layers import decoder_layers, outputs_of, vocabulary
 from ..objectives import Tokens
@@ -74,9 +75,14 @@ class StepRunner:
         spelling: Mapping[str, Tensor] | None = None,
         sharded: nn.Module | None = None,
     ) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         self.model, self.sharded, self.spelling = model, sharded, spelling or {}
         self.device = next(model.parameters()).device
         self.base = BackboneAndHead(model.get_base_model())
+        below = {id(module) for module in self.base.backbone.modules()}
+        tuned = [module for module in self.base.model.modules() if isinstance(module, BaseTunerLayer)]
+        self._above: list[Any] = [module for module in tuned if id(module) not in below]
         self._builder = BatchBuilder(model, self.base.head, pad_id, packs=None if sharded is None else False)
         self.vocab_size = vocabulary(model.get_base_model())
         names, layers = list(model.peft_config), decoder_layers(model)
@@ -164,6 +170,9 @@ class StepRunner:
                 final = picked_logits(self.sharded or self.model, self.base.head, batch)
             else:
                 final = self._final_states(cached_of, batches, batch)[predicting(batch)]
+        if torch.is_grad_enabled() and not final.requires_grad:
+            name = type(self.base.model).__name__
+            raise AdapterError(f"no gradient reaches the adapter's layers in {name}: use a head (adapter: head)")
         result, first = {}, 0
         for n, each in cached.items():
             span = slice(first, first + sum(map(target_count, per_adapter[n].examples())))
@@ -278,15 +287,14 @@ class StepRunner:
 
     @contextmanager
     def _bare_head(self) -> Iterator[None]:
-        switch = getattr(self.base.head, "enable_adapters", None)
-        if switch is None:
-            yield
-            return
-        switch(False)
+        """Switch off the adapters of all that is above the backbone: the head, and what some models have before it."""
+        for module in self._above:
+            module.enable_adapters(False)
         try:
             yield
         finally:
-            switch(True)
+            for module in self._above:
+                module.enable_adapters(True)
 
 
 @contextmanager
