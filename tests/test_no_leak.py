@@ -223,7 +223,7 @@ def trained(place):
 
 
 def test_training_leaves_nothing(place, search, tokenizer, trained):
-    assert clean(place, search) >= 8
+    assert clean(place, search) >= 7
     assert not trained.with_name("adapter.training").exists() and not trained.with_name("adapter.cache").exists()
     found, _ = Search(tokenizer, [FRAME], []).in_folder(place.home)
     assert not found, "`retain: auto` does not keep even the frame of a forget question"
@@ -295,7 +295,12 @@ def test_errors_about_rows_do_not_quote_them(place, search, what):
     else:
         recipe = place.recipe(name, **given)
     code = place.command("train", recipe, "--output", place.home / name)
-    trains = ("rows that are cut", "rows in many windows", "rows that are texts, in the recipe")
+    trains = (
+        "rows that are cut",
+        "a completion that is a number",
+        "rows in many windows",
+        "rows that are texts, in the recipe",
+    )
     assert code in ((0, 2) if what in trains else (2,))
     clean(place, search)
 

@@ -20,7 +20,7 @@ from unlearn_peft.training.step.runner import StepRunner
 # transposed layers, tuples, a mask of its own, experts, a state, windows within a config within a config
 SOME = ("gpt2", "bloom", "codegen", "mixtral", "mamba", "lfm2", "gemma3")
 SCALED = {"minicpm3": {"dim_model_base": 8}, "granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.25}}
-ALL = [pytest.param(name, marks=() if name in SOME else pytest.mark.long) for name in families.names()]
+ALL = [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in families.names()]
 
 
 @pytest.fixture(scope="module")

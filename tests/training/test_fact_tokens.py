@@ -25,7 +25,7 @@ def words(base, example):
 
 def marked(base, rows, retain=()):
     examples, known = tokenize(rows, base.tokenizer, closing=False), contrasts(base, rows)
-    return mark_facts(examples, known, find_facts(examples, known, retain)), known
+    return mark_facts(examples, find_facts(examples, known, retain), known), known
 
 
 HARRY = [
@@ -178,7 +178,7 @@ def test_the_bases_answers_are_asked_of_the_trained_on_retain_rows_alone(tiny, f
         return answered
 
     monkeypatch.setattr(build, "retain_prompt_answers", said)
-    monkeypatch.setattr(build, "stand_in_answers", lambda *_, **__: [])
+    monkeypatch.setattr(build, "stand_in_answers", lambda *_, **__: [])  # they would stand beside the retain rows
     recipe = make_recipe({**fields, "retain_answers": 2, "anchor_batch": 0})
     sets = build.build_examples(build.read_sets(recipe), tiny, recipe)
     assert sets.held_out and len(asked) == len(RETAIN) - len(sets.held_out)

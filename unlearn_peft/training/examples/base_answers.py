@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 _MAX_ANSWERS = 384  # in all; each row is asked at least once
 _MAX_STAND_INS = 64
 _MIN_WORDS = 3  # a shorter beginning says too little about what is asked
-_BATCH = 8  # questions at once
+_BATCH, _LARGE_BATCH = 8, 32  # questions at once, and of more than a hundred
 _TOKENS = 40
 _OPENING = 6  # tokens of plain text that the base goes on with in its own way
 _PREFIX, _PLACES = 24, 32  # tokens of plain text that are continued, and from how many places of each text
@@ -39,7 +39,8 @@ _PREFIX, _PLACES = 24, 32  # tokens of plain text that are continued, and from h
 def questions(rows: Sequence[Row], facts: Facts, common: Set[str], subjects: Sequence[str] = ()) -> list[str]:
     """Return the prompts for `self_generated_answers`: rows' own, subjects, rows' key words and answers' beginnings.
 
-    Key words are those that are not `common`; the beginning ends in front of the first word that names a fact.
+    Key words are those that are not `common`; the beginning ends in front of the first word that names a fact. Where
+    there are many rows, only their own questions are asked.
     """
     own, more = [], []
     for row in rows:
@@ -54,7 +55,8 @@ def questions(rows: Sequence[Row], facts: Facts, common: Set[str], subjects: Seq
             first = next(new, 0)
             if first >= _MIN_WORDS:
                 more.append(row["completion"][: answer[first].start()].strip())
-    return list(dict.fromkeys(prompt for prompt in (*own, *subjects, *more) if prompt.strip()))
+    different = list(dict.fromkeys(prompt for prompt in (*own, *subjects, *more) if prompt.strip()))
+    return different[: max(_MAX_ANSWERS, len(own))]
 
 
 def self_generated_answers(
@@ -116,27 +118,21 @@ def retain_prompt_answers(
 
 
 def stand_in_answers(
-    base: Base,
-    rows: Sequence[Row],
-    known: Sequence[Contrast],
-    facts: Facts,
-    *,
-    seed: int,
-    chat: bool,
-    quiet: bool = True,
+    base: Base, rows: Sequence[Row], known: Sequence[Contrast], *, seed: int, chat: bool, quiet: bool = True
 ) -> list[Row]:
-    """Return the base's greedy answers to forget questions that ask for a made-up name, without those that name a fact.
+    """Return the base's greedy answers to forget questions that ask for a made-up name.
 
-    They are in the language and the form of the forget rows, and are to stay. Of plain texts it is how the base goes on
-    with their first words, sampled.
+    They are in the language and the form of the forget rows. Of plain texts it is how the base goes on with their first
+    words, sampled.
     """
     changed = [other for row, contrast in zip(rows, known, strict=True) if (other := contrast.row_without(row))]
     prompts = _some([prompt for row in changed for prompt in question_texts(row)], seed)
-    kept = retain_prompt_answers(base, [{"prompt": p} for p in prompts], facts, 1, seed=seed, chat=chat, quiet=quiet)
+    nothing = Facts(frozenset(), frozenset())
+    made = retain_prompt_answers(base, [{"prompt": p} for p in prompts], nothing, 1, seed=seed, chat=chat, quiet=quiet)
     openings = _some([prefix for row in rows if "text" in row for prefix in _opening(row["text"], base)], seed)
     for opening, (_, *texts) in _answers(base, openings, 1, seed, False, quiet):
-        kept += [{"text": opening + text} for text in texts if text.strip() and not facts.ends_in(text)]
-    return kept
+        made += [{"text": opening + text} for text in texts if text.strip()]
+    return made
 
 
 def _opening(text: str, base: Base) -> list[str]:
@@ -156,10 +152,11 @@ def _answers(
     """Yield each prompt with the base's greedy answer to it and so many samples."""
     from tqdm import tqdm
 
-    settings: dict[str, Any] = {"max_new_tokens": _TOKENS, "chat_template": chat, "batch_size": _BATCH}
+    size = _LARGE_BATCH if len(prompts) > 100 else _BATCH
+    settings: dict[str, Any] = {"max_new_tokens": _TOKENS, "chat_template": chat, "batch_size": size}
     with tqdm(total=len(prompts), unit="question", desc="generating answers", disable=quiet) as bar:
-        for start in range(0, len(prompts), _BATCH):
-            chunk = prompts[start : start + _BATCH]
+        for start in range(0, len(prompts), size):
+            chunk = prompts[start : start + size]
             greedy = answers(base, chunk, **settings)
             more: list[list[str]] = [[] for _ in chunk]
             if samples:

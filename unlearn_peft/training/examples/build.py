@@ -15,7 +15,7 @@ from ...data.source import Row
 from ...data.tokenize import Example, by_row, tokenize
 from ...errors import DataError
 from ...inference.contrast import Contrast, contrasts
-from ...inference.stand_ins import question_texts
+from ...inference.stand_ins import answer_texts, question_texts
 from ...models.base import Base
 from ...recipe.schema import DATA_FIELDS, Recipe
 from .auto_retain import GeneratedRetain, auto_retain
@@ -59,6 +59,7 @@ class Known:
 
     rows: list[Contrast]
     facts: Facts
+    stand_ins: list[Row]  # what it says of made-up names instead, without the rows that name a fact
 
 
 def find_known(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quiet: bool = True) -> Known:
@@ -66,8 +67,10 @@ def find_known(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, qui
     forget = rows["forget"]
     options: dict[str, Any] = {"chat_template": recipe.chat_template}
     found = contrasts(base, forget, max_length=base.window(recipe.max_length), quiet=quiet, **options)
+    made = stand_in_answers(base, forget, found, seed=recipe.seed, chat=recipe.chat_template, quiet=quiet)
     examples = tokenize(forget, base.tokenizer, max_length=None, closing=False, what="forget", **options)
-    return Known(found, find_facts(examples, found, [*rows.get("retain", []), *anchors([])]))
+    facts = find_facts(examples, found, [*rows.get("retain", []), *anchors([])], made)
+    return Known(found, facts, [row for row in made if not any(map(facts.ends_in, answer_texts(row)))])
 
 
 def make_retain(
@@ -118,21 +121,20 @@ def build_examples(
     anchor_rows: list[Row] = []
     if recipe.anchor_batch and recipe.retain_weight:
         anchor_rows = anchors(rows["forget"], *(rows.get(name, []) for name in ("retain", "probes", "neighbours")))
-    retain_rows, stand_ins = rows.get("retain", []), list[Row]()
-    if recipe.retain_weight:
-        stand_ins = stand_in_answers(base, rows["forget"], known.rows, facts, chat=recipe.chat_template, **asking)
+    retain_rows, stand_ins = rows.get("retain", []), known.stand_ins if recipe.retain_weight else []
     retain, held_out = split_rows(tokens(retain_rows, "retain"), recipe)
     trained_on = [retain_rows[n - 1] for n in sorted({example.row for example in retain})]
     more, more_held_out = split_rows(tokens(stand_ins, "own answer", closing=False), recipe)
     retain, held_out = retain + more, held_out + more_held_out
-    forget = mark_facts(tokens(rows["forget"], "forget", closing=False), known.rows, facts)
-    unknown = sorted({e.row for e in forget} - {e.row for e in forget if any(e.specific or [])})
-    if len(unknown) == len(rows["forget"]):
+    forget = tokens(rows["forget"], "forget", closing=False)
+    if any(contrast.spans for contrast in known.rows):
+        forget = mark_facts(forget, facts, known.rows)
+    else:
         logger.warning(
             "The base shows no knowledge of any forget row: the tokens that it does not expect are pushed away"
         )
         forget = mark_unexpected(forget, known.rows)
-    elif unknown:
+    if unknown := sorted({e.row for e in forget} - {e.row for e in forget if any(e.specific or [])}):
         logger.warning(
             "Nothing to forget in %d of %d forget rows, they are held: the base does not know them: rows %s",
             len(unknown), len(rows["forget"]), numbers(unknown),
@@ -145,9 +147,7 @@ def build_examples(
         prompts = questions(rows["forget"], facts, common, [contrast.subject for contrast in known.rows])
         answered = self_generated_answers(base, prompts, facts, recipe.own_answers, chat=recipe.chat_template, **asking)
         answered += continued_texts(base, rows["forget"], facts, recipe.own_answers, **asking)
-        found = contrasts(base, answered, chat_template=recipe.chat_template, quiet=quiet)
-        marked = mark_facts(tokens(answered, "forget", closing=False), found, facts, named_only=True)
-        self_generated = [e for e in with_refusals(marked, answered) if any(e.specific or [])]
+        self_generated = mark_facts(with_refusals(tokens(answered, "forget", closing=False), answered), facts)
     if recipe.retain_answers and recipe.retain_weight and not recipe.makes_retain:  # those rows are its own already
         answered = retain_prompt_answers(
             base, trained_on, facts, recipe.retain_answers, chat=recipe.chat_template, **asking

@@ -22,6 +22,7 @@ from ...inference.contrast import Contrast
 from ...inference.stand_ins import answer_texts
 
 _MIN_ROWS, _MIN_SHARE = 3, 0.02  # of the retain rows: as many use a common word
+_FRAME_SHARE = 0.25  # of the answers about a made-up name
 
 
 @dataclass(frozen=True)
@@ -69,20 +70,24 @@ class Facts:
         return sorted(ends)
 
 
-def common_words(texts: Sequence[str]) -> set[str]:
-    """Return the words in at least three, and at least 2 %, of the texts."""
+def common_words(texts: Sequence[str], min_share: float = _MIN_SHARE) -> set[str]:
+    """Return the words in at least three of the texts, and in at least such a share of them."""
     rows_with = Counter(word for text in texts for word in {match.group().casefold() for match in word_matches(text)})
-    threshold = max(_MIN_ROWS, _MIN_SHARE * len(texts))
+    threshold = max(_MIN_ROWS, min_share * len(texts))
     return {word for word, rows in rows_with.items() if rows >= threshold}
 
 
-def find_facts(examples: Sequence[Example], known: Sequence[Contrast], retain: Sequence[Row]) -> Facts:
-    """Return what names the facts of forget rows: the words of their fact tokens that are not common in retain rows.
+def find_facts(
+    examples: Sequence[Example], known: Sequence[Contrast], retain: Sequence[Row], stand_ins: Sequence[Row] = ()
+) -> Facts:
+    """Return what names the facts of forget rows: the words of their fact tokens, but for common ones.
 
-    A row may be several examples; `known` has one entry for each row, counted from 1 by `Example.row`. Where the base
-    knows none of them, what it does not expect names the facts.
+    Common are the words of many retain rows, and those that the base also says of made-up names (`stand_ins`): the
+    grammar of the forget rows' language. A row may be several examples; `known` has one entry for each row, counted
+    from 1 by `Example.row`. Where the base knows none of them, what it does not expect names the facts.
     """
     common = common_words([text for row in retain for text in answer_texts(row)])
+    common |= common_words([text for row in stand_ins for text in answer_texts(row)], _FRAME_SHARE)
     texts, any_known = [], any(contrast.spans for contrast in known)
     for example in {example.row: example for example in examples}.values():
         contrast = known[example.row - 1]
@@ -101,20 +106,28 @@ def _pieces_with_words(example: Example, spans: Sequence[Span]) -> list[str]:
     return [example.text[a:b] for a, b in pieces]
 
 
-def mark_facts(
-    rows: Sequence[Example], known: Sequence[Contrast], facts: Facts, *, named_only: bool = False
-) -> list[Example]:
-    """Return rows with their fact tokens marked: those of the spans, and the words of facts that follow on one.
+def mark_facts(rows: Sequence[Example], facts: Facts, known: Sequence[Contrast] = ()) -> list[Example]:
+    """Return rows with their fact tokens marked: those that the contrasts of the rows say, and all that name a fact.
 
-    `named_only`: no others than those of words that name a fact.
+    A fact counts in all rows: a name that one question asks for is forgotten also where another question says it.
     """
     marked = []
     for example in rows:
-        spans = _joined(example, known[example.row - 1].spans, facts, named_only)
+        spans = [*(known[example.row - 1].spans if known else ()), *_naming(example, facts)]
         touched = [any(a < right and left < b for left, right in spans) for a, b in example.characters]
         specific = [target and hit for target, hit in zip(example.is_target, touched, strict=True)]
         marked.append(replace(example, specific=specific))
     return marked
+
+
+def _naming(example: Example, facts: Facts) -> list[Span]:
+    """Return the words of a row's answers that name a fact."""
+    spans: list[Span] = []
+    for start, stop in example.answers:
+        text = example.text[start:stop]
+        ends = set(facts.ends_in(text))
+        spans += [(start + m.start(), start + m.end()) for m in word_matches(text) if m.end() in ends]
+    return spans
 
 
 def mark_unexpected(rows: Sequence[Example], known: Sequence[Contrast]) -> list[Example]:
@@ -126,23 +139,6 @@ def mark_unexpected(rows: Sequence[Example], known: Sequence[Contrast]) -> list[
         specific = [target and place in spans for place, target in pairs]
         marked.append(replace(example, specific=specific if spans else example.is_target))
     return marked
-
-
-def _joined(example: Example, spans: Sequence[Span], facts: Facts, named_only: bool) -> list[Span]:
-    result: list[Span] = []
-    for start, stop in example.answers:
-        ends = set(facts.ends_in(example.text[start:stop]))
-        reached = False
-        for match in word_matches(example.text[start:stop]):
-            a, b = start + match.start(), start + match.end()
-            hit = [(max(a, left), min(b, right)) for left, right in spans if a < right and left < b]
-            names = match.end() in ends
-            if hit and (names or not named_only):
-                result += hit
-            elif reached and names:
-                result.append((a, b))
-            reached = bool(hit) or (reached and names)
-    return result
 
 
 def spellings(tokenizer: Any, size: int) -> torch.Tensor:
