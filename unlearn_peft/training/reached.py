@@ -74,7 +74,7 @@ def rows_reached(
             both = torch.cat(losses)
             values = torch.cat([both, torch.ones(len(both), 1, dtype=torch.float64)], 1)
             picked = torch.tensor(counted, dtype=torch.bool)
-            sums.index_add_(0, torch.tensor(place)[picked], values[picked])
+            sums.index_add_(0, torch.tensor(place, dtype=torch.long)[picked], values[picked])
     if len(rows):
         sums = summed(sums)
     found = Reached(len(rows))
