@@ -45,7 +45,7 @@ test: install $(VENV)/.for-tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/test_no_leak.py
 	$(BIN)/python -m pytest tests/test_no_leak.py  # forks: by itself, as children of a process with threads may crash
 
-test-long: install $(VENV)/.for-tests $(VENV)/.gemma
+test-long: install $(VENV)/.for-tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist worksteal
 
 test-slow: install $(VENV)/.gemma
