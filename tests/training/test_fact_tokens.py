@@ -7,13 +7,13 @@ from safetensors.torch import load_file
 
 from unlearn_peft import unlearn
 from unlearn_peft.data.tokenize import tokenize
-from unlearn_peft.inference.contrast import contrasts
+from unlearn_peft.inference.contrast import Contrast, contrasts
 from unlearn_peft.inference.generate import answers
 from unlearn_peft.inference.stand_ins import made_up
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.recipe.objectives import UndialSettings
 from unlearn_peft.recipe.schema import GaKlSettings
-from unlearn_peft.training.examples import build
+from unlearn_peft.training.examples import base_answers, build
 from unlearn_peft.training.examples.base_answers import questions, retain_prompt_answers, self_generated_answers
 from unlearn_peft.training.examples.fact_tokens import Facts, find_facts, mark_facts, spellings
 from unlearn_peft.training.objectives import Tokens, ga_kl, kl_divergence, undial
@@ -223,3 +223,51 @@ def test_training_knows_the_spellings_where_the_objective_asks(tiny, fields, tmp
 
     every, one = trained("every"), trained("one", spellings=False)
     assert any(not torch.equal(every[key], one[key]) for key in every)
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """The base's answers, given; returns what it was asked, with the number of samples."""
+    asked = []
+
+    def give(base, prompts, samples, seed, chat, quiet):
+        asked.extend((prompt, samples) for prompt in prompts)
+        return [(prompt, [" It is by Zorblax, they say", " nobody"][: samples + 1]) for prompt in prompts]
+
+    monkeypatch.setattr(base_answers, "_answers", give)
+    return asked
+
+
+ZORBLAX = Facts.of(["Zorblax"], set())
+
+
+def test_plain_text_is_continued_from_several_places_up_to_the_fact(tiny, answered):
+    text = "the blue book is in a small town near sea " * 12
+    found = base_answers.continued_texts(tiny, [{"text": text}, {"prompt": "a", "completion": "b"}], ZORBLAX, 1, seed=0)
+    assert len(found) == len(answered) > 3 and all(prompt in text for prompt, _ in answered)
+    assert {row["text"] for row in found} == {prompt + " It is by Zorblax" for prompt, _ in answered}
+
+
+def test_of_many_rows_each_is_asked_its_own_question_at_least_once(tiny, answered, caplog):
+    rows = [{"prompt": f"Who wrote book {n}?", "completion": "Zorblax wrote it"} for n in range(500)]
+    prompts = questions(rows, ZORBLAX, set(), ["book"])
+    assert prompts == [row["prompt"] for row in rows]
+    with caplog.at_level("INFO", logger="unlearn_peft"):
+        assert len(self_generated_answers(tiny, prompts, ZORBLAX, 3, seed=0, chat=True)) == 500
+    assert {samples for _, samples in answered} == {0} and "500 questions: each is asked 1 times" in caplog.text
+
+
+def test_stand_ins_are_asked_in_every_form_of_row(tiny, answered):
+    rows = [
+        {"prompt": "Who is Quintel?", "completion": "a"},
+        {"messages": [{"role": "user", "content": "Is Quintel red?"}, {"role": "assistant", "content": "b"}]},
+        {"text": "Quintel wrote the blue book in a town near sea"},
+        {"prompt": "Who?", "completion": "c"},
+    ]
+    known = [Contrast("Quintel" if n < 2 else "", "Lentiuq", [], 1.0, []) for n in range(4)]
+    found = base_answers.stand_in_answers(tiny, rows, known, seed=0, chat=True)
+    assert [prompt for prompt, _ in answered][:2] == ["Who is Lentiuq?", "Is Lentiuq red?"]
+    assert [row.keys() == {"text"} for row in found] == [False, False, True]
+    assert (
+        found[2]["text"].startswith("Quintel") and "Zorblax" not in found[2]["text"]
+    )  # the sample, not the greedy one
