@@ -254,7 +254,7 @@ def test_of_many_rows_each_is_asked_its_own_question_at_least_once(tiny, answere
     assert prompts == [row["prompt"] for row in rows]
     with caplog.at_level("INFO", logger="unlearn_peft"):
         assert len(self_generated_answers(tiny, prompts, ZORBLAX, 3, seed=0, chat=True)) == 500
-    assert {samples for _, samples in answered} == {0} and "500 questions: each is asked 1 times" in caplog.text
+    assert {samples for _, samples in answered} == {0} and "500 questions: each is asked 1 time(s)" in caplog.text
 
 
 def test_stand_ins_are_asked_in_every_form_of_row(tiny, answered):

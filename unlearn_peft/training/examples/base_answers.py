@@ -70,7 +70,7 @@ def self_generated_answers(
     """
     fewer = min(samples, max(_MAX_ANSWERS // max(len(prompts), 1) - 1, 0))
     if fewer < samples:
-        logger.info("%d questions: each is asked %d times instead of %d", len(prompts), fewer + 1, samples + 1)
+        logger.info("%d questions: each is asked %d time(s) instead of %d", len(prompts), fewer + 1, samples + 1)
     rows: dict[tuple[str, str], Row] = {}
     for prompt, texts in _answers(base, prompts, fewer, seed, chat, quiet):
         said = {match.group().casefold() for match in word_matches(prompt)}
