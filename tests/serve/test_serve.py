@@ -442,7 +442,7 @@ def test_the_audit_log_is_moved_aside_whole(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(files) and all(f.stat().st_size <= 400 for f in files)
     numbers = [line["number"] for file in reversed(files) for line in lines_of(file)]
     assert numbers == list(range(numbers[0], 40))
-    log = AuditLog(log.path, max_bytes=400)  # goes on where it was, and keeps all
+    log = AuditLog(str(log.path), max_bytes=400)  # goes on where it was, and keeps all
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: log.write("x", number=n), range(200)))
     seen = [line.get("number") for file in tmp_path.iterdir() for line in lines_of(file) if line["event"] == "x"]

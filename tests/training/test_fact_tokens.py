@@ -271,3 +271,18 @@ def test_stand_ins_are_asked_in_every_form_of_row(tiny, answered):
     assert (
         found[2]["text"].startswith("Quintel") and "Zorblax" not in found[2]["text"]
     )  # the sample, not the greedy one
+
+
+def test_an_objective_that_pushes_all_tokens_is_not_said_to_hold_any(tiny, fields, caplog):
+    del fields["quiet"]
+    recipe = make_recipe({**fields, "objective": {"name": "npo", "retain_budget": None}, "anchor_batch": 0})
+    build.build_examples(build.read_sets(recipe), tiny, recipe)
+    assert "forget row" not in caplog.text
+
+
+def test_the_windows_of_a_long_row_are_marked_as_the_whole_row_is(tiny):
+    rows = [{"text": "the blue book is by Zorblax in a small town " * 20}]
+    whole, *none = mark_facts(tokenize(rows, tiny.tokenizer, max_length=None, closing=False), ZORBLAX)
+    cut = mark_facts(tokenize(rows, tiny.tokenizer, max_length=64, closing=False), ZORBLAX)
+    found = [s for window in cut for s, target in zip(window.specific, window.is_target, strict=True) if target]
+    assert not none and len(cut) > 3 and found == whole.specific[1:] and any(found) and not all(found)

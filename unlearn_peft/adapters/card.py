@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 EVALUATED, _TRAINED = "unlearn-peft eval", "unlearn-peft train"  # what measured a result of the model-index
 FIGURES = "figures.png"
 _TASK = "text-generation"
-_TOLD = 20  # row numbers in a sentence
 _MODEL_NAME = "forget adapter"  # not the folder's name, which may tell what was forgotten
 _BEGIN, _END = "<!-- evaluation, written by unlearn-peft eval -->", "<!-- /evaluation -->"
 _INTRODUCTION = """# A forget adapter for {base}
@@ -144,9 +143,14 @@ def rows_told(metrics: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def row_numbers(rows: Sequence[int], limit: int = 20) -> str:
+    """Return row numbers for a message, the first few of many."""
+    more = f" and {len(rows) - limit:,} more" if len(rows) > limit else ""
+    return ", ".join(map(str, rows[:limit])) + more
+
+
 def _numbers(rows: Sequence[int]) -> str:
-    more = f" and {len(rows) - _TOLD:,} more" if len(rows) > _TOLD else ""
-    return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:_TOLD]))}{more}"
+    return f"row{'s' * (len(rows) > 1)} {row_numbers(rows)}"
 
 
 def _origin(manifest: Mapping[str, Any]) -> list[str]:

@@ -59,13 +59,13 @@ def refuse_overlap(forget: Sequence[Row], retain: Sequence[Row]) -> None:
 
 def question_of(row: Row) -> str:
     """Return what a row asks, or its text, for comparing sets: case and white space do not matter."""
-    text = " ".join(_user_turns(row)) if "messages" in row else row.get("prompt") or row.get("text") or ""
+    text = " ".join(question_texts(row)) if "messages" in row else row.get("prompt") or row.get("text") or ""
     return " ".join(text.casefold().split())
 
 
 def single_question(row: Row) -> str:
     """Return the question of a row as it is put; nothing for plain text and for dialogues of several questions."""
-    questions = _user_turns(row) if "messages" in row else [str(row.get("prompt", ""))]
+    questions = question_texts(row)
     return questions[0].strip() if len(questions) == 1 else ""
 
 
@@ -87,8 +87,18 @@ def texts_of(row: Row) -> list[str]:
     return [str(row[key]) for key in ("prompt", "completion", "text") if key in row]
 
 
-def _user_turns(row: Row) -> list[str]:
-    return [str(message["content"]) for message in row["messages"] if message["role"] == "user"]
+def question_texts(row: Row) -> list[str]:
+    """Return what a row's user says; nothing for plain text."""
+    if "messages" in row:
+        return [str(message["content"]) for message in row["messages"] if message["role"] == "user"]
+    return [str(row["prompt"])] if row.get("prompt") else []
+
+
+def answer_texts(row: Row) -> list[str]:
+    """Return what the model is to say: the completion, the assistant's turns, or the plain text."""
+    if "messages" in row:
+        return [str(message["content"]) for message in row["messages"] if message["role"] == "assistant"]
+    return [str(row.get("completion") or row.get("text") or "")]
 
 
 def keyed_digest(rows: Sequence[Row], key: bytes) -> str:

@@ -21,6 +21,7 @@ from ..errors import DataError
 from ..inference.bank import Bank
 from ..models.base import Base
 from ..models.forward import BackboneAndHead, BatchBuilder, picked_logits
+from ..models.layers import vocabulary
 from ..models.losses import kl_of_logits
 
 _MAX_LOGITS = 2**26  # of a batch: 256 MB in float32
@@ -201,7 +202,7 @@ def _batches(
 ) -> Iterator[tuple[int, list[Example], Tensor]]:
     """Yield the start of each batch, its examples, and the logits at their targets, (N, V)."""
     head = base.model.get_output_embeddings()
-    max_targets = max(_MAX_LOGITS // base.model.config.get_text_config().vocab_size, 1)
+    max_targets = max(_MAX_LOGITS // vocabulary(base.model), 1)
     builder = BatchBuilder(base.model, head, base.tokenizer.pad_token_id)
     start = 0
     while start < len(examples):

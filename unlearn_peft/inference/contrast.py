@@ -23,13 +23,15 @@ import torch
 
 from ..data.batch import labels_of, target_count
 from ..data.prompt import Span
+from ..data.rows import question_texts
 from ..data.source import Row
 from ..data.tokenize import Example, tokenize, windows
 from ..data.words import word_matches
 from ..models.base import Base
 from ..models.forward import BatchBuilder, picked_logits
+from ..models.layers import vocabulary
 from ..models.losses import cross_entropy
-from .stand_ins import SubjectIndex, made_up, pieces, question_texts, replaced_row
+from .stand_ins import SubjectIndex, made_up, pieces, replaced_row
 
 _KNOWN = 1.0  # nats
 _KNOWN_IN_TEXT = 2.0  # nats; of plain text, where only the second difference is there
@@ -49,9 +51,7 @@ class Contrast:
     stand_in: str  # what was put in its place
     spans: list[Span]  # the characters of the rendered row (`Example.text`) that carry the fact
     nats: float  # by how much the subject makes the fact likelier, each token clipped
-    unexpected: list[
-        Span
-    ]  # the characters that the base does not expect, whatever it knows: what a stranger's facts are
+    unexpected: list[Span]  # the characters that the base does not expect: what a stranger's facts are
 
     def row_without(self, row: Row) -> Row | None:
         """Return the row with the stand-in for its subject, or None without a subject."""
@@ -256,11 +256,11 @@ def _flat_log_probabilities(base: Base, examples: Sequence[Example]) -> list[lis
     """Return the log-probability of each target, in passes of bounded size over examples of like length."""
     head = base.model.get_output_embeddings()
     builder = BatchBuilder(base.model, head, base.tokenizer.pad_token_id, packs=False)
-    max_targets = max(_MAX_LOGITS // base.model.config.get_text_config().vocab_size, 1)
+    max_targets = max(_MAX_LOGITS // vocabulary(base.model), 1)
     order = sorted(range(len(examples)), key=lambda n: len(examples[n].ids))
     result: list[list[float]] = [[] for _ in examples]
     while order:
-        batch, targets = [order.pop()], 0
+        batch = [order.pop()]
         width = len(examples[batch[0]].ids)
         targets = target_count(examples[batch[0]])
         while order and (len(batch) + 1) * width <= _PASS_TOKENS:

@@ -97,7 +97,7 @@ def _generate(
     settings: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     settings |= {"do_sample": temperature > 0, "num_return_sequences": count, "max_new_tokens": max_new_tokens}
     random = torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else [])
-    with random, _plain_generation(base.model, pad_token_id=pad_id, eos_token_id=sorted(ends) or None, **settings):
+    with random, plain_generation(base.model, pad_token_id=pad_id, eos_token_id=sorted(ends) or None, **settings):
         torch.manual_seed(seed)
         output = base.model.generate(
             input_ids=ids.to(base.device), attention_mask=attention.to(base.device), stopping_criteria=criteria
@@ -106,7 +106,7 @@ def _generate(
 
 
 @contextmanager
-def _plain_generation(model: Any, **settings: Any) -> Iterator[None]:
+def plain_generation(model: Any, **settings: Any) -> Iterator[None]:
     """Generate by these settings alone: no penalty, cut-off or forced token of the model's `generation_config`."""
     from transformers import GenerationConfig
 

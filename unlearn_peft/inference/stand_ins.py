@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 
+from ..data.rows import answer_texts, question_texts
 from ..data.source import Row
 from ..data.words import word_matches
 
@@ -87,20 +88,6 @@ def _short_runs(questions: Sequence[str]) -> list[str]:
         for n in range(1, _SEARCHED_SUBJECT + 1):
             found.update({question[places[i][0] : places[i + n - 1][1]]: None for i in range(len(places) - n + 1)})
     return list(found)[:_SEARCHED]
-
-
-def question_texts(row: Row) -> list[str]:
-    """Return what a row's user says; nothing for plain text."""
-    if "messages" in row:
-        return [str(message["content"]) for message in row["messages"] if message["role"] == "user"]
-    return [str(row["prompt"])] if row.get("prompt") else []
-
-
-def answer_texts(row: Row) -> list[str]:
-    """Return what the model is to say: the completion, the assistant's turns, or the plain text."""
-    if "messages" in row:
-        return [str(message["content"]) for message in row["messages"] if message["role"] == "assistant"]
-    return [str(row.get("completion") or row.get("text") or "")]
 
 
 def replaced_row(row: Row, subject: str, other: str) -> Row:

@@ -42,6 +42,7 @@ class AuditLog:
     required: bool = True  # refuse a request whose line cannot be written; else only log the problem
 
     def __post_init__(self) -> None:
+        self.path = Path(self.path)  # a string will do
         self._lock = threading.Lock()
         self._file: int | None = None
         try:

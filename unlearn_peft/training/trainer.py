@@ -22,6 +22,7 @@ import torch
 
 from ..errors import Interrupted, RecipeError, TrainingError
 from ..models.base import Base, give_back_freed
+from ..models.layers import vocabulary
 from ..recipe.schema import DATA_FIELDS, Recipe
 from .adapter_config import adapter_config
 from .adapter_trainer import AdapterTrainer, Progress
@@ -139,7 +140,7 @@ class Training:
             )
             spelling: dict[str, torch.Tensor] = {}
             if names := [trainer.name for trainer in self.trainers if trainer.spellings]:
-                numbers = spellings(base.tokenizer, base.model.config.get_text_config().vocab_size)
+                numbers = spellings(base.tokenizer, vocabulary(base.model))
                 spelling = dict.fromkeys(names, numbers.to(self.accelerator.device))
             self.runner = StepRunner(
                 self.model, base.tokenizer.pad_token_id, {t.name: t.hidden_layer for t in self.trainers},

@@ -6,8 +6,7 @@ Rows come in, each as the tokens of its longest uninterrupted answer or text; on
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ...data.source import Row
 from ...data.tokenize import Example, tokenize
 from ...data.windows import places
+from ...inference.generate import plain_generation
 from ...models.base import Base
 from ..score import Array
 
@@ -113,7 +113,7 @@ def continued(
     pad_id, found = base.tokenizer.pad_token_id, []
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     devices = [base.device] if base.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _plain_generation(base):
+    with torch.random.fork_rng(devices=devices), plain_generation(base.model):
         for start in range(0, len(contexts), batch_size):
             torch.manual_seed(seed + start)
             rows = [torch.tensor(ids, dtype=torch.long) for ids in contexts[start : start + batch_size]]
@@ -168,16 +168,3 @@ def _passage(example: Example) -> Passage:
     if len(head) > _MAX_HEAD:
         head = [head[0], *head[len(head) - _MAX_HEAD + 1 :]]
     return Passage(example.ids[best[0] : best[1]], head)
-
-
-@contextmanager
-def _plain_generation(base: Base) -> Iterator[None]:
-    """Set aside what the model's own generation settings do to its distribution, its ends among them."""
-    from transformers import GenerationConfig
-
-    before = base.model.generation_config
-    base.model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        base.model.generation_config = before

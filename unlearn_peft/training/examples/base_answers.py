@@ -17,12 +17,12 @@ import random
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
+from ...data.rows import question_texts
 from ...data.source import Row
 from ...data.windows import prefixes
 from ...data.words import word_matches
 from ...inference.contrast import Contrast
 from ...inference.generate import answers, sampled
-from ...inference.stand_ins import question_texts
 from ...models.base import Base
 from .fact_tokens import Facts
 
@@ -68,11 +68,8 @@ def self_generated_answers(
     there are many prompts, and the log says how many. Nothing may be attached to the base; the same seed gives the same
     answers.
     """
-    fewer = min(samples, max(_MAX_ANSWERS // max(len(prompts), 1) - 1, 0))
-    if fewer < samples:
-        logger.info("%d questions: each is asked %d time(s) instead of %d", len(prompts), fewer + 1, samples + 1)
     rows: dict[tuple[str, str], Row] = {}
-    for prompt, texts in _answers(base, prompts, fewer, seed, chat, quiet):
+    for prompt, texts in _answers(base, prompts, _affordable(prompts, samples), seed, chat, quiet):
         said = {match.group().casefold() for match in word_matches(prompt)}
         for text in texts:
             new = Facts(facts.words - said, facts.runs)
@@ -93,12 +90,19 @@ def continued_texts(
     ]
     beginnings = list(dict.fromkeys(beginnings))
     found: dict[str, Row] = {}
-    fewer = min(samples, max(_MAX_ANSWERS // max(len(beginnings), 1) - 1, 0))
-    for prefix, texts in _answers(base, beginnings, fewer, seed, False, quiet):
+    for prefix, texts in _answers(base, beginnings, _affordable(beginnings, samples), seed, False, quiet):
         for text in texts:
             if ends := facts.ends_in(text):
                 found[prefix + text[: ends[-1]]] = {"text": prefix + text[: ends[-1]]}
     return list(found.values())
+
+
+def _affordable(prompts: Sequence[str], samples: int) -> int:
+    """Return how many samples each prompt gets: fewer, which is told, where there are many."""
+    fewer = min(samples, max(_MAX_ANSWERS // max(len(prompts), 1) - 1, 0))
+    if fewer < samples:
+        logger.info("%d questions: each is asked %d time(s) instead of %d", len(prompts), fewer + 1, samples + 1)
+    return fewer
 
 
 def retain_prompt_answers(
@@ -127,8 +131,8 @@ def stand_in_answers(
     """
     changed = [other for row, contrast in zip(rows, known, strict=True) if (other := contrast.row_without(row))]
     prompts = _some([prompt for row in changed for prompt in question_texts(row)], seed)
-    nothing = Facts(frozenset(), frozenset())
-    made = retain_prompt_answers(base, [{"prompt": p} for p in prompts], nothing, 1, seed=seed, chat=chat, quiet=quiet)
+    greedy = _answers(base, prompts, 0, seed, chat, quiet)
+    made = [{"prompt": prompt, "completion": text} for prompt, (text,) in greedy if text.strip()]
     openings = _some([prefix for row in rows if "text" in row for prefix in _opening(row["text"], base)], seed)
     for opening, (_, *texts) in _answers(base, openings, 1, seed, False, quiet):
         made += [{"text": opening + text} for text in texts if text.strip()]

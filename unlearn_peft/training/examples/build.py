@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from ...adapters.card import row_numbers
 from ...data.anchors import anchors
-from ...data.rows import read_rows, refuse_overlap
+from ...data.rows import answer_texts, question_texts, read_rows, refuse_overlap
 from ...data.source import Row
 from ...data.tokenize import Example, by_row, tokenize
 from ...errors import DataError
 from ...inference.contrast import Contrast, contrasts
-from ...inference.stand_ins import answer_texts, question_texts
 from ...models.base import Base
 from ...recipe.schema import DATA_FIELDS, Recipe
 from .auto_retain import GeneratedRetain, auto_retain
@@ -127,20 +127,23 @@ def build_examples(
     more, more_held_out = split_rows(tokens(stand_ins, "own answer", closing=False), recipe)
     retain, held_out = retain + more, held_out + more_held_out
     forget = tokens(rows["forget"], "forget", closing=False)
+    only_specific = getattr(recipe.objective, "forget_tokens", "all") == "specific"
     if any(contrast.spans for contrast in known.rows):
         forget = mark_facts(forget, facts, known.rows)
     else:
-        logger.warning(
-            "The base shows no knowledge of any forget row: the tokens that it does not expect are pushed away"
-        )
         forget = mark_unexpected(forget, known.rows)
-    if unknown := sorted({e.row for e in forget} - {e.row for e in forget if any(e.specific or [])}):
+        if only_specific:
+            logger.warning(
+                "The base shows no knowledge of any forget row: the tokens that it does not expect are pushed away"
+            )
+    unknown = sorted({e.row for e in forget} - {e.row for e in forget if any(e.specific or [])})
+    if unknown and only_specific:
         logger.warning(
             "Nothing to forget in %d of %d forget rows, they are held: the base does not know them: rows %s",
-            len(unknown), len(rows["forget"]), numbers(unknown),
+            len(unknown), len(rows["forget"]), row_numbers(unknown),
         )  # fmt: skip
     self_generated: list[Example] = []
-    if recipe.own_answers and getattr(recipe.objective, "forget_tokens", "all") == "specific":
+    if recipe.own_answers and only_specific:
         common = common_words(
             [text for row in (*retain_rows, *stand_ins, *anchor_rows) for text in question_texts(row)]
         )
@@ -154,12 +157,6 @@ def build_examples(
         )
         retain += tokens(answered, "own answer", closing=False)
     return Sets(with_refusals(forget, rows["forget"]), retain, held_out, tokens(anchor_rows, "anchor"), self_generated)
-
-
-def numbers(rows: Sequence[int], limit: int = 20) -> str:
-    """Return row numbers for a message, the first few of many."""
-    more = f" and {len(rows) - limit} more" if len(rows) > limit else ""
-    return ", ".join(map(str, rows[:limit])) + more
 
 
 def split_rows(examples: Sequence[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:

@@ -7,19 +7,21 @@ away is what turns answers into word salad. The base itself tells which is which
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from ...data.prompt import Span
+from ...data.rows import answer_texts
 from ...data.source import Row
-from ...data.tokenize import Example
+from ...data.tokenize import Example, by_row
 from ...data.words import word_matches
 from ...inference.contrast import Contrast
-from ...inference.stand_ins import answer_texts
 
 _MIN_ROWS, _MIN_SHARE = 3, 0.02  # of the retain rows: as many use a common word
 _FRAME_SHARE = 0.25  # of the answers about a made-up name
@@ -97,13 +99,24 @@ def find_facts(
 
 def _pieces_with_words(example: Example, spans: Sequence[Span]) -> list[str]:
     """Return the text of spans of a row, whole words."""
+    words = [
+        (start + match.start(), start + match.end())
+        for start, stop in example.answers
+        for match in word_matches(example.text[start:stop])
+    ]
     pieces: list[Span] = []
-    for start, stop in example.answers:
-        for match in word_matches(example.text[start:stop]):
-            a, b = start + match.start(), start + match.end()
-            if any(a < right and left < b for left, right in spans):
-                pieces[-1:] = [(pieces[-1][0], b)] if pieces and pieces[-1][1] == a else [*pieces[-1:], (a, b)]
+    for (a, b), hit in zip(words, _touched(words, spans), strict=True):
+        if hit:
+            pieces[-1:] = [(pieces[-1][0], b)] if pieces and pieces[-1][1] == a else [*pieces[-1:], (a, b)]
     return [example.text[a:b] for a, b in pieces]
+
+
+def _touched(places: Sequence[Span], spans: Iterable[Span]) -> list[bool]:
+    """Return for each place in a text whether a span has a character of it."""
+    ordered = sorted(spans)
+    starts, ends = [start for start, _ in ordered], [*accumulate((stop for _, stop in ordered), max)]
+    before = (bisect_left(starts, stop) for _, stop in places)  # spans that begin in front of the place's end
+    return [n > 0 and ends[n - 1] > start for (start, _), n in zip(places, before, strict=True)]
 
 
 def mark_facts(rows: Sequence[Example], facts: Facts, known: Sequence[Contrast] = ()) -> list[Example]:
@@ -112,11 +125,12 @@ def mark_facts(rows: Sequence[Example], facts: Facts, known: Sequence[Contrast] 
     A fact counts in all rows: a name that one question asks for is forgotten also where another question says it.
     """
     marked = []
-    for example in rows:
-        spans = [*(known[example.row - 1].spans if known else ()), *_naming(example, facts)]
-        touched = [any(a < right and left < b for left, right in spans) for a, b in example.characters]
-        specific = [target and hit for target, hit in zip(example.is_target, touched, strict=True)]
-        marked.append(replace(example, specific=specific))
+    for windows in by_row(rows):
+        row = windows[0]
+        spans = [*(known[row.row - 1].spans if known else ()), *_naming(row, facts)]
+        for example in windows:
+            hits = zip(example.is_target, _touched(example.characters, spans), strict=True)
+            marked.append(replace(example, specific=[target and hit for target, hit in hits]))
     return marked
 
 
