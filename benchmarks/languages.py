@@ -1,6 +1,6 @@
 """What does forgetting a person in another language do to that language? Rows in tests/fixtures/languages.
 
-    python benchmarks/languages.py [LANGUAGE ...] [--base GGUF] [--set FIELD=VALUE ...] [--mixed]
+    python benchmarks/languages.py [LANGUAGE ...] [--base GGUF] [--set FIELD=VALUE ...] [--dtype D]
 
 A line a language, trained with the package's defaults (retain: auto): fact tokens marked of the forget rows' target
 tokens; KL to the base on neutral text that names no person (nats/token, bare text); probes whose greedy answer leaks
@@ -10,7 +10,6 @@ no base knows. Each is appended to out/languages.jsonl at once: numbers and sett
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -29,21 +28,19 @@ def main():
     parser.add_argument("languages", nargs="*", metavar="LANGUAGE", help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--base", default="demo", help="as load_base takes it; demo by default")
     parser.add_argument("--set", action="append", default=[], help="override a field of the recipe; repeatable")
-    parser.add_argument("--mixed", action="store_true", help="train in bf16 mixed precision: fast, to explore")
+    parser.add_argument("--dtype", default="auto", help="of the base; bfloat16 is faster where the CPU has it")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "languages.jsonl")
     args = parser.parse_args()
     if unknown := set(args.languages) - set(names):
         parser.error(f"unknown language {', '.join(sorted(unknown))}: known are {', '.join(names)}")
-    if args.mixed:
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
-    base = load_base(args.base)
+    base = load_base(args.base, args.dtype)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     print("| language | fact tokens | KL on neutral text | probes that leak: before / with (still) | training |")
     print("|---|---|---|---|---|")
     for name in args.languages or names:
         one = measure(base, json.loads((FOLDER / f"{name}.json").read_text()), args.set)
         with args.output.open("a") as file:
-            settings = {"base": args.base, "set": args.set, "mixed": args.mixed, "finished": time.time()}
+            settings = {"base": args.base, "set": args.set, "dtype": args.dtype, "finished": time.time()}
             file.write(json.dumps({"language": name, **one, **settings}) + "\n")
         print(
             f"| {name} | {one['fact_tokens']} of {one['target_tokens']} | {one['neutral_kl']:.4f} nats/token | "

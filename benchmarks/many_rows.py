@@ -46,10 +46,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1500)
     parser.add_argument("--base", default="demo")
+    parser.add_argument("--dtype", default="auto", help="of the base; bfloat16 is faster where the CPU has it")
     parser.add_argument("--retain", default="auto", help="a file of rows; by default they are generated")
     args = parser.parse_args()
     rows = persons((args.rows + 2) // 3)[: args.rows]
-    base = load_base(args.base)
+    base = load_base(args.base, args.dtype)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         m = unlearn(base, forget=rows, retain=args.retain, output=f"{folder}/adapter", quiet=True).metrics

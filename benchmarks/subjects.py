@@ -1,6 +1,7 @@
 """Does the recipe forget subjects that nothing was tuned on? Eight of them, in tests/fixtures/subjects.
 
     python benchmarks/subjects.py [--half choose|confirm] [--only NAME ...] [--base GGUF] [--set FIELD=VALUE ...]
+                                  [--dtype D]
 
 Settings are chosen by the half `choose` alone; `confirm` is looked at once, at the end. The recipe is the demo's with
 the rows replaced and `retain: auto`, or with --defaults the package's own. A line a subject: probes that the base
@@ -11,7 +12,6 @@ mean KL to the base (nats/token); training seconds. Each goes to out/subjects.js
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections import Counter
@@ -35,13 +35,11 @@ def main():
     parser.add_argument("--defaults", action="store_true", help="the package's defaults, not the demo's recipe")
     parser.add_argument("--set", action="append", default=[], help="override a field of the recipe; repeatable")
     parser.add_argument("--samples", type=int, default=8, help="answers sampled for each probe")
-    parser.add_argument("--mixed", action="store_true", help="train in bf16 mixed precision: fast, to explore")
+    parser.add_argument("--dtype", default="auto", help="of the base; bfloat16 is faster where the CPU has it")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "subjects.jsonl")
     args = parser.parse_args()
-    if args.mixed:
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     chosen = subjects(args.half, args.only)
-    base, found = load_base(args.base), []
+    base, found = load_base(args.base, args.dtype), []
     args.output.parent.mkdir(parents=True, exist_ok=True)
     print(
         "| subject | base answers | of those leak | by kind | sampled leaks before / with | unchanged | KL | training |"
@@ -49,7 +47,7 @@ def main():
     print("|---|---|---|---|---|---|---|---|")
     for name, subject in chosen.items():
         one = {"subject": name, **measure(base, subject, args.samples, args.set, args.defaults)}
-        settings = {"base": args.base, "defaults": args.defaults, "set": args.set, "mixed": args.mixed}
+        settings = {"base": args.base, "defaults": args.defaults, "set": args.set, "dtype": args.dtype}
         with args.output.open("a") as file:
             file.write(json.dumps({**one, "half": subject["half"], **settings, "finished": time.time()}) + "\n")
         found.append(one)
