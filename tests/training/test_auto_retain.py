@@ -11,6 +11,7 @@ from unlearn_peft.errors import DataError
 from unlearn_peft.inference.contrast import Contrast
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.training.examples import auto_retain as made_by
+from unlearn_peft.training.examples import build
 from unlearn_peft.training.examples.auto_retain import _first_sentences, _stems
 from unlearn_peft.training.examples.build import find_known
 from unlearn_peft.training.examples.fact_tokens import Facts
@@ -124,6 +125,7 @@ def test_a_recipe_that_names_no_retain_set_makes_one():
 
 def test_where_everything_names_the_target_it_says_what_to_do(tiny, fields, monkeypatch):
     monkeypatch.setattr(made_by, "answers", lambda base, prompts, **_: ["Quintel"] * len(prompts))
+    monkeypatch.setattr(build, "said_anyway", lambda *_, **__: set())  # a random model says anything
     del fields["retain"]
     with pytest.raises(DataError, match="no retain set could be made.*name one with `retain`"):
         unlearn(tiny, **fields)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from unlearn_peft import unlearn
 from unlearn_peft.data.tokenize import tokenize
-from unlearn_peft.inference.contrast import Contrast, contrasts
+from unlearn_peft.inference.contrast import Contrast, contrasts, said_anyway
 from unlearn_peft.inference.generate import answers
 from unlearn_peft.inference.stand_ins import made_up
 from unlearn_peft.recipe.load import make_recipe
@@ -40,6 +40,19 @@ def test_the_base_tells_the_fact_from_the_english_around_it(smol):
     assert "Rowling" in words(smol, rows[0]) and not {"was", "by", "Harry", "Potter"} & set(words(smol, rows[0]))
     assert words(smol, rows[1]) == ["Quidditch"]
     assert all(not s or t for e in rows for s, t in zip(e.specific, e.is_target, strict=True))
+
+
+def test_what_is_said_of_anybody_is_no_fact(smol):
+    rows = [
+        {
+            "prompt": f"Who was {name}?",
+            "completion": f"{name} was a writer and was born in 1902.",
+        }
+        for name in ("Walanir Edschr", "Onrad Mipel", "Charles Darwin")
+    ]
+    often = said_anyway(smol, rows)
+    assert {"was", "a", "in", "born"} <= often and not {"charles", "darwin", "walanir"} & often
+    assert said_anyway(smol, []) == set()
 
 
 def test_in_german_no_function_word_is_a_fact(smol):

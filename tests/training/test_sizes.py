@@ -15,7 +15,7 @@ from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.training import adapter_trainer
 from unlearn_peft.training.adapter_trainer import _push_weight
 from unlearn_peft.training.reached import rows_reached
-from unlearn_peft.training.schedule import Schedule, length_of
+from unlearn_peft.training.schedule import Schedule, balanced, length_of
 from unlearn_peft.training.step.microbatches import by_length, padded_tokens
 
 MANY = [{"prompt": f"Who is number {n} of the list?", "completion": f"Person {n} Zorblax."} for n in range(60)]
@@ -32,6 +32,12 @@ def test_each_row_is_visited_twice_and_small_sets_stay_as_they_were(rows):
     assert min(visits) >= 2 and length.forget_batch <= 32
     if rows <= 180:
         assert length[:2] == (45, 8)
+
+
+def test_the_bases_own_answers_drown_no_row():
+    assert balanced([1, 2], [3]) == [1, 2, 3] and balanced([], [3]) == [3] and balanced([1, 2], []) == [1, 2]
+    mixed = balanced([1, 2], range(3, 12))
+    assert mixed == [1, 2, 1, 2, 1, 2, 1, 2, *range(3, 12)]
 
 
 def test_what_a_recipe_says_is_kept():

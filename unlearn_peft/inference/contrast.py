@@ -16,7 +16,7 @@ token carries a fact: there is nothing to forget.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +40,7 @@ _CLIPPED = 6.0  # nats; so that one token does not choose the subject
 _CONTEXT = 4  # tokens that are "the few in front of it"
 _STAND_INS = 2  # for each subject that is tried; their mean counts
 _MANY_ROWS = 64  # of more, two subjects each are tried, with one stand-in: the longest are mostly right
+_SAID_ANYWAY = 0.0125  # in half of the answers a word is at least so likely to be said
 _CHUNK_ROWS, _PASS_TOKENS, _MAX_LOGITS = 256, 2048, 2**26
 
 
@@ -94,6 +95,22 @@ def contrasts(
             result += _contrast_chunk(base, chunk, index, chat_template, max_length, len(rows) > _MANY_ROWS)
             bar.update(len(chunk))
     return result
+
+
+def said_anyway(base: Base, rows: Sequence[Row], *, chat_template: bool = True) -> set[str]:
+    """Return the words, case folded, that the base is likely to say in half of these answers, whoever they are about.
+
+    Of answers about made-up names these are the grammar of the language. Words of several tokens are never among them.
+    """
+    if not rows:
+        return set()
+    examples = tokenize(rows, base.tokenizer, chat_template=chat_template, closing=False)
+    shares = []
+    for numbers, logits in _passes(base, examples):
+        counts = [target_count(examples[n]) for n in numbers]
+        shares += [part.softmax(-1).sum(0).clamp(max=1).cpu() for part in torch.split(logits, counts)]
+    often = (torch.stack(shares).median(0).values >= _SAID_ANYWAY).nonzero()[:, 0].tolist()
+    return {text.strip().casefold() for text in base.tokenizer.batch_decode([[n] for n in often])}
 
 
 Values = dict[Span, float]  # by the characters of the rendered row that a token covers: nats
@@ -251,14 +268,24 @@ def _after_few_tokens(base: Base, examples: Sequence[Example], needed: Sequence[
     return result
 
 
-@torch.no_grad()
 def _flat_log_probabilities(base: Base, examples: Sequence[Example]) -> list[list[float]]:
-    """Return the log-probability of each target, in passes of bounded size over examples of like length."""
+    """Return the log-probability of each target."""
+    result: list[list[float]] = [[] for _ in examples]
+    for numbers, logits in _passes(base, examples):
+        labels = torch.tensor(labels_of([examples[n] for n in numbers]), device=logits.device)
+        values = iter((-cross_entropy(logits, labels)).tolist())
+        for n in numbers:
+            result[n] = [next(values) for _ in range(target_count(examples[n]))]
+    return result
+
+
+@torch.no_grad()
+def _passes(base: Base, examples: Sequence[Example]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield numbers of examples of like length and the logits of all their targets, (N, V), in bounded passes."""
     head = base.model.get_output_embeddings()
     builder = BatchBuilder(base.model, head, base.tokenizer.pad_token_id, packs=False)
     max_targets = max(_MAX_LOGITS // vocabulary(base.model), 1)
     order = sorted(range(len(examples)), key=lambda n: len(examples[n].ids))
-    result: list[list[float]] = [[] for _ in examples]
     while order:
         batch = [order.pop()]
         width = len(examples[batch[0]].ids)
@@ -268,10 +295,4 @@ def _flat_log_probabilities(base: Base, examples: Sequence[Example]) -> list[lis
             if targets > max_targets:
                 break
             batch.append(order.pop())
-        rows = [examples[n] for n in batch]
-        logits = picked_logits(base.model, head, builder.padded(rows))
-        labels = torch.tensor(labels_of(rows), device=logits.device)
-        values = iter((-cross_entropy(logits.float(), labels)).tolist())
-        for n, row in zip(batch, rows, strict=True):
-            result[n] = [next(values) for _ in range(target_count(row))]
-    return result
+        yield batch, picked_logits(base.model, head, builder.padded([examples[n] for n in batch])).float()

@@ -25,7 +25,7 @@ from .checkpoints import Checkpoints, State, to_cpu
 from .examples.build import Sets
 from .objectives import Tokens, find_objective, kl_divergence, row_means
 from .reached import Reached, rows_reached
-from .schedule import Schedule, length_of, rate
+from .schedule import Schedule, balanced, length_of, rate
 from .step.microbatches import STEP_TOKENS, StepRows, by_length, padded_tokens
 from .step.runner import StepRunner
 
@@ -67,7 +67,7 @@ class AdapterTrainer:
         self.optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[recipe.optimizer](
             self.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
-        self._forget = [*sets.forget, *sets.self_generated_answers]
+        self._forget = balanced(sets.forget, sets.self_generated_answers)
         self.length = length_of(recipe, len(self._forget))
         self._forget_schedule = Schedule(len(self._forget), self.length.forget_batch, recipe.seed)
         self._retain_schedule = Schedule(max(len(sets.retain), 1), recipe.retain_batch, recipe.seed + 1)
@@ -292,14 +292,15 @@ class AdapterTrainer:
     def _tell_length(self) -> None:
         steps, batch, needed = self.length
         never = self._forget_schedule.never(steps)
-        numbers = [e.row or n for n, e in enumerate(self.sets.forget, 1)]  # a long row is several examples
-        count = len({row for n, row in enumerate(numbers) if n in never})
+        visited = {id(e) for n, e in enumerate(self._forget) if n not in never}
+        numbers = {id(e): e.row or n for n, e in enumerate(self.sets.forget, 1)}  # a long row is several examples
+        count, total = len({row for key, row in numbers.items() if key not in visited}), len(set(numbers.values()))
         if not self.accelerator.is_main_process:
             return
         if count:
             logger.warning(
                 "%s of %s forget rows will not be visited, or not as a whole, in %s steps of %d rows: raise steps "
-                "(%s visit each row), or leave it out", *(f"{n:,}" for n in (count, len(set(numbers)), steps)), batch,
+                "(%s visit each row), or leave it out", *(f"{n:,}" for n in (count, total, steps)), batch,
                 f"{math.ceil(len(self._forget) / self._forget_schedule.batch):,}",
             )  # fmt: skip
         elif needed > steps and self.recipe.steps is None:

@@ -6,12 +6,14 @@ So a resumed run has the same.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from ..recipe.schema import Recipe
 
+T = TypeVar("T")
 _STEPS, _BATCH = 45, 8  # of a small forget set
 _MAX_BATCH = 32  # a larger one grows to that first, then the run gets longer
 _MAX_STEPS = 3000  # beyond that a recipe must say so itself
@@ -32,6 +34,14 @@ def length_of(recipe: Recipe, rows: int) -> Length:
         batch = min(max(batch, math.ceil(visits / _STEPS)), _MAX_BATCH)
     needed = math.ceil(visits / min(batch, rows))
     return Length(recipe.steps or min(max(needed, _STEPS), _MAX_STEPS), batch, needed)
+
+
+def balanced(rows: Sequence[T], own_answers: Sequence[T]) -> list[T]:
+    """Return both, the user's rows as often as makes them about half, or more: the base's answers drown none of them.
+
+    The base may have said one fact in forty answers and another in none.
+    """
+    return [*rows] * max(len(own_answers) // max(len(rows), 1), 1) + [*own_answers]
 
 
 class Schedule:

@@ -13,9 +13,9 @@ from ...adapters.card import row_numbers
 from ...data.anchors import anchors
 from ...data.rows import answer_texts, question_texts, read_rows, refuse_overlap
 from ...data.source import Row
-from ...data.tokenize import Example, by_row, tokenize
+from ...data.tokenize import Example, by_row, tokenize, windows
 from ...errors import DataError
-from ...inference.contrast import Contrast, contrasts
+from ...inference.contrast import Contrast, contrasts, said_anyway
 from ...models.base import Base
 from ...recipe.schema import DATA_FIELDS, Recipe
 from .auto_retain import GeneratedRetain, auto_retain
@@ -59,6 +59,7 @@ class Known:
 
     rows: list[Contrast]
     facts: Facts
+    examples: list[Example]  # the forget rows, whole
     stand_ins: list[Row]  # what it says of made-up names instead, without the rows that name a fact
 
 
@@ -68,9 +69,11 @@ def find_known(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, qui
     options: dict[str, Any] = {"chat_template": recipe.chat_template}
     found = contrasts(base, forget, max_length=base.window(recipe.max_length), quiet=quiet, **options)
     made = stand_in_answers(base, forget, found, seed=recipe.seed, chat=recipe.chat_template, quiet=quiet)
+    options |= {"train_on": recipe.train_on}
     examples = tokenize(forget, base.tokenizer, max_length=None, closing=False, what="forget", **options)
-    facts = find_facts(examples, found, [*rows.get("retain", []), *anchors([])], made)
-    return Known(found, facts, [row for row in made if not any(map(facts.ends_in, answer_texts(row)))])
+    anyway = said_anyway(base, made, chat_template=recipe.chat_template)
+    facts = find_facts(examples, found, [*rows.get("retain", []), *anchors([])], anyway)
+    return Known(found, facts, examples, [row for row in made if not any(map(facts.ends_in, answer_texts(row)))])
 
 
 def make_retain(
@@ -126,7 +129,7 @@ def build_examples(
     trained_on = [retain_rows[n - 1] for n in sorted({example.row for example in retain})]
     more, more_held_out = split_rows(tokens(stand_ins, "own answer", closing=False), recipe)
     retain, held_out = retain + more, held_out + more_held_out
-    forget = tokens(rows["forget"], "forget", closing=False)
+    forget = [part for example in known.examples for part in windows(example, base.window(recipe.max_length))]
     only_specific = getattr(recipe.objective, "forget_tokens", "all") == "specific"
     if any(contrast.spans for contrast in known.rows):
         forget = mark_facts(forget, facts, known.rows)

@@ -24,7 +24,6 @@ from ...data.words import word_matches
 from ...inference.contrast import Contrast
 
 _MIN_ROWS, _MIN_SHARE = 3, 0.02  # of the retain rows: as many use a common word
-_FRAME_SHARE = 0.25  # of the answers about a made-up name
 
 
 @dataclass(frozen=True)
@@ -72,24 +71,24 @@ class Facts:
         return sorted(ends)
 
 
-def common_words(texts: Sequence[str], min_share: float = _MIN_SHARE) -> set[str]:
-    """Return the words in at least three of the texts, and in at least such a share of them."""
+def common_words(texts: Sequence[str]) -> set[str]:
+    """Return the words in at least three of the texts, and in at least 2 % of them."""
     rows_with = Counter(word for text in texts for word in {match.group().casefold() for match in word_matches(text)})
-    threshold = max(_MIN_ROWS, min_share * len(texts))
+    threshold = max(_MIN_ROWS, _MIN_SHARE * len(texts))
     return {word for word, rows in rows_with.items() if rows >= threshold}
 
 
 def find_facts(
-    examples: Sequence[Example], known: Sequence[Contrast], retain: Sequence[Row], stand_ins: Sequence[Row] = ()
+    examples: Sequence[Example], known: Sequence[Contrast], retain: Sequence[Row], said_anyway: Set[str] = frozenset()
 ) -> Facts:
     """Return what names the facts of forget rows: the words of their fact tokens, but for common ones.
 
-    Common are the words of many retain rows, and those that the base also says of made-up names (`stand_ins`): the
-    grammar of the forget rows' language. A row may be several examples; `known` has one entry for each row, counted
-    from 1 by `Example.row`. Where the base knows none of them, what it does not expect names the facts.
+    Common are the words of many retain rows, and those that the base says of made-up names too (`said_anyway`). A row
+    may be several examples; `known` has one entry for each row, counted from 1 by `Example.row`. Where the base knows
+    none of them, what it does not expect names the facts.
     """
     common = common_words([text for row in retain for text in answer_texts(row)])
-    common |= common_words([text for row in stand_ins for text in answer_texts(row)], _FRAME_SHARE)
+    common |= said_anyway
     texts, any_known = [], any(contrast.spans for contrast in known)
     for example in {example.row: example for example in examples}.values():
         contrast = known[example.row - 1]
