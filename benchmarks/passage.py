@@ -3,9 +3,9 @@
     python benchmarks/passage.py [--base demo] [--teach-steps 60] [--set steps=10] [--json FILE]
 
 The base is first taught benchmarks/data/passage.txt (written for this; all of its weights are trained, in windows of
-512 tokens, and of 128), then it is forgotten, in bfloat16, as a `text` row with the package's defaults. Printed for the base as it came, taught,
-with the adapter, and after its removal: continuations of 50 tokens from 10 places that are right, figures over the
-whole passage, and the KL to the taught base on neutral text.
+512 tokens, and of 128), then it is forgotten, in bfloat16, as a `text` row with the package's defaults. Printed for the
+base as it came, taught, with the adapter, and after its removal: continuations of 50 tokens from 10 places that are
+right, figures over the whole passage, and the KL to the taught base on neutral text.
 """
 
 import argparse
@@ -57,7 +57,8 @@ def main():
     began = time.monotonic()
     steps = teach(base, rows, args.teach_steps, args.rate)
     print(f"\n{tokens} tokens, taught in {steps} steps, {time.monotonic() - began:.0f} s\n", flush=True)
-    base.model.to(torch.bfloat16)  # for speed; what is measured from here on is this model
+    for parameter in base.model.parameters():  # for speed; what is measured from here on is this model
+        parameter.data = parameter.data.to(torch.bfloat16)
     reference = keep_reference(base, neutral)
     figures["taught"] = measure(base, rows, neutral, reference)
     with tempfile.TemporaryDirectory() as folder:
