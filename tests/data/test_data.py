@@ -114,7 +114,7 @@ def test_bad_files(tmp_path):
         read_rows(DataSpec(path=str(tmp_path / "bad.jsonl")), "forget")
     assert "cannot read" in str(error.value) and "secretword" not in str(error.value)
     (tmp_path / "rows.txt").write_text("x")
-    with pytest.raises(DataError, match="expected .jsonl"):
+    with pytest.raises(DataError, match="expected a .jsonl"):
         read_rows(DataSpec(path=str(tmp_path / "rows.txt")), "forget")
 
 
@@ -157,7 +157,7 @@ def test_text_stays_text_whatever_it_looks_like(tmp_path, name, text, completion
 @pytest.mark.parametrize(
     ("name", "text", "place"),
     [
-        ("a.csv", "prompt,completion\na,b\nc,d,Zorblax\n", "row 2: more fields"),
+        ("a.csv", "prompt,completion\na,b\nc,d,Zorblax\n", "row 2 .line 3.: more fields"),
         ("a.jsonl", '{"prompt": "a", "completion": "b"}\nZorblax\n', "line 2: no JSON"),
         ("a.jsonl", '"Zorblax"\n', "line 1: expected a JSON object"),
     ],

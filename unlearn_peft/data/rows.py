@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import hmac
 import json
-from collections.abc import Sequence
-from datetime import date
-from decimal import Decimal
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .formats import EXPECTED, file_format, read_file, shown
 from .source import DataSource, DataSpec, Row
 
-_FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_TEXTS = ("prompt", "completion", "text", "paraphrased")  # keys whose values are texts
+_LISTS = ("leak", "perturbed")  # and lists of texts
+_TEXT_PARTS = ("text", "input_text", "output_text")  # of a turn, as OpenAI's two APIs name them
 _USUAL_COLUMNS = frozenset(
     "prompt completion messages text question answer questions answers input output instruction response query content "
     "chosen rejected context leak title label id".split()
@@ -97,106 +97,104 @@ def question_texts(row: Row) -> list[str]:
 def answer_texts(row: Row) -> list[str]:
     """Return what the model is to say: the completion, the assistant's turns, or the plain text."""
     if "messages" in row:
-        return [str(message["content"]) for message in row["messages"] if message["role"] == "assistant"]
+        return [str(turn["content"]) for turn in row["messages"] if turn["role"] == "assistant" and turn["content"]]
     return [str(row.get("completion") or row.get("text") or "")]
 
 
 def keyed_digest(rows: Sequence[Row], key: bytes) -> str:
     """Return HMAC-SHA256 of the rows: only whoever holds the key can prove, or guess, which data was used."""
-    canonical = "\n".join(json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows)
+    canonical = "\n".join(json.dumps(row, sort_keys=True, ensure_ascii=False, default=str) for row in rows)
     return hmac.new(key, canonical.encode(), hashlib.sha256).hexdigest()
 
 
 def _load(spec: DataSpec, what: str) -> list[Row]:
-    path = Path(spec.path)
-    file_format = _FILE_FORMATS.get(path.suffix.lower())
-    if file_format and not path.is_file():
-        raise DataError(f"no {what} set at {path}: expected a .jsonl, .csv or .parquet file, or a Hub data set's id")
-    if path.is_file() and not file_format:
-        raise DataError(f"the {what} set {path} ends in '{path.suffix}': expected .jsonl, .json, .csv or .parquet")
-    if path.is_file() and path.stat().st_size == 0:
-        return []
+    path = Path(spec.path).expanduser()
+    if path.is_dir():
+        raise DataError(f"the {what} set {path} is a folder: name the file in it that holds the rows, {EXPECTED}")
+    if path.exists() and not file_format(path):
+        raise DataError(f"the {what} set {path} ends in '{path.suffix}': expected {EXPECTED}")
+    if not path.exists() and (file_format(path) or path.is_absolute() or spec.path.startswith(".")):
+        raise DataError(f"no {what} set at {path}: expected {EXPECTED}, or a Hub data set's id")
     try:
-        if file_format == "json":
-            rows = _json_rows(path)
-        elif file_format == "csv":
-            rows = _csv_rows(path)
+        if path.exists():
+            rows = read_file(path, spec, {*_TEXTS, *_LISTS, "messages", *spec.columns.values()})
         else:
-            rows = _table_rows(spec, path if file_format else None)
+            rows = _hub_rows(spec)
     except DataError as error:
         raise DataError(f"cannot read the {what} set: the file {path}, {error}") from None
     except Exception as error:  # datasets raises its own, pyarrow's and the Hub's errors
-        if file_format:
-            place, advice = f"the file {path}", "Expected one JSON object a line (or a csv or parquet table)"
+        if path.exists():
+            place, advice = f"the file {path}", f"Expected {EXPECTED}"
         else:
             place = f"'{spec.path}' from the Hugging Face Hub"
             advice = "Check the id, name, split and the network, or give a local file"
         raise DataError(f"cannot read the {what} set: {place} ({type(error).__name__}). {advice}.") from None
-    for ours, theirs in spec.columns.items():
-        for row in rows:
-            if theirs not in row:
-                raise DataError(f"the {what} set has no column '{theirs}': it has {_columns(row)}")
-            row[ours] = row.pop(theirs)
-    return rows
+    return [_renamed(row, spec.columns, f"row {n} of the {what} set") for n, row in enumerate(rows, 1)]
 
 
-def _json_rows(path: Path) -> list[Row]:
-    """Read an object a line, or one list of objects; a text stays the text that it is, whatever it looks like."""
-    with path.open(encoding="utf-8-sig") as file:
-        first = next((line for line in file if line.strip()), "").lstrip()
-        file.seek(0)
-        if first.startswith("["):
-            values = list(enumerate(json.load(file), 1))
-        else:
-            values = []
-            for n, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        values.append((n, json.loads(line)))
-                    except ValueError:
-                        raise DataError(f"line {n}: no JSON. Expected one JSON object a line") from None
-    for n, value in values:
-        if not isinstance(value, dict):
-            raise DataError(f"line {n}: expected a JSON object, found {type(value).__name__}")
-    return [value for _, value in values]
-
-
-def _csv_rows(path: Path) -> list[Row]:
-    """Read a table; every field is text, also `NA`, `True` and `0042`, and an empty one is none."""
-    csv.field_size_limit(2**31 - 1)  # a page of a book is one field
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file, strict=True))
-    if wrong := [n for n, row in enumerate(rows, 1) if None in row]:
-        raise DataError(f"row {wrong[0]}: more fields than the header has. Put texts that hold commas in quotes")
-    return [{key: value or None for key, value in row.items()} for row in rows]
-
-
-def _table_rows(spec: DataSpec, path: Path | None) -> list[Row]:
+def _hub_rows(spec: DataSpec) -> list[Row]:
     import datasets
 
     datasets.disable_progress_bars()
-    if path:
-        # streamed: a copy of the forget set in a cache on disk would outlive the request to erase it
-        table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-    else:
-        table = datasets.load_dataset(spec.path, spec.name, split=spec.split)
-    return [dict(row) for row in table]
+    return [dict(row) for row in datasets.load_dataset(spec.path, spec.name, split=spec.split)]
+
+
+def _renamed(row: Row, columns: Mapping[str, str], name: str) -> Row:
+    if missing := [theirs for theirs in columns.values() if theirs not in row]:
+        raise DataError(f"{name} has no column '{missing[0]}': it has {_columns(row)}")
+    others = {key: value for key, value in row.items() if key not in columns.values()}
+    return {**others, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
 def _as_text(row: Row) -> Row:
     """Leave out what is empty, and take numbers and dates as the texts that they are written as."""
-    kinds = (int, float, Decimal, date)  # a datetime is a date
-    return {
-        key: str(value) if key in ("prompt", "completion", "text") and isinstance(value, kinds) else value
-        for key, value in row.items()
-        if value is not None and value == value  # nan, in a table's empty field, equals nothing
-    }
+    row = {key: value for key, value in row.items() if value is not None and value == value}  # nan equals nothing
+    row.update({key: shown(row[key]) for key in _TEXTS if key in row})
+    row.update({key: _list(row[key]) for key in ("messages", *_LISTS) if key in row})
+    for key in set(_LISTS) & row.keys():
+        one = shown(row[key])
+        row[key] = list(map(shown, row[key])) if isinstance(row[key], (list, tuple)) else one
+        if isinstance(one, str) and not one.lstrip().startswith("["):  # a list that cannot be read is no word
+            row[key] = [one]
+    if isinstance(row.get("messages"), list):
+        row["messages"] = [_turn(turn) if isinstance(turn, dict) else turn for turn in row["messages"]]
+    return row
+
+
+def _list(value: Any) -> Any:
+    """Return a list that stands in one field of a table as JSON."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else None
+    except ValueError:
+        return value
+    return found if isinstance(found, list) else value
+
+
+def _turn(turn: Row) -> Row:
+    """Return a turn with its text parts as one text; one that only calls a tool says nothing."""
+    turn = {key: value for key, value in turn.items() if value is not None}  # a parquet file has each key in each turn
+    content = turn.get("content", "" if turn.get("tool_calls") or turn.get("function_call") else None)
+    if isinstance(content, list) and all(isinstance(_part(part), str) for part in content):
+        content = "".join(map(_part, content))
+    role = {"developer": "system"}.get(str(turn.get("role")), turn.get("role"))
+    return {**turn, "role": role, "content": shown(content)}
+
+
+def _part(part: Any) -> Any:
+    """Return the text of a part of a turn, or None if it is an image or another thing that is no text."""
+    if isinstance(part, dict):
+        return part.get("text") if part.get("type", "text") in _TEXT_PARTS else None
+    return part
 
 
 def _problem(row: Row, what: str) -> str | None:
     def empty(value: Any) -> bool:
         return not isinstance(value, str) or not value.strip()
 
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return "it holds half of a character (a lone surrogate), or bytes that are no UTF-8"
     if what == "probes":
         leak = row.get("leak")
         if empty(row.get("prompt")):
@@ -205,14 +203,7 @@ def _problem(row: Row, what: str) -> str | None:
             return "no 'leak' words: expected a list of strings that must not appear in the answer"
         return None
     if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-        ):
-            return "'messages' must be a list of {role, content}"
-        if not any(m["role"] == "assistant" and not empty(m["content"]) for m in messages):
-            return "'messages' hold no assistant turn with text"
-        return None
+        return _messages_problem(row["messages"])
     if "prompt" in row or "completion" in row:
         lacking = [key for key in ("prompt", "completion") if empty(row.get(key))]
         return f"no text in {' and '.join(repr(key) for key in lacking)}" if lacking else None
@@ -221,9 +212,24 @@ def _problem(row: Row, what: str) -> str | None:
     return f"expected 'prompt' and 'completion', 'messages' or 'text'; found {_columns(row)}"
 
 
+def _messages_problem(messages: Any) -> str | None:
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        return "'messages' must be a list of {role, content}"
+    for n, turn in enumerate(messages, 1):
+        if not isinstance(turn["role"], str):
+            return f"turn {n} of 'messages' has no role"
+        if turn["content"] is None:
+            return f"turn {n} of 'messages' has no content"
+        if not isinstance(turn["content"], str):
+            return f"turn {n} of 'messages' has content that is no text: expected a text, or parts that are all texts"
+    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
+        return "'messages' hold no assistant turn with text"
+    return None
+
+
 def _columns(row: Row) -> str:
     """List a row's columns; unusual names are only counted: in a table without a header they are the user's text."""
-    columns = sorted(_USUAL_COLUMNS & row.keys())
+    columns = sorted(key for key in row if str(key).lower() in _USUAL_COLUMNS)
     if other := len(row) - len(columns):
         columns.append(f"{other} with other names")
     return ", ".join(columns) or "nothing"

@@ -12,11 +12,12 @@ Row = dict[str, Any]
 
 
 class DataSpec(StrictModel):
-    """Where rows come from: a jsonl, csv or parquet file, or a Hub data set."""
+    """Where rows come from: a jsonl, json, csv, tsv, xlsx or parquet file, or a Hub data set."""
 
     path: str
-    name: str | None = Field(None, description="configuration of a Hub data set")
+    name: str | None = Field(None, description="configuration of a Hub data set, or sheet of an xlsx file")
     split: str = "train"
+    encoding: str | None = Field(None, description="of a text file that is not UTF-8, 16 or 32, e.g. cp1252")
     columns: dict[str, str] = Field(
         default_factory=dict, description="ours -> theirs, e.g. {prompt: question, completion: answer}"
     )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ..data.formats import file_format
 from ..errors import RecipeError, did_you_mean
 from .objectives import SETTINGS
 from .schema import DATA_FIELDS, Recipe
@@ -72,7 +73,9 @@ def make_recipe(values: Mapping[str, Any], origin: str = "the recipe") -> Recipe
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8-sig"))
+        node = loader.get_single_node()
+        values = loader.construct_document(_rows_as_text(node)) if node else None
     except FileNotFoundError:
         example = "recipes/harry_potter.yaml"
         raise RecipeError(f"no recipe at {path}: give the path of a YAML file, e.g. {example}") from None
@@ -89,13 +92,30 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def _rows_as_text(node: Any) -> Any:
+    """Make each scalar of rows in the recipe a text: the answer `no`, `1997-06-26` or `007` is what it says."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            waiting, seen = [value] if key.value in DATA_FIELDS and isinstance(value, yaml.SequenceNode) else [], set()
+            while waiting:
+                inner = waiting.pop()
+                if inner in seen:  # an alias may stand in itself
+                    continue
+                seen.add(inner)
+                if isinstance(inner, yaml.ScalarNode):
+                    inner.tag = "tag:yaml.org,2002:str"
+                    continue
+                waiting += inner.value if isinstance(inner, yaml.SequenceNode) else [item for _, item in inner.value]
+    return node
+
+
 def _relative_to(folder: Path, source: Any) -> Any:
     """Resolve a data path against the recipe's folder; what exists there or looks like a file is a path."""
     if isinstance(source, dict) and isinstance(source.get("path"), str):
         return {**source, "path": _relative_to(folder, source["path"])}
     if isinstance(source, str):
         candidate = folder / source
-        is_file = candidate.exists() or Path(source).suffix in (".jsonl", ".json", ".csv", ".parquet")
+        is_file = candidate.exists() or file_format(candidate)
         return str(candidate) if is_file else source
     return source
 
