@@ -6,7 +6,7 @@ A template's parts are found by rendering it with a mark in a turn's place, neve
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from .source import Row
 
 DEFAULT_FORMAT = "Question: {prompt}\nAnswer: {completion}"
 Span = tuple[int, int]
+_ROLES = ("system", "user", "assistant", "tool")
 _MARK = "\ue000\ue001"  # of the private use area: in no text, and no template strips it
 
 
@@ -71,24 +72,27 @@ def format_of(tokenizer: Any, chat_template: bool = True) -> PromptFormat | None
     return found if (found.before + found.between + found.after).strip() else None
 
 
-def ask(messages: Sequence[Row], tokenizer: Any, chat_template: bool = True, name: str = "the prompt") -> str:
+def ask(
+    messages: Sequence[Row], tokenizer: Any, chat_template: bool = True, variables: Mapping[str, Any] | None = None
+) -> str:
     """Return the text that the base continues with its answer.
 
     Where a template begins a whole answer with more, as reasoning templates do with an empty thought, so is it here:
-    what is asked has the form of what is trained.
+    what is asked has the form of what is trained. With `variables` of the template, it alone says how an answer begins.
 
     Raises:
         DataError: if the template refuses these turns.
     """
     if form := format_of(tokenizer, chat_template):
-        return _by_format(messages, form).text.rstrip(" ")
+        return _by_format(messages, form, name="the prompt").text.rstrip(" ")
     if not has_template(tokenizer, chat_template):
         return "\n".join(str(message["content"]) for message in messages)
-    messages = _accepted(messages, tokenizer, name)
-    asked = _apply(messages, tokenizer, add_generation_prompt=True)
-    if asked == _apply(messages, tokenizer):
-        return asked  # it begins no answer
+    messages, asked = _accepted(messages, tokenizer, "the prompt", add_generation_prompt=True, **(variables or {}))
+    if variables:
+        return asked
     try:
+        if asked == _apply(messages, tokenizer):
+            return asked  # it begins no answer
         opening = _apply([*messages, {"role": "assistant", "content": _MARK}], tokenizer).partition(_MARK)[0]
     except Exception:  # a template refuses with whatever error it likes
         return asked
@@ -110,11 +114,11 @@ def render(row: Row, tokenizer: Any, chat_template: bool, closing: bool, name: s
     ]
     chat_template = chat_template or "messages" in row
     if form := format_of(tokenizer, chat_template):
-        return _by_format(messages, form, closing)
+        return _by_format(messages, form, name, closing)
     if has_template(tokenizer, chat_template):
-        return _by_template(_accepted(messages, tokenizer, name), tokenizer, closing, name)
+        return _by_template(*_accepted(messages, tokenizer, name), tokenizer, closing, name)
     if "messages" in row:
-        return _by_format(messages, PromptFormat("", "\n", ""), closing)
+        return _by_format(messages, PromptFormat("", "\n", ""), name, closing)
     prompt, target = row["prompt"], row["completion"]
     answer = (len(prompt), len(prompt) + len(target))  # as they are: the row's own white space stands between them
     return Rendered(prompt + target, [answer], [(0, len(prompt)), answer])
@@ -141,9 +145,14 @@ def cut_at_end(text: str, ends: Sequence[str]) -> str:
     return text[: min(places)] if places else text
 
 
-def _by_format(messages: Sequence[Row], form: PromptFormat, closing: bool = False) -> Rendered:
+def _by_format(messages: Sequence[Row], form: PromptFormat, name: str, closing: bool = False) -> Rendered:
     text, answers, contents = "", [], []
-    for message in messages:
+    for i, message in enumerate(messages):
+        if message["role"] not in _ROLES[:3] or not {"tool_calls", "function_call"}.isdisjoint(message):
+            raise DataError(
+                f"{name}: turn {i + 1} calls a tool, or is of another role than system, user and assistant: that needs "
+                "a base with a chat template which knows how to write it"
+            )
         content = str(message["content"]).strip()
         text += form.before if message["role"] == "user" else _space(text, content)
         start, end = len(text), len(text) + len(content)
@@ -159,11 +168,12 @@ def _by_format(messages: Sequence[Row], form: PromptFormat, closing: bool = Fals
     return Rendered(text, answers, contents)
 
 
-def _by_template(messages: Sequence[Row], tokenizer: Any, closing: bool, name: str) -> Rendered:
-    whole = _apply(messages, tokenizer)
+def _by_template(messages: Sequence[Row], whole: str, tokenizer: Any, closing: bool, name: str) -> Rendered:
     answers, contents = [], []
     for i, message in enumerate(messages):
         content = str(message["content"]).strip()
+        if not content:  # it calls a tool
+            continue
         start = _place(whole, messages, i, content, tokenizer)
         if message["role"] == "assistant":
             if start < 0:
@@ -181,41 +191,55 @@ def _by_template(messages: Sequence[Row], tokenizer: Any, closing: bool, name: s
 
 
 def _place(whole: str, messages: Sequence[Row], i: int, content: str, tokenizer: Any) -> int:
-    """Return where the content of turn i begins; -1 where that cannot be told."""
+    """Return where the content of turn i begins; -1 where that cannot be told.
+
+    It is right behind what the template writes in front of a mark in its place, or, where the content begins with what
+    the template would write itself (a thought), in front of an answer. It is never searched for: a short one is a part
+    of many words.
+    """
     marked = [*messages[:i], {**messages[i], "content": _MARK}, *messages[i + 1 :]]
-    try:
-        before = _apply(marked, tokenizer).partition(_MARK)[0]
-        if whole.startswith(before + content):
-            return len(before)
-        before = _apply(messages[:i], tokenizer, add_generation_prompt=True)
-    except Exception:  # a template refuses with whatever error it likes
-        return -1
-    return whole.find(content, len(before)) if whole.startswith(before) else -1
+    for turns, generates in ((marked, False), (messages[:i], True)):
+        try:
+            before = _apply(turns, tokenizer, add_generation_prompt=generates).partition(_MARK)[0]
+        except Exception:  # a template refuses with whatever error it likes
+            continue
+        start = len(whole) - len(whole[len(before) :].lstrip())
+        if whole.startswith(before) and whole.startswith(content, start):
+            return start
+    return -1
 
 
-def _accepted(messages: Sequence[Row], tokenizer: Any, name: str) -> Sequence[Row]:
-    """Return the turns as the template takes them: one without a system role gets it in front of the first question."""
+def _accepted(messages: Sequence[Row], tokenizer: Any, name: str, **settings: Any) -> tuple[Sequence[Row], str]:
+    """Return the turns as the template takes them, and the whole text.
+
+    Where it has no system role, that is put in front of the first question.
+    """
     tries = [messages]
     if [message["role"] for message in messages[:2]] == ["system", "user"]:
         joined = f"{messages[0]['content']}\n\n{messages[1]['content']}"
         tries.append([{**messages[1], "content": joined}, *messages[2:]])
+    problem = None
     for turns in tries:
         try:
-            text = _apply(turns, tokenizer)
-        except Exception:  # a template refuses with whatever error it likes
+            text = _apply(turns, tokenizer, **settings)
+        except Exception as error:  # a template refuses with whatever error it likes; its text may quote the row
+            problem = type(error).__name__
             continue
-        if all(str(turn["content"]).strip() in text for turn in turns if turn["role"] in ("system", "user")):
-            return turns
-        if turns is tries[-1]:
-            return turns
-    roles = ", ".join(str(message["role"]) for message in messages[:6])
-    raise DataError(
-        f"{name}: the base's chat template refuses its turns ({roles}{', ...' if len(messages) > 6 else ''}): "
-        "give them in an order that it takes, mostly user and assistant in turn"
-    )
+        said = [str(turn["content"]).strip() for turn in turns if turn["role"] in ("system", "user")]
+        if turns is tries[-1] or all(content in text for content in said):
+            return turns, text
+    try:
+        _apply([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], tokenizer)
+    except Exception:
+        advice = "it cannot be used at all: give a prompt_format in its place, or mend it in the tokenizer's files"
+    else:
+        advice = "give them in an order that it takes, mostly user and assistant in turn, with texts alone"
+    known = [m["role"] if m["role"] in _ROLES else "another" for m in messages[:6]]
+    roles = ", ".join([*known, *(["..."] if len(messages) > 6 else [])])
+    raise DataError(f"{name}: the base's chat template refuses its turns ({roles}; {problem}): {advice}")
 
 
-def _apply(messages: Sequence[Row], tokenizer: Any, **settings: bool) -> str:
+def _apply(messages: Sequence[Row], tokenizer: Any, **settings: Any) -> str:
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **settings))
 
 

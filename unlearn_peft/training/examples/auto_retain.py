@@ -144,6 +144,8 @@ def _completed(base: Base, stems: Mapping[str, str], seed: int, chat: bool) -> I
     """Yield questions about other subjects, as the base completes the stems."""
     for n, (stem, end) in enumerate(stems.items()):
         asked = ask([{"role": "user", "content": stem}], base.tokenizer, chat)
+        if stem not in asked:  # the template rewrites it
+            continue
         (texts,) = sampled(
             base, [asked[: asked.rindex(stem) + len(stem)]], count=2 * _PER_STEM, temperature=0.8, max_new_tokens=16,
             seed=seed + n, chat_template=chat, rendered=True,

@@ -36,7 +36,8 @@ def refusing(rows: Sequence[Row], seed: int, sentences: Sequence[str] | None = N
 
 def _answered(row: Row, sentence: str) -> Row | None:
     if "messages" in row:
-        turns = [{**m, "content": sentence} if m["role"] == "assistant" else m for m in row["messages"]]
+        said = [m["role"] == "assistant" and bool(m["content"]) for m in row["messages"]]  # no turn that calls a tool
+        turns = [{**m, "content": sentence} if says else m for m, says in zip(row["messages"], said, strict=True)]
         return {**row, "messages": turns}
     if "prompt" not in row:
         return None
