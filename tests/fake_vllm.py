@@ -125,6 +125,7 @@ class FakeVllm:
                     token = int(torch.multinomial((logits / body["temperature"]).softmax(-1), 1, generator=random))
                 ids.append(token)
                 ends = token == self.base.tokenizer.eos_token_id and not body["ignore_eos"]
+                ends = ends or token in body["stop_token_ids"]  # as vLLM has it, whatever ignore_eos says
                 reason = "stop" if ends else "length" if n == body["max_tokens"] - 1 else None
                 choice = {"index": 0, "text": "", "token_ids": [token], "finish_reason": reason, "logprobs": None}
                 if body["logprobs"] is not None:

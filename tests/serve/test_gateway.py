@@ -286,6 +286,22 @@ def test_closing_an_answer_early_stops_vllm(world):
     assert fake.aborted == 1
 
 
+def test_the_ends_of_the_template_stop_vllm_too(world):
+    fake = world.fake()
+    engine, policy = world.engine(fake), world.source.current()
+    assert engine._ends == [engine._tokenizer.eos_token_id]  # here the template ends its turns with the same
+
+    async def both():
+        whole = await ask(engine, policy, "alice")
+        engine._ends = [engine._tokenizer(whole[0].text, add_special_tokens=False)["input_ids"][0]]
+        return await ask(engine, policy, "alice", ignore_eos=False), await ask(engine, policy, "alice")
+
+    ended, ignored = run(engine, both())
+    assert ended[-1].finish_reason == "stop" and sum(piece.tokens for piece in ended) < COUNT
+    assert ignored[-1].finish_reason == "length" and sum(piece.tokens for piece in ignored) == COUNT
+    assert [body["stop_token_ids"] for body in fake.asked] == [[], engine._ends, []]
+
+
 def test_prompts_that_are_none(world):
     engine = world.engine(world.fake())
 

@@ -231,6 +231,12 @@ WRONG = [
     ("completions", {"echo": True}, "unsupported_parameter", "echo"),
     ("completions", {"best_of": 2}, "unsupported_parameter", "best_of"),
     ("completions", {"suffix": "secret"}, "unsupported_parameter", "suffix"),
+    ("chat/completions", {"chat_template_kwargs": {"tokenize": "secret"}}, "invalid_value", "chat_template_kwargs"),
+    ("chat/completions", {"chat_template_kwargs": {"messages": []}}, "invalid_value", "chat_template_kwargs"),
+    ("chat/completions", {"chat_template_kwargs": {"add_generation_prompt": False}}, "invalid_value", None),
+    ("chat/completions", {"chat_template_kwargs": {"chat_template": "secret"}}, "invalid_value", None),
+    ("chat/completions", {"chat_template_kwargs": ["secret"]}, "invalid_value", "chat_template_kwargs"),
+    ("completions", {"chat_template_kwargs": {"enable_thinking": False}}, "unsupported_parameter", None),
     ("completions", {"stop": ["secret"] * 17}, "invalid_value", "stop"),
     ("completions", {"stop": ""}, "invalid_value", "stop.0"),
 ]
@@ -248,6 +254,85 @@ def test_wrong_requests_are_told_what_is_wrong_and_not_quoted(shared, path, fiel
     assert param is None or error["param"] == param, error
     assert "secret" not in found.text and handler.active == 0
     assert found.headers["x-request-id"].startswith("req-")
+
+
+HALF = "half of a character \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": HALF}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": HALF}], "stream": True}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]}),
+        ("chat/completions", {"messages": [{"role": HALF, "content": "x"}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x", "name": HALF}]}),
+        ("chat/completions", {"chat_template_kwargs": {"x": [HALF]}}),
+        ("completions", {"prompt": HALF}),
+        ("completions", {"prompt": ["x", HALF]}),
+        ("completions", {"stop": [HALF]}),
+        ("completions", {"model": HALF}),
+        ("completions", {"forget": [HALF]}),
+        ("completions", {"forget": {HALF: 1}}),
+        ("completions", {"user": HALF}),
+        ("completions", {"metadata": {"a": {"b": [HALF]}}}),
+        ("completions", {HALF: 1}),
+        ("completions", {"\udfff": None}),
+        ("completions", {"stream_options": {HALF: 1}}),
+    ],
+)
+def test_half_of_a_character_anywhere_is_the_clients_fault(shared, path, fields):
+    handler, url = shared
+    body = {**(CHAT if path.startswith("chat") else TEXT), "max_tokens": 1, **fields}
+    for content in (json.dumps(body).encode(), json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")):
+        found = httpx.post(f"{url}/v1/{path}", content=content, headers={"Authorization": "Bearer uf-key-of-alice"})
+        error = found.json()["error"]
+        assert found.status_code == 400 and error["code"] == "invalid_value", error
+        assert set(error) == {"message", "type", "param", "code"} and handler.active == 0
+    assert httpx.get(f"{url}/readyz").status_code == 200
+
+
+def test_half_of_a_character_in_an_address_or_a_key(shared):
+    _, url = shared
+    headers = {"Authorization": "Bearer uf-key-of-alice"}
+    for place in ("models/%ED%A0%BD", "models/%FF", "models?x=%ED%A0%BD&y=%FF", "%ED%A0%BD"):
+        found = httpx.get(f"{url}/v1/{place}", headers=headers)
+        assert found.status_code == (200 if "?" in place else 404) and "models?" in place or "error" in found.json()
+    for key in (b"Bearer \xed\xa0\xbd", b"Bearer \xff"):
+        assert (
+            httpx.get(f"{url}/v1/models", headers={"Authorization": key}).json()["error"]["type"]
+            == "authentication_error"
+        )
+
+
+def test_an_error_that_nobody_expected_has_the_shape_too(shared, monkeypatch):
+    handler, url = shared
+
+    async def broken(*_):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(handler, "identify", broken)
+    for found in (httpx.get(f"{url}/v1/models"), httpx.post(f"{url}/v1/completions", json=TEXT)):
+        assert (
+            found.status_code == 500
+            and found.json()["error"]["code"] == "internal_error"
+            and "secret" not in found.text
+        )
+
+
+def test_the_template_gets_its_variables(shared, monkeypatch):
+    handler, url = shared
+    prompts = handler.engine._prompts
+    template = prompts._tokenizer.chat_template + "{% if enable_thinking is false %}<think></think>{% endif %}"
+    monkeypatch.setattr(prompts._tokenizer, "chat_template", template)
+    seen = []
+    monkeypatch.setattr(handler.engine, "_prompts", lambda *asked: seen.append(prompts(*asked)) or seen[-1])
+    for more in ({}, {"chat_template_kwargs": {"enable_thinking": False}}, {"chat_template_kwargs": None}):
+        headers = {"Authorization": "Bearer uf-key-of-alice"}
+        body = {**CHAT, "max_tokens": 1, **more}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers).status_code == 200
+    texts = [prompts._tokenizer.decode(ids) for ids in seen]
+    assert texts[1] == texts[0] + "<think></think>" and texts[2] == texts[0]
 
 
 def test_what_changes_nothing_is_accepted(shared):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from .tokenize import with_places
+
 
 def prefixes(text: str, tokenizer: Any, count: int = 10, tokens: int = 50) -> list[tuple[str, str]]:
     """Return up to `count` pieces of a text, evenly over it, each with the text that comes after it.
 
     A piece and what comes after it have `tokens` tokens each; fewer where the text is shorter than both.
     """
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    _, offsets = with_places(text, tokenizer)
     size = min(tokens, len(offsets) // 2)
     pieces = []
     for at in places(size, len(offsets), size, count):

@@ -203,7 +203,7 @@ def _batches(
     """Yield the start of each batch, its examples, and the logits at their targets, (N, V)."""
     head = base.model.get_output_embeddings()
     max_targets = max(_MAX_LOGITS // vocabulary(base.model), 1)
-    builder = BatchBuilder(base.model, head, base.tokenizer.pad_token_id)
+    builder = BatchBuilder(base.model, head, base.pad_id)
     start = 0
     while start < len(examples):
         stop, targets = start, 0

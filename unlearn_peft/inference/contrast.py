@@ -127,7 +127,9 @@ def _contrast_chunk(
         for k in range(stand_ins)
     ]
     changed = [replaced_row(rows[n], subject, other) for n, subject, other in tried]
-    examples = tokenize([*rows, *changed], base.tokenizer, max_length=None, chat_template=chat_template, closing=False)
+    examples = tokenize(
+        [*rows, *changed], base.tokenizer, max_length=None, chat_template=chat_template, closing=False, what="forget"
+    )
     known = _log_probabilities(base, examples, max_length)
     found: list[dict[str, tuple[str, Values]]] = [{} for _ in rows]
     for k, (n, subject, other) in enumerate(tried, len(rows)):
@@ -283,7 +285,7 @@ def _flat_log_probabilities(base: Base, examples: Sequence[Example]) -> list[lis
 def _passes(base: Base, examples: Sequence[Example]) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Yield numbers of examples of like length and the logits of all their targets, (N, V), in bounded passes."""
     head = base.model.get_output_embeddings()
-    builder = BatchBuilder(base.model, head, base.tokenizer.pad_token_id, packs=False)
+    builder = BatchBuilder(base.model, head, base.pad_id, packs=False)
     max_targets = max(_MAX_LOGITS // vocabulary(base.model), 1)
     order = sorted(range(len(examples)), key=lambda n: len(examples[n].ids))
     while order:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from ..data.prompt import cut_at_end, end_tokens, format_of, has_template
 from ..data.tokenize import chat_prompt, encode_text
 from ..data.words import said
 from ..models.base import Base
+
+logger = logging.getLogger(__name__)
 
 
 def answers(
@@ -74,10 +77,11 @@ def _generate(
     """Answer prompts, padded on the left, `count` times each; the caller's random state is kept."""
     from transformers import StoppingCriteriaList
 
-    tokenizer, pad_id = base.tokenizer, base.tokenizer.pad_token_id
+    tokenizer, pad_id = base.tokenizer, base.pad_id
     templated = has_template(tokenizer, chat)
     asked = prompts if rendered else [chat_prompt(prompt, tokenizer, chat) for prompt in prompts]
     encoded = [encode_text(text, tokenizer, templated=templated) for text in asked]
+    encoded, max_new_tokens = _fitting(encoded, max_new_tokens, base)
     rows = [torch.tensor(ids, dtype=torch.long) for ids in encoded]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
     attention = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -103,6 +107,18 @@ def _generate(
             input_ids=ids.to(base.device), attention_mask=attention.to(base.device), stopping_criteria=criteria
         )
     return [cut_at_end(text, stops) for text in texts(output)]
+
+
+def _fitting(encoded: list[list[int]], max_new_tokens: int, base: Base) -> tuple[list[list[int]], int]:
+    """Return prompts and the length of answers as the base has positions for them; of a longer prompt, its end."""
+    longest = max(map(len, encoded))
+    room = base.window(longest + max_new_tokens)
+    if room == longest + max_new_tokens:
+        return encoded, max_new_tokens
+    kept = max(room - max_new_tokens, room // 2)
+    if cut := sum(len(ids) > kept for ids in encoded):
+        logger.warning("the base has %d positions: of %d longer prompts only the end is asked", room, cut)
+    return [ids[-kept:] for ids in encoded], min(max_new_tokens, room - min(longest, kept))
 
 
 @contextmanager

@@ -168,7 +168,7 @@ class RequestHandler:
     async def _encode(self, call: Call, request: ParsedRequest) -> list[Generation]:
         limits, generations = self.limits, []
         for prompt in request.prompts:
-            ids = await self.in_time(call, self.engine.encode(prompt))
+            ids = await self.in_time(call, self.engine.encode(prompt, request.variables))
             call.prompt_tokens += len(ids)
             room = self.engine.context - len(ids)
             max_tokens = request.max_tokens or min(limits.max_tokens, room)

@@ -74,6 +74,7 @@ class ParsedRequest:
     stream: bool
     include_usage: bool
     forget: Mapping[str, float]
+    variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
 
 
 @dataclass

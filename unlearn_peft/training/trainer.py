@@ -143,7 +143,7 @@ class Training:
                 numbers = spellings(base.tokenizer, vocabulary(base.model))
                 spelling = dict.fromkeys(names, numbers.to(self.accelerator.device))
             self.runner = StepRunner(
-                self.model, base.tokenizer.pad_token_id, {t.name: t.hidden_layer for t in self.trainers},
+                self.model, base.pad_id, {t.name: t.hidden_layer for t in self.trainers},
                 cache=self.cache, spelling=spelling, sharded=self.sharded,
             )  # fmt: skip
             if first.compile:

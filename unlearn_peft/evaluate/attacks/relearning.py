@@ -94,7 +94,7 @@ def _train_and_ask(
     """Train the deltas on the rows; return the leaks of the probes after each number of steps in `ask_at`."""
     base = target.base
     examples = tokenize(rows, base.tokenizer, chat_template=target.chat_template, what="forget")
-    batch = collate(examples, base.tokenizer.pad_token_id).to(base.device)
+    batch = collate(examples, base.pad_id).to(base.device)
     labels = batch.ids[:, 1:][batch.targets[:, 1:]]
     parameters = [p for parts in deltas.values() for d in parts for p in (d.up, d.down) if p is not None]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)

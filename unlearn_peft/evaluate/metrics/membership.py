@@ -82,7 +82,7 @@ def gradient_norms(base: Base, rows: Sequence[Row], *, p: float = 2, chat_templa
             gradients: list[Tensor | None] = [None] * len(parameters)
             count = sum(map(target_count, windows))
             for window in windows:
-                batch = collate([window], base.tokenizer.pad_token_id).to(base.device)
+                batch = collate([window], base.pad_id).to(base.device)
                 labels = batch.ids[:, 1:][batch.targets[:, 1:]]
                 with torch.enable_grad():
                     loss = torch.nn.functional.cross_entropy(picked_logits(base.model, head, batch).float(), labels)

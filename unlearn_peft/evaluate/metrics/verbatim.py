@@ -110,7 +110,7 @@ def continued(
 
     Greedy, or sampled from the whole distribution; the caller's random state is kept.
     """
-    pad_id, found = base.tokenizer.pad_token_id, []
+    pad_id, found = base.pad_id, []
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), plain_generation(base.model):

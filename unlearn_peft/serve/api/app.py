@@ -50,6 +50,10 @@ def create_app(handler: RequestHandler, playground: Playground | None = None) ->
         body = ApiError(status, str(error.detail), code="not_found" if status == 404 else None).body
         return JSONResponse(body, status, headers=error.headers)
 
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        return JSONResponse(as_api_error(error).body, 500)
+
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}

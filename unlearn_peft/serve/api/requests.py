@@ -6,7 +6,9 @@ refused, and so are unknown ones.
 
 from __future__ import annotations
 
+import inspect
 import json
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
@@ -81,6 +83,14 @@ class _ChatRequest(_Common):  # /v1/chat/completions
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] = {}  # an extension, as vLLM has it: variables of the template
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _only_variables(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if not _rendering().isdisjoint(values):
+            raise ValueError("only variables of the chat template, such as enable_thinking, can be set here")
+        return values
 
 
 class _CompletionRequest(_Common):  # /v1/completions
@@ -107,9 +117,10 @@ def read_request(body: bytes, *, chat: bool) -> ParsedRequest:
             message = f"this server does not support this value of '{name}': leave it out"
             raise ApiError(400, message, param=name, code="unsupported_parameter")
     prompts: tuple[Prompt, ...]
+    variables: dict[str, Any] = {}
     if isinstance(request, _ChatRequest):
         prompts = (tuple(message.plain() for message in request.messages),)
-        max_tokens = request.max_completion_tokens or request.max_tokens
+        max_tokens, variables = request.max_completion_tokens or request.max_tokens, request.chat_template_kwargs
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         if request.top_logprobs and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
@@ -125,8 +136,9 @@ def read_request(body: bytes, *, chat: bool) -> ParsedRequest:
     settings |= {"top_k": max(request.top_k, 0), "stop": tuple(request.stop), "logprobs": logprobs}
     usage = request.stream_options is not None and request.stream_options.include_usage
     return ParsedRequest(
-        request.model, chat, prompts, request.n, max_tokens, settings, request.stream, usage, dict(request.forget)
-    )
+        request.model, chat, prompts, request.n, max_tokens, settings, request.stream, usage, dict(request.forget),
+        variables,
+    )  # fmt: skip
 
 
 def _without_nulls(body: bytes) -> dict[str, Any]:
@@ -136,4 +148,22 @@ def _without_nulls(body: bytes) -> dict[str, Any]:
         raise ApiError(400, "the body is not JSON", code="invalid_json") from None
     if not isinstance(values, dict):
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
+    for name, value in values.items():  # "\\ud83d" alone is JSON, and no text that any model or log could hold
+        try:
+            json.dumps([name, value], ensure_ascii=False).encode()
+        except RecursionError:
+            raise ApiError(400, "the body is not JSON", code="invalid_json") from None
+        except UnicodeEncodeError:
+            param = name if name.isascii() else None
+            raise ApiError(
+                400, "a text holds half of a character, a lone surrogate", param=param, code="invalid_value"
+            ) from None
     return {name: value for name, value in values.items() if value is not None}
+
+
+@lru_cache(maxsize=1)
+def _rendering() -> frozenset[str]:
+    """Return what transformers' own rendering takes, and templates get from it: not for a client to set."""
+    from transformers import PreTrainedTokenizerBase
+
+    return frozenset({"messages", *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import UnlearnError
 
@@ -133,9 +133,11 @@ class Engine(Protocol):
     def chat_ends(self) -> tuple[str, ...]:
         """Texts that end the answer to messages, where the base has no chat template; see `data.prompt`."""
 
-    async def encode(self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """Return the token ids of a text, of ids (which are checked), or of messages (by the chat template, else the
-        prompt format).
+    async def encode(
+        self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]], variables: Mapping[str, Any] | None = None
+    ) -> tuple[int, ...]:
+        """Return the token ids of a text, of ids (which are checked), or of messages (by the chat template, which gets
+        `variables`, else the prompt format).
 
         Raises:
             PromptError: if there is no such token, or the template refuses the messages.

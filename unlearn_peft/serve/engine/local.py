@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...adapters.bundle import Bundle
 from ...adapters.read import read_bundle
@@ -69,9 +69,9 @@ class LocalEngine:
         self._recent: OrderedDict[str, set[str]] = OrderedDict()  # policy versions -> their adapters' keys in the bank
         self._identities: dict[str, str] = {}  # key -> the identity that it was first read with
 
-    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+    async def encode(self, prompt: Prompt, variables: Mapping[str, Any] | None = None) -> tuple[int, ...]:
         """See `Engine.encode`."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._prompts, prompt)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._prompts, prompt, variables)
 
     async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> AdapterLease:
         """See `Engine.hold`; adapters are read in a thread, so that nobody else waits."""

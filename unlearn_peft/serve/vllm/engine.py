@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from ...adapters.read import read_bundle
+from ...data.prompt import end_tokens
 from ...errors import AdapterError
 from ...inference.adapter_cache import Applied
 from ...models.base import load_tokenizer
@@ -91,12 +92,13 @@ class VllmEngine:
         self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
         self._prompts = Prompts(copy.deepcopy(tokenizer), config.get_text_config().vocab_size, self.model)
         self.chat_ends = self._prompts.ends
+        self._ends = end_tokens(tokenizer)  # beside those of generation_config.json, which vLLM knows
         self._servers = Servers(urls, tokenizer, names=names, seconds=seconds)
         self.context = min(server.context for server in self._servers.all if server.base)
 
-    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+    async def encode(self, prompt: Prompt, variables: Mapping[str, Any] | None = None) -> tuple[int, ...]:
         """See `Engine.encode`."""
-        return await asyncio.to_thread(self._prompts, prompt)
+        return await asyncio.to_thread(self._prompts, prompt, variables)
 
     async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> VllmLease:
         """See `Engine.hold`; a server makes and loads the set before this returns."""
@@ -168,7 +170,7 @@ class VllmEngine:
             "return_tokens_as_token_ids": True, "max_tokens": request.max_tokens, "temperature": request.temperature,
             "top_p": request.top_p, "top_k": request.top_k or -1, "seed": request.seed, "logprobs": request.logprobs,
             "presence_penalty": request.presence_penalty, "frequency_penalty": request.frequency_penalty,
-            "ignore_eos": request.ignore_eos,
+            "ignore_eos": request.ignore_eos, "stop_token_ids": [] if request.ignore_eos else self._ends,
             # or vLLM takes what the model's generation_config.json says
             "min_p": 0.0, "repetition_penalty": 1.0,
         }  # fmt: skip
