@@ -5,7 +5,7 @@ import copy
 import pytest
 from templates import FAMILIES, family
 
-from unlearn_peft.data.prompt import DEFAULT_FORMAT, cut_at_end, end_tokens, format_of, parse_format
+from unlearn_peft.data.prompt import DEFAULT_FORMAT, ask, cut_at_end, end_tokens, format_of, parse_format
 from unlearn_peft.data.tokenize import chat_prompt, encode_text, tokenize
 from unlearn_peft.errors import DataError
 
@@ -57,6 +57,105 @@ def test_train_on_all_counts_contents_and_nothing_of_the_template(tiny, name):
     tokenizer = family(tiny.tokenizer, name)
     example = tokenize([ROW], tokenizer, closing=False, train_on="all")[0]
     assert "".join(targets(tokenizer, example).split()) == "".join((ROW["prompt"] + ROW["completion"]).split())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("answer", ["hi", " in", "\nthink", "a", "m", "user", "assistant", "o>"])
+def test_a_short_answer_is_found_by_its_place(tiny, name, answer):
+    tokenizer = family(tiny.tokenizer, name)
+    turns = [("user", f"Is it {answer} or {answer}?"), ("assistant", answer), ("user", answer), ("assistant", answer)]
+    for row in (
+        {"prompt": answer, "completion": answer},
+        {"messages": [{"role": role, "content": text} for role, text in turns]},
+    ):
+        (example,) = tokenize([row], tokenizer, closing=False)
+        end = FAMILIES[name][-1]
+        for start, stop in example.answers:
+            assert example.text[start:stop] == answer.strip()
+            assert example.text[stop:].lstrip().startswith(end), "it stands at the end of its turn"
+        assert len(example.answers) == (1 if "prompt" in row else 2)
+
+
+def read_turns(*turns):
+    from unlearn_peft.data.rows import read_rows
+
+    keys = ("role", "content", "tool_calls")
+    return read_rows([{"messages": [dict(zip(keys, turn, strict=False)) for turn in turns]}], "forget")
+
+
+PART = {"type": "text", "text": "Who wrote"}
+
+
+def test_parts_of_text_are_one_text(tiny):
+    whole = read_turns(("user", "Who wrote it?"), ("assistant", "Me."))
+    parts = read_turns(("user", [PART, {"type": "text", "text": " it?"}]), ("assistant", [{"text": "Me."}]))
+    assert tokenize(whole, tiny.tokenizer) == tokenize(parts, tiny.tokenizer)
+
+
+def test_turns_that_call_tools_are_read_and_not_trained(tiny):
+    call = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    rows = read_turns(("user", "Weather?"), ("assistant", None, call), ("tool", 22), ("assistant", "22 degrees"))
+    (example,) = tokenize(rows, tiny.tokenizer, closing=False)
+    assert targets(tiny.tokenizer, example) == "22 degrees" and "tool\n22" in tiny.tokenizer.decode(example.ids)
+    plain = copy.deepcopy(tiny.tokenizer)
+    plain.chat_template = None
+    with pytest.raises(DataError, match="row 1 of the forget set: turn 2 calls a tool"):
+        tokenize(rows, plain, what="forget")
+
+
+@pytest.mark.parametrize(
+    ("turns", "problem"),
+    [
+        ([("user", None), ("assistant", "Zorblax")], "turn 1 of 'messages' has no content"),
+        ([("user", "a"), ("assistant", None), ("user", "b"), ("assistant", "Zorblax")], "turn 2 .* has no content"),
+        ([("user", [PART, {"type": "image_url", "image_url": "Zorblax"}]), ("assistant", "a")], "turn 1 .* is no text"),
+        ([("user", {"Zorblax": 1}), ("assistant", "a")], "turn 1 .* is no text"),
+        ([(None, "Zorblax"), ("assistant", "a")], "turn 1 of 'messages' has no role"),
+        ([("user", "Zorblax"), ("assistant", " ")], "no assistant turn with text"),
+    ],
+)
+def test_turns_without_text_name_their_row(turns, problem):
+    with pytest.raises(DataError, match=f"row 1: .*{problem}") as caught:
+        read_turns(*turns)
+    assert "Zorblax" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "advice"),
+    [
+        ("{% for m in messages %}{{ m.content }", "TemplateSyntaxError.*cannot be used at all"),
+        ("{{ settings.date }}{{ messages[0].content }}", "UndefinedError.*cannot be used at all"),
+        ("{{ raise_exception('Zorblax') }}", "TemplateError.*cannot be used at all"),
+        ({"rag": "{{ messages }}"}, "ValueError.*cannot be used at all"),
+        (
+            "{% if messages|length > 2 %}{{ raise_exception(messages[0].content) }}{% endif %}",
+            "mostly user and assistant",
+        ),
+    ],
+)
+def test_a_template_that_cannot_be_used_names_the_row_and_quotes_nothing(tiny, template, advice):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = template
+    turns = [("user", "Zorblax"), ("assistant", "Quintel"), ("Zorblax", "Who?"), ("assistant", "Quintel")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    with pytest.raises(DataError, match=f"row 1 of the retain set: .*{advice}") as caught:
+        tokenize([row], tokenizer, what="retain")
+    assert "Zorblax" not in str(caught.value) and "another" in str(caught.value)
+    if "all" in advice:
+        with pytest.raises(DataError, match="the prompt: the base's chat template"):
+            chat_prompt("Zorblax", tokenizer)
+
+
+def test_variables_of_a_template_alone_say_how_an_answer_begins(tiny):
+    tokenizer = family(tiny.tokenizer, "qwen3")
+    turn = [{"role": "user", "content": "Who?"}]
+    assert ask(turn, tokenizer).endswith("<think>\n\n</think>\n\n")
+    assert ask(turn, tokenizer, variables={"enable_thinking": True}).endswith("assistant\n")
+
+
+def test_a_developer_is_a_system_as_in_the_server(tiny):
+    rows = read_turns(("developer", "Be brief."), ("user", "Who?"), ("assistant", "Me."))
+    assert "<|im_start|>system\nBe brief." in tiny.tokenizer.decode(tokenize(rows, tiny.tokenizer)[0].ids)
 
 
 def test_a_system_prompt_goes_in_front_of_the_question_where_the_template_refuses_one(tiny):

@@ -70,7 +70,7 @@ def tokenize(
     for n, row in enumerate(rows, 1):
         name = f"row {n} of the {what} set"
         rendered = render(row, tokenizer, chat_template, closing, name)
-        example = replace(_encode(rendered, tokenizer, train_on, name), row=n)
+        example = replace(_encode(rendered, tokenizer, train_on), row=n)
         if not any(example.is_target):
             raise DataError(f"{name} has no token to learn from ({len(example.ids)} tokens): write a longer answer")
         examples += windows(example, max_length) if max_length else [example]
@@ -114,9 +114,7 @@ def encode_text(text: str, tokenizer: Any, *, templated: bool = False) -> list[i
     Special tokens are added as the tokenizer does, unless the text begins with its BOS or a chat template made it
     (`templated`): as transformers and vLLM do, a template alone decides about its special tokens.
     """
-    ids = list(tokenizer(text, add_special_tokens=not templated and _lacks_bos(text, tokenizer))["input_ids"])
-    _check_known(ids, tokenizer, "the text")
-    return ids
+    return list(tokenizer(text, add_special_tokens=not templated and _lacks_bos(text, tokenizer))["input_ids"])
 
 
 def chat_prompt(prompt: str, tokenizer: Any, chat_template: bool = True) -> str:
@@ -141,19 +139,9 @@ def with_places(text: str, tokenizer: Any, special: bool = False) -> tuple[list[
     return list(encoding["input_ids"]), list(encoding["offset_mapping"])
 
 
-def _check_known(ids: Sequence[int], tokenizer: Any, name: str) -> None:
-    known = getattr(tokenizer, "known_tokens", None)
-    if known is not None and ids and max(ids) >= known:
-        raise DataError(
-            f"{name} has a token beyond the {known} that the base has embeddings for: its tokenizer is another "
-            "model's, or tokens were added to it without resize_token_embeddings"
-        )
-
-
-def _encode(rendered: Rendered, tokenizer: Any, train_on: str, name: str) -> Example:
+def _encode(rendered: Rendered, tokenizer: Any, train_on: str) -> Example:
     special = not rendered.templated and _lacks_bos(rendered.text, tokenizer)
     ids, offsets = with_places(rendered.text, tokenizer, special)
-    _check_known(ids, tokenizer, name)
 
     def within(spans: Sequence[Span]) -> list[bool]:
         return [any(start < right and end > left for left, right in spans) for start, end in offsets]

@@ -15,6 +15,7 @@ from ..data.prompt import cut_at_end, end_tokens, format_of, has_template
 from ..data.tokenize import chat_prompt, encode_text
 from ..data.words import said
 from ..models.base import Base
+from ..models.layers import check_known
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,8 @@ def _generate(
     templated = has_template(tokenizer, chat)
     asked = prompts if rendered else [chat_prompt(prompt, tokenizer, chat) for prompt in prompts]
     encoded = [encode_text(text, tokenizer, templated=templated) for text in asked]
+    for token_ids in encoded:
+        check_known(base.model, token_ids, "a prompt")
     encoded, max_new_tokens = _fitting(encoded, max_new_tokens, base)
     rows = [torch.tensor(ids, dtype=torch.long) for ids in encoded]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")

@@ -20,7 +20,7 @@ from ..data.prompt import DEFAULT_FORMAT, parse_format
 from ..errors import BaseModelError, first_line
 from .fingerprint import fingerprint
 from .gguf import convert_gguf, demo_gguf
-from .layers import text_config
+from .layers import known_tokens, text_config
 from .quantization import disable_cpu_packing, quantization
 
 DEMO_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -36,15 +36,11 @@ class Base:
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     name: str
 
-    def __post_init__(self) -> None:
-        # kept with the tokenizer, which may have more tokens than the model: those have no embedding (data/tokenize.py)
-        self.tokenizer.known_tokens = self.model.get_input_embeddings().weight.shape[0]
-
     @property
     def pad_id(self) -> int:
         """A token to pad with: any will do, since padding is masked, if the model has an embedding for it."""
-        usable = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        return next((int(one) for one in usable if one is not None and one < self.tokenizer.known_tokens), 0)
+        usable, known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id), known_tokens(self.model)
+        return next((int(one) for one in usable if one is not None and one < known), 0)
 
     @property
     def device(self) -> torch.device:

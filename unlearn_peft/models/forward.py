@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch, collate, pack
 from ..data.tokenize import Example
-from .layers import is_recurrent, linear_layers, longest_line, patched_forward, returning, shortest_window
+from .layers import (
+    check_known,
+    is_recurrent,
+    linear_layers,
+    longest_line,
+    patched_forward,
+    returning,
+    shortest_window,
+)
 
 logger = logging.getLogger(__name__)
 _ROUNDINGS = 2.0  # how far two ways of computing half-precision logits may differ, in units of what rounding does
@@ -46,6 +54,7 @@ class BatchBuilder:
         """Return the rows as one batch, on the model's device."""
         packed = None
         if self._packs is not False:
+            self._check(examples)
             packed = pack(examples, self._window, self._longest)
         if packed is not None:
             packed = packed.to(self.device, self.model.dtype)
@@ -57,7 +66,12 @@ class BatchBuilder:
 
     def padded(self, examples: Sequence[Example]) -> Batch:
         """Return the rows as a padded batch, on the model's device."""
+        self._check(examples)
         return collate(examples, self.pad_id).to(self.device)
+
+    def _check(self, examples: Sequence[Example]) -> None:
+        for example in examples:
+            check_known(self.model, example.ids, f"row {example.row} of its set")
 
     @torch.no_grad()
     def _same_logits(self, packed: Batch, padded: Batch) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import BaseModelError
+from ..errors import BaseModelError, DataError
 
 _COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "n_layer", "num_layers")  # names of one figure
 _WINDOWS = ("sliding_window", "attention_window_size", "window_size", "attention_chunk_size", "local_attention")
@@ -167,3 +167,23 @@ def patched_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterato
 def returning(output: Any) -> Callable[..., Any]:
     """Return a forward pass that returns `output` for any input."""
     return lambda *_, **__: output
+
+
+def known_tokens(model: Any) -> int:
+    """Return how many tokens the model has embeddings for; its tokenizer may have more."""
+    embeddings = model.get_input_embeddings()
+    size = getattr(getattr(embeddings, "base_layer", embeddings), "num_embeddings", None)
+    return int(text_config(model).vocab_size if size is None else size)
+
+
+def check_known(model: Any, ids: Sequence[int], name: str) -> None:
+    """Check that the model has an embedding for each of these tokens, which `name` says the place of.
+
+    Raises:
+        DataError: if it has not.
+    """
+    if ids and max(ids) >= known_tokens(model):
+        raise DataError(
+            f"{name} has a token beyond the {known_tokens(model)} that the base has embeddings for: its tokenizer is "
+            "another model's, or tokens were added to it without resize_token_embeddings"
+        )

@@ -35,7 +35,7 @@ class Prompts:
                     ids = self._encode(prompt, variables)
         if not ids:
             raise PromptError("the prompt is empty")
-        if unknown := [token for token in ids if not 0 <= token < self._vocab_size]:  # of a text, too: see `Base`
+        if unknown := [token for token in ids if not 0 <= token < self._vocab_size]:  # of a text, too
             raise PromptError(f"there is no token {unknown[0]}: expected 0 to {self._vocab_size - 1}")
         return tuple(ids)
 
