@@ -29,7 +29,7 @@ from ..data.tokenize import Example, tokenize, windows
 from ..data.words import word_matches
 from ..models.base import Base
 from ..models.forward import BatchBuilder, picked_logits
-from ..models.layers import vocabulary
+from ..models.layers import check_known, vocabulary
 from ..models.losses import cross_entropy
 from .stand_ins import SubjectIndex, made_up, pieces, replaced_row
 
@@ -130,6 +130,8 @@ def _contrast_chunk(
     examples = tokenize(
         [*rows, *changed], base.tokenizer, max_length=None, chat_template=chat_template, closing=False, what="forget"
     )
+    for example in examples[: len(rows)]:  # the others are copies of these with other names
+        check_known(base.model, example.ids, f"row {example.row} of the forget set")
     known = _log_probabilities(base, examples, max_length)
     found: list[dict[str, tuple[str, Values]]] = [{} for _ in rows]
     for k, (n, subject, other) in enumerate(tried, len(rows)):

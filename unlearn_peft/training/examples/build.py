@@ -17,6 +17,7 @@ from ...data.tokenize import Example, by_row, tokenize, windows
 from ...errors import DataError
 from ...inference.contrast import Contrast, contrasts, said_anyway
 from ...models.base import Base
+from ...models.layers import check_known
 from ...recipe.schema import DATA_FIELDS, Recipe
 from .auto_retain import GeneratedRetain, auto_retain
 from .base_answers import (
@@ -103,10 +104,13 @@ def build_examples(
     """Turn a recipe's rows into what is trained on: facts marked, the base's own answers and anchors beside them."""
 
     def tokens(rows: Sequence[Row], what: str, closing: bool = True) -> list[Example]:
-        return tokenize(
+        examples = tokenize(
             rows, base.tokenizer, max_length=base.window(recipe.max_length), train_on=recipe.train_on,
             chat_template=recipe.chat_template, closing=closing, what=what,
         )  # fmt: skip
+        for example in examples:
+            check_known(base.model, example.ids, f"row {example.row} of the {what} set")
+        return examples
 
     def with_refusals(examples: list[Example], rows: Sequence[Row]) -> list[Example]:
         refusals = getattr(recipe.objective, "refusals", False)  # any objective's, a user's own too
