@@ -34,6 +34,22 @@ TINYLLAMA = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+OLD_CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+DEEPSEEK_R1 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% else %}"
+    "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+HARMONY = (
+    "{{ '<|start|>system<|message|>You are a model.<|end|>' }}{% for m in messages %}{{ '<|start|>' + m.role }}"
+    "{% if m.role == 'assistant' %}{{ '<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else "
+    "'<|end|>') }}{% else %}{{ '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + '[/INST]' }}"
+    "{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+)
 # template, BOS, EOS, further special tokens, and what ends an answer: text of the end, and its token
 FAMILIES = {
     "gemma": (GEMMA, "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"], "<end_of_turn>"),
@@ -45,6 +61,13 @@ FAMILIES = {
     ),
     "qwen3": (QWEN3, None, "<|endoftext|>", ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
     "tinyllama": (TINYLLAMA, "<s>", "</s>", [], "</s>"),
+    "old chatml": (OLD_CHATML, None, "<|endoftext|>", ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
+    "deepseek r1": (DEEPSEEK_R1, "<s>", "</s>", ["<|User|>", "<|Assistant|>", "<think>", "</think>"], "</s>"),
+    "gpt-oss": (
+        HARMONY, "<|startoftext|>", "<|return|>",
+        ["<|start|>", "<|end|>", "<|channel|>", "<|message|>"], "<|return|>",
+    ),
+    "mistral": (MISTRAL, "<s>", "</s>", ["[INST]", "[/INST]"], "</s>"),
 }  # fmt: skip
 
 

@@ -69,10 +69,10 @@ def test_a_short_answer_is_found_by_its_place(tiny, name, answer):
         {"messages": [{"role": role, "content": text} for role, text in turns]},
     ):
         (example,) = tokenize([row], tokenizer, closing=False)
-        end = FAMILIES[name][-1]
         for start, stop in example.answers:
             assert example.text[start:stop] == answer.strip()
-            assert example.text[stop:].lstrip().startswith(end), "it stands at the end of its turn"
+            assert example.text[stop:].lstrip()[0] in "<[", "it stands at the end of its turn"
+        assert example.text[stop:].split(" ")[-1].strip().startswith(FAMILIES[name][-1])
         assert len(example.answers) == (1 if "prompt" in row else 2)
 
 
@@ -118,6 +118,25 @@ def test_turns_without_text_name_their_row(turns, problem):
     with pytest.raises(DataError, match=f"row 1: .*{problem}") as caught:
         read_turns(*turns)
     assert "Zorblax" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "omitted"),
+    [
+        ("{% for m in messages if m.role != 'tool' %}{{ m.role + m.content }}{% endfor %}", 3),
+        ("{{ messages[-2].content + messages[-1].content }}", 1),
+        (
+            "{% for m in messages %}{% for part in m.content if part.type == 'text' %}{{ part }}{% endfor %}{% endfor %}",
+            1,
+        ),
+    ],
+)
+def test_a_template_that_leaves_out_a_turn(tiny, template, omitted):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = template
+    rows = read_turns(("user", "a"), ("assistant", "b", [{"type": "function"}]), ("tool", "a"), ("assistant", "a"))
+    with pytest.raises(DataError, match=f"row 1 of .* it leaves out turn {omitted}"):
+        tokenize(rows, tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ def test_tokens_that_the_base_has_no_embedding_for(changed, fields):
     base = changed(lambda tokenizer: tokenizer.add_tokens(["Zorblax"]))
     assert answers(base, ["Who?"], max_new_tokens=2)
     for call in (lambda: unlearn(base, **fields), lambda: answers(base, ["Zorblax"])):
-        with pytest.raises(DataError, match="(row [1-3] of the forget set|a prompt) has a token beyond the 3[0-9]+ that") as caught:
+        with pytest.raises(
+            DataError, match="(row [1-3] of the forget set|a prompt) has a token beyond the 3[0-9]+ that"
+        ) as caught:
             call()
         assert "Zorblax" not in str(caught.value)
     prompts = Prompts(base.tokenizer, len(base.tokenizer) - 1, "tiny")

@@ -77,8 +77,9 @@ def ask(
 ) -> str:
     """Return the text that the base continues with its answer.
 
-    Where a template begins a whole answer with more, as reasoning templates do with an empty thought, so is it here:
-    what is asked has the form of what is trained. With `variables` of the template, it alone says how an answer begins.
+    Where a template begins a whole answer with more, as reasoning templates do with an empty thought, or with less, as
+    those do that open a thought, so is it here: what is asked has the form of what is trained. With `variables` of the
+    template, it alone says how an answer begins.
 
     Raises:
         DataError: if the template refuses these turns.
@@ -91,11 +92,11 @@ def ask(
     if variables:
         return asked
     try:
-        if asked == _apply(messages, tokenizer):
-            return asked  # it begins no answer
         opening = _apply([*messages, {"role": "assistant", "content": _MARK}], tokenizer).partition(_MARK)[0]
     except Exception:  # a template refuses with whatever error it likes
         return asked
+    if asked.startswith(opening.rstrip()):
+        return asked[: len(opening)]
     return asked + opening[len(asked) :].rstrip(" ") if opening.startswith(asked) else asked
 
 
@@ -197,8 +198,7 @@ def _place(whole: str, messages: Sequence[Row], i: int, content: str, tokenizer:
     the template would write itself (a thought), in front of an answer. It is never searched for: a short one is a part
     of many words.
     """
-    marked = [*messages[:i], {**messages[i], "content": _MARK}, *messages[i + 1 :]]
-    for turns, generates in ((marked, False), (messages[:i], True)):
+    for turns, generates in ((_marked(messages, i), False), (messages[:i], True)):
         try:
             before = _apply(turns, tokenizer, add_generation_prompt=generates).partition(_MARK)[0]
         except Exception:  # a template refuses with whatever error it likes
@@ -222,12 +222,17 @@ def _accepted(messages: Sequence[Row], tokenizer: Any, name: str, **settings: An
     for turns in tries:
         try:
             text = _apply(turns, tokenizer, **settings)
+            omitted = [
+                i
+                for i, turn in enumerate(turns)
+                if turn["role"] != "assistant" and _MARK not in _apply(_marked(turns, i), tokenizer, **settings)
+            ]
         except Exception as error:  # a template refuses with whatever error it likes; its text may quote the row
             problem = type(error).__name__
             continue
-        said = [str(turn["content"]).strip() for turn in turns if turn["role"] in ("system", "user")]
-        if turns is tries[-1] or all(content in text for content in said):
+        if not omitted:
             return turns, text
+        problem = f"it leaves out turn {omitted[0] + 1}"
     try:
         _apply([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], tokenizer)
     except Exception:
@@ -237,6 +242,10 @@ def _accepted(messages: Sequence[Row], tokenizer: Any, name: str, **settings: An
     known = [m["role"] if m["role"] in _ROLES else "another" for m in messages[:6]]
     roles = ", ".join([*known, *(["..."] if len(messages) > 6 else [])])
     raise DataError(f"{name}: the base's chat template refuses its turns ({roles}; {problem}): {advice}")
+
+
+def _marked(messages: Sequence[Row], i: int) -> list[Row]:
+    return [*messages[:i], {**messages[i], "content": _MARK}, *messages[i + 1 :]]
 
 
 def _apply(messages: Sequence[Row], tokenizer: Any, **settings: Any) -> str:
