@@ -126,7 +126,7 @@ def test_turns_without_text_name_their_row(turns, problem):
         ("{% for m in messages if m.role != 'tool' %}{{ m.role + m.content }}{% endfor %}", 3),
         ("{{ messages[-2].content + messages[-1].content }}", 1),
         (
-            "{% for m in messages %}{% for part in m.content if part.type == 'text' %}{{ part }}{% endfor %}{% endfor %}",
+            "{% for m in messages %}{% for p in m.content if p.type == 'text' %}{{ p }}{% endfor %}{% endfor %}",
             1,
         ),
     ],

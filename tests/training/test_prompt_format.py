@@ -36,3 +36,22 @@ def test_a_wrong_format_is_refused_before_any_work(tiny, fields):
             make_recipe({**fields, **wrong})
     with pytest.raises(BaseModelError, match="once each"):
         tiny.prompt_format = "{completion}"
+
+
+def test_a_server_asks_as_its_adapters_were_trained(tmp_path, caplog):
+    from unlearn_peft.adapters.bundle import MANIFEST
+    from unlearn_peft.cli.serve import _prompt_format
+    from unlearn_peft.serve.policy.policy import make_policy
+
+    def asked(**manifests):
+        for name, manifest in manifests.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / MANIFEST).write_text(manifest)
+        adapters = {name: {"path": str(tmp_path / name)} for name in (*manifests, "elsewhere")}
+        return _prompt_format(make_policy({"adapters": adapters, "tenants": {}}, "policy"))
+
+    with_format, without = '{"recipe": {"prompt_format": "F: {prompt}\\nA: {completion}"}}', '{"recipe": {}}'
+    assert asked() is None and asked(a=without) is None
+    assert asked(a=with_format, b=with_format) == FORMAT
+    assert asked(a='{"recipe": {"prompt_format": "{prompt}"}}', b="no JSON") is None and not caplog.records
+    assert asked(a=with_format, b=without) is None and "different prompt formats" in caplog.text

@@ -66,8 +66,7 @@ class Bundle:
     @property
     def prompt_format(self) -> str | None:
         """How it was trained to be asked, see `data.prompt`; None: by the base's template or the default."""
-        text = self.manifest.get("recipe", {}).get("prompt_format")
-        return text if isinstance(text, str) else None
+        return prompt_format_of(self.manifest)
 
     @property
     def bytes(self) -> int:
@@ -132,3 +131,10 @@ class Bundle:
         if not allow_different_base:
             problems += [f"the base's {part} is not the one that the adapter was trained on" for part in different]
         return problems, different
+
+
+def prompt_format_of(manifest: Mapping[str, Any]) -> str | None:
+    """Return the prompt format that a manifest records; None: it was asked by the base's template or the default."""
+    recipe = manifest.get("recipe")
+    text = recipe.get("prompt_format") if isinstance(recipe, dict) else None
+    return text if isinstance(text, str) else None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UnlearnError
+from ..errors import AdapterError, UnlearnError
 from . import options
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from ..serve.policy.policy import Policy, PolicySource
 
 
+logger = logging.getLogger(__name__)
 _TENANT = "local"  # the only tenant, where there is no policy
 
 
@@ -132,11 +135,13 @@ def serve(
         from ..serve.vllm.engine import VllmEngine
 
         backend = VllmEngine(
-            engine.split(","), options.base_of(base), name=model_name, seconds=max_seconds, trust=trust
-        )
+            engine.split(","), options.base_of(base), name=model_name, seconds=max_seconds, trust=trust,
+            prompt_format=_prompt_format(now),
+        )  # fmt: skip
     else:
         budget = None if adapter_memory_gb is None else int(adapter_memory_gb * 1e9)
         live = options.load(base, bundles, dtype, device, quantize)
+        live.prompt_format = live.prompt_format or _prompt_format(now)
         backend = LocalEngine(
             live, name=model_name, max_batch=max_batch, budget_bytes=budget, trust=trust,
             allow_different_base=allow_different_base,
@@ -162,6 +167,28 @@ def serve(
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done
     HttpServer(create_app(handler, page), ready=ready).run(sockets=[listening])
+
+
+def _prompt_format(policy: Policy) -> str | None:
+    """Return how the policy's adapters were trained to be asked, from their manifests alone; None: by the template.
+
+    One server asks in one way: where they differ, a warning says so, and the template is used.
+    """
+    from ..adapters.bundle import MANIFEST, prompt_format_of
+    from ..data.prompt import parse_format
+    from ..files.untrusted import read_file, strict_json
+
+    found = set()
+    for entry in policy.adapters.values():
+        with suppress(AdapterError, ValueError):  # what cannot be read is refused when it is asked for
+            text = prompt_format_of(strict_json(read_file(Path(entry.path) / MANIFEST)))
+            if text is not None:
+                parse_format(text)
+            found.add(text)
+    if len(found) > 1:
+        logger.warning("the adapters were trained with different prompt formats: all are asked by the base's template")
+        return None
+    return next(iter(found), None)
 
 
 @dataclass

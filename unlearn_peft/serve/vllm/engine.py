@@ -75,6 +75,7 @@ class VllmEngine:
         name: the public name; the base's own by default.
         trust: see `Bank`. Signatures are checked here, where the adapters must lie at the same paths then. What is
             signed is named by its digest, so that vLLM applies that or refuses.
+        prompt_format: how messages are asked, see `data.prompt`; None: by the base's template.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class VllmEngine:
         names: int = 1000,
         seconds: float = 300.0,
         trust: Trust | None = None,
+        prompt_format: str | None = None,
     ) -> None:
         tokenizer, config, public = load_tokenizer(base)
+        tokenizer.prompt_format = prompt_format
         self.model, self._trust = name or public, trust
         self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
         self._prompts = Prompts(copy.deepcopy(tokenizer), config.get_text_config().vocab_size, self.model)
