@@ -170,6 +170,8 @@ def test_variables_of_a_template_alone_say_how_an_answer_begins(tiny):
     turn = [{"role": "user", "content": "Who?"}]
     assert ask(turn, tokenizer).endswith("<think>\n\n</think>\n\n")
     assert ask(turn, tokenizer, variables={"enable_thinking": True}).endswith("assistant\n")
+    tokenizer.chat_template = "{{ messages[0].content + name + tokenizer + settings + turns }}"
+    assert ask(turn, tokenizer, variables=dict(name="a", tokenizer="b", settings="c", turns="d")) == "Who?abcd"
 
 
 def test_a_developer_is_a_system_as_in_the_server(tiny):

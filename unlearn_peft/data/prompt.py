@@ -209,7 +209,7 @@ def _place(whole: str, messages: Sequence[Row], i: int, content: str, tokenizer:
     return -1
 
 
-def _accepted(messages: Sequence[Row], tokenizer: Any, name: str, **settings: Any) -> tuple[Sequence[Row], str]:
+def _accepted(messages: Sequence[Row], tokenizer: Any, name: str, /, **settings: Any) -> tuple[Sequence[Row], str]:
     """Return the turns as the template takes them, and the whole text.
 
     Where it has no system role, that is put in front of the first question.
@@ -248,7 +248,7 @@ def _marked(messages: Sequence[Row], i: int) -> list[Row]:
     return [*messages[:i], {**messages[i], "content": _MARK}, *messages[i + 1 :]]
 
 
-def _apply(messages: Sequence[Row], tokenizer: Any, **settings: Any) -> str:
+def _apply(messages: Sequence[Row], tokenizer: Any, /, **settings: Any) -> str:
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **settings))
 
 
