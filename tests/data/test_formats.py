@@ -143,7 +143,7 @@ def test_a_folder_and_a_file_that_is_not_there(read, tmp_path):
     for name in (".", "rows.csv"):
         with pytest.raises(DataError, match="is a folder"):
             read(name)
-    for name in ("none.tsv", "none"):
+    for name in ("none.tsv", "none", "x" * 5000 + ".csv"):
         with pytest.raises(DataError, match="no forget set at"):
             read(name)
 
@@ -208,6 +208,18 @@ def test_columns_can_change_places_and_a_missing_one_is_named_with_its_row(read)
     ]
     with pytest.raises(DataError, match="row 2 of the forget set has no column 'answer'"):
         read("a.jsonl", '{"prompt": "a", "answer": "b"}\n{"prompt": "c"}', columns={"completion": "answer"})
+
+
+def test_rows_in_python():
+    import numpy
+
+    turns = ({"role": "user", "content": 7}, {"role": "assistant", "content": "b"})
+    rows = read_rows([{"prompt": numpy.int64(5), "completion": numpy.float32(0.5)}, {"messages": turns}], "forget")
+    assert rows[0] == {"prompt": "5", "completion": "0.5"} and rows[1]["messages"][0]["content"] == "7"
+    for wrong in ("Zorblax", None, ["Zorblax"]):
+        with pytest.raises(DataError, match="row 2 of the forget set is a (str|NoneType|list)") as caught:
+            read_rows([rows[0], wrong], "forget")
+        assert "Zorblax" not in str(caught.value)
 
 
 def test_rows_in_a_recipe_are_texts_too(tmp_path):

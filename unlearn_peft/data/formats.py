@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Sequence, Set
 from datetime import date, datetime, time, timedelta
-from decimal import Decimal
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def shown(value: Any) -> Any:
         return value.decode("utf-8", "surrogateescape")  # what is no text is refused later, with its row
     if isinstance(value, datetime) and value.time() == time() and value.tzinfo is None:
         value = value.date()
-    return str(value) if isinstance(value, (int, float, Decimal, date, time, timedelta)) else value
+    return str(value) if isinstance(value, (Number, date, time, timedelta)) else value
 
 
 def _decoded(data: bytes, encoding: str | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,12 @@ def read_rows(source: DataSource, what: str) -> list[Row]:
     Raises:
         DataError: if the source is missing, unreadable or empty, or a row has no text.
     """
-    rows = _load(source, what) if isinstance(source, DataSpec) else [dict(row) for row in source]
+    rows = _load(source, what) if isinstance(source, DataSpec) else list(source)
     if not rows:
         raise DataError(f"the {what} set is empty: expected at least one row")
+    for n, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise DataError(f"row {n} of the {what} set is a {type(row).__name__}: expected a mapping of texts")
     rows = [_as_text(row) for row in rows]
     problems = [f"row {n}: {problem}" for n, row in enumerate(rows, 1) if (problem := _problem(row, what))]
     if problems:
@@ -109,21 +113,22 @@ def keyed_digest(rows: Sequence[Row], key: bytes) -> str:
 
 def _load(spec: DataSpec, what: str) -> list[Row]:
     path = Path(spec.path).expanduser()
-    if path.is_dir():
+    exists = os.path.exists(path)  # also says so of a path that is none: Path.exists would raise
+    if os.path.isdir(path):
         raise DataError(f"the {what} set {path} is a folder: name the file in it that holds the rows, {EXPECTED}")
-    if path.exists() and not file_format(path):
+    if exists and not file_format(path):
         raise DataError(f"the {what} set {path} ends in '{path.suffix}': expected {EXPECTED}")
-    if not path.exists() and (file_format(path) or path.is_absolute() or spec.path.startswith(".")):
+    if not exists and (file_format(path) or path.is_absolute() or spec.path.startswith(".")):
         raise DataError(f"no {what} set at {path}: expected {EXPECTED}, or a Hub data set's id")
     try:
-        if path.exists():
+        if exists:
             rows = read_file(path, spec, {*_TEXTS, *_LISTS, "messages", *spec.columns.values()})
         else:
             rows = _hub_rows(spec)
     except DataError as error:
         raise DataError(f"cannot read the {what} set: the file {path}, {error}") from None
     except Exception as error:  # datasets raises its own, pyarrow's and the Hub's errors
-        if path.exists():
+        if exists:
             place, advice = f"the file {path}", f"Expected {EXPECTED}"
         else:
             place = f"'{spec.path}' from the Hugging Face Hub"
@@ -156,7 +161,7 @@ def _as_text(row: Row) -> Row:
         row[key] = list(map(shown, row[key])) if isinstance(row[key], (list, tuple)) else one
         if isinstance(one, str) and not one.lstrip().startswith("["):  # a list that cannot be read is no word
             row[key] = [one]
-    if isinstance(row.get("messages"), list):
+    if isinstance(row.get("messages"), (list, tuple)):
         row["messages"] = [_turn(turn) if isinstance(turn, dict) else turn for turn in row["messages"]]
     return row
 
