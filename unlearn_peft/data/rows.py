@@ -15,7 +15,7 @@ from .formats import EXPECTED, file_format, read_file, shown
 from .source import DataSource, DataSpec, Row
 
 _TEXTS = ("prompt", "completion", "text", "paraphrased")  # keys whose values are texts
-_LISTS = ("leak", "perturbed")  # and lists of texts
+_LISTS = ("leak", "perturbed", "paraphrases")  # and lists of texts
 _TEXT_PARTS = ("text", "input_text", "output_text")  # of a turn, as OpenAI's two APIs name them
 _USUAL_COLUMNS = frozenset(
     "prompt completion messages text question answer questions answers input output instruction response query content "
@@ -112,7 +112,7 @@ def keyed_digest(rows: Sequence[Row], key: bytes) -> str:
 
 
 def _load(spec: DataSpec, what: str) -> list[Row]:
-    path = Path(spec.path).expanduser()
+    path = Path(os.path.expanduser(spec.path))
     exists = os.path.exists(path)  # also says so of a path that is none: Path.exists would raise
     if os.path.isdir(path):
         raise DataError(f"the {what} set {path} is a folder: name the file in it that holds the rows, {EXPECTED}")

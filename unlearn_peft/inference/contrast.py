@@ -87,7 +87,7 @@ def contrasts(
     """
     from tqdm import tqdm
 
-    index = SubjectIndex(rows)
+    index, max_length = SubjectIndex(rows), base.window(max_length)
     result: list[Contrast] = []
     with tqdm(total=len(rows), unit="row", desc="which tokens carry the facts", disable=quiet) as bar:
         for start in range(0, len(rows), _CHUNK_ROWS):

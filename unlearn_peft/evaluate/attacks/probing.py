@@ -189,5 +189,5 @@ def _next_log_p(target: Target, texts: Sequence[str]) -> Tensor:
 def _best_ranks(drop: Tensor, token_sets: Sequence[set[int]], special: Sequence[int]) -> Array:
     """Return for each set of tokens the best rank by drop, 0 for the largest; special tokens are left out."""
     values = drop.clone()
-    values[list(special)] = -torch.inf
+    values[[token for token in special if token < len(values)]] = -torch.inf  # a padding token may be beyond the model
     return np.array([min(int((values > values[i]).sum()) for i in ids) for ids in token_sets], dtype=np.float64)

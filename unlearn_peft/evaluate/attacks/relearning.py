@@ -93,7 +93,9 @@ def _train_and_ask(
 ) -> dict[int, Array]:
     """Train the deltas on the rows; return the leaks of the probes after each number of steps in `ask_at`."""
     base = target.base
-    examples = tokenize(rows, base.tokenizer, chat_template=target.chat_template, what="forget")
+    examples = tokenize(
+        rows, base.tokenizer, max_length=base.window(512), chat_template=target.chat_template, what="forget"
+    )
     batch = collate(examples, base.pad_id).to(base.device)
     labels = batch.ids[:, 1:][batch.targets[:, 1:]]
     parameters = [p for parts in deltas.values() for d in parts for p in (d.up, d.down) if p is not None]

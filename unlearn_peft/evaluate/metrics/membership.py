@@ -77,7 +77,14 @@ def gradient_norms(base: Base, rows: Sequence[Row], *, p: float = 2, chat_templa
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        examples = tokenize(rows, base.tokenizer, what="gradient norm", chat_template=chat_template, closing=False)
+        examples = tokenize(
+            rows,
+            base.tokenizer,
+            max_length=base.window(512),
+            what="gradient norm",
+            chat_template=chat_template,
+            closing=False,
+        )
         for windows in by_row(examples):
             gradients: list[Tensor | None] = [None] * len(parameters)
             count = sum(map(target_count, windows))

@@ -68,7 +68,7 @@ def find_known(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, qui
     """Ask the base which words of the forget rows carry facts; nothing may be attached to it."""
     forget = rows["forget"]
     options: dict[str, Any] = {"chat_template": recipe.chat_template}
-    found = contrasts(base, forget, max_length=base.window(recipe.max_length), quiet=quiet, **options)
+    found = contrasts(base, forget, max_length=recipe.max_length, quiet=quiet, **options)
     made = stand_in_answers(base, forget, found, seed=recipe.seed, chat=recipe.chat_template, quiet=quiet)
     options |= {"train_on": recipe.train_on}
     examples = tokenize(forget, base.tokenizer, max_length=None, closing=False, what="forget", **options)
