@@ -61,7 +61,7 @@ def read_bundle(
     if config is not None:
         problems += (wrong := check_config(config))
         if weights.tensors and not wrong:
-            deltas = _deltas(config, weights.tensors, problems)
+            deltas = deltas_of(config, weights.tensors, problems)
     if manifest is not None and (wrong := check_manifest(manifest)):
         problems, manifest = problems + wrong, None
     manifest = manifest or {}
@@ -111,7 +111,8 @@ def _or_problem(path: Path, read: Callable[[Path], T], problems: list[str]) -> T
     return None
 
 
-def _deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
+def deltas_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
+    """Return the deltas that an adapter's tensors are; what is wrong with them is added to `problems`."""
     tensors = floats(config["peft_type"], tensors, problems)
     if not config["peft_type"].startswith(DENSE):
         return _lora_deltas(config, tensors, problems)

@@ -65,7 +65,10 @@ class Base:
             parse_format(text or DEFAULT_FORMAT)
         except ValueError as error:
             raise BaseModelError(str(error)) from None
-        self.tokenizer.prompt_format = text
+        if text is None:
+            vars(self.tokenizer).pop("prompt_format", None)
+        else:
+            self.tokenizer.prompt_format = text
 
     @contextmanager
     def asked_by(self, text: str | None) -> Iterator[None]:

@@ -13,15 +13,15 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from ..data.prompt import parse_format
 from ..data.source import DataSource, DataSpec, Rows
-from ..errors import did_you_mean
 from ..files.validation import StrictModel
+from .lora_fields import lora_problems
 from .objectives import ALIASES, GaKlSettings, Objective
 
 DATA_FIELDS = ("forget", "retain", "probes", "neighbours")
 
 
 class LoraSettings(BaseModel):
-    """LoRA (Hu et al. 2021, arXiv:2106.09685). Any further field of `peft.LoraConfig` may be given by name."""
+    """LoRA (Hu et al. 2021, arXiv:2106.09685). Further fields of `peft.LoraConfig` may be given, see `lora_fields`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -151,12 +151,8 @@ class Recipe(StrictModel):
     @model_validator(mode="after")
     def _check_adapter(self) -> Recipe:
         if isinstance(self.adapter, LoraSettings) and self.adapter.model_extra:
-            from peft import LoraConfig
-
-            known = {*LoraConfig.__dataclass_fields__, "kind"}
-            for key in self.adapter.model_extra:
-                if key not in known:
-                    raise ValueError(f"unknown key 'adapter.{key}'{did_you_mean(key, known)}")
+            if problems := lora_problems(self.adapter.model_extra):
+                raise ValueError("; ".join(problems))
         if isinstance(self.adapter, HeadSettings) and getattr(self.objective, "hidden_layer", False) is not False:
             raise ValueError(
                 f"the objective '{self.objective.name}' works on the output of a decoder layer, which a head adapter "

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import AdapterError, did_you_mean
 from ..models.layers import decoder_layers, head_name, linear_layers, text_config
+from ..recipe.lora_fields import LORA_FIELDS
 from ..recipe.schema import HeadSettings, LoraSettings
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,10 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
     """
     from peft import LoraConfig
 
-    fields = settings.model_dump(exclude={"kind", "layers"})
-    targets = fields.pop("target_modules")
+    settings_by_name = settings.model_dump()
+    fields = {name: settings_by_name[name] for name in LORA_FIELDS if settings_by_name.get(name) is not None}
+    targets = _names_or_pattern(model, fields.pop("target_modules"))
+    _check_places(model, fields)
     available = linear_names(model)
     layers, kept = decoder_layers(model), [name for name in available if not _refused_by_peft(model, name)]
     if targets == "all-linear" and settings.layers == "upper_half" and "layers_to_transform" not in fields and layers:
@@ -81,6 +84,37 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
         return LoraConfig(task_type="CAUSAL_LM", **{**fields, "target_modules": targets})
     except (TypeError, ValueError) as error:
         raise AdapterError(f"PEFT refuses these LoRA settings: {error}") from error
+
+
+def _names_or_pattern(model: nn.Module, value: str | list[str]) -> str | list[str]:
+    """Return names of modules as a list; PEFT takes a lone string for a regular expression, which matches no such."""
+    if not isinstance(value, str) or value == "all-linear" or _matches(model, value, is_pattern=True):
+        return value
+    return re.split(r"[\s,]+", value.strip())
+
+
+def _check_places(model: nn.Module, fields: dict[str, Any]) -> None:
+    """Refuse what PEFT would pass over: layers that do not exist, and exclusions that exclude nothing.
+
+    Raises:
+        AdapterError: naming them.
+    """
+    if excluded := fields.get("exclude_modules"):
+        excluded = fields["exclude_modules"] = _names_or_pattern(model, excluded)
+        linear, is_pattern = list(linear_layers(model)), isinstance(excluded, str)
+        if unused := [n for n in ([excluded] if is_pattern else excluded) if not _match(linear, n, is_pattern)]:
+            raise AdapterError(
+                f"adapter.exclude_modules names {', '.join(map(str, unused))}, which is no linear layer"
+                f"{did_you_mean(str(unused[0]), linear_names(model))}. This base has: "
+                f"{', '.join([*linear_names(model), head_name(model)])}"
+            )
+    count, numbers = len(decoder_layers(model)), fields.get("layers_to_transform")
+    if numbers is not None and count and "layers_pattern" not in fields:
+        if wrong := [n for n in _listed(numbers) if type(n) is not int or not 0 <= n < count]:
+            raise AdapterError(
+                f"adapter.layers_to_transform names {', '.join(map(repr, wrong))}: this base has layers 0 to "
+                f"{count - 1}"
+            )
 
 
 def _listed(numbers: Any) -> list[int]:
@@ -159,8 +193,11 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def _matches(model: nn.Module, target: str, is_pattern: bool) -> bool:
+    return _match([name for name, _ in model.named_modules()], target, is_pattern)
+
+
+def _match(names: list[str], target: str, is_pattern: bool) -> bool:
     """Return whether PEFT would find the target: a name or its end, or (a lone string) a regular expression."""
-    names = [name for name, _ in model.named_modules()]
     if not is_pattern:
         return any(f".{name}".endswith(f".{target}") for name in names)
     try:

@@ -27,6 +27,7 @@ from ..recipe.schema import Recipe
 from .adapter_trainer import Progress
 from .checkpoints import Checkpoints
 from .examples.build import build_examples, find_known, make_retain, read_sets
+from .preflight import check_trainable
 from .save import metrics_of, save_adapter, settings_of
 from .step.sharding import runs_on_cpu
 from .trainer import Job, Trained, run_digest, train
@@ -113,6 +114,8 @@ def unlearn_many(
     live = base or load_base(first.base, first.dtype, first.device, first.quantize)
     if names := attached(live):
         raise AdapterError(f"attached to the base: {', '.join(names)}. Detach first: the bare base is the reference")
+    for n in remaining:
+        check_trainable(live, recipes[n])
     main = int(os.environ.get("RANK", 0)) == 0
     jobs: list[Job] = []
     digests: list[dict[str, str]] = []
@@ -148,8 +151,6 @@ def unlearn_many(
             train(live, jobs, finished, cache_folder=cache, resume=resume, tracker=tracker, quiet=quiet)
         except PermissionError as error:
             raise _refused(output, error) from None
-        finally:
-            live.model.__dict__.pop("peft_config", None)
         if main:
             shutil.rmtree(cache, ignore_errors=True)
     return [adapters[n] for n in range(len(recipes))]
@@ -178,8 +179,6 @@ def _check_together(recipes: Sequence[Recipe], outputs: Sequence[Path]) -> None:
             )
         if recipe.compile:
             raise RecipeError("compile: true cannot be combined with several adapters at once: set it to false")
-        if getattr(recipe.adapter, "use_dora", False):
-            raise RecipeError("adapter.use_dora cannot be trained beside other adapters: train this recipe alone")
 
 
 def _of_main_process(made: T, base: Base) -> T:

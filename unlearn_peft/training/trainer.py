@@ -23,6 +23,7 @@ import torch
 from ..errors import Interrupted, RecipeError, TrainingError
 from ..models.base import Base, give_back_freed
 from ..models.layers import vocabulary
+from ..models.restore import left_as_found
 from ..recipe.schema import DATA_FIELDS, Recipe
 from .adapter_config import adapter_config
 from .adapter_trainer import AdapterTrainer, Progress
@@ -104,8 +105,6 @@ class Training:
     ) -> None:
         from accelerate import Accelerator
 
-        if base.model.dtype == torch.float16:
-            raise RecipeError("training in float16 loses small gradients: choose dtype bfloat16 or float32")
         first, checkpoints = jobs[0].recipe, jobs[0].checkpoints
         self.accelerator = Accelerator(cpu=runs_on_cpu(base), device_placement=False, log_with=tracker,
                                        project_dir=str(checkpoints.folder) if checkpoints else ".")  # fmt: skip
@@ -118,12 +117,11 @@ class Training:
         self.sharded: Any = None
         self._undo = ExitStack()
         try:
+            self._undo.enter_context(left_as_found(base.model))
             if sharded:
                 self._undo.callback(base.model.to, base.device)  # it waits in main memory while its twin is sharded
                 self.sharded = shard(self.accelerator, base)
             self.model = _with_adapters(self.sharded if sharded else base.model, [job.recipe for job in jobs], names)
-            if not sharded:
-                self._undo.callback(self.model.unload)
             training_mode(self.model, first.gradient_checkpointing)
             self.trainers = [
                 AdapterTrainer(name, self.model, job.recipe, job.sets, self.accelerator, job.checkpoints)
@@ -250,7 +248,7 @@ class Training:
             )
 
     def close(self) -> None:
-        """Take the adapters off the base again."""
+        """Leave the base as it was found."""
         self._undo.close()
 
     def _save(self, live: Sequence[AdapterTrainer], stop: bool) -> None:
@@ -294,15 +292,11 @@ def _with_adapters(bare: Any, recipes: Sequence[Recipe], names: Sequence[str]) -
         warnings.simplefilter("ignore")  # PEFT warns that merging a tied head is unsafe: ours unties first
         torch.manual_seed(recipes[0].seed)
         model = get_peft_model(bare, configs[0], adapter_name=names[0])
-        try:
-            for recipe, name, config in zip(recipes[1:], names[1:], configs[1:], strict=True):
-                torch.manual_seed(recipe.seed)
-                model.add_adapter(name, config)
-            if len(names) > 1:
-                model.base_model.set_adapter(list(names))
-        except BaseException:
-            model.unload()
-            raise
+        for recipe, name, config in zip(recipes[1:], names[1:], configs[1:], strict=True):
+            torch.manual_seed(recipe.seed)
+            model.add_adapter(name, config)
+        if len(names) > 1:
+            model.base_model.set_adapter(list(names))
     return model
 
 
