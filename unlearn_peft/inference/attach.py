@@ -79,7 +79,8 @@ def swap(
 
 def attached(model: Any) -> dict[str, float]:
     """Return the names and strengths of the attached adapters."""
-    return {name: adapter.strength for name, adapter in Bank.of(model).adapters.items()}
+    bank = Bank.found_on(model)
+    return {name: adapter.strength for name, adapter in bank.adapters.items()} if bank else {}
 
 
 @contextmanager

@@ -65,12 +65,18 @@ class Bank:
         """Return the bank of a model or `Base`, made on first use."""
         tokenizer = model.tokenizer if isinstance(model, Base) else None
         live = model.model if isinstance(model, Base) else model
-        bank = live.__dict__.get(_ATTRIBUTE)
+        bank = cls.found_on(live)
         if bank is None:
             bank = cls(live, tokenizer)
             object.__setattr__(live, _ATTRIBUTE, bank)
         bank.tokenizer = bank.tokenizer or tokenizer
         return bank  # type: ignore[no-any-return]
+
+    @staticmethod
+    def found_on(model: Any) -> Bank | None:
+        """Return the bank of a model or `Base`, if it has one."""
+        live = model.model if isinstance(model, Base) else model
+        return live.__dict__.get(_ATTRIBUTE)  # type: ignore[no-any-return]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of a model, or a pickled one, has no bank: it gets one of its own when it first needs it."""

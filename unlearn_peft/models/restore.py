@@ -15,9 +15,9 @@ from torch import nn
 def left_as_found(model: nn.Module) -> Iterator[None]:
     """Put back, when a `with` block ends in any way, what was set on a model inside it, and torch's random state.
 
-    Each module's attributes are put back (so training flags, hooks, patched forward passes, and modules and buffers that
-    were replaced), what its configs hold, and which parameters have gradients. What tensors hold is not copied: nothing
-    may write to it.
+    Each module's attributes are put back (training flags, hooks, patched forward passes, modules and buffers that were
+    replaced), what its configs hold, and which parameters have gradients. What tensors hold is not copied: nothing may
+    write to it.
     """
     gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     contents = _contents(model)

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import did_you_mean, safe_repr
 
 _INITS = ("gaussian", "orthogonal")
-LORA_FIELDS: dict[str, tuple[Callable[[Any], bool], str] | None] = {  # with what it may be, where only training needs it
+LORA_FIELDS: dict[str, tuple[Callable[[Any], bool], str] | None] = {  # None: checked with the base
     **dict.fromkeys(("r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
                      "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out")),
     "lora_dropout": (lambda value: type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"),

@@ -21,7 +21,8 @@ from ..errors import AdapterError, OutputError, RecipeError
 from ..files.atomic import folder_bytes
 from ..files.paths import digest_key
 from ..inference.attach import attached
-from ..models.base import Base, load_base
+from ..models.base import Base, freeze, load_base
+from ..models.restore import left_as_found
 from ..recipe.load import make_recipe
 from ..recipe.schema import Recipe
 from .adapter_trainer import Progress
@@ -114,12 +115,14 @@ def unlearn_many(
     live = base or load_base(first.base, first.dtype, first.device, first.quantize)
     if names := attached(live):
         raise AdapterError(f"attached to the base: {', '.join(names)}. Detach first: the bare base is the reference")
-    for n in remaining:
-        check_trainable(live, recipes[n])
     main = int(os.environ.get("RANK", 0)) == 0
     jobs: list[Job] = []
     digests: list[dict[str, str]] = []
     with ExitStack() as locks:
+        locks.enter_context(left_as_found(live.model))
+        freeze(live.model)
+        for n in remaining:
+            check_trainable(live, recipes[n])
         locks.enter_context(live.asked_by(first.prompt_format))
         for n in remaining if main else ():
             locks.enter_context(_locked(outputs[n]))

@@ -12,8 +12,8 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ import torch
 from ..errors import Interrupted, RecipeError, TrainingError
 from ..models.base import Base, give_back_freed
 from ..models.layers import vocabulary
-from ..models.restore import left_as_found
 from ..recipe.schema import DATA_FIELDS, Recipe
 from .adapter_config import adapter_config
 from .adapter_trainer import AdapterTrainer, Progress
@@ -73,7 +72,7 @@ def train(
     tracker: str | None = None,
     quiet: bool = False,
 ) -> None:
-    """Train an adapter for each job, all in one pass over one base, which is as it was when this returns or raises.
+    """Train an adapter for each job, all in one pass over one base; the adapters are left on it.
 
     `finished` is called with each adapter as soon as it is done. Reference activations beyond `cache_gb` go to
     `cache_folder`, or without one are computed again. See `unlearn` for the other arguments.
@@ -82,13 +81,14 @@ def train(
         TrainingError: if a loss stops being a number; the message says when, and the likely cause.
         Interrupted: after Ctrl-C or SIGTERM, with the path of the saved state.
     """
-    training = Training(base, jobs, cache_folder=cache_folder, tracker=tracker, quiet=quiet)
-    try:
-        training.start(resume)
-        with stop_signals() as received:
-            training.loop(finished, received)
-    finally:
-        training.close()
+    with _accelerate_as_found():
+        training = Training(base, jobs, cache_folder=cache_folder, tracker=tracker, quiet=quiet)
+        try:
+            training.start(resume)
+            with stop_signals() as received:
+                training.loop(finished, received)
+        finally:
+            training.close()
 
 
 class Training:
@@ -117,7 +117,6 @@ class Training:
         self.sharded: Any = None
         self._undo = ExitStack()
         try:
-            self._undo.enter_context(left_as_found(base.model))
             if sharded:
                 self._undo.callback(base.model.to, base.device)  # it waits in main memory while its twin is sharded
                 self.sharded = shard(self.accelerator, base)
@@ -248,7 +247,7 @@ class Training:
             )
 
     def close(self) -> None:
-        """Leave the base as it was found."""
+        """End what was begun beside the adapters: trackers, compiled layers, a sharded twin."""
         self._undo.close()
 
     def _save(self, live: Sequence[AdapterTrainer], stop: bool) -> None:
@@ -274,6 +273,21 @@ class Training:
             return stop
         count = torch.tensor([float(stop)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(count, reduction="sum") > 0)
+
+
+@contextmanager
+def _accelerate_as_found() -> Iterator[None]:
+    """Put back what Accelerate keeps for the whole process: a caller may train by it with other settings."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    kept = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in kept]
+    try:
+        yield
+    finally:
+        for state, values in zip(kept, before, strict=True):
+            state.clear()
+            state.update(values)
 
 
 def run_digest(recipe: Recipe, rows_digest: str, base: Base) -> str:

@@ -26,6 +26,7 @@ from ...data.words import normalize, places, said
 from ...inference.generate import leaked
 from ...models.forward import picked_logits
 from ...models.layers import head_name, linear_layers
+from ...models.restore import left_as_found
 from ..score import Array
 from .harness import Attacked, Target, adapters_on, attacked, averages, leaks
 from .weights import shape_of
@@ -119,13 +120,11 @@ def _train_and_ask(
 def _lora_layers(model: Any, deltas: Mapping[str, Sequence[Delta]]) -> Iterator[None]:
     """Wrap the modules in PEFT's LoRA layers, whose weights are these deltas, inside a `with` block.
 
-    A dense delta is a LoRA of full rank whose A is the identity and is not trained. The modules are put back one by
-    one and not by PEFT's `unload`, which cannot undo an injection that failed half way.
+    A dense delta is a LoRA of full rank whose A is the identity and is not trained.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    modules = {name: model.get_submodule(name) for name in deltas}
-    try:
+    with left_as_found(model):
         for n in range(max(map(len, deltas.values()))):
             nth = {re.escape(name): parts[n] for name, parts in deltas.items() if len(parts) > n}
             ranks = {name: delta.rank or delta.shape[1] for name, delta in nth.items()}
@@ -144,11 +143,6 @@ def _lora_layers(model: Any, deltas: Mapping[str, Sequence[Delta]]) -> Iterator[
                 layer.lora_B[f"delta{n}"].weight = delta.up
                 layer.scaling[f"delta{n}"] = delta.scale
         yield
-    finally:
-        for name, module in modules.items():
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module)
-        model.__dict__.pop("peft_config", None)
 
 
 def _adapter_deltas(target: Target, fresh: bool) -> dict[str, list[Delta]]:

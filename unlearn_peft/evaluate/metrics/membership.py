@@ -21,6 +21,7 @@ from ...data.tokenize import by_row, tokenize
 from ...errors import BaseModelError
 from ...models.base import Base
 from ...models.forward import picked_logits
+from ...models.restore import left_as_found
 from ..score import Array, Score, score
 from ..token_scores import RowTokens, row_tokens
 
@@ -71,10 +72,9 @@ def gradient_norms(base: Base, rows: Sequence[Row], *, p: float = 2, chat_templa
     parameters = [parameter for parameter in base.model.parameters() if parameter.is_floating_point()]
     if not parameters:
         raise BaseModelError("no parameter of this base can have a gradient: load it unquantised for gradient norms")
-    before = [parameter.requires_grad for parameter in parameters]
     head = base.model.get_output_embeddings()
     norms = []
-    try:
+    with left_as_found(base.model):
         for parameter in parameters:
             parameter.requires_grad_(True)
         examples = tokenize(
@@ -98,9 +98,6 @@ def gradient_norms(base: Base, rows: Sequence[Row], *, p: float = 2, chat_templa
                     if gradient is not None:
                         gradients[n] = gradient if (so_far := gradients[n]) is None else so_far + gradient
             norms.append(float(torch.stack([g.float().norm(p) for g in gradients if g is not None]).mean()))
-    finally:
-        for parameter, flag in zip(parameters, before, strict=True):
-            parameter.requires_grad_(flag)
     return np.array(norms)
 
 
