@@ -106,7 +106,6 @@ def test_ctrl_c_keeps_all_and_resume_goes_on(tiny, tmp_path, monkeypatch):
     [
         ([LORAS[0], HEADS[0]], "must be of one kind, these are: head low_rank, lora"),
         ([LORAS[0], {"adapter": {"kind": "lora", "lora_dropout": 0.1}}], "lora_dropout draws other masks"),
-        ([LORAS[0], {"adapter": {"kind": "lora", "use_dora": True}}], "use_dora cannot be trained beside"),
         ([LORAS[0], {**LORAS[1], "base": "elsewhere"}], "must name one base, these are: demo.*, elsewhere"),
     ],
 )

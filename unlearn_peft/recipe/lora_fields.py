@@ -24,7 +24,7 @@ LORA_FIELDS: dict[str, tuple[Callable[[Any], bool], str] | None] = {  # None: ch
 
 
 def lora_problems(fields: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with fields of `LoraConfig`; null stands for PEFT's default."""
+    """Return what is wrong with fields of `LoraConfig`; nothing (null, [], {}) stands for PEFT's default."""
     from peft import LoraConfig
 
     default, problems = LoraConfig(task_type="CAUSAL_LM"), []
@@ -33,7 +33,7 @@ def lora_problems(fields: Mapping[str, Any]) -> list[str]:
         expected = LORA_FIELDS.get(name)
         if name not in known:
             problems.append(f"unknown key 'adapter.{name}'{did_you_mean(name, known)}")
-        elif value is None or (name in LORA_FIELDS and (expected is None or expected[0](value))):
+        elif value in (None, [], {}) or (name in LORA_FIELDS and (expected is None or expected[0](value))):
             continue
         elif expected is not None:
             problems.append(f"'adapter.{name}' is {safe_repr(value)}, expected {expected[1]}")

@@ -21,7 +21,12 @@ DATA_FIELDS = ("forget", "retain", "probes", "neighbours")
 
 
 class LoraSettings(BaseModel):
-    """LoRA (Hu et al. 2021, arXiv:2106.09685). Further fields of `peft.LoraConfig` may be given, see `lora_fields`."""
+    """LoRA (Hu et al. 2021, arXiv:2106.09685).
+
+    Of `peft.LoraConfig` may also be given: exclude_modules, layers_to_transform, layers_pattern, rank_pattern,
+    alpha_pattern, use_rslora, lora_dropout, and init_lora_weights (true, gaussian or orthogonal). Its other fields
+    change more than what is added to the outputs of linear layers, and are refused.
+    """
 
     model_config = ConfigDict(extra="allow")
 
