@@ -176,12 +176,12 @@ def _pem_keys(text: str, where: str) -> list[bytes]:
 
 
 def _yaml_file(path: Path) -> dict[str, bytes | Identity]:
-    import yaml
+    from ..files.strict_yaml import parse_yaml
 
     try:
-        table = yaml.safe_load(_read(path))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise TrustError(f"{path} is no YAML ({type(error).__name__})") from None
+        table = parse_yaml(_read(path))
+    except ValueError as error:
+        raise TrustError(f"{path} is no YAML: {error}") from None
     if not isinstance(table, dict):
         raise TrustError(f"{path} holds {type(table).__name__}, expected a table: NAME: KEY.pub")
     signers: dict[str, bytes | Identity] = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from ..files.validation import StrictModel
 
@@ -21,6 +22,11 @@ class DataSpec(StrictModel):
     columns: dict[str, str] = Field(
         default_factory=dict, description="ours -> theirs, e.g. {prompt: question, completion: answer}"
     )
+
+    @field_validator("path")
+    @classmethod
+    def _expand_home(cls, value: str) -> str:
+        return os.path.expanduser(value)
 
 
 Rows = list[Row]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..data.formats import file_format
-from ..errors import RecipeError, did_you_mean
+from ..errors import RecipeError, did_you_mean, safe_repr
+from ..files.strict_yaml import parse_yaml, read_yaml
 from .objectives import SETTINGS
 from .schema import DATA_FIELDS, Recipe
 
@@ -26,6 +27,9 @@ _TAGS = (
     "auto",
     *SETTINGS,
 )  # in the locations of pydantic's errors
+
+
+_SHORTHAND = {"adapter": "kind", "objective": "name", **dict.fromkeys(DATA_FIELDS, "path")}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), **fields: Any) -> Recipe:
@@ -49,9 +53,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), **fields: Any) 
     if isinstance(objective, str):
         objective = values["objective"] = {"name": objective}
     if isinstance(objective, dict) and ".py:" in str(objective.get("name")):
-        objective["name"] = str(path.parent.absolute() / objective["name"])
+        objective["name"] = str(path.parent.absolute() / os.path.expanduser(objective["name"]))
     if isinstance(values.get("base"), str) and values["base"].startswith(("./", "../")):
-        values["base"] = str(path.parent / values["base"])
+        values["base"] = os.path.join(path.parent, values["base"])
     for override in overrides:
         _apply(values, override)
     values.update({key: value for key, value in fields.items() if value is not None})
@@ -73,19 +77,14 @@ def make_recipe(values: Mapping[str, Any], origin: str = "the recipe") -> Recipe
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8-sig"))
-        node = loader.get_single_node()
-        values = loader.construct_document(_rows_as_text(node)) if node else None
+        values = read_yaml(path, _rows_as_text)
     except FileNotFoundError:
         example = "recipes/harry_potter.yaml"
         raise RecipeError(f"no recipe at {path}: give the path of a YAML file, e.g. {example}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), str(getattr(error, "problem", "unreadable"))
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = re.sub(r"'[^']{2,}'", "'...'", problem)  # may quote an inline row
-        raise RecipeError(f"{path} is not valid YAML{where}: {problem}") from None
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         expected = "expected a mapping of fields such as 'forget: rows.jsonl'"
         raise RecipeError(f"{path} holds {type(values).__name__}, {expected}")
@@ -114,8 +113,8 @@ def _relative_to(folder: Path, source: Any) -> Any:
     if isinstance(source, dict) and isinstance(source.get("path"), str):
         return {**source, "path": _relative_to(folder, source["path"])}
     if isinstance(source, str):
-        candidate = folder / source
-        is_file = candidate.exists() or file_format(candidate)
+        candidate = folder / os.path.expanduser(source)
+        is_file = os.path.exists(candidate) or file_format(candidate)
         return str(candidate) if is_file else source
     return source
 
@@ -128,8 +127,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     place = values
     for name in outer:
         inner = place.get(name)
-        if isinstance(inner, str):  # the shorthand: adapter: lora
-            inner = {"kind" if name == "adapter" else "name": inner}
+        if isinstance(inner, str):  # the shorthand: adapter: lora, forget: rows.jsonl
+            inner = {_SHORTHAND.get(name, "name"): inner}
         elif inner is None:
             inner = {}
         elif not isinstance(inner, dict):
@@ -137,8 +136,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
         place[name] = inner
         place = inner
     try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        place[last] = parse_yaml(text)
+    except ValueError:
         raise RecipeError(f"cannot read the value of the override '{key}': it is not valid YAML") from None
 
 
@@ -158,7 +157,7 @@ def _describe(item: dict[str, Any]) -> str:
     if item["type"] == "union_tag_invalid":
         kind = item["ctx"]["tag"]
         return f"unknown adapter kind '{kind}'{did_you_mean(kind, ['lora', 'head'])}; known: lora, head"
-    value = "a list or mapping" if isinstance(item["input"], (dict, list)) else repr(item["input"])
+    value = "a list or mapping" if isinstance(item["input"], (dict, list)) else safe_repr(item["input"])
     if item["loc"] and (item["loc"][0] in DATA_FIELDS or "refusals" in item["loc"]):  # it may hold a row's text
         value = f"a {type(item['input']).__name__}"
     return f"'{name}' is {value}: {item['msg'][0].lower()}{item['msg'][1:]}"

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
 from ..errors import did_you_mean
-from ..files.validation import StrictModel
+from ..files.validation import Settings, StrictModel
 
 
 class StopWhen(StrictModel):
@@ -22,7 +22,7 @@ class StopWhen(StrictModel):
     )
 
 
-class ObjectiveSettings(BaseModel):
+class ObjectiveSettings(Settings):
     """The name of an objective, and the guards of the training loop."""
 
     name: str
@@ -37,7 +37,7 @@ class ObjectiveSettings(BaseModel):
 class _BuiltIn(ObjectiveSettings):
     """The package's own objectives refuse unknown keys, and share the default budget."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid")
 
     retain_budget: float | None = Field(0.08, gt=0)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -31,7 +32,9 @@ def load_function(
     """
     place, _, function = name.rpartition(":")
     try:
-        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = (
+            _load_file(Path(os.path.expanduser(place))) if place.endswith(".py") else importlib.import_module(place)
+        )
         result = getattr(module, function)
     except (ImportError, AttributeError, OSError, ValueError) as problem:
         names = f"one of {', '.join(known)}, or " if known else ""

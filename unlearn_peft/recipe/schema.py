@@ -5,22 +5,23 @@ The settings of each objective are in `objectives.py`; YAML is read by `load.py`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from ..data.prompt import parse_format
 from ..data.source import DataSource, DataSpec, Rows
-from ..files.validation import StrictModel
+from ..files.validation import Settings, StrictModel
 from .lora_fields import lora_problems
 from .objectives import ALIASES, GaKlSettings, Objective
 
 DATA_FIELDS = ("forget", "retain", "probes", "neighbours")
 
 
-class LoraSettings(BaseModel):
+class LoraSettings(Settings):
     """LoRA (Hu et al. 2021, arXiv:2106.09685).
 
     Of `peft.LoraConfig` may also be given: exclude_modules, layers_to_transform, layers_pattern, rank_pattern,
@@ -144,6 +145,11 @@ class Recipe(StrictModel):
         if isinstance(value, Sequence):
             return [{"text": row} if isinstance(row, str) else row for row in value]
         return value
+
+    @field_validator("output")
+    @classmethod
+    def _expand_home(cls, value: str | None) -> str | None:
+        return value and os.path.expanduser(value)
 
     @model_validator(mode="after")
     def _check_prompt_format(self) -> Recipe:

@@ -13,17 +13,15 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from ...errors import PolicyError, safe_repr
+from ...errors import PolicyError
+from ...files.strict_yaml import MAX_YAML_BYTES, parse_yaml
 from .policy import Policy, make_policy
 
 logger = logging.getLogger(__name__)
-_MAX_BYTES = 16_000_000  # some 100,000 tenants
 _SETTLE = 0.05  # seconds: longer than a tick of the clock that files are stamped by
 _TRIES = 20
 
@@ -92,16 +90,10 @@ def read_policy(path: str | Path) -> Policy:
 
 def parse_policy(data: bytes, origin: str, folder: Path) -> Policy:
     """Read a policy from YAML; see `make_policy`."""
-    if len(data) > _MAX_BYTES:
-        raise PolicyError(f"{origin} is larger than {_MAX_BYTES / 1e6:.0f} MB: expected a policy")
     try:
-        values = yaml.load(data, _Loader)  # noqa: S506  (a SafeLoader that refuses more)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise PolicyError(f"{origin} is not valid YAML{where}: {getattr(error, 'problem', 'unreadable')}") from None
-    except (ValueError, RecursionError) as error:  # numbers, dates or nesting that Python refuses
-        raise PolicyError(f"{origin} is not valid YAML ({type(error).__name__})") from None
+        values = parse_yaml(data)
+    except ValueError as error:
+        raise PolicyError(f"{origin} is not valid YAML: {error}") from None
     return make_policy(values, origin, folder)
 
 
@@ -120,24 +112,6 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's loader in Python (the one in C crashes on deep nesting), without duplicate and merge keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            problem = None
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                problem = "'<<' is not taken here: write the entries out"
-            elif key is not None and key in seen:
-                problem = f"{safe_repr(key)} is given twice"
-            if problem:
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _read_settled(path: Path) -> tuple[tuple[int, ...], bytes]:
     """Return what tells versions of the file apart, and its bytes, once nobody has written to it for a moment."""
     for _ in range(_TRIES):
@@ -147,7 +121,7 @@ def _read_settled(path: Path) -> tuple[tuple[int, ...], bytes]:
             before = os.fstat(stream.fileno())
             if 0 <= time.time_ns() - before.st_mtime_ns < _SETTLE * 1e9:
                 time.sleep(_SETTLE)
-            data = stream.read(_MAX_BYTES + 1)
+            data = stream.read(MAX_YAML_BYTES + 1)
             after = os.fstat(stream.fileno())
             if (after.st_mtime_ns, after.st_size) == (before.st_mtime_ns, before.st_size):
                 return _stat_key(before), data
