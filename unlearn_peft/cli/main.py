@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 import typer
 
@@ -13,6 +18,7 @@ from ..errors import Interrupted, UnlearnError
 from .adapters import export, inspect, merge, shrink, stack
 from .evaluate import evaluate
 from .generate import compare, generate
+from .options import checked
 from .serve import serve
 from .share import keys, pull, push, sign, verify
 from .tenant import app as tenant
@@ -41,12 +47,19 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }  # fmt: skip
 for name, command in COMMANDS.items():
     app.command(name)(command)
+for group in (app, tenant, keys):
+    for registered in group.registered_commands:
+        registered.callback = checked(registered.callback)
 app.add_typer(tenant, name="tenant")
 app.add_typer(keys, name="keys")
 
 
 def main() -> None:
-    """Run the command line: exit code 2 and one clear message for what a user can mend, 130 when interrupted."""
+    """Run the command line: exit code 2 and one clear message where it cannot go on, 130 when interrupted.
+
+    An error that nobody foresaw is told by its kind and place: its text may quote a row that is to be forgotten.
+    `UNLEARN_PEFT_TRACEBACK=1` shows all of it.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("unlearn_peft").setLevel(logging.INFO)
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they warn in each pass, or of other machines
@@ -54,13 +67,48 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may have fewer characters than an answer
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except Interrupted as error:
-        print(f"\n{error}", file=sys.stderr)
-        sys.exit(130)
+        _end(f"\n{error}", 130)
     except UnlearnError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has read enough
+        _end(None, 1)
+    except Exception as error:
+        if os.environ.get("UNLEARN_PEFT_TRACEBACK"):
+            raise
+        _end(f"error: {_explain(error)}", 2)
+
+
+def _explain(error: Exception) -> str:
+    """Say what happened where no command foresaw it."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, MemoryError) or re.search("out ?of ?memory|allocate memory", repr(error), re.IGNORECASE):
+        return "there is not enough memory: try a smaller base, batch, length or rank, or --quantize"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "unlearn_peft" in frame.filename]
+    place = f" in {'/'.join(frames[-1].filename.split('/')[-2:])}, line {frames[-1].lineno}" if frames else ""
+    return (
+        f"{type(error).__name__}{place}, which is a bug of unlearn-peft: please report it. UNLEARN_PEFT_TRACEBACK=1 "
+        "shows all of it, which may quote your rows"
+    )
+
+
+def _end(message: str | None, code: int) -> NoReturn:
+    """Print a message and exit, also where nobody reads the output any more."""
+    with suppress(OSError):
+        if message is not None:
+            print(message, file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError, AttributeError):  # else Python tries to write the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UnlearnError
+from ..errors import UnlearnError, safe_repr
 
 if TYPE_CHECKING:
     from ..adapters.bundle import Bundle
@@ -53,6 +55,35 @@ RequireOption = Annotated[
         help="Refuse adapters that none of the --trusted-keys has signed.",
     ),
 ]
+
+
+_PLACES = ("base", "retrained", "policy", "store", "source", "target")  # texts that may be paths
+
+
+def checked(command: Callable[..., None] | None) -> Callable[..., None] | None:
+    """Let a command expand `~` in every path (no shell does that in `--output=~/x`), and refuse impossible values."""
+    if command is None:
+        return None
+
+    def check(name: str, value: Any) -> Any:
+        from ..files.validation import check_value
+
+        if isinstance(value, (list, tuple)):
+            return [check(name, one) for one in value]
+        is_path = isinstance(value, Path)
+        try:
+            check_value(str(value) if is_path else value)
+        except ValueError as error:
+            raise UnlearnError(f"'{name.strip('_')}' is {safe_repr(value)}: {error}") from None
+        if is_path or (name in _PLACES and isinstance(value, str)):
+            return type(value)(os.path.expanduser(value))
+        return value
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        command(**{name: check(name, value) for name, value in values.items()})
+
+    return run
 
 
 def trust_of(trusted_keys: list[Path] | None, require_signature: bool) -> Trust | None:
