@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import safe_repr
+from ..errors import AdapterError, safe_repr
 from ..files.weights import LARGEST
 from .quantized import QUANTIZED
 
@@ -44,6 +44,21 @@ _LONGEST_PATTERN = 2_000
 _SLOW = re.compile(r"\)[*+?{]|\\[1-9]|\(\?[^:!=]|[*+}]\+")  # repeated groups, references, what is not just (?: (?! (?=
 _REPEATS = re.compile(r"[*+{]")
 _MAX_REPEATS = 4  # of one regular expression: on names of 60 letters, tens of milliseconds each at worst
+
+
+def check_strengths(strengths: float | Sequence[float], count: int) -> list[float]:
+    """Return one strength for each of `count` adapters, from one for all or one each.
+
+    Raises:
+        AdapterError: there are too few or too many, or one is not finite.
+    """
+    each = list(strengths) if isinstance(strengths, Sequence) else [strengths] * count
+    if len(each) != count:
+        number = f"{len(each)} strength" + "s" * (len(each) != 1)
+        raise AdapterError(f"{number} for {count} adapter{'s' * (count != 1)}: expected one each, in the same order")
+    if wild := [strength for strength in each if not math.isfinite(strength)]:
+        raise AdapterError(f"a strength is {wild[0]}: expected a finite number, 1 is as trained")
+    return [float(strength) for strength in each]
 
 
 def check_config(config: Mapping[str, Any]) -> list[str]:

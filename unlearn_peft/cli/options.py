@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UnlearnError, safe_repr
+from ..errors import BaseModelError, UnlearnError, safe_repr
 
 if TYPE_CHECKING:
     from ..adapters.bundle import Bundle
@@ -123,11 +123,28 @@ def load(base: str | None, adapters: Sequence[Bundle], dtype: str, device: str, 
 
 
 def base_of(base: str | None, adapters: Sequence[Bundle] = ()) -> str:
-    """Return the name of the base to load: `base`, else the one that the first adapter was trained on, else `demo`."""
+    """Return the name of the base to load: `base`, else the one that the first adapter was trained on, else `demo`.
+
+    Raises:
+        BaseModelError: that one is a local folder, recorded as seen from where the adapter was made, and not found.
+    """
     from ..models.base import DEMO_HUB_ID
 
     if base is None and adapters:
         base = adapters[0].manifest.get("base", {}).get("name") or adapters[0].config.get("base_model_name_or_path")
+        if base is not None and str(base).startswith("."):
+            return _base_beside(str(base), adapters[0].path)
     if base is None or base == DEMO_HUB_ID:
         return "demo"  # the same model, and without the network where its wheel is installed
     return str(base)
+
+
+def _base_beside(base: str, adapter: Path) -> str:
+    """Find a base that an adapter names by a relative path: from here, or from a folder that the adapter is in."""
+    for folder in (Path(), *adapter.absolute().parents):
+        if (folder / base / "config.json").is_file():
+            return str(folder / base)
+    raise BaseModelError(
+        f"the adapter {adapter} was trained on the base in the folder {safe_repr(base)}, which is found neither from "
+        "here nor from the adapter's own place: name its place now with --base"
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapters.bundle import Bundle
 from ..adapters.trust import Trust
-from ..errors import AdapterError
+from ..adapters.validate import check_strengths
 from .bank import Bank
 
 
@@ -35,9 +35,7 @@ def attach(
     Raises:
         AdapterError: if any of them is refused; then none is attached.
     """
-    strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(adapters)
-    if len(strengths) != len(adapters):
-        raise AdapterError(f"{len(strengths)} strengths for {len(adapters)} adapters: expected one, or one each")
+    strengths = check_strengths(strength, len(adapters))
     bank = Bank.of(model)
     before, names = bank.adapters, []
     try:

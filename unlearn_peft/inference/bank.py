@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..adapters.bundle import Bundle
 from ..adapters.read import read_bundle
 from ..adapters.trust import Trust
+from ..adapters.validate import check_strengths
 from ..errors import AdapterError, did_you_mean
 from ..models.base import Base
 from ..models.fingerprint import fingerprint
@@ -146,7 +147,7 @@ class Bank:
         try:
             for name, strength in strengths.items():
                 try:
-                    parts[name] = WeightedAdapter(self._acquire(name), float(strength))
+                    parts[name] = WeightedAdapter(self._acquire(name), *check_strengths(strength, 1))
                 except AdapterError as error:
                     error.adapter = name
                     raise
@@ -217,7 +218,7 @@ class Bank:
             if name in others:
                 raise AdapterError(f"an adapter named '{name}' is attached already: swap it, or give another name")
             adapter = self._fit(bundle, allow_different_base)
-            self.restore({**others, name: WeightedAdapter(adapter, float(strength))})
+            self.restore({**others, name: WeightedAdapter(adapter, *check_strengths(strength, 1))})
 
     def detach(self, name: str) -> None:
         """Remove one adapter from all rows."""

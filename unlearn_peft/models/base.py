@@ -166,7 +166,7 @@ def _resolve(name: str) -> tuple[str, str]:
         if gguf is None:
             return DEMO_HUB_ID, DEMO_HUB_ID
         return str(convert_gguf(gguf)), DEMO_HUB_ID
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix == ".gguf":
         if not path.is_file():
             raise BaseModelError(f"no file at {path}: expected a .gguf model")
@@ -179,7 +179,7 @@ def _resolve(name: str) -> tuple[str, str]:
                 + (", but this is an adapter: pass it with --adapter" if is_adapter else "")
             )
         return str(path), name
-    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+    if os.path.exists(path) or name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise BaseModelError(f"no base model at '{name}': expected a Hub id, a local folder, a .gguf file, or 'demo'")
     return name, name
 

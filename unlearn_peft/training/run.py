@@ -214,10 +214,11 @@ def _locked(output: Path) -> Iterator[None]:
     lock = FileLock(output.with_name(output.name + ".lock"))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        Path(lock.lock_file).touch()  # where that is refused, the lock would say that another run has it
         lock.acquire(timeout=0)
     except Timeout:
         raise OutputError(f"another run is writing to {output}: wait for it, or choose another --output") from None
-    except PermissionError as error:
+    except OSError as error:
         raise _refused(output, error) from None
     try:
         yield

@@ -32,9 +32,11 @@ def save_adapter(
 
     progress = trained.progress
     config = trained.model.peft_config[trained.name]
-    config.base_model_name_or_path, config.inference_mode = base.name, True
+    local = Path(base.name).is_dir() and not Path(base.name).is_absolute() and not base.name.startswith((".", "~"))
+    name = f"./{base.name}" if local else base.name  # so that it is taken for no Hub id
+    config.base_model_name_or_path, config.inference_mode = name, True
     manifest = {
-        "base": {"name": base.name, "fingerprint": base.fingerprint},
+        "base": {"name": name, "fingerprint": base.fingerprint},
         "peft_type": str(config.peft_type.value),
         "recipe": settings_of(recipe),
         "data_digests": {"key": hashlib.sha256(key).hexdigest()[:16], "hmac_sha256": dict(digests)},

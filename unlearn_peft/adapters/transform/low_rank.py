@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ...errors import AdapterError
 from ..bundle import Bundle, Delta
+from ..validate import check_strengths
 
 
 def rank_config(ranks: Mapping[str, int]) -> dict[str, Any]:
@@ -23,13 +23,9 @@ def rank_config(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 def weighted(bundles: Sequence[Bundle], strengths: Sequence[float] | None) -> list[tuple[Bundle, float]]:
     """Pair adapters with their strengths, 1 by default; an AdapterError says why they cannot be added up."""
-    factors = [float(factor) for factor in strengths or [1.0] * len(bundles)]
-    if not bundles or len(factors) != len(bundles):
-        raise AdapterError(
-            f"{len(factors)} strengths for {len(bundles)} adapters: expected one each, and an adapter at least"
-        )
-    if wild := [factor for factor in factors if not isfinite(factor)]:
-        raise AdapterError(f"a strength is {wild[0]}: expected a finite number, 1 is as trained")
+    if not bundles:
+        raise AdapterError("no adapters given: expected one at least")
+    factors = check_strengths(strengths or 1.0, len(bundles))
     bases = [bundle.manifest.get("base") for bundle in bundles]
     if len({json.dumps(base.get("fingerprint"), sort_keys=True) for base in bases if base}) > 1:
         raise AdapterError("these adapters were trained on different bases: a stack needs one base for all")
