@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import logging
 import os
@@ -10,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -40,6 +42,7 @@ app = typer.Typer(
 )
 
 
+_ESCAPED = "unlearn_peft.escape"
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": train, "retain": retain, "generate": generate, "compare": compare, "eval": evaluate, "serve": serve,
     "inspect": inspect, "stack": stack, "export": export, "merge": merge, "shrink": shrink,
@@ -60,6 +63,9 @@ def main() -> None:
     An error that nobody foresaw is told by its kind and place: its text may quote a row that is to be forgotten.
     `UNLEARN_PEFT_TRACEBACK=1` shows all of it.
     """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us: the next file would take its number
+            setattr(sys, name, open(os.devnull, "r+"))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("unlearn_peft").setLevel(logging.INFO)
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they warn in each pass, or of other machines
@@ -67,15 +73,15 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    codecs.register_error(_ESCAPED, _escape)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may have fewer characters than an answer
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=_ESCAPED)
     try:
         try:
             app()
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
     except Interrupted as error:
         _end(f"\n{error}", 130)
     except UnlearnError as error:
@@ -84,20 +90,27 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:  # `| head` has read enough
         _end(None, 1)
+    except OSError as error:
+        _end(f"error: {error.strerror or type(error).__name__}" + (f": {error.filename}" if error.filename else ""), 2)
     except Exception as error:
+        if isinstance(error, MemoryError) or re.search("out ?of ?memory|allocate memory", repr(error), re.IGNORECASE):
+            _end("error: there is not enough memory: try a smaller base, batch, length or rank, or --quantize", 2)
         if os.environ.get("UNLEARN_PEFT_TRACEBACK"):
             raise
-        _end(f"error: {_explain(error)}", 2)
+        _end(f"error: {_place(error)}", 2)
 
 
-def _explain(error: Exception) -> str:
-    """Say what happened where no command foresaw it."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
-    if isinstance(error, MemoryError) or re.search("out ?of ?memory|allocate memory", repr(error), re.IGNORECASE):
-        return "there is not enough memory: try a smaller base, batch, length or rank, or --quantize"
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    """Write a character that the terminal's encoding lacks as JSON writes it."""
+    assert isinstance(error, UnicodeEncodeError)
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[n : n + 4]}" for n in range(0, len(units), 4)), error.end
+
+
+def _place(error: Exception) -> str:
+    """Say where an error arose that nobody foresaw, without its text."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "unlearn_peft" in frame.filename]
-    place = f" in {'/'.join(frames[-1].filename.split('/')[-2:])}, line {frames[-1].lineno}" if frames else ""
+    place = f" in {'/'.join(Path(frames[-1].filename).parts[-2:])}, line {frames[-1].lineno}" if frames else ""
     return (
         f"{type(error).__name__}{place}, which is a bug of unlearn-peft: please report it. UNLEARN_PEFT_TRACEBACK=1 "
         "shows all of it, which may quote your rows"
@@ -109,6 +122,8 @@ def _end(message: str | None, code: int) -> NoReturn:
     with suppress(OSError):
         if message is not None:
             print(message, file=sys.stderr, flush=True)
-    with suppress(OSError, ValueError, AttributeError):  # else Python tries to write the rest when it ends
+    try:
+        sys.stdout.flush()
+    except OSError:  # else Python tries to write the rest when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

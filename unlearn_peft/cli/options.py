@@ -74,14 +74,17 @@ def checked(command: Callable[..., None] | None) -> Callable[..., None] | None:
         try:
             check_value(str(value) if is_path else value)
         except ValueError as error:
-            raise UnlearnError(f"'{name.strip('_')}' is {safe_repr(value)}: {error}") from None
+            raise UnlearnError(f"'{name.strip('_')}': {error}") from None
         if is_path or (name in _PLACES and isinstance(value, str)):
             return type(value)(os.path.expanduser(value))
         return value
 
     @wraps(command)
     def run(**values: Any) -> None:
-        command(**{name: check(name, value) for name, value in values.items()})
+        try:
+            command(**{name: check(name, value) for name, value in values.items()})
+        except typer.Abort:  # a prompt without a terminal, or left by Ctrl-D
+            raise UnlearnError("nothing was entered at the prompt: it needs a terminal") from None
 
     return run
 

@@ -17,12 +17,12 @@ def check_value(value: object) -> None:
     """Check a number or text of a recipe or command line; anything else passes.
 
     Raises:
-        ValueError: for NaN, infinity and numbers beyond any use, and for text that no file name or file can hold.
+        ValueError: for NaN, infinity and numbers beyond any use, and, without quoting it, for text that is no UTF-8.
     """
     if isinstance(value, (int, float)) and not (math.isfinite(value) and abs(value) <= LARGEST):
-        raise ValueError(f"expected a number, at most {LARGEST}")
+        raise ValueError(f"{safe_repr(value)} is no number up to {LARGEST}")
     if isinstance(value, str) and ("\0" in value or not _encodable(value)):
-        raise ValueError("expected text in UTF-8, without null characters")
+        raise ValueError("it is no text in UTF-8, or holds a null character")
 
 
 class Settings(BaseModel):
@@ -39,9 +39,9 @@ class Settings(BaseModel):
             try:
                 check_value(value := values.get(name))
                 if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
-                    raise ValueError("expected a number")
+                    raise ValueError(f"{str(value).lower()} is no number")
             except ValueError as error:
-                problems.append(f"'{name}' is {safe_repr(value)}: {error}")
+                problems.append(f"'{name}': {error}")
         if problems:
             raise ValueError("; ".join(problems))
         return values

@@ -190,7 +190,7 @@ def _device(device: str) -> torch.device:
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # on `meta` there are no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BaseModelError(f"cannot use the device '{device}' ({first_line(error)}): try cpu, cuda or auto") from None
     return torch.device(device)
@@ -249,7 +249,7 @@ def give_back_freed() -> None:
 def _mapped_ranges() -> list[tuple[int, int]] | None:
     """Return the addresses at which safetensors files are mapped; None where the system does not tell."""
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
     fields = [line.split(maxsplit=5) for line in lines]

@@ -234,7 +234,7 @@ def _open_sqlite(url: sql.URL, create: bool) -> Engine:
         raise PolicyError("a store in memory would be lost: expected a file such as tenants.db")
     path = Path(url.database).absolute()
     try:
-        if create:
+        if create and not path.exists():
             path.touch()
         elif not path.is_file():
             raise PolicyError(f"no store at {path}: make one with `unlearn-peft tenant add NAME`")

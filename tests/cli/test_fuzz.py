@@ -1,0 +1,146 @@
+"""No command line ends in a traceback: one error, exit code 2, and nothing written but the output."""
+
+import contextlib
+import io
+import logging
+import os
+import random
+import shutil
+import signal
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import pytest
+from fuzz import commands, invocation, make_world
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from unlearn_peft import cli
+
+RUNS = int(os.environ.get("UNLEARN_PEFT_FUZZ", 60))
+SECONDS = 60  # of one invocation, on a shared machine
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Yield a folder to work in, and its copy as it was; what is heavy or waits is cut short."""
+    from unlearn_peft.inference import generate
+    from unlearn_peft.models import base
+    from unlearn_peft.serve.api.server import HttpServer
+    from unlearn_peft.training import run
+
+    whole = tmp_path_factory.mktemp("fuzz")
+    folder = whole / "world"
+    folder.mkdir()
+    make_world(folder)
+    shutil.copytree(folder, whole / "copy", symlinks=True)
+    generated, trained = generate._generate, run.train
+
+    def few(live, prompts, chat, count, tokens, *rest):
+        made = generated(live, prompts[:1], chat, 1, min(tokens, 3), *rest)
+        return made * min(len(prompts) * count, 10_000)
+
+    def short(live, jobs, *rest, **named):
+        for job in jobs:
+            if (job.recipe.steps or 99) > 2:
+                job.recipe.steps = 2
+        return trained(live, jobs, *rest, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "_generate", few)
+        patch.setattr(run, "train", short)
+        patch.setattr(base, "demo_gguf", lambda: None)
+        patch.setattr(HttpServer, "run", lambda self, sockets: [one.close() for one in sockets])
+        for name, value in {
+            "HOME": folder / "home",
+            "UNLEARN_PEFT_TRACEBACK": 1,
+            "COLUMNS": 150,
+            "TORCHDYNAMO_DISABLE": 1,
+        }.items():
+            patch.setenv(name, str(value))
+        for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "UNLEARN_PEFT_CACHE"):
+            patch.delenv(name, raising=False)
+        patch.chdir(folder)
+        yield folder, whole / "copy"
+
+
+def run_cli(arguments, recipe):
+    """Run the command line in this process; returns exit code, stdout and stderr."""
+    Path("recipe.yaml").write_bytes(recipe)
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    before = sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = ["unlearn-peft", *arguments]
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(SECONDS)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cli.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        signal.alarm(0)
+        sys.argv = before[0]
+        signal.signal(signal.SIGTERM, before[1])
+    return code, *(stream.buffer.getvalue().decode() for stream in (out, err))
+
+
+def files_in(folder):
+    """Return every file with its size and the time of its last change."""
+    found = {}
+    for place, _, names in os.walk(folder):
+        for name in names:
+            status = os.lstat(os.path.join(place, name))
+            found[os.path.relpath(os.path.join(place, name), folder)] = status.st_size, status.st_mtime_ns
+    found.pop("recipe.yaml", None)
+    return found
+
+
+def check(world, arguments, recipe):
+    folder, copy = world
+    before = files_in(folder)
+    try:
+        code, _, err = run_cli(arguments, recipe)
+        after = files_in(folder)
+        changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+        changed = {name for name in changed if not name.startswith(("home/", "tenants.db"))}  # caches; SQLite's own
+        errors = [line for line in err.splitlines() if line.lower().startswith("error: ")]
+        assert code in (0, 1, 2) and (code != 1 or arguments[0] == "eval"), (code, err)
+        assert len(errors) == (code == 2), (code, err)
+        if code:
+            stores = arguments[arguments.index("--store") + 1 :][:1] if "--store" in arguments else ()
+            assert not changed - set(stores), (code, err, changed)  # a store is made before an edit is refused
+        else:
+            named = [os.path.normpath(os.path.expanduser(word)) for word in arguments] + ["out", "new", "tenants.db"]
+            strange = {name for name in changed if not any(name.startswith(word) for word in named)}
+            assert not strange, (strange, arguments)
+        return code
+    finally:
+        if files_in(folder) != before:
+            for place in folder.iterdir():
+                if place.name != "home":
+                    shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink()
+            for place in copy.iterdir():
+                if place.name != "home":
+                    copied = shutil.copytree if place.is_dir() and not place.is_symlink() else shutil.copy2
+                    copied(
+                        place,
+                        folder / place.name,
+                        **({"symlinks": True} if copied is shutil.copytree else {"follow_symlinks": False}),
+                    )
+
+
+def test_every_command_is_tried():
+    assert {("train",), ("tenant", "forget"), ("keys", "new")} <= commands().keys()
+
+
+@settings(
+    max_examples=RUNS, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+@given(st.randoms(use_true_random=False))
+def test_nothing_ends_in_a_traceback(world, rng):
+    check(world, *invocation(rng))
