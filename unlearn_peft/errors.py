@@ -75,7 +75,10 @@ def safe_repr(value: object, limit: int = 80) -> str:
     """Return an untrusted value as short ASCII without control characters; a string in quotes."""
     if isinstance(value, str):
         return ascii(value if len(value) <= limit else value[:limit] + "...")
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except ValueError:  # a number of thousands of digits
+        return f"a very long {type(value).__name__}"
     return text if len(text) <= limit else text[:limit] + "..."
 
 

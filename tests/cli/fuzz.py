@@ -44,13 +44,13 @@ INTS = [
 ]
 FLOATS = ["0", "-0", "0.5", "-1", "nan", "inf", "-inf", "1e308", "1e-320", "1e999", "1,5", "", "x", "true"]
 TEXTS = [
-    "", " ", "x", "-", "--", "~", "~/x", "~nobody/x", "$HOME", "../..", "/", ".", "a" * 300, "é", "日本", "\udcff",
+    "", " ", "x", "-", "--", "~", "~/x", "~no_such_user/x", "$HOME", "../..", "/", ".", "a" * 300, "é", "日本", "\udcff",
     "a\nb", "%s%n{}", "{prompt}", "all", "none", "null", "demo", "hub:a/b", "https://127.0.0.1:1/x", "file:///etc", "cpu",
     "cuda:99", "meta", "os:system", "os.py:x", "broken.py:f", "exits.py:f", "=", "a=b", "a=nan", "local", "demo.gguf",
 ]  # fmt: skip
 PATHS = [
     "", ".", "..", "/", "none", "none/none", "full", "file", "file/x", "/dev/null", "/dev/null/x", "/proc/x", "loop", "~",
-    "~nobody/x", "a" * 300, "é", "\udcff", "empty", "base", "broken_base", "no_tokenizer", "broken.gguf", "empty.gguf",
+    "~no_such_user/x", "a" * 300, "é", "\udcff", "empty", "base", "broken_base", "no_tokenizer", "broken.gguf", "empty.gguf",
     "adapter", "cut", "no_json", "pickle", "elsewhere", "forget.jsonl", "retain.jsonl", "probes.jsonl", "empty.jsonl",
     "latin.csv", "surrogate.jsonl", "nul.jsonl", "good.yaml", "twice.yaml", "deep.yaml", "bomb.yaml", "latin.yaml",
     "tag.yaml", "list.yaml", "empty.yaml", "empty_file", "policy.yaml", "tenants.db", "key.pem", "key.pub", "hp.tar.gz",

@@ -114,7 +114,8 @@ def check(world, arguments, recipe):
             stores = arguments[arguments.index("--store") + 1 :][:1] if "--store" in arguments else ()
             assert not changed - set(stores), (code, err, changed)  # a store is made before an edit is refused
         else:
-            named = [os.path.normpath(os.path.expanduser(word)) for word in arguments] + ["out", "new", "tenants.db"]
+            named = [os.path.normpath(os.path.expanduser(word.rpartition("=")[2])) for word in (*arguments, "out")]
+            named += [word.strip("\"',{}:.") or "-" for word in recipe.decode(errors="replace").split()]
             strange = {name for name in changed if not any(name.startswith(word) for word in named)}
             assert not strange, (strange, arguments)
         return code

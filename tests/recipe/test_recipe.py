@@ -19,6 +19,18 @@ GOOD = {"forget": ["a"], "retain": ["b"]}
         ({"retain": ["a"]}, "'forget' is missing"),
         ({**GOOD, "learning_rate": float("nan")}, "learning_rate"),
         ({**GOOD, "steps": 0}, "'steps' is 0"),
+        ({**GOOD, "steps": True}, "'steps': true is no number"),
+        ({**GOOD, "learning_rate": False}, "'learning_rate': false is no number"),
+        ({**GOOD, "adapter": {"kind": "lora", "r": True}}, "'r': true is no number"),
+        ({**GOOD, "adapter": {"kind": "lora", "lora_alpha": float("inf")}}, "is no number"),
+        ({**GOOD, "objective": {"stop_when": {"forget_loss": True}}}, "'forget_loss': true is no number"),
+        ({**GOOD, "objective": {"name": "m:f", "retain_budget": float("inf")}}, "is no number"),
+        ({**GOOD, "seed": 10**30}, "is no number up to"),
+        ({**GOOD, "seed": 1 << 20_000}, "is no number up to"),
+        ({**GOOD, "cache_gb": 1e300}, "is no number up to"),
+        ({**GOOD, "output": "a\0b"}, "'output': it is no text"),
+        ({**GOOD, "base": "\ud800"}, "'base': it is no text"),
+        ({**GOOD, "forget": {"path": "a\0b"}}, "'path': it is no text"),
     ],
 )
 def test_bad_values_are_named(values, told):
@@ -42,6 +54,32 @@ def test_overrides_reach_every_depth_and_shorthand(tmp_path):
     assert recipe.retain.path == "other.jsonl"  # on the command line: relative to the working folder
     assert (recipe.adapter.r, recipe.objective.stop_when.forget_loss, recipe.seed) == (3, 2.5, 7)
     assert (recipe.learning_rate, recipe.output) == (2e-4, "o")
+
+
+def test_the_parts_of_a_data_set_are_overridden_as_those_of_an_adapter(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("forget: f.jsonl\nretain: [x]\n")
+    recipe = load_recipe(path, ["forget=qa.csv", "forget.columns.prompt=question", "forget.columns.completion=answer"])
+    assert recipe.forget.model_dump(exclude_unset=True) == {
+        "path": "qa.csv", "columns": {"prompt": "question", "completion": "answer"}
+    }  # fmt: skip
+    assert load_recipe(path, ["forget.split=test"]).forget.path == str(tmp_path / "f.jsonl")
+    with pytest.raises(RecipeError, match="'retain' holds a list, not named settings"):
+        load_recipe(path, ["retain.columns.prompt=x"])
+
+
+def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "base: ~/b\nforget: ~/f.jsonl\nretain: {path: ~/r}\noutput: ~/o\nobjective: ~/mine.py:f\nprobes: ~no_such_user/p.csv\n"
+    )
+    recipe = load_recipe(path, ["neighbours=~/n.csv"])
+    home = str(tmp_path / "home")
+    places = recipe.forget.path, recipe.retain.path, recipe.neighbours.path, recipe.output, recipe.objective.name
+    assert places == (f"{home}/f.jsonl", f"{home}/r", f"{home}/n.csv", f"{home}/o", f"{home}/mine.py:f")
+    assert recipe.probes.path.endswith("~no_such_user/p.csv")  # no home: as it is written
+    assert make_recipe({**GOOD, "output": "~/o"}).output == f"{home}/o"
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", ""])
