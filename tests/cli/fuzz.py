@@ -16,9 +16,8 @@ from typing import Any, get_args, get_type_hints
 
 import typer
 import yaml
-
-
 from conftest import FORGET, RETAIN, make_tiny
+
 from unlearn_peft.adapters.signing import new_key, sign
 from unlearn_peft.cli import app
 from unlearn_peft.recipe.load import _models_in
@@ -26,56 +25,45 @@ from unlearn_peft.recipe.schema import Recipe
 from unlearn_peft.serve.policy.store import PolicyStore
 
 INTS = [
-    "0",
-    "1",
-    "-1",
-    "2",
-    "65536",
-    "4294967297",
-    "1" * 30,
-    "1" * 5000,
-    "1.0",
-    "1.5",
-    "0x10",
-    "1e3",
-    "",
-    "one",
-    "true",
-]
+    "0", "1", "-1", "2", "65536", "4294967297", "1" * 30, "1" * 5000, "1.0", "1.5", "0x10", "1e3", "", "one", "true",
+]  # fmt: skip
 FLOATS = ["0", "-0", "0.5", "-1", "nan", "inf", "-inf", "1e308", "1e-320", "1e999", "1,5", "", "x", "true"]
 TEXTS = [
-    "", " ", "x", "-", "--", "~", "~/x", "~no_such_user/x", "$HOME", "../..", "/", ".", "a" * 300, "é", "日本", "\udcff",
-    "a\nb", "%s%n{}", "{prompt}", "all", "none", "null", "demo", "hub:a/b", "https://127.0.0.1:1/x", "file:///etc", "cpu",
-    "cuda:99", "meta", "os:system", "os.py:x", "broken.py:f", "exits.py:f", "=", "a=b", "a=nan", "local", "demo.gguf",
+    "", " ", "x", "-", "--", "~", "~/x", "~no_such_user/x", "$HOME", "../..", "/", ".", "a" * 300, "é", "\udcff",
+    "a\nb", "%s%n{}", "{prompt}", "all", "none", "null", "demo", "hub:a/b", "https://127.0.0.1:1/x", "file:///etc",
+    "cpu", "cuda:99", "meta", "os:system", "os.py:x", "broken.py:f", "exits.py:f", "=", "a=b", "a=nan", "local",
+    "demo.gguf",
 ]  # fmt: skip
 PATHS = [
-    "", ".", "..", "/", "none", "none/none", "full", "file", "file/x", "/dev/null", "/dev/null/x", "/proc/x", "loop", "~",
-    "~no_such_user/x", "a" * 300, "é", "\udcff", "empty", "base", "broken_base", "no_tokenizer", "broken.gguf", "empty.gguf",
-    "adapter", "cut", "no_json", "pickle", "elsewhere", "forget.jsonl", "retain.jsonl", "probes.jsonl", "empty.jsonl",
-    "latin.csv", "surrogate.jsonl", "nul.jsonl", "good.yaml", "twice.yaml", "deep.yaml", "bomb.yaml", "latin.yaml",
-    "tag.yaml", "list.yaml", "empty.yaml", "empty_file", "policy.yaml", "tenants.db", "key.pem", "key.pub", "hp.tar.gz",
-    "new", "new.yaml", "new.tar.gz", "broken.tar.gz", "$HOME/x",
+    "", ".", "..", "/", "none", "none/none", "full", "file", "file/x", "/dev/null", "/dev/null/x", "/proc/x", "loop",
+    "~", "~no_such_user/x", "a" * 300, "é", "\udcff", "empty", "base", "broken_base", "no_tokenizer", "broken.gguf",
+    "empty.gguf", "adapter", "cut", "no_json", "pickle", "elsewhere", "forget.jsonl", "retain.jsonl", "probes.jsonl",
+    "empty.jsonl", "latin.csv", "surrogate.jsonl", "nul.jsonl", "good.yaml", "twice.yaml", "deep.yaml", "bomb.yaml",
+    "latin.yaml", "tag.yaml", "list.yaml", "empty.yaml", "empty_file", "policy.yaml", "tenants.db", "key.pem",
+    "key.pub", "hp.tar.gz", "new", "new.yaml", "new.tar.gz", "broken.tar.gz", "$HOME/x",
 ]  # fmt: skip
 VALUES = [
-    None, True, False, 0, 1, -1, 2, 2**31, 2**64, 10**30, 1.5, 1e308, float("nan"), float("inf"), "", " ", "1", "1e-3",
-    "x", "~/x", "\ud800", "a\0b", "a" * 300, "nan", [], [1], ["x"], [[]], [None], {}, {"a": 1}, {"name": "x"},
+    None, True, False, 0, 1, -1, 2, 2**31, 2**64, 10**30, 1.5, 1e308, float("nan"), float("inf"), "", " ", "1",
+    "1e-3", "x", "~/x", "\ud800", "a\0b", "a" * 300, "nan", [], [1], ["x"], [[]], [None], {}, {"a": 1}, {"name": "x"},
     {"kind": "lora"}, {"path": None}, {"path": "x", "columns": {"prompt": "y"}}, "demo", "auto", "all",
 ]  # fmt: skip
 GOOD = {
-    "adapter": ["adapter", "other"], "adapters": ["adapter", "other"], "base": ["base", "./base", "plain"], "key": ["key.pem"],
-    "recipes": ["recipe.yaml"], "recipe": ["good.yaml", "recipe.yaml"], "forget": ["forget.jsonl"],
-    "retain": ["retain.jsonl"], "probes": ["probes.jsonl"], "neighbours": ["retain.jsonl"], "output": ["new", "nested/new"],
-    "free_text": ["retain.jsonl"], "holdout": ["retain.jsonl"], "prompt": ["Who?", "日本"], "policy": ["policy.yaml", "tenants.db"],
-    "store": ["tenants.db"], "trusted_keys": ["key.pub", "keys.yaml"], "keys": ["key.pub"], "source": ["hp.tar.gz", "adapter"],
-    "target": ["new.tar.gz", "new"], "dtype": ["float32", "auto", "bfloat16"], "device": ["cpu"], "name": ["acme", "hp"],
-    "file": ["policy.yaml"], "path": ["adapter"], "set_": ["steps=1", "seed=1"], "host": ["127.0.0.1"], "port": ["0"],
-    "max_new_tokens": ["1", "3"], "k": ["2"], "rank": ["2"], "quantize": ["8", "int8"], "suite": ["quick"],
-    "strength": ["1", "0.5"], "attacks": ["prefix"], "metric": ["metric.py:f"], "audit": ["new.jsonl"],
+    "adapter": ["adapter", "other"], "adapters": ["adapter", "other"], "base": ["base", "./base", "plain"],
+    "key": ["key.pem"], "recipes": ["recipe.yaml"], "recipe": ["good.yaml", "recipe.yaml"],
+    "forget": ["forget.jsonl"], "retain": ["retain.jsonl"], "probes": ["probes.jsonl"],
+    "neighbours": ["retain.jsonl"], "output": ["new", "nested/new"], "free_text": ["retain.jsonl"],
+    "holdout": ["retain.jsonl"], "prompt": ["Who?", "日本"], "policy": ["policy.yaml", "tenants.db"],
+    "store": ["tenants.db"], "trusted_keys": ["key.pub", "keys.yaml"], "keys": ["key.pub"],
+    "source": ["hp.tar.gz", "adapter"], "target": ["new.tar.gz", "new"], "dtype": ["float32", "auto", "bfloat16"],
+    "device": ["cpu"], "name": ["acme", "hp"], "file": ["policy.yaml"], "path": ["adapter"],
+    "set_": ["steps=1", "seed=1"], "host": ["127.0.0.1"], "port": ["0"], "max_new_tokens": ["1", "3"], "k": ["2"],
+    "rank": ["2"], "quantize": ["8", "int8"], "suite": ["quick"], "strength": ["1", "0.5"], "attacks": ["prefix"],
+    "metric": ["metric.py:f"], "audit": ["new.jsonl"],
 }  # fmt: skip
-NEVER = {"sigstore", "engine", "tracker"}  # open a browser, or wait for a network
+NEVER = {"sigstore", "engine", "tracker", "lm_eval"}  # a browser, a network, thousands of files
 RECIPE = {
-    "base": "./base", "forget": "forget.jsonl", "retain": "retain.jsonl", "steps": 1, "own_answers": 0, "anchor_batch": 0,
-    "forget_batch": 2, "retain_batch": 2, "output": "new",
+    "base": "./base", "forget": "forget.jsonl", "retain": "retain.jsonl", "steps": 1, "own_answers": 0,
+    "anchor_batch": 0, "forget_batch": 2, "retain_batch": 2, "output": "new",
 }  # fmt: skip
 
 
@@ -140,7 +128,7 @@ def _value(rng: random.Random, name: str, hint: Any, is_bad: bool) -> str:
 def _recipe(rng: random.Random) -> bytes:
     """Return a recipe with fields that are wrong, or text that is no recipe."""
     values: dict[str, Any] = dict(RECIPE)
-    for name in rng.sample(_fields(Recipe), k=rng.choice([0, 0, 1, 1, 2, 4])):
+    for name in rng.sample(_fields(Recipe), k=rng.choice([0, 0, 0, 1, 1, 2])):
         place, *inner = name.split(".")
         value = rng.choice([*VALUES, *PATHS])
         for part in reversed(inner):
@@ -149,13 +137,13 @@ def _recipe(rng: random.Random) -> bytes:
         values[place] = {**old, **value} if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     text = yaml.dump(values) if rng.random() < 0.7 else json.dumps(values)
     data = text.encode("utf-8", "surrogatepass")
-    if rng.random() < 0.2:
+    if rng.random() < 0.1:
         lines = data.splitlines(keepends=True)
         lines.insert(
             rng.randrange(len(lines) + 1), rng.choice([*lines, b"\t", b"- x\n", b"&a [*a]\n", b"<<: {a: 1}\n"])
         )
         data = b"".join(lines)
-    if rng.random() < 0.1:
+    if rng.random() < 0.05:
         place = rng.randrange(len(data))
         data = (
             data[:place]
@@ -203,10 +191,12 @@ def make_world(folder: Path) -> None:
     (folder / "loop").symlink_to("loop")
     texts = {
         "file": "x", "empty_file": "", "broken.gguf": "GGUFxxxx", "empty.gguf": "", "broken.tar.gz": "x",
-        "good.yaml": yaml.dump(RECIPE), "twice.yaml": yaml.dump(RECIPE) + "steps: 2\n", "deep.yaml": "forget: " + "[" * 5000,
-        "bomb.yaml": "a: &a [x, x]\n" + "".join(f"k{n}: &k{n} [*k{n - 1}, *k{n - 1}]\n" for n in range(1, 40)).replace("*k0", "*a"),
+        "good.yaml": yaml.dump(RECIPE), "twice.yaml": yaml.dump(RECIPE) + "steps: 2\n",
+        "deep.yaml": "forget: " + "[" * 5000,
+        "bomb.yaml": "k0: &k0 [x]\n" + "".join(f"k{n}: &k{n} [*k{n - 1}, *k{n - 1}]\n" for n in range(1, 40)),
         "tag.yaml": "forget: !!python/object/apply:os.system [x]", "list.yaml": "- x", "empty.yaml": "",
-        "surrogate.jsonl": '{"prompt": "\\ud800", "completion": "x"}\n', "nul.jsonl": '{"prompt": "a\\u0000", "completion": "x"}\n',
+        "surrogate.jsonl": '{"prompt": "\\ud800", "completion": "x"}\n',
+        "nul.jsonl": '{"prompt": "a\\u0000", "completion": "x"}\n',
         "broken.py": "x =", "exits.py": "import sys; sys.exit(3)", "metric.py": "def f(*args, **kwargs): return [1.0]",
         "policy.yaml": "adapters: {hp: {path: adapter}}\ntenants: {acme: {forget: [hp]}}", "keys.yaml": "me: key.pub",
     }  # fmt: skip

@@ -2,13 +2,10 @@
 
 import contextlib
 import io
-import logging
 import os
-import random
 import shutil
 import signal
 import sys
-import traceback
 import warnings
 from pathlib import Path
 

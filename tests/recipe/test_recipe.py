@@ -72,7 +72,8 @@ def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     path = tmp_path / "r.yaml"
     path.write_text(
-        "base: ~/b\nforget: ~/f.jsonl\nretain: {path: ~/r}\noutput: ~/o\nobjective: ~/mine.py:f\nprobes: ~no_such_user/p.csv\n"
+        "base: ~/b\nforget: ~/f.jsonl\nretain: {path: ~/r}\noutput: ~/o\nobjective: ~/mine.py:f\n"
+        "probes: ~no_such_user/p.csv\n"
     )
     recipe = load_recipe(path, ["neighbours=~/n.csv"])
     home = str(tmp_path / "home")

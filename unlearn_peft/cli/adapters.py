@@ -79,7 +79,7 @@ def merge(
     from ..adapters.transform.merge import merge as merge_
 
     trust = options.trust_of(trusted_keys, require_signature)
-    live = options.load(base, options.read_adapters(adapters, trust), dtype, device)
+    live = options.load(base, options.read_adapters(adapters, trust, strength), dtype, device)
     print(f"merged model: {merge_(live, adapters, output, strength, trust=trust)}")
 
 
@@ -111,7 +111,7 @@ def export(
     if for_ != "vllm":
         raise UnlearnError(f"unknown engine '{for_}': expected --for vllm")
     trust = options.trust_of(trusted_keys, require_signature)
-    base = options.base_of(base, options.read_adapters(adapters, trust))
+    base = options.base_of(base, options.read_adapters(adapters, trust, strength))
     exported = export_vllm(
         adapters, output, strength, max_rank=max_rank, base=base, dtype=dtype, max_error=max_error, trust=trust
     )

@@ -126,7 +126,7 @@ def evaluate(
     tasks = read_tasks(task_names, lm_eval_path or (), lm_eval_limit) if (task_names := _split(lm_eval)) else None
 
     trust = options.trust_of(trusted_keys, require_signature)
-    bundles = options.read_adapters(adapter, trust)  # once: what was checked is measured and attacked
+    bundles = options.read_adapters(adapter, trust, strength)  # once: what was checked is measured and attacked
 
     def attack(live: Any) -> list[Any]:
         target = Target(

@@ -33,7 +33,7 @@ def generate(
     from ..inference.attach import attach
     from ..inference.generate import answers
 
-    bundles = options.read_adapters(adapter, options.trust_of(trusted_keys, require_signature))
+    bundles = options.read_adapters(adapter, options.trust_of(trusted_keys, require_signature), strength)
     live = options.load(base, bundles, dtype, device, quantize)
     names = attach(live, *bundles, strength=strength or 1.0, allow_different_base=allow_different_base)
     for question in prompt:
@@ -76,7 +76,7 @@ def compare(
     near = read_rows(DataSpec(path=str(neighbours)), "neighbours") if neighbours else []
     if not rows and not near:
         raise UnlearnError("nothing to compare: give --probes FILE, --neighbours FILE or --prompt TEXT")
-    bundles = options.read_adapters(adapter, options.trust_of(trusted_keys, require_signature))
+    bundles = options.read_adapters(adapter, options.trust_of(trusted_keys, require_signature), strength)
     live = options.load(base, bundles, dtype, device, quantize)
     result = compare_(live, bundles, rows, near, strength or 1.0, max_new_tokens)
     print(json.dumps(result, ensure_ascii=False)) if as_json else show(result)

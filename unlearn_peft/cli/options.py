@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,10 +102,14 @@ def trust_of(trusted_keys: list[Path] | None, require_signature: bool) -> Trust 
     return Trust.read(*(trusted_keys or ()), required=require_signature)
 
 
-def read_adapters(paths: Iterable[Path] | None, trust: Trust | None) -> list[Bundle]:
-    """Read and check adapters, before a base is loaded."""
+def read_adapters(
+    paths: Sequence[Path] | None, trust: Trust | None, strengths: Sequence[float] | None = None
+) -> list[Bundle]:
+    """Read and check adapters, and that each has a strength, before a base is loaded."""
     from ..adapters.read import read_bundle
+    from ..adapters.validate import check_strengths
 
+    check_strengths(strengths or 1.0, len(paths or ()))
     return [read_bundle(path, trust=trust) for path in paths or ()]
 
 

@@ -28,6 +28,7 @@ except ModuleNotFoundError:
 SCHEMA_VERSION = 2  # 1 has no table of trusted keys: it is read as it is, and upgraded when the first key is trusted
 PATIENCE = 10  # seconds to wait for a connection, or for another change to end
 _TRIES = 5
+_SQLITE = b"SQLite format 3\0"  # how every database file of SQLite begins
 
 _metadata = sql.MetaData()
 STATE = Table(  # one row; a transaction that changes anything locks it to its end
@@ -238,6 +239,12 @@ def _open_sqlite(url: sql.URL, create: bool) -> Engine:
             path.touch()
         elif not path.is_file():
             raise PolicyError(f"no store at {path}: make one with `unlearn-peft tenant add NAME`")
+        with path.open("rb") as stream:
+            beginning = stream.read(len(_SQLITE))
+        if beginning and beginning != _SQLITE:  # SQLite takes a short file for an empty database, and writes to it
+            raise PolicyError(
+                f"{path} is no store but another file: choose another path, or make one with `unlearn-peft tenant add`"
+            )
     except OSError as error:
         raise PolicyError(f"cannot make the store {path}: {error.strerror}") from None
 
