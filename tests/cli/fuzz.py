@@ -185,7 +185,7 @@ def make_world(folder: Path) -> None:
         shutil.copytree(folder / ("base" if "base" in name or "token" in name else "adapter"), folder / name)
         (folder / name / file).unlink() if data is None else (folder / name / file).write_bytes(data)
     (folder / "pickle" / "adapter_model.bin").write_bytes(b"x")
-    for name in ("full", "empty", "home"):
+    for name in ("full", "empty"):
         (folder / name).mkdir()
     (folder / "full" / "x.txt").write_text("x")
     (folder / "loop").symlink_to("loop")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError, refuse
-from ..files.atomic import atomic_file, atomic_folder
+from ..files.atomic import atomic_file, atomic_folder, check_target
 from ..files.untrusted import sha256_of
 from .bundle import CONFIG, MANIFEST
 from .read import read_json
@@ -49,6 +49,7 @@ def note_digest(path: Path, name: str) -> None:
 
 def check_output(path: Path) -> None:
     """Raise an OutputError if `path` is anything but an adapter, a new or an empty folder."""
+    check_target(path)
     if path.is_file():
         raise OutputError(f"the output {path} is a file: choose a new folder")
     if path.is_dir() and any(path.iterdir()) and not (path / CONFIG).is_file():

@@ -103,7 +103,7 @@ def evaluate(
     from ..recipe.plugins import load_function
 
     first = adapter[0].absolute()
-    folder = output or first.with_name("+".join(path.absolute().name for path in adapter) + ".eval")
+    folder = output or first.parent / ("+".join(path.absolute().name for path in adapter) + ".eval")
     check_folder(folder)
     if card and len(adapter) > 1:
         raise UnlearnError("--card is for a single adapter: the figures of several belong into the card of none")

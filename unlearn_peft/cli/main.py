@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -90,9 +91,9 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:  # `| head` has read enough
         _end(None, 1)
-    except OSError as error:
-        _end(f"error: {error.strerror or type(error).__name__}" + (f": {error.filename}" if error.filename else ""), 2)
     except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            _end(f"error: {error.strerror}" + (f": {error.filename}" if error.filename else ""), 2)
         if isinstance(error, MemoryError) or re.search("out ?of ?memory|allocate memory", repr(error), re.IGNORECASE):
             _end("error: there is not enough memory: try a smaller base, batch, length or rank, or --quantize", 2)
         if os.environ.get("UNLEARN_PEFT_TRACEBACK"):
@@ -108,13 +109,17 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 
 
 def _place(error: Exception) -> str:
-    """Say where an error arose that nobody foresaw, without its text."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "unlearn_peft" in frame.filename]
-    place = f" in {'/'.join(Path(frames[-1].filename).parts[-2:])}, line {frames[-1].lineno}" if frames else ""
-    return (
-        f"{type(error).__name__}{place}, which is a bug of unlearn-peft: please report it. UNLEARN_PEFT_TRACEBACK=1 "
-        "shows all of it, which may quote your rows"
-    )
+    """Say where an error arose that nobody foresaw, without its text: in this package, or in the user's own code."""
+    ours, libraries = Path(__file__).parents[1], [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
+    what, whose = type(error).__name__, "which is a bug of unlearn-peft: please report it"
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        is_ours = file.is_relative_to(ours)
+        if is_ours or file.is_file() and not any(file.is_relative_to(folder) for folder in libraries):
+            what += f" in {'/'.join(file.parts[-2:]) if is_ours else file}, line {frame.lineno}"
+            whose = whose if is_ours else "which is code of your own"
+            break
+    return f"{what}, {whose}. UNLEARN_PEFT_TRACEBACK=1 shows all of it, which may quote your rows"
 
 
 def _end(message: str | None, code: int) -> NoReturn:

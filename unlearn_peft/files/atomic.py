@@ -85,6 +85,12 @@ def atomic_file(target: Path, *, mode: int | None = None, replace: bool = True) 
         flush(target.parent)
 
 
+def check_target(target: Path) -> None:
+    """Raise an OutputError if a path has no name of its own, beside which a temporary could stand."""
+    if target.name in ("", ".."):
+        raise OutputError(f"cannot write to '{target}': give a new name, such as {target / 'new'}")
+
+
 def delete_atomically(folder: Path) -> None:
     """Delete a folder, if it is there; it is never seen half deleted."""
     folder = folder.absolute()
@@ -134,6 +140,7 @@ def folder_bytes(folder: Path) -> int:
 @contextmanager
 def _temporary(target: Path, mode: int | None = None) -> Iterator[Path]:
     """Yield a locked temporary folder, or with `mode` a file, beside `target`; what is left of it is deleted."""
+    check_target(target)
     with _write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         clear_stale(target)

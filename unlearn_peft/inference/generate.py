@@ -19,6 +19,8 @@ from ..models.layers import check_known
 
 logger = logging.getLogger(__name__)
 
+_GREEDY_BELOW = 1e-5  # a temperature, as in serving; dividing logits by less than this leaves float32's range
+
 
 def answers(
     base: Base,
@@ -101,8 +103,14 @@ def _generate(
         return torch.tensor(cut, dtype=torch.bool, device=output.device)
 
     criteria = StoppingCriteriaList([stopped] if stops else [])
-    settings: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-    settings |= {"do_sample": temperature > 0, "num_return_sequences": count, "max_new_tokens": max_new_tokens}
+    settings: dict[str, Any] = (
+        {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature >= _GREEDY_BELOW else {}
+    )
+    settings |= {
+        "do_sample": temperature >= _GREEDY_BELOW,
+        "num_return_sequences": count,
+        "max_new_tokens": max_new_tokens,
+    }
     random = torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else [])
     with random, plain_generation(base.model, pad_token_id=pad_id, eos_token_id=sorted(ends) or None, **settings):
         torch.manual_seed(seed)

@@ -36,7 +36,7 @@ def load_function(
             _load_file(Path(os.path.expanduser(place))) if place.endswith(".py") else importlib.import_module(place)
         )
         result = getattr(module, function)
-    except (ImportError, AttributeError, OSError, ValueError) as problem:
+    except (Exception, SystemExit) as problem:  # whatever the module does while it is imported
         names = f"one of {', '.join(known)}, or " if known else ""
         raise error(
             f"cannot load the {what} '{name}' ({type(problem).__name__}: {problem}): expected {names}'module:function' "
