@@ -585,6 +585,7 @@ def test_how_sqlite_is_set(tmp_path):
 
 def test_what_is_no_store(tmp_path, where):
     (tmp_path / "text.db").write_text("no database " * 1000)
+    (tmp_path / "empty.db").touch()
     (tmp_path / "short.db").write_text("x")  # SQLite would take it for an empty database, and write into it
     sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE x (y)").connection.close()
     newer = PolicyStore(where, create=True)
@@ -595,6 +596,7 @@ def test_what_is_no_store(tmp_path, where):
         tmp_path / "none.db": "no store at",
         tmp_path / "text.db": "text.db is no store",
         tmp_path / "short.db": "short.db is no store",
+        tmp_path / "empty.db": "empty.db is no store",
         tmp_path / "other.db": "holds no store",
         where: "has schema version 3, expected at most 2: update",
         "sqlite://": "would be lost",
@@ -607,6 +609,7 @@ def test_what_is_no_store(tmp_path, where):
             PolicyStore(place)
         assert words in str(error.value) and "geheim" not in str(error.value)
     assert not (tmp_path / "none.db").exists() and (tmp_path / "short.db").read_text() == "x"
+    assert not (tmp_path / "empty.db").read_bytes()
     with pytest.raises(PolicyError, match="cannot make the store"):
         PolicyStore(tmp_path / "no" / "folder.db", create=True)
 

@@ -241,7 +241,7 @@ def _open_sqlite(url: sql.URL, create: bool) -> Engine:
             raise PolicyError(f"no store at {path}: make one with `unlearn-peft tenant add NAME`")
         with path.open("rb") as stream:
             beginning = stream.read(len(_SQLITE))
-        if beginning and beginning != _SQLITE:  # SQLite takes a short file for an empty database, and writes to it
+        if beginning != _SQLITE and (beginning or not create):  # SQLite would take it for a database, and write to it
             raise PolicyError(
                 f"{path} is no store but another file: choose another path, or make one with `unlearn-peft tenant add`"
             )
