@@ -66,7 +66,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, tuple[int, int]] = {}  # by node: how many values and how many levels it has
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        mark, is_alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        mark, is_alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)  # type: ignore[no-untyped-call]
         self._open += 1
         if self._open > _MAX_DEPTH:
             raise _Refused(None, None, f"nested deeper than {_MAX_DEPTH} levels", mark)
