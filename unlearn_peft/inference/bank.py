@@ -71,7 +71,7 @@ class Bank:
             bank = cls(live, tokenizer)
             object.__setattr__(live, _ATTRIBUTE, bank)
         bank.tokenizer = bank.tokenizer or tokenizer
-        return bank  # type: ignore[no-any-return]
+        return bank
 
     @staticmethod
     def found_on(model: Any) -> Bank | None:

@@ -66,15 +66,15 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
             )
         _tell_what_stays(model, [name for name in available if name not in kept])
     else:
-        is_pattern = isinstance(targets, str)
-        unknown = [name for name in ([targets] if is_pattern else targets) if not _matches(model, name, is_pattern)]
+        is_pattern, names = isinstance(targets, str), [targets] if isinstance(targets, str) else targets
+        unknown = [name for name in names if not _matches(model, name, is_pattern)]
         if unknown:
             raise AdapterError(
                 f"unknown target modules: {', '.join(unknown)}{did_you_mean(unknown[0], available)}. "
                 f"This base has: {', '.join([*available, head_name(model)])}"
             )
         refused = [name for name in available if name not in kept and (is_pattern or name in targets)]
-        if any(not is_pattern or re.search(rf"\b{name}\b", targets) for name in refused):
+        if any(not is_pattern or re.search(rf"\b{name}\b", names[0]) for name in refused):
             raise AdapterError(
                 f"PEFT does not adapt {', '.join(refused)} in this model (it calls experts so that are stored as one, "
                 "or the model reads the layer's weight past it): leave them out. This base has, besides: "
@@ -102,7 +102,8 @@ def _check_places(model: nn.Module, fields: dict[str, Any]) -> None:
     if excluded := fields.get("exclude_modules"):
         excluded = fields["exclude_modules"] = _names_or_pattern(model, excluded)
         linear, is_pattern = list(linear_layers(model)), isinstance(excluded, str)
-        if unused := [n for n in ([excluded] if is_pattern else excluded) if not _match(linear, n, is_pattern)]:
+        names = [excluded] if isinstance(excluded, str) else excluded
+        if unused := [name for name in names if not _match(linear, name, is_pattern)]:
             raise AdapterError(
                 f"adapter.exclude_modules names {', '.join(map(str, unused))}, which is no linear layer"
                 f"{did_you_mean(str(unused[0]), linear_names(model))}. This base has: "
