@@ -16,29 +16,19 @@ from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.training.preflight import check_trainable
 
 QUERIES = ["q_proj"]
-WORKS = {  # values of fields with which an adapter is trained and comes back
-    "r": [3],
-    "target_modules": ["all-linear", ["q_proj", "lm_head"], "q_proj", "q_proj, v_proj", r".*\.0\..*(q|v)_proj"],
-    "exclude_modules": [["k_proj"], "k_proj", r".*\.1\..*"],
-    "lora_alpha": [5, 0.5],
-    "lora_dropout": [0.5, 0],
-    "fan_in_fan_out": [False, True],
-    "bias": ["none"],
-    "use_rslora": [True],
-    "init_lora_weights": [True, "gaussian", "orthogonal"],
-    "layers_to_transform": [[1], 1, [0, 1], []],
-    "layers_pattern": [("layers", {"layers_to_transform": [1]}), (["layers"], {"layers_to_transform": 0})],
-    "rank_pattern": [{"q_proj": 2}, {"model.layers.0.self_attn.q_proj": 6, "v_proj": 1}, {}],
-    "alpha_pattern": [{"q_proj": 3}, {"^model.layers.0.self_attn.q_proj": 1, "q_proj": 64}],
-    "task_type": ["CAUSAL_LM"],
-    "peft_type": ["LORA"],
-    "inference_mode": [False],
-    "megatron_core": ["megatron.core"],
-    "loftq_config": [{}],
-    "qalora_group_size": [16],
-    "modules_to_save": [None, []],
-    "use_dora": [False],
-}
+WORKS = [  # with these an adapter is trained, and comes back
+    {"r": 3, "target_modules": "all-linear", "exclude_modules": ["k_proj"], "lora_dropout": 0.5, "use_rslora": True},
+    {"target_modules": ["q_proj", "lm_head"], "lora_alpha": 0.5, "init_lora_weights": "gaussian", "lora_dropout": 0,
+     "fan_in_fan_out": True, "layers_to_transform": []},
+    {"target_modules": "q_proj", "init_lora_weights": "orthogonal", "bias": "none", "alpha_pattern": {"q_proj": 3}},
+    {"target_modules": "q_proj, v_proj", "rank_pattern": {"model.layers.0.self_attn.q_proj": 6, "v_proj": 1},
+     "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 1, "q_proj": 64}, "use_rslora": True},
+    {"target_modules": r".*\.0\..*(q|v)_proj", "exclude_modules": r".*v_proj", "rank_pattern": {}},
+    {"exclude_modules": "k_proj", "layers_to_transform": 1, "layers_pattern": ["layers"], "init_lora_weights": True},
+    {"target_modules": ["v_proj"], "layers_to_transform": [1], "task_type": "CAUSAL_LM", "peft_type": "LORA",
+     "inference_mode": False, "megatron_core": "megatron.core", "loftq_config": {}, "qalora_group_size": 16,
+     "modules_to_save": [], "use_dora": False, "rank_pattern": None},
+]  # fmt: skip
 REFUSED = {  # values of fields that are refused, with fields that go with them
     "r": [0, -1, "eight"],
     "target_modules": [["input_layernorm"], ["embed_tokens"], ["q_porj"], [], "", "(", "rotary_emb", ["layers"]],
@@ -88,8 +78,8 @@ REFUSED = {  # values of fields that are refused, with fields that go with them
 }  # fmt: skip
 
 
-def cases(table):
-    for name, values in table.items():
+def refused():
+    for name, values in REFUSED.items():
         for value in values:
             value, more = value if isinstance(value, tuple) else (value, {})
             yield pytest.param({**more, name: value}, id=f"{name}={value}")
@@ -97,7 +87,7 @@ def cases(table):
 
 def test_each_field_of_the_installed_peft_has_a_value_here():
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    settable = REFUSED.keys() | WORKS.keys()
+    settable = REFUSED.keys() | {name for values in WORKS for name in values}
     assert fields <= settable, f"PEFT has new fields, which need a value here: {fields - settable}"
 
 
@@ -111,7 +101,7 @@ def adapter(fields):
     return {"adapter": {"kind": "lora", "layers": "all", **fields}}
 
 
-@pytest.mark.parametrize("values", cases(WORKS))
+@pytest.mark.parametrize("values", WORKS, ids=map(str, WORKS))
 def test_a_field_that_is_trained_comes_back_exactly(base, fields, values):
     before, bare = state_of(base), logits(base)
     result = unlearn(base, **{**fields, "steps": 1, "objective": {"retain_budget": None}, **adapter(values)})
@@ -136,7 +126,7 @@ def logits_by_peft(base, path):
         return logits(base)
 
 
-@pytest.mark.parametrize("values", cases(REFUSED))
+@pytest.mark.parametrize("values", refused())
 def test_a_field_that_is_not_is_refused_before_any_work(base, fields, values, monkeypatch):
     def asked(*_, **__):
         raise AssertionError("the base was asked")

@@ -49,9 +49,8 @@ def check_trainable(base: Base, recipe: Recipe) -> None:
             except Exception as error:  # whatever PEFT raises for settings that it does not like
                 raise AdapterError(f"PEFT refuses these adapter settings: {first_line(error)}") from error
             saved = _saved(config)  # PEFT may have changed it
-            problems = check_config(saved)
-            deltas = deltas_of(saved, tensors, problems)
-            problems += _more_than_deltas(model, deltas)
+            deltas = deltas_of(saved, tensors, unread := [])
+            problems = [*check_config(saved), *_more_than_deltas(model, deltas), *unread]
             if (number := getattr(recipe.objective, "hidden_layer", False)) is not False:
                 watched_layer(model, number)
         problems += Bundle(Path(), saved, deltas, {}, "", "").misfits(base.model, None, True, None)[0]
@@ -76,7 +75,11 @@ def _saved(config: Any) -> dict[str, Any]:
 
 def _more_than_deltas(model: Any, deltas: Mapping[str, Delta]) -> Iterator[str]:
     """Tell where PEFT's layers compute something else than what a reader takes their tensors for."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, BaseTunerLayer) and name not in deltas:
+            yield f"target_modules finds '{name}', expected linear layers"
         for variant in getattr(layer, "lora_variant", {}).values():
             yield f"'{name}' is a {type(variant).__name__} of PEFT, expected a plain LoRA"
         scale = getattr(layer, "scaling", {}).get("default") if name in deltas else None
