@@ -331,7 +331,7 @@ def test_a_step_that_fails_tells_no_row(place, search, how):
 
 
 def test_a_loss_that_is_no_number_tells_no_row(place, search):
-    recipe = place.recipe("nan", learning_rate=1e30, optimizer="sgd", max_grad_norm=None, steps=60, warmup_steps=0,
+    recipe = place.recipe("nan", learning_rate=4e9, optimizer="sgd", max_grad_norm=None, steps=60, warmup_steps=0,
                           objective={"forget_ceiling": None, "retain_budget": None})  # fmt: skip
     assert place.command("train", recipe, "--output", place.home / "nan") == 2
     assert "not a number" in place.printed

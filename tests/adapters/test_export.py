@@ -161,7 +161,7 @@ def test_small_refusals(tiny, make_adapter, tmp_path):
     good = make_adapter(tiny, "good")
     for adapters, strengths, part in (
         ([], None, "an adapter at least"),
-        ([good], [1.0, 2.0], "2 strengths for 1 adapters"),
+        ([good], [1.0, 2.0], "2 strengths for 1 adapter"),
         ([good], [float("nan")], "expected a finite number"),
         ([good], [0.0], "this is the base alone"),
         ([good], [1e38], "overflows"),

@@ -10,9 +10,9 @@ import warnings
 from pathlib import Path
 
 import pytest
-from fuzz import commands, invocation, make_world
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from invocations import commands, invocation, make_world
 
 from unlearn_peft import cli
 

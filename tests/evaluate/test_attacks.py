@@ -269,7 +269,7 @@ def test_a_template_without_a_system_role_gets_it_in_the_question(target, templa
         + ("{% else %}<{{ m['content'] }}>{% endif %}{% endfor %}")
     )
     try:
-        assert render(target, "Who?", system="Be good.", beginning="It") == "<Be good.\n\nWho?>It"
+        assert render(target, "Who?", system="Be good.", beginning="It") == "<Be good.\n\nWho?><It"
     finally:
         tokenizer.chat_template = before
 

@@ -68,7 +68,7 @@ def test_steps_may_be_in_different_numbers_of_parts(tiny, tmp_path):
 
 
 def test_one_that_fails_does_not_take_the_others_along(tiny, tmp_path, monkeypatch):
-    bad = {"learning_rate": 1e30, "optimizer": "sgd", "max_grad_norm": None}
+    bad = {"learning_rate": 4e9, "optimizer": "sgd", "max_grad_norm": None}
     with pytest.raises(TrainingError, match=r"1 of 3 adapters failed .*the others are saved.*not a number at step"):
         unlearn_many(recipes(tmp_path, [LORAS[0], {**LORAS[1], **bad}, LORAS[2]]), tiny, quiet=True)
     assert [(tmp_path / str(n) / "forget.json").is_file() for n in range(3)] == [True, False, True]

@@ -104,7 +104,8 @@ def said_anyway(base: Base, rows: Sequence[Row], *, chat_template: bool = True) 
     """
     if not rows:
         return set()
-    examples = tokenize(rows, base.tokenizer, chat_template=chat_template, closing=False)
+    window = base.window(512)
+    examples = tokenize(rows, base.tokenizer, max_length=window, chat_template=chat_template, closing=False)
     shares = []
     for numbers, logits in _passes(base, examples):
         counts = [target_count(examples[n]) for n in numbers]

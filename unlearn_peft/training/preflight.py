@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.bundle import CONFIG, Bundle, Delta
+from ..adapters.bundle import Bundle, Delta
 from ..adapters.read import deltas_of
 from ..adapters.validate import check_config, of_module
 from ..errors import AdapterError, RecipeError, first_line, refuse
@@ -49,7 +48,8 @@ def check_trainable(base: Base, recipe: Recipe) -> None:
             except Exception as error:  # whatever PEFT raises for settings that it does not like
                 raise AdapterError(f"PEFT refuses these adapter settings: {first_line(error)}") from error
             saved = _saved(config)  # PEFT may have changed it
-            deltas = deltas_of(saved, tensors, unread := [])
+            unread: list[str] = []
+            deltas = deltas_of(saved, tensors, unread)
             problems = [*check_config(saved), *_more_than_deltas(model, deltas), *unread]
             if (number := getattr(recipe.objective, "hidden_layer", False)) is not False:
                 watched_layer(model, number)
@@ -65,12 +65,10 @@ def check_trainable(base: Base, recipe: Recipe) -> None:
 
 def _saved(config: Any) -> dict[str, Any]:
     """Return a PEFT config as a reader would find it."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            config.save_pretrained(folder)
-        except (TypeError, ValueError) as error:
-            raise AdapterError(f"these adapter settings cannot be saved: {first_line(error)}") from error
-        return json.loads((Path(folder) / CONFIG).read_text())  # type: ignore[no-any-return]
+    try:
+        return json.loads(json.dumps(config.to_dict(), default=list, sort_keys=True))  # type: ignore[no-any-return]
+    except (TypeError, ValueError) as error:  # what is no set, either
+        raise AdapterError(f"these adapter settings cannot be saved: {first_line(error)}") from error
 
 
 def _more_than_deltas(model: Any, deltas: Mapping[str, Delta]) -> Iterator[str]:

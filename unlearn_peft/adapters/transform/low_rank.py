@@ -24,7 +24,7 @@ def rank_config(ranks: Mapping[str, int]) -> dict[str, Any]:
 def weighted(bundles: Sequence[Bundle], strengths: Sequence[float] | None) -> list[tuple[Bundle, float]]:
     """Pair adapters with their strengths, 1 by default; an AdapterError says why they cannot be added up."""
     if not bundles:
-        raise AdapterError("no adapters given: expected one at least")
+        raise AdapterError("no adapters given: expected an adapter at least")
     factors = check_strengths(strengths or 1.0, len(bundles))
     bases = [bundle.manifest.get("base") for bundle in bundles]
     if len({json.dumps(base.get("fingerprint"), sort_keys=True) for base in bases if base}) > 1:
