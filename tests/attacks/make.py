@@ -214,8 +214,11 @@ ATTACKS = {
         f"{field}: {bomb[:30]}": (config(**{field: bomb}), None)
         for field in ("target_modules", "exclude_modules", "layers_pattern") for bomb in BOMBS
     },
-    **{f"rank_pattern: {bomb[:30]}": (config(rank_pattern={bomb: 4}), None) for bomb in BOMBS},
-    **{f"alpha_pattern: {bomb[:30]}": (config(alpha_pattern={bomb: 4}), "'alpha_pattern' has the key") for bomb in BOMBS},
+    **{
+        f"{field}: {bomb[:30]}": (config(**{field: {bomb: 4}}), told)
+        for field, told in (("rank_pattern", None), ("alpha_pattern", "'alpha_pattern' has the key"))
+        for bomb in BOMBS
+    },
     "target_modules: a bomb in a list": (config(target_modules=["q_proj", "(a+)+$"]), None),
     "target_modules: no names": (config(target_modules={"q_proj": 1}), "expected names"),
     "target_modules: an innocent expression": (config(target_modules=r".*\.(?:q|v)_proj"), None),
@@ -294,10 +297,10 @@ FITTED = {
     "the embeddings": (renamed(HERE + "model.embed_tokens.lora_{}.weight"), "is no linear layer"),
     "the whole model": (renamed(HERE + "model.lora_{}.weight"), "is no linear layer"),
     "a base weight that is another": (
-        tensor("F32", (400, 32), name=HERE + "lm_head.base_layer.weight"), "it differs from 'lm_head.weight'",
+        tensor("F32", (32, 32), name=HERE + "model.layers.0.self_attn.q_proj.base_layer.weight"), "it differs from",
     ),
-    "a base weight that is trained": (
-        tensor("F32", (400, 32), name=HERE + "model.embed_tokens.weight"), "it differs from",
+    "a base weight that was trained": (
+        tensor("F32", (32,), name=HERE + "model.norm.modules_to_save.default.weight"), "it differs from",
     ),
     "a base weight of another size": (tensor("F32", (401, 32), name=HERE + "lm_head.weight"), "of shape (401, 32)"),
     "a base weight of no module": (tensor("F32", (4,), name="evil.weight"), "no weight of this base"),

@@ -171,14 +171,14 @@ def _unlike(model: Any, key: str, kept: TensorDigest) -> str | None:
     weight = getattr(submodule(model, module) if module else model, last, None)
     if not isinstance(weight, Tensor):
         return f"it holds '{key}', which is no LoRA, and no weight of this base"
-    if tuple(weight.shape) != kept.shape and weight.is_floating_point():
+    comparable = not weight.is_meta and type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+    if not comparable or not kept.dtype.is_floating_point:
+        return f"it holds '{key}', and it or '{name}' of this base is quantised or not loaded. {_LEAVE_OUT}"
+    if tuple(weight.shape) != kept.shape:
         return (
-            f"it holds '{key}' of shape {kept.shape}, '{name}' of the base has {tuple(weight.shape)}: load the base as "
-            "it was trained on, with a vocabulary of that size"
+            f"it holds '{key}' of shape {kept.shape}, '{name}' of this base has {tuple(weight.shape)}: load the base "
+            "as it was trained on, with as many tokens"
         )
-    if weight.is_meta or type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
-        why = f"which cannot be compared: '{name}' of this base is quantised or not loaded. {_LEAVE_OUT}"
-        return f"it holds '{key}', {why}"
     if not kept.equals(weight):
         return f"it holds '{key}', which was trained, or is of another base: it differs from '{name}' of this base"
     return None

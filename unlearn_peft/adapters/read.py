@@ -21,7 +21,7 @@ from .validate import DENSE, check_config, check_manifest, of_module
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
-_COPY_AGAIN = "Copy it again from where it came from, or ask who made it"
+_COPY_AGAIN = "If it was damaged, copy it again from where it came from"
 T = TypeVar("T")
 
 
@@ -122,8 +122,8 @@ def _instead_of_weights(names: Sequence[str], pickles: Sequence[str]) -> str:
         )
     if "adapters.safetensors" in names:
         return (
-            f"holds adapters.safetensors, as mlx-lm writes it: expected {WEIGHTS} as PEFT writes it. Convert it: mlx-lm's "
-            "lora_a and lora_b are lora_A and lora_B of PEFT transposed, its scale is PEFT's lora_alpha / r."
+            f"holds adapters.safetensors, as mlx-lm writes it: expected {WEIGHTS} as PEFT writes it. Convert it: "
+            "mlx-lm's lora_a and lora_b are lora_A and lora_B of PEFT transposed, its scale is PEFT's lora_alpha / r."
         )
     inner = [name for name in names if name.startswith("checkpoint-")]
     hint = f" (perhaps you mean {safe_repr(inner[-1])} in it?)" if inner else ""

@@ -58,7 +58,7 @@ class TensorDigest:
 def digest_of(tensor: Tensor, dtype: torch.dtype) -> str:
     """Return the sha256 of a tensor's values in a dtype, a block at a time."""
     digest = hashlib.sha256()
-    for block in tensor.detach().reshape(-1).split(_BLOCK // tensor.element_size()):
+    for block in torch.split(tensor.detach().reshape(-1), _BLOCK // tensor.element_size()):
         digest.update(_bytes(block.to(dtype)))
     return digest.hexdigest()
 
@@ -102,8 +102,8 @@ def read_weights(path: Path, problems: list[str], compare_only: Callable[[str], 
             raise _changed(path)
     for key, tensor in tensors.items():
         if not (largest := largest_of(tensor)) <= LARGEST:
-            size = f"a number of size {largest:.3g}, expected at most {LARGEST:g}"
-            problems.append(f"tensor '{key}' holds {size if math.isfinite(largest) else 'NaN or infinity'}")
+            number = f"a number of size {largest:.3g}, expected at most {LARGEST:g}"
+            problems.append(f"tensor '{key}' holds {number if math.isfinite(largest) else 'NaN or infinity'}")
     return Weights(tensors, digest.hexdigest(), digests)
 
 
