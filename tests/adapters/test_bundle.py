@@ -55,6 +55,10 @@ CASES = {
     "rank 0": (lambda p: edit_config(p, r=0), "rank r is 0"),
     "rank lied": (lambda p: edit_config(p, r=7), "its config says 7"),
     "no lora_B": (lambda p: edit(p, lambda t: t.pop(first(t).replace("lora_A", "lora_B"))), "shapes"),
+    "a base weight alone": (
+        lambda p: save_file({"base_model.model.lm_head.weight": torch.ones(4)}, p / WEIGHTS),
+        "weights of a base and no LoRA",
+    ),
     "alien key": (lambda p: edit(p, lambda t: t.update({"evil": torch.zeros(1)})), "'evil' is no LoRA weight"),
     "other method": (lambda p: edit_config(p, peft_type="IA3"), "peft_type is 'IA3'"),
     "dora": (lambda p: edit_config(p, use_dora=True), "'use_dora' is True"),

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "attacks"))
 from fuzz import fuzz  # noqa: E402
-from make import ATTACKS, FITTED, make, table  # noqa: E402
+from make import ATTACKS, BOMBS, FITTED, make, table  # noqa: E402
 from spoil import ARCHIVES, CANARY, make_good  # noqa: E402
 
 from unlearn_peft import attach, read_bundle  # noqa: E402
@@ -109,7 +109,11 @@ def test_what_is_taken_gives_what_peft_gives(tiny, tmp_path):
 
     from unlearn_peft import detach
 
-    made = {name: path for name, (path, told) in make(tmp_path / "all").items() if told is None}
+    made = {  # PEFT would run the bombs
+        name: path
+        for name, (path, told) in make(tmp_path / "all").items()
+        if told is None and not any(name.partition(": ")[2] == bomb[:30] for bomb in BOMBS) and "a bomb" not in name
+    }
     assert len(made) > 10
     for name, path in made.items():
         attach(tiny, path, name="it")

@@ -52,6 +52,7 @@ from spoil import (
 
 DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 HUGE = pack({"a": {"dtype": "F32", "shape": [4, 200_000_000], "data_offsets": [0, 3_200_000_000]}}, b"")
+HUGE_BASE = pack({"a.weight": {"dtype": "F32", "shape": [4, 200_000_000], "data_offsets": [0, 3_200_000_000]}}, b"")
 BOMBS = ["(a+)+$", "^(([a-z])+.)+[A-Z]([a-z])+$", ".*" * 20 + "x", "(?:x*)*y", "(.|.)*\\1", "(" * 3000, "x{9}" * 600]
 ATTACKS = {
     # code
@@ -96,6 +97,9 @@ ATTACKS = {
     "weights: a terabyte of nothing": (sparse(WEIGHTS, 1 << 40), "bytes, more than the"),
     "config: a terabyte of nothing": (sparse(CONFIG, 1 << 40), "bytes, more than the"),
     "weights: three gigabytes of nothing": (sparse(WEIGHTS, len(HUGE) + 3_200_000_000, HUGE), "machine's memory"),
+    "base weight: three gigabytes of nothing": (
+        sparse(WEIGHTS, len(HUGE_BASE) + 3_200_000_000, HUGE_BASE), "weights of a base and no LoRA",
+    ),
     "rank: 10^12 in the config": (config(r=10**12), "rank r is 1000000000000"),
     "rank: 10^30 in the config": (config(r=10**30), "rank r is"),
     "rank: 2^20 in the config": (config(r=1 << 20), "its config says 1048576"),
@@ -153,7 +157,7 @@ ATTACKS = {
         for dtype in ("I64", "I8", "BOOL", "F8_E4M3", "C64", "F33", "f32")
     },
     "dtype: a number": (entry(dtype=32), "has dtype 32"),
-    "dtype: two in one pair": (tensor("F64", (4, 32)), "expected one dtype"),
+    "dtype: two in one pair": (tensor("F64", (4, 32)), None),
     # names
     **{
         f"tensor's name: {what}": (renamed(name), "holds a tensor named")
@@ -169,7 +173,7 @@ ATTACKS = {
     "tensor's name: nothing": (tensor("F32", (1,), name=""), "holds a tensor named ''"),
     "tensor's name: an alien": (tensor("F32", (1,), name="evil"), "'evil' is no LoRA weight"),
     "tensor's name: one half of a pair": (
-        tensor("F32", (32, 4), name="x.lora_B.weight"), "'x.lora_B.weight' has no lora_A beside it",
+        tensor("F32", (32, 4), name="x.lora_B.weight"), "'x': lora_A and lora_B have shapes None and (32, 4)",
     ),
     "tensor's name: two for one module": (
         lambda folder: (folder / WEIGHTS).write_bytes(pack(*table_of({
@@ -207,14 +211,15 @@ ATTACKS = {
     "rank_pattern: 0": (config(rank_pattern={"q_proj": 0}), "'rank_pattern' gives"),
     # regular expressions
     **{
-        f"{field}: {bomb[:30]}": (config(**{field: bomb}), f"'{field}' is")
+        f"{field}: {bomb[:30]}": (config(**{field: bomb}), None)
         for field in ("target_modules", "exclude_modules", "layers_pattern") for bomb in BOMBS
     },
     **{
-        f"{field}: {bomb[:30]}": (config(**{field: {bomb: 4}}), f"'{field}' has the key")
-        for field in ("rank_pattern", "alpha_pattern") for bomb in BOMBS
+        f"{field}: {bomb[:30]}": (config(**{field: {bomb: 4}}), told)
+        for field, told in (("rank_pattern", None), ("alpha_pattern", "'alpha_pattern' has the key"))
+        for bomb in BOMBS
     },
-    "target_modules: a bomb in a list": (config(target_modules=["q_proj", "(a+)+$"]), "'target_modules' holds"),
+    "target_modules: a bomb in a list": (config(target_modules=["q_proj", "(a+)+$"]), None),
     "target_modules: no names": (config(target_modules={"q_proj": 1}), "expected names"),
     "target_modules: an innocent expression": (config(target_modules=r".*\.(?:q|v)_proj"), None),
     "layers_to_transform: names": (config(layers_to_transform=["0"]), "'layers_to_transform' is"),
@@ -222,7 +227,7 @@ ATTACKS = {
     **{
         f"{field}: {value!r}": (config(**{field: value}), f"'{field}' is")
         for field, value in (
-            ("use_dora", True), ("use_dora", 1), ("modules_to_save", ["lm_head"]), ("bias", "all"),
+            ("use_dora", True), ("use_dora", 1), ("modules_to_save", {"lm_head": 1}), ("bias", "all"),
             ("target_parameters", ["x"]), ("layer_replication", [[0, 1]]), ("alora_invocation_tokens", [1]),
             ("trainable_token_indices", [0]), ("init_lora_weights", "pissa"), ("use_rslora", "yes"),
             ("task_type", "EVIL"), ("base_model_name_or_path", ["a"]), ("base_model_name_or_path", "\x1b[2J"),
@@ -291,6 +296,14 @@ FITTED = {
     "a module that is not linear": (renamed(HERE + "model.norm.lora_{}.weight"), "has shape (32,)"),
     "the embeddings": (renamed(HERE + "model.embed_tokens.lora_{}.weight"), "is no linear layer"),
     "the whole model": (renamed(HERE + "model.lora_{}.weight"), "is no linear layer"),
+    "a base weight that is another": (
+        tensor("F32", (32, 32), name=HERE + "model.layers.0.self_attn.q_proj.base_layer.weight"), "it differs from",
+    ),
+    "a base weight that was trained": (
+        tensor("F32", (32,), name=HERE + "model.norm.modules_to_save.default.weight"), "it differs from",
+    ),
+    "a base weight of another size": (tensor("F32", (401, 32), name=HERE + "lm_head.weight"), "of shape (401, 32)"),
+    "a base weight of no module": (tensor("F32", (4,), name="evil.weight"), "no weight of this base"),
     "another size": (tensor("F32", (4, 31)), "has shape (32, 32) in the base"),
     "another base's fingerprint": (manifest(base={"fingerprint": {"weights": "0" * 64}}), "the base's weights is not"),
 }  # fmt: skip

@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from ..errors import refuse, safe_repr
 from ..files.atomic import folder_bytes
+from ..files.weights import TensorDigest
 from ..models.fingerprint import fingerprint, mismatches
 from ..models.layers import is_transposed, submodule
+from .names import weight_name
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "forget.json"
 CARD, CURVES = "README.md", "curves.png"
+_UNCOMPARED = "nothing here can say whether they are as the base has them, or were trained"
+_LEAVE_OUT = "Save it again with PEFT's save_pretrained(..., save_embedding_layers=False)"
 logger = logging.getLogger(__name__)
 
 
@@ -57,6 +61,7 @@ class Bundle:
     files: Mapping[str, str] = field(default_factory=dict)  # sha256 of each file as it was read
     signature: bytes | None = None  # covers `files`; not verified
     signed_by: str | None = None  # the trusted signer's name, if it was read with a `Trust`
+    base_weights: Mapping[str, TensorDigest] = field(default_factory=dict)  # what its file has of a base, by its name
 
     @property
     def name(self) -> str:
@@ -106,7 +111,25 @@ class Bundle:
                 trained_on,
                 " and ".join(different),
             )
+        if self.base_weights:
+            logger.info("the adapter %s %s: equal to this base's, and left out", self.path, self.carried)
         return different
+
+    @property
+    def carried(self) -> str:
+        """What its file holds of a base, in words."""
+        names = list(dict.fromkeys(map(weight_name, self.base_weights)))
+        more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"carries {len(names)} base weight{'s' * (len(names) > 1)} ({', '.join(names[:3])}{more})"
+
+    def check_without_base(self) -> None:
+        """Refuse weights of a base where there is no base to compare them with.
+
+        Raises:
+            AdapterError: if the adapter's file holds any.
+        """
+        if self.base_weights:
+            refuse(f"the adapter {self.path} {self.carried}", [_UNCOMPARED], _LEAVE_OUT)
 
     def misfits(
         self, model: Any, tokenizer: Any | None, allow_different_base: bool, known: Mapping[str, Any] | None
@@ -130,6 +153,7 @@ class Bundle:
         different = tuple(mismatches(noted, known or fingerprint(model, tokenizer))) if noted else ()
         if not allow_different_base:
             problems += [f"the base's {part} is not the one that the adapter was trained on" for part in different]
+        problems += filter(None, (_unlike(model, key, kept) for key, kept in self.base_weights.items()))
         return problems, different
 
 
@@ -138,3 +162,23 @@ def prompt_format_of(manifest: Mapping[str, Any]) -> str | None:
     recipe = manifest.get("recipe")
     text = recipe.get("prompt_format") if isinstance(recipe, dict) else None
     return text if isinstance(text, str) else None
+
+
+def _unlike(model: Any, key: str, kept: TensorDigest) -> str | None:
+    """Say why a copy of a base weight cannot be left out; None if it is what the base has."""
+    name = weight_name(key)
+    module, _, last = name.rpartition(".")
+    weight = getattr(submodule(model, module) if module else model, last, None)
+    if not isinstance(weight, Tensor):
+        return f"it holds '{key}', which is no LoRA, and no weight of this base"
+    comparable = not weight.is_meta and type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()
+    if not comparable or not kept.dtype.is_floating_point:
+        return f"it holds '{key}', and it or '{name}' of this base is quantised or not loaded. {_LEAVE_OUT}"
+    if tuple(weight.shape) != kept.shape:
+        return (
+            f"it holds '{key}' of shape {kept.shape}, '{name}' of this base has {tuple(weight.shape)}: load the base "
+            "as it was trained on, with as many tokens"
+        )
+    if not kept.equals(weight):
+        return f"it holds '{key}', which was trained, or is of another base: it differs from '{name}' of this base"
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,12 +14,14 @@ from ..errors import AdapterError, refuse, safe_repr
 from ..files.untrusted import list_files, read_file, sha256_of, strict_json
 from ..files.weights import LARGEST, Weights, read_weights
 from .bundle import CONFIG, MANIFEST, WEIGHTS, Bundle, Delta
+from .names import factor_of, is_base_weight, why_not_lora
 from .quantized import floats
 from .trust import SIGNATURE, UNSIGNED, Trust
 from .validate import DENSE, check_config, check_manifest, of_module
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-_COPY_AGAIN = "Copy it again from where it came from, or ask who made it"
+_SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
+_COPY_AGAIN = "If it was damaged, copy it again from where it came from"
 T = TypeVar("T")
 
 
@@ -27,8 +30,9 @@ def read_bundle(
 ) -> Bundle:
     """Read and check an adapter directory: safetensors only, sizes before allocation, all problems in one error.
 
-    Takes any LoRA that PEFT wrote. `forget.json` is optional, but where there is one its digests must match. Each file
-    is read once, and what was checked is what is used, even if the files change meanwhile.
+    Takes any LoRA on linear layers that PEFT wrote; its tensors alone say which. `forget.json` is optional, but where
+    there is one its digests must match. Each file is read once, and what was checked is what is used, even if the files
+    change meanwhile. Weights of the base that lie beside a LoRA are compared with the base's when it is attached.
 
     Args:
         path: the directory.
@@ -42,18 +46,14 @@ def read_bundle(
     names = list_files(path)
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if WEIGHTS not in names:
-        if pickles:
-            raise AdapterError(
-                f"{path} holds {', '.join(map(safe_repr, pickles[:3]))}: a pickle can run code when it is read, and is "
-                f"refused. Expected {WEIGHTS}: save it again with PEFT's save_pretrained."
-            )
-        raise AdapterError(f"{path} holds no {WEIGHTS}: expected an adapter as `unlearn-peft train` or PEFT writes it")
+        raise AdapterError(f"{path} {_instead_of_weights(names, pickles)}")
     problems = [
         f"{safe_repr(name)} lies beside {WEIGHTS}: a pickle that other programs may read instead, and that can run code"
         for name in pickles
         if name.startswith("adapter_model")
     ]
-    weights = _or_problem(path / WEIGHTS, lambda file: read_weights(file, problems), problems) or Weights({}, "unread")
+    weights = _or_problem(path / WEIGHTS, lambda file: read_weights(file, problems, is_base_weight), problems)
+    weights = weights or Weights({}, "unread", {})
     files = {WEIGHTS: weights.sha256}
     config = read_json(path / CONFIG, files, problems)
     manifest = read_json(path / MANIFEST, files, problems) if MANIFEST in names else None
@@ -80,7 +80,11 @@ def read_bundle(
         untrusted, signed_by = trust.problems(files, signature)
         problems += untrusted
     identity = identity_of(files[WEIGHTS], files.get(CONFIG))
-    bundle = Bundle(path, config or {}, deltas, manifest, files[WEIGHTS], identity, files, signature, signed_by)
+    bundle = Bundle(
+        path, config or {}, deltas, manifest, files[WEIGHTS], identity, files, signature, signed_by, weights.digests
+    )
+    if weights.digests and not deltas and not problems:
+        problems.append("it holds weights of a base and no LoRA")
     if problems:
         refuse(f"the adapter {path} is refused", [*problems, *(also(bundle) if also else ())], _COPY_AGAIN)
     return bundle
@@ -101,6 +105,29 @@ def read_json(path: Path, files: dict[str, str], problems: list[str]) -> dict[st
     except ValueError as error:
         problems.append(f"{path.name} is not readable JSON ({error})")
         return None
+
+
+def _instead_of_weights(names: Sequence[str], pickles: Sequence[str]) -> str:
+    """Say what a folder without the weights' file holds, and what to do."""
+    if pickles and any(name.startswith("adapter_model") for name in pickles):
+        return (
+            f"holds {', '.join(map(safe_repr, pickles[:3]))}: a pickle can run code when it is read, and is refused. "
+            f"Expected {WEIGHTS}: save it again with PEFT's save_pretrained."
+        )
+    shards = [name for name in names if _SHARD.fullmatch(name)]
+    if shards:
+        return (
+            f"holds its weights in {len(shards)} files, {', '.join(map(safe_repr, shards[:2]))}, ...: expected all in "
+            f"{WEIGHTS}, which one digest is taken of. Join them with safetensors' load_file and save_file."
+        )
+    if "adapters.safetensors" in names:
+        return (
+            f"holds adapters.safetensors, as mlx-lm writes it: expected {WEIGHTS} as PEFT writes it. Convert it: "
+            "mlx-lm's lora_a and lora_b are lora_A and lora_B of PEFT transposed, its scale is PEFT's lora_alpha / r."
+        )
+    inner = [name for name in names if name.startswith("checkpoint-")]
+    hint = f" (perhaps you mean {safe_repr(inner[-1])} in it?)" if inner else ""
+    return f"holds no {WEIGHTS}: expected an adapter as `unlearn-peft train` or PEFT writes it{hint}"
 
 
 def _or_problem(path: Path, read: Callable[[Path], T], problems: list[str]) -> T | None:
@@ -130,31 +157,29 @@ def deltas_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems
 
 
 def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
-    deltas: dict[str, Delta] = {}
+    sides: dict[str, dict[str, Tensor]] = {}  # by module
+    others: dict[str, None] = {}
     for key in sorted(tensors):
-        if key.endswith(".lora_B.weight"):
-            if key.removesuffix(".lora_B.weight") + ".lora_A.weight" not in tensors:
-                problems.append(f"'{key}' has no lora_A beside it")
-            continue
-        if not key.endswith(".lora_A.weight"):
-            problems.append(f"tensor '{key}' is no LoRA weight")
-            continue
-        stem, down = key.removesuffix(".lora_A.weight"), tensors[key]
-        module, up = stem.removeprefix("base_model.model."), tensors.get(stem + ".lora_B.weight")
-        if up is None or up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
-            shapes = f"{tuple(down.shape)} and {tuple(up.shape) if up is not None else None}"
+        if (factor := factor_of(key)) is None:
+            others[why_not_lora(key)] = None
+        elif factor.side in sides.setdefault(factor.module, {}):
+            problems.append(f"two tensors are for the module '{factor.module}'")
+        else:
+            sides[factor.module][factor.side] = tensors[key]
+    problems += others
+    deltas: dict[str, Delta] = {}
+    for module, sided in sides.items():
+        down, up = sided.get("lora_A"), sided.get("lora_B")
+        if down is None or up is None or up.dim() != 2 or down.dim() != 2 or up.shape[1] != down.shape[0]:
+            shapes = " and ".join(str(None if side is None else tuple(side.shape)) for side in (down, up))
             problems.append(f"'{module}': lora_A and lora_B have shapes {shapes}, expected (r, in) and (out, r)")
             continue
-        if up.dtype != down.dtype:
-            problems.append(f"'{module}': lora_A is {down.dtype}, lora_B {up.dtype}, expected one dtype")
         rank, expected = down.shape[0], of_module(config.get("rank_pattern"), module, config.get("r", 8))
-        if rank != expected:
+        if expected not in (rank, None):
             problems.append(f"'{module}' has rank {rank}, its config says {expected}")
         alpha = float(of_module(config.get("alpha_pattern"), module, config.get("lora_alpha", 8)))
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         if abs(scale) > LARGEST:
             problems.append(f"'{module}' is scaled by {scale:.3g}, expected at most {LARGEST:g}: see its lora_alpha")
-        if module in deltas:
-            problems.append(f"two tensors are for the module '{module}'")
         deltas[module] = Delta(up, down, scale)
     return deltas

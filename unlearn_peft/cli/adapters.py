@@ -27,6 +27,7 @@ def inspect(
         "peft_type": bundle.config.get("peft_type"),
         "base": bundle.manifest.get("base", {}).get("name") or bundle.config.get("base_model_name_or_path"),
         "modules": len(bundle.deltas),
+        "base_weights": f"{bundle.carried}, compared when attached" if bundle.base_weights else "none",
         "ranks": ranks or "dense",
         "bytes": bundle.bytes,
         "sha256": bundle.identity,

@@ -206,3 +206,5 @@ def verify(
         print(json.dumps({"path": str(bundle.path), "signed_by": bundle.signed_by, "files": dict(bundle.files)}))
     else:
         print(f"signed by {bundle.signed_by}: {', '.join(sorted(bundle.files))}")
+        if bundle.base_weights:
+            print(f"it {bundle.carried}, compared when attached")

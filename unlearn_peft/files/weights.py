@@ -1,20 +1,23 @@
-"""A safetensors file that others made: its header is checked before anything is allocated for what it promises."""
+"""A safetensors file that others made: its header is checked before anything is allocated for what it promises.
+
+Tensors come out, or for those that a caller needs only to compare, digests: they are never in memory as a whole.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
 from ..errors import AdapterError, safe_repr
-from .untrusted import MAX_WEIGHT_BYTES, opened, read_all, sha256_of_stream, strict_json
+from .untrusted import MAX_WEIGHT_BYTES, opened, sha256_of_stream, strict_json
 
 MAX_TENSORS = 100_000
 LARGEST = 1e4  # of a number in a tensor, and of a scale: no product of two overflows in float32, nor harms another row
@@ -23,21 +26,53 @@ _MAX_NAME = 500  # characters
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES = {**FLOATS, "I8": torch.int8, "U8": torch.uint8}  # the last two in packed weights only
 _TENSOR_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
-_Header = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape
+_Header = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # name -> dtype and shape, in the order of the file
+_BLOCK = 1 << 20  # bytes; a whole number of each dtype's
 
 
 class Weights(NamedTuple):
-    """A weights file: its tensors (empty if something is wrong with it), and the sha256 of the bytes they are from."""
+    """A weights file: its tensors (none if something is wrong with it), and the sha256 of the bytes they are from."""
 
     tensors: dict[str, Tensor]
     sha256: str
+    digests: dict[str, TensorDigest]  # of the tensors that were only to be compared
 
 
-def read_weights(path: Path, problems: list[str]) -> Weights:
+@dataclass(frozen=True)
+class TensorDigest:
+    """What is kept of a tensor to compare it with another one: sha256 of its values, also in dtypes as narrow."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    sha256: dict[torch.dtype, str]
+
+    def equals(self, tensor: Tensor) -> bool:
+        """Return whether a tensor has the same values bit for bit, once both are in the dtype of one of the two."""
+        dtypes = {self.dtype, tensor.dtype} & self.sha256.keys()
+        return tuple(tensor.shape) == self.shape and any(
+            self.sha256[dtype] == digest_of(tensor, dtype) for dtype in dtypes
+        )
+
+
+@torch.no_grad()
+def digest_of(tensor: Tensor, dtype: torch.dtype) -> str:
+    """Return the sha256 of a tensor's values in a dtype, a block at a time."""
+    digest = hashlib.sha256()
+    for block in torch.split(tensor.detach().reshape(-1), _BLOCK // tensor.element_size()):
+        digest.update(_bytes(block.to(dtype)))
+    return digest.hexdigest()
+
+
+def read_weights(path: Path, problems: list[str], compare_only: Callable[[str], bool] = lambda _: False) -> Weights:
     """Read a safetensors file; what is wrong with it is added to `problems`.
 
-    The header is checked before anything is allocated for what it promises, and all is read from one open file: what
-    was checked is what is used, whatever happens to the file meanwhile.
+    The header is checked before anything is allocated for what it promises, and all is read once, from one open file:
+    what was checked is what is used, whatever happens to the file meanwhile. (safetensors would hold it twice.)
+
+    Args:
+        path: the file.
+        problems: is added to.
+        compare_only: says by its name whether a tensor is read into a digest and not kept.
 
     Raises:
         AdapterError: if it cannot be read at all, see `opened`.
@@ -55,29 +90,51 @@ def read_weights(path: Path, problems: list[str]) -> Weights:
         except ValueError as error:
             problems.append(f"{path.name}: {error}")
             stream.seek(0)
-            return Weights({}, sha256_of_stream(stream))
-        stream.seek(0)
-        data = read_all(path, stream, size)
-        if data[: len(head)] != head:
-            raise AdapterError(f"{path} changed while it was read: try again when nobody writes to it")
-        return Weights(_load_tensors(path.name, data, header, problems), hashlib.sha256(data).hexdigest())
-
-
-def _load_tensors(name: str, data: bytes, header: _Header, problems: list[str]) -> dict[str, Tensor]:
-    """Return the tensors of a file; what is wrong with it or with a tensor's numbers is added to `problems`."""
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:  # what we did not think of
-        problems.append(f"{name} cannot be read ({safe_repr(str(error))}): it is damaged")
-        return {}
-    if {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()} != header:
-        problems.append(f"{name} reads otherwise than its header says")
-        return {}
+            return Weights({}, sha256_of_stream(stream), {})
+        digest, tensors, digests = hashlib.sha256(head), {}, {}
+        for key, (dtype, shape) in header.items():
+            if compare_only(key):
+                digests[key] = _read_digest(path, stream, dtype, shape, digest)
+            else:
+                data = _read_block(path, stream, math.prod(shape) * dtype.itemsize, digest)
+                tensors[key] = torch.frombuffer(data, dtype=dtype).reshape(shape)
+        if stream.read(1):
+            raise _changed(path)
     for key, tensor in tensors.items():
         if not (largest := largest_of(tensor)) <= LARGEST:
-            size = f"a number of size {largest:.3g}, expected at most {LARGEST:g}"
-            problems.append(f"tensor '{key}' holds {size if math.isfinite(largest) else 'NaN or infinity'}")
-    return tensors
+            number = f"a number of size {largest:.3g}, expected at most {LARGEST:g}"
+            problems.append(f"tensor '{key}' holds {number if math.isfinite(largest) else 'NaN or infinity'}")
+    return Weights(tensors, digest.hexdigest(), digests)
+
+
+def _read_block(path: Path, stream: IO[bytes], size: int, digest: Any) -> bytearray:
+    data = bytearray(size)
+    if stream.readinto(data) != size:  # type: ignore[attr-defined]
+        raise _changed(path)
+    digest.update(data)
+    return data
+
+
+def _read_digest(
+    path: Path, stream: IO[bytes], dtype: torch.dtype, shape: tuple[int, ...], digest: Any
+) -> TensorDigest:
+    narrow = (d for d in FLOATS.values() if d.itemsize <= dtype.itemsize and dtype.is_floating_point)
+    found = {d: hashlib.sha256() for d in (dtype, *narrow)}
+    left = math.prod(shape) * dtype.itemsize
+    while left:
+        block = torch.frombuffer(_read_block(path, stream, min(left, _BLOCK), digest), dtype=dtype)
+        left -= block.nbytes
+        for narrower, each in found.items():
+            each.update(_bytes(block.to(narrower)))
+    return TensorDigest(dtype, shape, {d: each.hexdigest() for d, each in found.items()})
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.cpu().view(torch.uint8).numpy()
+
+
+def _changed(path: Path) -> AdapterError:
+    return AdapterError(f"{path} changed while it was read: try again when nobody writes to it")
 
 
 def largest_of(tensor: Tensor) -> float:
@@ -113,7 +170,7 @@ def _parse_header(data: bytes, room: int) -> _Header:
     if len(entries) > MAX_TENSORS:
         raise ValueError(f"it holds {len(entries):,} tensors, expected at most {MAX_TENSORS:,}")
     header: _Header = {}
-    spans = []
+    spans = {}
     for key, entry in entries.items():
         if len(key) > _MAX_NAME or not _TENSOR_NAME.fullmatch(key):
             expected = "expected names of letters, digits, '_', '-' and '.'"
@@ -132,16 +189,16 @@ def _parse_header(data: bytes, room: int) -> _Header:
         if space != size:
             tensor = f"'{key}' has shape {safe_repr(tuple(shape))} in {dtype}"
             raise ValueError(f"{tensor}, which takes {size:,} bytes, but its offsets give it {space:,}")
-        spans.append(span)
-    end = 0
-    for begin, after in sorted(spans):
+        spans[key] = span
+    end, in_order = 0, sorted(spans, key=spans.__getitem__)
+    for begin, after in map(spans.__getitem__, in_order):
         if begin != end:
             raise ValueError(f"its tensors {'overlap' if begin < end else 'leave a hole'} at byte {min(begin, end)}")
         end = after
     if end != room:
         problem = "is truncated" if end > room else "holds more than its tensors"
         raise ValueError(f"it {problem}: its header promises {end:,} bytes of tensors, the file holds {room:,}")
-    return header
+    return {key: header[key] for key in in_order}
 
 
 def _are_sizes(values: Any) -> bool:

@@ -162,7 +162,7 @@ def _checked(
             bundles.append(read_bundle(path, trust=trust))
     if len(bundles) == len(adapters):
         with _added_to(problems):
-            pairs = weighted(bundles, strengths)
+            pairs = weighted(bundles, strengths, without_base=base is None)
         if not problems and not any(factor for _, factor in pairs):
             problems.append("every strength is 0: this is the base alone, ask vLLM for it by its own name")
     if base is not None:

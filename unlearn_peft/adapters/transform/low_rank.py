@@ -21,11 +21,18 @@ def rank_config(ranks: Mapping[str, int]) -> dict[str, Any]:
     return {"r": largest, "lora_alpha": largest, "rank_pattern": pattern, "alpha_pattern": pattern, "bias": "none"}
 
 
-def weighted(bundles: Sequence[Bundle], strengths: Sequence[float] | None) -> list[tuple[Bundle, float]]:
-    """Pair adapters with their strengths, 1 by default; an AdapterError says why they cannot be added up."""
+def weighted(
+    bundles: Sequence[Bundle], strengths: Sequence[float] | None, *, without_base: bool = True
+) -> list[tuple[Bundle, float]]:
+    """Pair adapters with their strengths, 1 by default; an AdapterError says why they cannot be added up.
+
+    With a base at hand, `check_fits` compares the base weights that they carry; else they are refused here.
+    """
     if not bundles:
         raise AdapterError("no adapters given: expected an adapter at least")
     factors = check_strengths(strengths or 1.0, len(bundles))
+    for bundle in bundles if without_base else ():
+        bundle.check_without_base()
     bases = [bundle.manifest.get("base") for bundle in bundles]
     if len({json.dumps(base.get("fingerprint"), sort_keys=True) for base in bases if base}) > 1:
         raise AdapterError("these adapters were trained on different bases: a stack needs one base for all")

@@ -106,7 +106,7 @@ def merge(
         raise OutputError(f"the output {output} is not empty: expected a new folder for the merged model")
     if base.quantized:
         raise AdapterError("nothing can be merged into a quantised base: load it without quantize")
-    pairs = weighted([read_bundle(path, trust=trust) for path in adapters], strengths)
+    pairs = weighted([read_bundle(path, trust=trust) for path in adapters], strengths, without_base=False)
     for bundle, _ in pairs:
         bundle.check_fits(base.model, base.tokenizer)
     modules = dict(base.model.named_modules())

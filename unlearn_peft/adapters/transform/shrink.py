@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from statistics import fmean
 
@@ -78,7 +79,9 @@ def shrink(
     if rank is not None and rank < 1:
         raise AdapterError(f"the rank is {rank}: expected at least 1")
     bundle = read_bundle(adapter, trust=trust)
-    dtype = next(iter(bundle.deltas.values())).up.dtype
+    bundle.check_without_base()
+    parts = [part for delta in bundle.deltas.values() for part in (delta.up, delta.down) if part is not None]
+    dtype = reduce(torch.promote_types, {part.dtype for part in parts})
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     ranks: dict[str, int] = {}
