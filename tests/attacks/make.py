@@ -52,7 +52,7 @@ from spoil import (
 
 DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 HUGE = pack({"a": {"dtype": "F32", "shape": [4, 200_000_000], "data_offsets": [0, 3_200_000_000]}}, b"")
-HUGE_BASE = pack({"a.weight": {"dtype": "F32", "shape": [4, 200_000_000], "data_offsets": [0, 3_200_000_000]}}, b"")
+HUGE_BASE = pack({"a.weight": {"dtype": "F32", "shape": [4, 75_000_000], "data_offsets": [0, 1_200_000_000]}}, b"")
 BOMBS = ["(a+)+$", "^(([a-z])+.)+[A-Z]([a-z])+$", ".*" * 20 + "x", "(?:x*)*y", "(.|.)*\\1", "(" * 3000, "x{9}" * 600]
 ATTACKS = {
     # code
@@ -97,8 +97,8 @@ ATTACKS = {
     "weights: a terabyte of nothing": (sparse(WEIGHTS, 1 << 40), "bytes, more than the"),
     "config: a terabyte of nothing": (sparse(CONFIG, 1 << 40), "bytes, more than the"),
     "weights: three gigabytes of nothing": (sparse(WEIGHTS, len(HUGE) + 3_200_000_000, HUGE), "machine's memory"),
-    "base weight: three gigabytes of nothing": (
-        sparse(WEIGHTS, len(HUGE_BASE) + 3_200_000_000, HUGE_BASE), "weights of a base and no LoRA",
+    "base weight: more than a gigabyte of nothing": (
+        sparse(WEIGHTS, len(HUGE_BASE) + 1_200_000_000, HUGE_BASE), "weights of a base and no LoRA",
     ),
     "rank: 10^12 in the config": (config(r=10**12), "rank r is 1000000000000"),
     "rank: 10^30 in the config": (config(r=10**30), "rank r is"),
