@@ -314,7 +314,7 @@ def loss(forget, retain, settings):
 
 @pytest.mark.parametrize("how", ["raise ValueError('in a step')", "rows[10**6]", "import os; os.abort()", "crash"])
 def test_a_step_that_fails_tells_no_row(place, search, how):
-    """A traceback, an index error of torch's, an abort and a segmentation fault with faulthandler on."""
+    """An exception, an index error of torch's, an abort and a segmentation fault with faulthandler on."""
     import resource
 
     code = "import ctypes; ctypes.string_at(0)" if how == "crash" else how
@@ -323,10 +323,13 @@ def test_a_step_that_fails_tells_no_row(place, search, how):
     before = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, before[1]))  # a core file is the process's memory: it holds all
     try:
-        assert place.command("train", recipe, "--output", place.home / "broken") not in (0, 2)
+        status = place.command("train", recipe, "--output", place.home / "broken")
     finally:
         resource.setrlimit(resource.RLIMIT_CORE, before)
-    assert "Traceback" in place.printed or "Fatal Python error" in place.printed
+    if how.startswith(("raise", "rows")):
+        assert status == 2 and "broken.py, line 4, which is code of your own" in place.printed
+    else:
+        assert status not in (0, 2) and "Fatal Python error" in place.printed
     clean(place, search)
 
 
