@@ -120,6 +120,7 @@ def test_home_is_expanded_in_every_option(run, refused, recipe, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"home"}
     refused("inspect", "~no_such_user/x", told="no adapter at ~no_such_user/x")
     refused("generate", "--base", "~no_such_user/x", "--prompt", "x", told="no base model at")
+    refused("sign", "~/b", "--key", "~no_such_user/x.pem", told="~no_such_user/x.pem")
 
 
 def test_places_that_nothing_can_be_written_to(refused, recipe, tiny, tiny_folder, make_adapter, tmp_path):

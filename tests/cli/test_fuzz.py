@@ -1,4 +1,7 @@
-"""No command line ends in a traceback: one error, exit code 2, and nothing written but the output."""
+"""No command line ends in a traceback: one error, exit code 2, and nothing written but the output.
+
+`UNLEARN_PEFT_FUZZ=2000` tries that many, in some ten minutes.
+"""
 
 import contextlib
 import io
@@ -16,7 +19,7 @@ from invocations import commands, invocation, make_world
 
 from unlearn_peft import cli
 
-RUNS = int(os.environ.get("UNLEARN_PEFT_FUZZ", 60))
+RUNS = int(os.environ.get("UNLEARN_PEFT_FUZZ", 40))
 SECONDS = 60  # of one invocation's own computing, however busy the machine is
 
 
@@ -114,7 +117,8 @@ def check(world, arguments, recipe):
             made = {value for name, value in pairs if name in ("--store", "--audit")}
             assert not changed - made, (code, err, changed)  # these two are opened before the rest is tried
         else:
-            named = [os.path.normpath(os.path.expanduser(word.rpartition("=")[2])) for word in (*arguments, "out")]
+            words = [*arguments, *(word.partition("=")[2] for word in arguments if "=" in word[:-1]), "out"]
+            named = [os.path.normpath(os.path.expanduser(word)) for word in words]
             named += [word.strip("\"',{}:.") or "-" for word in recipe.decode(errors="replace").split()]
             strange = {name for name in changed if not any(name.startswith(word) for word in named)}
             assert not strange, (strange, arguments)

@@ -120,7 +120,7 @@ def new(
     from ..adapters.signing import new_key
 
     secret = typer.prompt("password", hide_input=True, confirmation_prompt=True, err=True) if password else None
-    private, public = new_key(name.expanduser(), secret)
+    private, public = new_key(name, secret)
     print(f"private key: {private} (keep it secret)\npublic key: {public} (for --trusted-keys)")
 
 
@@ -155,7 +155,6 @@ def sign(
     if key is None:
         path = sign_with_sigstore(adapter, identity_token=identity_token)
     else:
-        key = key.expanduser()
         if password is None and key.is_file() and b"ENCRYPTED" in key.read_bytes():
             password = typer.prompt(f"password of {key}", hide_input=True, err=True)
         path = sign_(adapter, key, password=password)
