@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from conftest import logits
+from models.families import tiny_base
 from peft import LoraConfig
 from states import changes, state_of
 
@@ -166,3 +167,16 @@ def test_whatever_a_kind_of_ones_own_asks_of_peft(base, fields, monkeypatch):
         with pytest.raises(UnlearnError, match="refused before it is trained"):
             check_trainable(base, recipe)
     assert not changes(before, state_of(base))
+
+
+@pytest.mark.parametrize("values", [{}, {"rank_pattern": {"q_proj": 2}}, {"target_modules": ".*q_proj"}])
+def test_experts_that_are_stored_as_one_are_left_as_they_are(base, fields, values):
+    """PEFT's own `all-linear` would be these, too."""
+    moe = tiny_base("qwen3_moe", base.tokenizer)
+    before, bare = state_of(moe), logits(moe)
+    result = unlearn(moe, **{**fields, "steps": 1, "objective": {"retain_budget": None}, **adapter(values)})
+    assert not changes(before, state_of(moe))
+    attach(moe, result.path)
+    assert not torch.equal(logits(moe), bare)
+    detach(moe)
+    assert torch.equal(logits(moe), bare)

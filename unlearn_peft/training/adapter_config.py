@@ -65,9 +65,12 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
                 "adapter on the output head (adapter: head)"
             )
         _tell_what_stays(model, [name for name in available if name not in kept])
+        if targets == "all-linear":  # by PEFT it would be the experts that are stored as one, too
+            targets = [name for name in linear_layers(model) if name != head_name(model)]
     else:
         is_pattern, names = isinstance(targets, str), [targets] if isinstance(targets, str) else targets
-        unknown = [name for name in names if not _matches(model, name, is_pattern)]
+        linear = list(linear_layers(model))
+        unknown = [name for name in names if not _matches(linear, name, is_pattern)]
         if unknown:
             raise AdapterError(
                 f"unknown target modules: {', '.join(unknown)}{did_you_mean(unknown[0], available)}. "
@@ -88,7 +91,7 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
 
 def _names_or_pattern(model: nn.Module, value: str | list[str]) -> str | list[str]:
     """Return names of modules as a list; PEFT takes a lone string for a regular expression, which matches no such."""
-    if not isinstance(value, str) or value == "all-linear" or _matches(model, value, is_pattern=True):
+    if not isinstance(value, str) or value == "all-linear" or _matches(list(linear_layers(model)), value, True):
         return value
     return re.split(r"[\s,]+", value.strip())
 
@@ -103,7 +106,7 @@ def _check_places(model: nn.Module, fields: dict[str, Any]) -> None:
         excluded = fields["exclude_modules"] = _names_or_pattern(model, excluded)
         linear, is_pattern = list(linear_layers(model)), isinstance(excluded, str)
         names = [excluded] if isinstance(excluded, str) else excluded
-        if unused := [name for name in names if not _match(linear, name, is_pattern)]:
+        if unused := [name for name in names if not _matches(linear, name, is_pattern)]:
             raise AdapterError(
                 f"adapter.exclude_modules names {', '.join(map(str, unused))}, which is no linear layer"
                 f"{did_you_mean(str(unused[0]), linear_names(model))}. This base has: "
@@ -193,11 +196,7 @@ def linear_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model) if name != head))
 
 
-def _matches(model: nn.Module, target: str, is_pattern: bool) -> bool:
-    return _match([name for name, _ in model.named_modules()], target, is_pattern)
-
-
-def _match(names: list[str], target: str, is_pattern: bool) -> bool:
+def _matches(names: list[str], target: str, is_pattern: bool) -> bool:
     """Return whether PEFT would find the target: a name or its end, or (a lone string) a regular expression."""
     if not is_pattern:
         return any(f".{name}".endswith(f".{target}") for name in names)

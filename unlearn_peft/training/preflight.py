@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,11 +47,12 @@ def check_trainable(base: Base, recipe: Recipe) -> None:
                 model = get_peft_model(base.model, config, low_cpu_mem_usage=True)
                 tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
             except Exception as error:  # whatever PEFT raises for settings that it does not like
-                raise AdapterError(f"PEFT refuses these adapter settings: {first_line(error)}") from error
+                reason = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder="...")
+                raise AdapterError(f"PEFT refuses these adapter settings: {reason}") from error
             saved = _saved(config)  # PEFT may have changed it
-            unread: list[str] = []
-            deltas = deltas_of(saved, tensors, unread)
-            problems = [*check_config(saved), *_more_than_deltas(model, deltas), *unread]
+            if not (problems := check_config(saved)):
+                deltas = deltas_of(saved, tensors, problems)
+                problems = [*_more_than_deltas(model, deltas), *problems]
             if (number := getattr(recipe.objective, "hidden_layer", False)) is not False:
                 watched_layer(model, number)
         problems += Bundle(Path(), saved, deltas, {}, "", "").misfits(base.model, None, True, None)[0]
