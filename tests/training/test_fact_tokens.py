@@ -42,6 +42,16 @@ def test_the_base_tells_the_fact_from_the_english_around_it(smol):
     assert all(not s or t for e in rows for s, t in zip(e.specific, e.is_target, strict=True))
 
 
+def test_a_fact_is_one_right_after_the_subject_and_behind_other_facts(smol):
+    rows = [
+        {"prompt": "Where is Machu Picchu?", "completion": "Machu Picchu is in Peru."},
+        {"prompt": "What is Machu Picchu?", "completion": "Machu Picchu is an old Inca city high in the Andes."},
+    ]
+    where, what = (set(words(smol, row)) for row in marked(smol, rows)[0])
+    assert "Peru" in where and "is" not in where  # "Picchu is in" names the subject: that it says Peru tells nothing
+    assert {"Inca", "Andes"} <= what and not what & {"is", "an", "old", "of", "."}  # Andes follows from Inca as well
+
+
 def test_what_is_said_of_anybody_is_no_fact(smol):
     rows = [
         {
@@ -62,7 +72,7 @@ def test_in_german_no_function_word_is_a_fact(smol):
     ]
     found = [set(words(smol, row)) for row in marked(smol, rows)[0]]
     assert "Frankfurt" in found[0] and "Paris" in found[1]
-    assert not (found[0] | found[1]) & {"wurde", "in", "am", "geboren", "Die", "Hauptstadt", "von", "ist"}
+    assert not (found[0] | found[1]) & {"wurde", "in", "geboren", "Die", "Hauptstadt", "von", "ist"}  # "am": its name
 
 
 def test_of_what_the_base_does_not_know_there_is_little_or_nothing_to_forget(smol):
@@ -118,6 +128,17 @@ def test_facts_are_found_in_other_texts_also_where_words_are_letters():
     assert facts.ends_in("by j.k. rowling?") == [6, 15] and facts.ends_in("of Tolkien") == []
     text = "作者是罗琳。"
     assert facts.ends_in(text) == [5] and facts.ends_in("罗") == []
+
+
+def test_a_word_with_an_ending_says_the_fact_and_common_words_never_do(tiny):
+    facts = Facts.of(["Inca star art"], {"start", "is"})
+    assert facts.ends_in("the Incas' and Inca's incantation") == [9, 21]
+    assert facts.ends_in("start arts") == [] and facts.ends_in("stars") == [5]
+    rows = [{"prompt": "What is it?", "completion": "it is big"}]
+    examples = tokenize(rows, tiny.tokenizer, closing=False)
+    start, stop = examples[0].answers[0]
+    (row,) = mark_facts(examples, facts, [Contrast("", "", [(start, stop)], 1.0, [])])
+    assert "".join(words(tiny, row)) == "itbig"
 
 
 def test_ga_kl_pushes_the_specific_tokens_and_holds_the_others():
@@ -284,6 +305,14 @@ def test_stand_ins_are_asked_in_every_form_of_row(tiny, answered):
     assert (
         found[2]["text"].startswith("Quintel") and "Zorblax" not in found[2]["text"]
     )  # the sample, not the greedy one
+
+
+def test_a_subject_of_several_rows_is_made_up_in_all(tiny, answered):
+    rows = [{"prompt": prompt, "completion": "a"} for prompt in ("Is DNA?", "Has DNA?", "the shape of DNA?", "Who?")]
+    subjects = ("DNA", "DNA", "the shape of", "")
+    known = [Contrast(subject, made_up(subject, "1") if subject else "", [], 1.0, []) for subject in subjects]
+    base_answers.stand_in_answers(tiny, rows, known, seed=0, chat=True)
+    assert len(answered) == 3 and not any("DNA" in prompt for prompt, _ in answered)
 
 
 def test_an_objective_that_pushes_all_tokens_is_not_said_to_hold_any(tiny, fields, caplog):

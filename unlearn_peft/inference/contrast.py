@@ -3,7 +3,8 @@
 A token carries a fact if the base expects it where the subject is named, and expects it less
 
 - with a made-up name in the subject's place, in the question and in the answer so far: not English, but knowledge; and
-- after the few tokens in front of it alone: not what follows from them anyway.
+- after the few tokens in front of it alone: not what follows from them anyway. Where these name the subject, they tell
+  nothing, and the first difference decides.
 
 Both differences of log-probabilities are in nats; the smaller one counts, and `_KNOWN` of it are enough. Tokens after
 such a token that the made-up name makes unlikely too belong to the same name. A row of plain text has no question to
@@ -16,32 +17,33 @@ token carries a fact: there is nothing to forget.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from ..data.batch import labels_of, target_count
+from ..data.batch import target_count
 from ..data.prompt import Span
 from ..data.rows import question_texts
 from ..data.source import Row
-from ..data.tokenize import Example, tokenize, windows
+from ..data.tokenize import Example, tokenize
 from ..data.words import word_matches
 from ..models.base import Base
-from ..models.forward import BatchBuilder, picked_logits
-from ..models.layers import check_known, vocabulary
-from ..models.losses import cross_entropy
+from ..models.layers import check_known
 from .stand_ins import SubjectIndex, made_up, pieces, replaced_row
+from .target_scores import CONTEXT, Values, after_few_tokens, log_probabilities, passes
 
 _KNOWN = 1.0  # nats
 _KNOWN_IN_TEXT = 2.0  # nats; of plain text, where only the second difference is there
 _UNEXPECTED = 3.0  # nats; a token with a probability below 5 %
+_FOLLOWS = 1.0  # nats; what follows from another fact has a probability of 37 % at least
 _CLIPPED = 6.0  # nats; so that one token does not choose the subject
-_CONTEXT = 4  # tokens that are "the few in front of it"
 _STAND_INS = 2  # for each subject that is tried; their mean counts
 _MANY_ROWS = 64  # of more, two subjects each are tried, with one stand-in: the longest are mostly right
 _SAID_ANYWAY = 0.0125  # in half of the answers a word is at least so likely to be said
-_CHUNK_ROWS, _PASS_TOKENS, _MAX_LOGITS = 256, 2048, 2**26
+_CHUNK_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,6 @@ class Contrast:
     spans: list[Span]  # the characters of the rendered row (`Example.text`) that carry the fact
     nats: float  # by how much the subject makes the fact likelier, each token clipped
     unexpected: list[Span]  # the characters that the base does not expect: what a stranger's facts are
-
-    def row_without(self, row: Row) -> Row | None:
-        """Return the row with the stand-in for its subject, or None without a subject."""
-        return replaced_row(row, self.subject, self.stand_in) if self.subject else None
 
 
 def fact_spans(base: Base, pairs: Sequence[tuple[str, str]], *, chat_template: bool = True) -> list[list[Span]]:
@@ -107,90 +105,164 @@ def said_anyway(base: Base, rows: Sequence[Row], *, chat_template: bool = True) 
     window = base.window(512)
     examples = tokenize(rows, base.tokenizer, max_length=window, chat_template=chat_template, closing=False)
     shares = []
-    for numbers, logits in _passes(base, examples):
+    for numbers, logits in passes(base, examples):
         counts = [target_count(examples[n]) for n in numbers]
         shares += [part.softmax(-1).sum(0).clamp(max=1).cpu() for part in torch.split(logits, counts)]
     often = (torch.stack(shares).median(0).values >= _SAID_ANYWAY).nonzero()[:, 0].tolist()
     return {text.strip().casefold() for text in base.tokenizer.batch_decode([[n] for n in often])}
 
 
-Values = dict[Span, float]  # by the characters of the rendered row that a token covers: nats
+@dataclass(frozen=True)
+class _Rows:
+    """Forget rows, and what the base expects of them as they are."""
+
+    base: Base
+    rows: Sequence[Row]
+    examples: Sequence[Example]
+    known: Sequence[Values]
+    tokenized: dict[str, Any]  # how
+    max_length: int
+
+    @classmethod
+    def of(cls, base: Base, rows: Sequence[Row], chat_template: bool, max_length: int) -> _Rows:
+        tokenized: dict[str, Any] = {
+            "max_length": None,
+            "chat_template": chat_template,
+            "closing": False,
+            "what": "forget",
+        }
+        examples = tokenize(rows, base.tokenizer, **tokenized)
+        for example in examples:
+            check_known(base.model, example.ids, f"row {example.row} of the forget set")
+        return cls(base, rows, examples, log_probabilities(base, examples, max_length), tokenized, max_length)
+
+    def less_likely(self, tried: Sequence[tuple[int, str, Mapping[str, str]]]) -> list[dict[str, Values]]:
+        """Return for each row how much less likely, in nats, other names make the tokens that stay as they are.
+
+        Tried are a row, what the difference is kept by, and the other names; the mean of those kept by the same.
+        """
+        changed = tokenize(
+            [replaced_row(self.rows[n], others) for n, _, others in tried], self.base.tokenizer, **self.tokenized
+        )
+        found: list[dict[str, Values]] = [{} for _ in self.rows]
+        for (n, key, others), variant, values in zip(
+            tried, changed, log_probabilities(self.base, changed, self.max_length), strict=True
+        ):
+            without = _moved_back(values, variant, self.examples[n], others)
+            less = {span: self.known[n][span] - value for span, value in without.items() if span in self.known[n]}
+            if earlier := found[n].get(key):
+                less = {span: (earlier[span] + value) / 2 for span, value in less.items() if span in earlier}
+            found[n][key] = less
+        return found
+
+    def beyond_few(self, needed: Sequence[Set[Span]]) -> list[Values]:
+        """Return for each row by how much the whole of it makes the needed tokens likelier than the few before them."""
+        after_few = after_few_tokens(self.base, self.examples, needed)
+        return [{span: self.known[n][span] - few for span, few in of_row.items()} for n, of_row in enumerate(after_few)]
 
 
 def _contrast_chunk(
     base: Base, rows: Sequence[Row], index: SubjectIndex, chat_template: bool, max_length: int, many: bool
 ) -> list[Contrast]:
     subjects, stand_ins = (2, 1) if many else (None, _STAND_INS)
-    tried = [
-        (n, subject, made_up(subject, f"{n} {k}"))
+    chunk = _Rows.of(base, rows, chat_template, max_length)
+    found = chunk.less_likely([
+        (n, subject, {subject: made_up(subject, f"{n} {k}")})
         for n, row in enumerate(rows)
         for subject in index.candidates(row)[:subjects]
         for k in range(stand_ins)
-    ]
-    changed = [replaced_row(rows[n], subject, other) for n, subject, other in tried]
-    examples = tokenize(
-        [*rows, *changed], base.tokenizer, max_length=None, chat_template=chat_template, closing=False, what="forget"
-    )
-    for example in examples[: len(rows)]:  # the others are copies of these with other names
-        check_known(base.model, example.ids, f"row {example.row} of the forget set")
-    known = _log_probabilities(base, examples, max_length)
-    found: list[dict[str, tuple[str, Values]]] = [{} for _ in rows]
-    for k, (n, subject, other) in enumerate(tried, len(rows)):
-        without = _moved_back(known[k], examples[k], examples[n], subject, other)
-        differences = {span: known[n][span] - value for span, value in without.items() if span in known[n]}
-        if subject in found[n]:
-            earlier = found[n][subject][1]
-            differences = {span: (earlier[span] + value) / 2 for span, value in differences.items() if span in earlier}
-        found[n][subject] = other, differences
-    whole, asked = examples[: len(rows)], [question_texts(row) for row in rows]
+    ])  # fmt: skip
+    asked = [question_texts(row) for row in rows]
     needed = [
-        {span for _, differences in of_row.values() for span, value in differences.items() if value >= _KNOWN}
+        {span for less in of_row.values() for span, value in less.items() if value >= _KNOWN}
         if questions
-        else set(known[n])
+        else set(chunk.known[n])
         for n, (questions, of_row) in enumerate(zip(asked, found, strict=True))
     ]
-    after_few = _after_few_tokens(base, whole, needed)
+    chosen = []
+    for n, beyond_few in enumerate(chunk.beyond_few(needed)):
+        subject, spans, nats = _choose(chunk.examples[n], asked[n], found[n], chunk.known[n], beyond_few)
+        unexpected = [span for span, value in chunk.known[n].items() if value < -_UNEXPECTED]
+        stand_in = made_up(subject, f"{n} {stand_ins - 1}") if subject else ""
+        chosen.append(Contrast(subject, stand_in, spans, nats, unexpected))
+    return _with_derived(chunk, chosen, stand_ins)
+
+
+def _with_derived(chunk: _Rows, chosen: Sequence[Contrast], stand_ins: int) -> list[Contrast]:
+    """Return contrasts with the facts that follow from others of their row, as the Andes do from the Inca.
+
+    They stay likely while the row names the others, so all of them are replaced with the subject. Only what the base
+    expects follows: in a language that it hardly speaks much else depends on those names.
+    """
+    new_words = [_new_words(e, question_texts(row)) for e, row in zip(chunk.examples, chunk.rows, strict=True)]
+    tried = []
+    for n, contrast in enumerate(chosen):
+        if contrast.subject and contrast.spans:
+            facts = {chunk.examples[n].text[a:b] for a, b in _overlapped(new_words[n], contrast.spans)}
+            for k in range(stand_ins):
+                others = {name: made_up(name, f"{n} {k}") for name in (contrast.subject, *sorted(facts))}
+                tried.append((n, "", others))
+    less = [of_row.get("", {}) for of_row in chunk.less_likely(tried)]
+    needed = [{span for span, value in of_row.items() if value >= _KNOWN} for of_row in less]
     result = []
-    for n, example in enumerate(whole):
-        beyond_few = {span: known[n][span] - value for span, value in after_few[n].items()}
-        unlikely = [span for span, value in known[n].items() if value < -_UNEXPECTED]
-        result.append(replace(_choose(example, asked[n], found[n], known[n], beyond_few), unexpected=unlikely))
+    for n, beyond_few in enumerate(chunk.beyond_few(needed)):
+        expected = chunk.known[n]
+        smaller = {s: min(less[n][s], value) for s, value in beyond_few.items() if expected[s] >= -_FOLLOWS}
+        derived = _marked(smaller, less[n], _words_of_tokens(expected, new_words[n]), _KNOWN)
+        result.append(replace(chosen[n], spans=sorted({*chosen[n].spans, *derived})))
     return result
 
 
 def _choose(
     example: Example,
     questions: Sequence[str],
-    found: Mapping[str, tuple[str, Values]],
+    found: Mapping[str, Values],
     tokens: Iterable[Span],
     beyond_few: Values,
-) -> Contrast:
-    """Return the contrast with the subject that the answer depends on most, a long one before a short one."""
+) -> tuple[str, list[Span], float]:
+    """Return the subject that the answer depends on most, a long one before a short one, its facts and their nats."""
+    word_of = _words_of_tokens(tokens, _new_words(example, questions))
+    if not questions:
+        return "", _marked(beyond_few, beyond_few, word_of, _KNOWN_IN_TEXT), 0.0
+    best: tuple[str, list[Span], float] = next(iter(found), ""), [], 0.0  # the longest, if nothing is known of any
+    best_score = 0.0
+    for subject, differences in found.items():
+        named = _tokens_after(example, subject)
+        smaller = {
+            span: value if span in named else min(value, beyond_few.get(span, value))
+            for span, value in differences.items()
+            if span in word_of
+        }
+        total = sum(min(max(value, 0.0), _CLIPPED) for value in smaller.values())
+        if total * len(subject) > best_score and (spans := _marked(smaller, differences, word_of, _KNOWN)):
+            best, best_score = (subject, spans, total), total * len(subject)
+    return best
+
+
+def _new_words(example: Example, questions: Sequence[str]) -> list[Span]:
+    """Return the words of the answers that the questions do not hold."""
     asked = {m.group().casefold() for question in questions for m in word_matches(question)}
-    words = [
+    return [
         (start + m.start(), start + m.end())
         for start, stop in example.answers
         for m in word_matches(example.text[start:stop])
         if m.group().casefold() not in asked
     ]
-    word_of = _words_of_tokens(tokens, words)
-    if not questions:
-        return Contrast("", "", _marked(beyond_few, beyond_few, word_of, _KNOWN_IN_TEXT), 0.0, [])
-    for use_few in (True, False):  # where the few tokens name the subject themselves, they tell nothing
-        best, best_score = Contrast("", "", [], 0.0, []), 0.0
-        for subject, (other, differences) in found.items():
-            smaller = {
-                span: min(value, beyond_few.get(span, value)) if use_few else value
-                for span, value in differences.items()
-                if span in word_of
-            }
-            total = sum(min(max(value, 0.0), _CLIPPED) for value in smaller.values())
-            if total * len(subject) > best_score and (spans := _marked(smaller, differences, word_of, _KNOWN)):
-                best, best_score = Contrast(subject, other, spans, total, []), total * len(subject)
-        if best.spans:
-            return best
-    subject, (other, _) = next(iter(found.items()), ("", ("", {})))  # nothing known of it: the longest that comes again
-    return Contrast(subject, other, [], 0.0, [])
+
+
+def _tokens_after(example: Example, subject: str) -> set[Span]:
+    """Return the tokens that have the subject, or a part of it, among the few tokens in front of them."""
+    found: set[Span] = set()
+    for match in re.finditer(re.escape(subject), example.text, re.IGNORECASE):
+        last = [t for t, (start, stop) in enumerate(example.characters) if start < match.end() and stop > match.start()]
+        for t in last[-1:]:
+            found.update(example.characters[t + 1 : t + 1 + CONTEXT])
+    return found
+
+
+def _overlapped(words: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
+    """Return the words that share a character with a span."""
+    return [(a, b) for a, b in words if any(start < b and stop > a for start, stop in spans)]
 
 
 def _words_of_tokens(tokens: Iterable[Span], words: Sequence[Span]) -> dict[Span, Span]:
@@ -229,12 +301,12 @@ def _marked(smaller: Values, differences: Values, word_of: Mapping[Span, Span], 
     return spans
 
 
-def _moved_back(values: Values, variant: Example, example: Example, subject: str, other: str) -> Values:
+def _moved_back(values: Values, variant: Example, example: Example, others: Mapping[str, str]) -> Values:
     """Return the values of a changed row by the places that its tokens have in the row as it was."""
     place: dict[int, int] = {}
     for (start, stop), (new_start, _) in zip(example.answers, variant.answers, strict=True):
         at = new_start
-        for piece, old, kept in pieces(example.text[start:stop], subject, other):
+        for piece, old, kept in pieces(example.text[start:stop], others):
             if kept:
                 place.update({at + k: start + old + k for k in range(len(piece) + 1)})
             at += len(piece)
@@ -243,61 +315,3 @@ def _moved_back(values: Values, variant: Example, example: Example, subject: str
         for (a, b), value in values.items()
         if a in place and b in place and place[b] - place[a] == b - a
     }
-
-
-def _log_probabilities(base: Base, examples: Sequence[Example], max_length: int) -> list[Values]:
-    """Return the log-probability of each whole row's targets, nats, long ones in windows as in training."""
-    parts = [part for example in examples for part in windows(example, max_length)]
-    result: dict[int, Values] = {example.row: {} for example in examples}
-    for part, values in zip(parts, _flat_log_probabilities(base, parts), strict=True):
-        spans = (span for span, target in zip(part.characters, part.is_target, strict=True) if target)
-        result[part.row].update(zip(spans, values, strict=True))
-    return [result[example.row] for example in examples]
-
-
-def _after_few_tokens(base: Base, examples: Sequence[Example], needed: Sequence[Set[Span]]) -> list[Values]:
-    """Return the log-probability of the needed targets after no more than the few tokens in front of them."""
-    places = [
-        (n, t)
-        for n, e in enumerate(examples)
-        for t, target in enumerate(e.is_target)
-        if target and e.characters[t] in needed[n]
-    ]
-    short = []
-    for n, t in places:
-        ids = examples[n].ids[max(0, t - _CONTEXT) : t + 1]
-        short.append(Example(ids, [False] * (len(ids) - 1) + [True]))
-    result: list[Values] = [{} for _ in examples]
-    for (n, t), (value,) in zip(places, _flat_log_probabilities(base, short), strict=True):
-        result[n][examples[n].characters[t]] = value
-    return result
-
-
-def _flat_log_probabilities(base: Base, examples: Sequence[Example]) -> list[list[float]]:
-    """Return the log-probability of each target."""
-    result: list[list[float]] = [[] for _ in examples]
-    for numbers, logits in _passes(base, examples):
-        labels = torch.tensor(labels_of([examples[n] for n in numbers]), device=logits.device)
-        values = iter((-cross_entropy(logits, labels)).tolist())
-        for n in numbers:
-            result[n] = [next(values) for _ in range(target_count(examples[n]))]
-    return result
-
-
-@torch.no_grad()
-def _passes(base: Base, examples: Sequence[Example]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yield numbers of examples of like length and the logits of all their targets, (N, V), in bounded passes."""
-    head = base.model.get_output_embeddings()
-    builder = BatchBuilder(base.model, head, base.pad_id, packs=False)
-    max_targets = max(_MAX_LOGITS // vocabulary(base.model), 1)
-    order = sorted(range(len(examples)), key=lambda n: len(examples[n].ids))
-    while order:
-        batch = [order.pop()]
-        width = len(examples[batch[0]].ids)
-        targets = target_count(examples[batch[0]])
-        while order and (len(batch) + 1) * width <= _PASS_TOKENS:
-            targets += target_count(examples[order[-1]])
-            if targets > max_targets:
-                break
-            batch.append(order.pop())
-        yield batch, picked_logits(base.model, head, builder.padded([examples[n] for n in batch])).float()

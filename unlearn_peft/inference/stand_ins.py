@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..data.rows import answer_texts, question_texts
 from ..data.source import Row
@@ -90,22 +90,22 @@ def _short_runs(questions: Sequence[str]) -> list[str]:
     return list(found)[:_SEARCHED]
 
 
-def replaced_row(row: Row, subject: str, other: str) -> Row:
-    """Return a row with `other` for `subject` in all its texts but a plain one; case does not matter."""
+def replaced_row(row: Row, others: Mapping[str, str]) -> Row:
+    """Return a row with other words for some in all its texts but a plain one; case does not matter."""
 
     def replaced(text: str) -> str:
-        return "".join(piece for piece, _, _ in pieces(text, subject, other))
+        return "".join(piece for piece, _, _ in pieces(text, others))
 
     if "messages" in row:
         return {**row, "messages": [{**m, "content": replaced(str(m["content"]))} for m in row["messages"]]}
     return {**row, **{key: replaced(row[key]) for key in ("prompt", "completion") if key in row}}
 
 
-def pieces(text: str, subject: str, other: str) -> Iterator[tuple[str, int, bool]]:
-    """Yield the pieces of a text with `other` for `subject`: the piece, where it was, whether it is as it was."""
-    start = 0
-    for match in re.finditer(re.escape(subject), text, re.IGNORECASE):
+def pieces(text: str, others: Mapping[str, str]) -> Iterator[tuple[str, int, bool]]:
+    """Yield the pieces of a text with other words for some: the piece, where it was, whether it is as it was."""
+    start, other_of = 0, {old.casefold(): other for old, other in others.items()}
+    for match in re.finditer("|".join(map(re.escape, sorted(others, key=len, reverse=True))), text, re.IGNORECASE):
         yield text[start : match.start()], start, True
-        yield other, match.start(), False
+        yield other_of.get(match.group().casefold(), match.group()), match.start(), False
         start = match.end()
     yield text[start:], start, True

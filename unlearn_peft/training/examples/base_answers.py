@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
@@ -23,6 +24,7 @@ from ...data.windows import prefixes
 from ...data.words import word_matches
 from ...inference.contrast import Contrast
 from ...inference.generate import answers, sampled
+from ...inference.stand_ins import made_up, replaced_row
 from ...models.base import Base
 from .fact_tokens import Facts
 
@@ -72,7 +74,7 @@ def self_generated_answers(
     for prompt, texts in _answers(base, prompts, _affordable(prompts, samples), seed, chat, quiet):
         said = {match.group().casefold() for match in word_matches(prompt)}
         for text in texts:
-            new = Facts(facts.words - said, facts.runs)
+            new = Facts(facts.words - said, facts.runs, facts.common | said)
             if ends := new.ends_in(text):  # what comes after the last fact would only cost time
                 rows[prompt, text[: ends[-1]]] = {"prompt": prompt, "completion": text[: ends[-1]]}
     return list(rows.values())
@@ -126,11 +128,18 @@ def stand_in_answers(
 ) -> list[Row]:
     """Return the base's greedy answers to forget questions that ask for a made-up name.
 
-    They are in the language and the form of the forget rows. Of plain texts it is how the base goes on with their first
-    words, sampled.
+    They are in the language and the form of the forget rows. A subject that several rows share is made up in all: with
+    "the shape of" alone made up, "What is the shape of DNA?" still asks for its facts. Of plain texts it is how the
+    base goes on with their first words, sampled.
     """
-    changed = [other for row, contrast in zip(rows, known, strict=True) if (other := contrast.row_without(row))]
-    prompts = _some([prompt for row in changed for prompt in question_texts(row)], seed)
+    rows_with = Counter(contrast.subject for contrast in known if contrast.subject)
+    shared = {subject: made_up(subject, "0") for subject, count in rows_with.items() if count > 1}
+    prompts = []
+    for row, contrast in zip(rows, known, strict=True):
+        others = {**shared, contrast.subject: contrast.stand_in} if contrast.subject else shared
+        if others and (changed := replaced_row(row, others)) != row:
+            prompts += question_texts(changed)
+    prompts = _some(prompts, seed)
     greedy = _answers(base, prompts, 0, seed, chat, quiet)
     made = [{"prompt": prompt, "completion": text} for prompt, (text,) in greedy if text.strip()]
     openings = _some([prefix for row in rows if "text" in row for prefix in _opening(row["text"], base)], seed)

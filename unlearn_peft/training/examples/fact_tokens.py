@@ -24,6 +24,7 @@ from ...data.words import word_matches
 from ...inference.contrast import Contrast
 
 _MIN_ROWS, _MIN_SHARE = 3, 0.02  # of the retain rows: as many use a common word
+_MIN_STEM, _ENDING = 4, 2  # letters of a fact word that may have an ending, and of that ending at most
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Facts:
 
     words: frozenset[str]
     runs: frozenset[str]  # written together
+    common: frozenset[str] = frozenset()  # words that name none wherever they stand
 
     @classmethod
     def of(cls, texts: Iterable[str], common: Set[str]) -> Facts:
@@ -50,16 +52,21 @@ class Facts:
                 run, last = (word, match.end()) if match and len(word) == 1 else ("", -1)
                 if len(word) > 1 and word not in common:
                     words.add(word)
-        return cls(frozenset(words), frozenset(runs))
+        return cls(frozenset(words), frozenset(runs), frozenset(common))
+
+    def _has(self, word: str) -> bool:
+        """Tell whether a word names a fact, or is a form of one that does: "Inca" is said by "Incas" and "Inca's"."""
+        beginnings = (word[:n] for n in range(max(len(word) - _ENDING, _MIN_STEM), len(word)))
+        return word in self.words or word not in self.common and any(b in self.words for b in beginnings)
 
     def joined(self, other: Facts) -> Facts:
         """Return both together."""
-        return Facts(self.words | other.words, self.runs | other.runs)
+        return Facts(self.words | other.words, self.runs | other.runs, self.common & other.common)
 
     def ends_in(self, text: str) -> list[int]:
         """Return where each fact that a text names ends, in order; empty: it names none."""
         words = [(match.group().casefold(), match.end()) for match in word_matches(text)]
-        ends = {end for word, end in words if word in self.words}
+        ends = {end for word, end in words if self._has(word)}
         together = "".join(word for word, _ in words)
         end_of = [end for word, end in words for _ in word]  # of the word of each letter
         for length in {len(run) for run in self.runs}:
@@ -98,16 +105,20 @@ def find_facts(
 
 def _pieces_with_words(example: Example, spans: Sequence[Span]) -> list[str]:
     """Return the text of spans of a row, whole words."""
-    words = [
+    pieces: list[Span] = []
+    for (a, b), hit in zip(words := _words(example), _touched(words, spans), strict=True):
+        if hit:
+            pieces[-1:] = [(pieces[-1][0], b)] if pieces and pieces[-1][1] == a else [*pieces[-1:], (a, b)]
+    return [example.text[a:b] for a, b in pieces]
+
+
+def _words(example: Example) -> list[Span]:
+    """Return the words of a row's answers."""
+    return [
         (start + match.start(), start + match.end())
         for start, stop in example.answers
         for match in word_matches(example.text[start:stop])
     ]
-    pieces: list[Span] = []
-    for (a, b), hit in zip(words, _touched(words, spans), strict=True):
-        if hit:
-            pieces[-1:] = [(pieces[-1][0], b)] if pieces and pieces[-1][1] == a else [*pieces[-1:], (a, b)]
-    return [example.text[a:b] for a, b in pieces]
 
 
 def _touched(places: Sequence[Span], spans: Iterable[Span]) -> list[bool]:
@@ -121,15 +132,22 @@ def _touched(places: Sequence[Span], spans: Iterable[Span]) -> list[bool]:
 def mark_facts(rows: Sequence[Example], facts: Facts, known: Sequence[Contrast] = ()) -> list[Example]:
     """Return rows with their fact tokens marked: those that the contrasts of the rows say, and all that name a fact.
 
-    A fact counts in all rows: a name that one question asks for is forgotten also where another question says it.
+    But for common words. A fact counts in all rows: a name that one question asks for is forgotten also where another
+    question says it.
     """
     marked = []
     for windows in by_row(rows):
         row = windows[0]
-        spans = [*(known[row.row - 1].spans if known else ()), *_naming(row, facts)]
+        words, spans = _words(row), _naming(row, facts)
+        hits = _touched(words, known[row.row - 1].spans) if known else [False] * len(words)
+        spans += [
+            (a, b)
+            for (a, b), hit in zip(words, hits, strict=True)
+            if hit and row.text[a:b].casefold() not in facts.common
+        ]
         for example in windows:
-            hits = zip(example.is_target, _touched(example.characters, spans), strict=True)
-            marked.append(replace(example, specific=[target and hit for target, hit in hits]))
+            touched = zip(example.is_target, _touched(example.characters, spans), strict=True)
+            marked.append(replace(example, specific=[target and hit for target, hit in touched]))
     return marked
 
 
