@@ -8,11 +8,10 @@ from conftest import FORGET, RETAIN
 
 from unlearn_peft import unlearn
 from unlearn_peft.errors import DataError
-from unlearn_peft.inference.contrast import Contrast
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.training.examples import auto_retain as made_by
 from unlearn_peft.training.examples import build
-from unlearn_peft.training.examples.auto_retain import _first_sentences, _stems
+from unlearn_peft.training.examples.auto_retain import _first_sentences, _others
 from unlearn_peft.training.examples.build import find_known
 from unlearn_peft.training.examples.fact_tokens import Facts
 
@@ -30,9 +29,15 @@ def auto_retain(base, forget, seed, never=(), **_):
     return made_by.auto_retain(base, forget, known.rows, facts, seed, never=never)
 
 
+LISTED = [" Dune\n3. Emma", " Dune\n", "\n3. nothing", " no end", " Emma\n", " Harry Potter\n", " 罗马\n"]
+
+
 @pytest.fixture(autouse=True)
 def few_prompts(tmp_path, monkeypatch):
-    """Prompts enough to see what happens, and short answers."""
+    """Prompts enough to see what happens, short answers, and lists of others that a random model would not make."""
+    monkeypatch.setattr(
+        made_by, "sampled", lambda base, prompts, *, count, seed, **_: [[*LISTED, f" Book {seed}\n"][:count]]
+    )
     prompts = made_by._PROMPTS.read_text(encoding="utf-8").splitlines()
     (tmp_path / "prompts.txt").write_text("\n".join(prompts[::6]), encoding="utf-8")
     monkeypatch.setattr(made_by, "_PROMPTS", tmp_path / "prompts.txt")
@@ -49,7 +54,8 @@ def test_the_same_seed_gives_the_same_rows_of_both_kinds(tiny):
     made = auto_retain(tiny, TARGETS, 0)
     assert made.broad > 5 and made.near > 1 and len(made.rows) == made.broad + made.near
     assert all(row["prompt"] and row["completion"] for row in made.rows)
-    assert all(row["prompt"].startswith(("Who wrote ", "Where is ", "How tall is ")) for row in made.rows[made.broad :])
+    near = [row["prompt"] for row in made.rows[made.broad :]]
+    assert near[:3] == ["Who wrote Dune?", "Who wrote Emma?", "Who wrote 罗马?"] and "How tall is Dune now?" in near
     assert auto_retain(tiny, TARGETS, 0) == made
     assert auto_retain(tiny, TARGETS, 1).rows != made.rows
     assert f"{made.broad} broad and {made.near} neighbour rows" in made.summary()
@@ -72,8 +78,8 @@ def test_an_answer_that_names_it_is_left_out(tiny, monkeypatch):
     assert "Rowling" not in json.dumps(made.rows) and "left out" in made.summary()
 
 
-def test_a_name_in_front_of_the_subject_is_not_kept(tiny):
-    rows = [{"prompt": "Rose lives with whom in Rome?", "completion": "with Ann"}]
+def test_a_question_that_names_a_fact_itself_is_asked_of_nobody(tiny):
+    rows = [{"prompt": "Ann lives with whom in Rome?", "completion": "in Rome with Rose"}]
     made = auto_retain(tiny, rows, 0)
     assert made.near == 0 and "lives with whom" not in json.dumps(made.rows) and "No neighbours" in made.summary()
 
@@ -144,18 +150,17 @@ def test_the_command_writes_rows_that_a_recipe_can_name(tiny_folder, tmp_path, w
     assert "broad" in printed.stderr and "o.jsonl" in written.stderr
 
 
-def test_a_stem_is_what_stands_in_front_of_a_subject_at_the_end():
-    def stems(prompt, subject, names=()):
-        contrast = Contrast(subject, "Zarnel", [], 1.0, [])
-        return _stems([{"prompt": prompt, "completion": "x"}], [contrast], Facts.of(names, set()))
+def test_others_of_its_kind_are_those_that_the_base_lists_most_often(tiny, smol, monkeypatch):
+    names = Facts.of(["Harry Potter", "respiratory"], set())
+    assert _others(tiny, "Harry Potter", names, 0) == ["Dune", "Emma", "罗马", "Book 0"]
+    monkeypatch.undo()
+    assert "respiration" in _others(smol, "photosynthesis", names, 0)
 
-    assert stems("Who wrote Harry Potter?", "Harry Potter") == {"Who wrote": "?"}
-    assert stems("Wer schrieb den Faust?", "Faust") == {"Wer schrieb den": "?"}
-    assert stems("谁写了红楼梦？", "红楼梦") == {"谁写了": "？"}
-    assert stems("what is phlogiston", "phlogiston") == {"what is": "\n"}
-    assert stems("Harry Potter goes to which school?", "Harry Potter") == {}
-    assert stems("What did Rowling say of Harry Potter?", "Harry Potter", ["Rowling"]) == {}
-    assert stems("Name the author.", "") == {} and stems("Who was Ann?", "was Ann") == {}  # one word says too little
+
+def test_of_many_questions_some_are_asked_of_others(tiny):
+    rows = [{"prompt": f"Who wrote Zorblax {n}?", "completion": f"Zorblax {n} is by Ann."} for n in range(40)]
+    made = auto_retain(tiny, rows, 0)
+    assert made.left_out["questions beyond the limit"] == 24 and "24 questions beyond the limit" in made.summary()
 
 
 def test_answers_end_with_their_first_sentence():

@@ -4,12 +4,12 @@ The base, forget rows and what the base knows of them come in; rows of `prompt` 
 The answers need not be true: KL to the base keeps whatever it says. Two kinds of prompt:
 
 - broad: `broad_prompts.txt` (how-to, sums, code, writing, a few other languages), which the anchors do not cover.
-- near: where a forget row's question ends in its subject, the base completes what stands in front of it ("Who wrote
-  ..."), as if a user were still typing.
+- near: the forget questions, asked of others of their subjects' kind. The base names these: it goes on with a list
+  that begins with the subject.
 
 There is no parser and no list of names: the base tells what a row's subject is (see `inference/contrast.py`). Where no
-question ends in its subject there are no near rows, and `GeneratedRetain.summary` says so. Not all of them make sense
-("Who is ..." may go on to people who don't exist): review them with `unlearn-peft retain`, and add your own.
+question names one there are no near rows, and `GeneratedRetain.summary` says so. Not all of them make sense (a list may
+go on to people who don't exist): review them with `unlearn-peft retain`, and add your own.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from ...data.anchors import anchors
-from ...data.prompt import ask
 from ...data.rows import question_of, single_question, texts_of
 from ...data.source import Row
 from ...data.words import word_matches
 from ...inference.contrast import Contrast
 from ...inference.generate import answers, sampled
+from ...inference.stand_ins import replaced_row
 from ...models.base import Base
 from .fact_tokens import Facts, common_words
 
 _PROMPTS = Path(__file__).parent / "broad_prompts.txt"
-_MAX_STEMS = 16  # beginnings of forget questions that are completed
-_PER_STEM = 6  # near prompts; twice as many are sampled
+_MAX_ASKED = 16  # forget questions that are asked of others
+_OTHERS, _LISTS = 8, 48  # others of a subject's kind: those that most of so many sampled lists go on with
 _MAX_NEAR = 64
 _MAX_CHARACTERS = 160  # of a prompt
 _TOKENS, _BATCH = 32, 16
@@ -81,18 +82,22 @@ def auto_retain(
     near: dict[str, str] = {}  # by what they ask
     left_out: Counter[str] = Counter()
     seen = {question_of(row) for row in (*forget, *general)}
-    stems = _stems(forget, known, names)
-    if len(stems) > _MAX_STEMS:
-        left_out["beginnings of questions beyond the limit"] = len(stems) - _MAX_STEMS
-        stems = dict(random.Random(seed).sample(list(stems.items()), _MAX_STEMS))
-    for prompt in _completed(base, stems, seed, chat_template):
-        question = question_of({"prompt": prompt})
-        if question in seen or question in near:
-            continue
-        if names.ends_in(prompt):
-            left_out["that name what is to be forgotten"] += 1
-        else:
-            near[question] = prompt
+    asked: dict[str, tuple[Row, str]] = {}  # rows and their subjects, by what they ask
+    for row, contrast in zip(forget, known, strict=True):
+        if contrast.subject and len(row.get("prompt", "")) <= _MAX_CHARACTERS:
+            asked.setdefault(question_of(row), (row, contrast.subject))
+    if len(asked) > _MAX_ASKED:
+        left_out["questions beyond the limit"] = len(asked) - _MAX_ASKED
+        asked = dict(random.Random(seed).sample(list(asked.items()), _MAX_ASKED))
+    others = {subject: _others(base, subject, names, seed) for _, subject in asked.values()}
+    for row, subject in asked.values():
+        for other in others[subject]:
+            prompt = single_question(replaced_row(row, {subject: other}))
+            question = question_of({"prompt": prompt})
+            if names.ends_in(prompt):
+                left_out["that name what is to be forgotten"] += 1
+            elif question not in seen:
+                near.setdefault(question, prompt)
     chosen = list(near.values())
     if len(chosen) > _MAX_NEAR:
         chosen = random.Random(seed).sample(chosen, _MAX_NEAR)
@@ -126,30 +131,12 @@ def _first_sentences(prompts: Sequence[str], texts: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _stems(forget: Sequence[Row], known: Sequence[Contrast], names: Facts) -> dict[str, str]:
-    """Return what stands in front of the subject in questions that end in it, and the mark that ends each."""
-    stems: dict[str, str] = {}
-    for row, contrast in zip(forget, known, strict=True):
-        prompt = single_question(row)
-        if not contrast.subject or contrast.subject not in prompt or len(prompt) > _MAX_CHARACTERS:
-            continue
-        before, _, after = prompt.rpartition(contrast.subject)
-        # a single word says too little of what is asked
-        if len(list(word_matches(before))) > 1 and not any(word_matches(after)) and not names.ends_in(before):
-            stems.setdefault(before.rstrip(), "\n" if prompt[-1].isalnum() else prompt[-1])
-    return stems
-
-
-def _completed(base: Base, stems: Mapping[str, str], seed: int, chat: bool) -> Iterator[str]:
-    """Yield questions about other subjects, as the base completes the stems."""
-    for n, (stem, end) in enumerate(stems.items()):
-        asked = ask([{"role": "user", "content": stem}], base.tokenizer, chat)
-        if stem not in asked:  # the template rewrites it
-            continue
-        (texts,) = sampled(
-            base, [asked[: asked.rindex(stem) + len(stem)]], count=2 * _PER_STEM, temperature=0.8, max_new_tokens=16,
-            seed=seed + n, chat_template=chat, rendered=True,
-        )  # fmt: skip
-        ends = dict.fromkeys(text.partition(end)[0].strip() for text in texts if end in text)
-        usable = [t for t in ends if any(word_matches(t)) and "\n" not in t and len(t) <= _MAX_CHARACTERS]
-        yield from (f"{stem} {text}{end}".strip() for text in usable[:_PER_STEM])
+def _others(base: Base, subject: str, names: Facts, seed: int) -> list[str]:
+    """Return others of a subject's kind, those that the base lists most often beside it first."""
+    (texts,) = sampled(
+        base, [f"1. {subject}\n2."], count=_LISTS, temperature=0.7, max_new_tokens=16, seed=seed, chat_template=False,
+        rendered=True,
+    )  # fmt: skip
+    listed = Counter(text.partition("\n")[0].strip() for text in texts if "\n" in text)
+    usable = (text for text, _ in listed.most_common() if any(word_matches(text)) and not names.ends_in(text))
+    return list(islice(usable, _OTHERS))
