@@ -163,6 +163,12 @@ def test_of_many_questions_some_are_asked_of_others(tiny):
     assert made.left_out["questions beyond the limit"] == 24 and "24 questions beyond the limit" in made.summary()
 
 
+def test_a_dialogue_of_several_questions_is_asked_of_nobody(tiny):
+    turns = [("user", "Who is Zorblax?"), ("assistant", "Zorblax."), ("user", "And now?"), ("assistant", "Zorblax.")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
+    assert auto_retain(tiny, rows, 0).near == 0
+
+
 def test_answers_end_with_their_first_sentence():
     said = ["Mr. J. Smith wrote it in 1984. Then he left.", "1. One thing that is long enough. 2. Two", "no end"]
     cut = [row["completion"] for row in _first_sentences(["a", "b", "c"], said)]

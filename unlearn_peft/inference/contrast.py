@@ -18,8 +18,10 @@ token carries a fact: there is nothing to forget.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -194,11 +196,15 @@ def _with_derived(chunk: _Rows, chosen: Sequence[Contrast], stand_ins: int) -> l
     They stay likely while the row names the others, so all of them are replaced with the subject. Only what the base
     expects follows: in a language that it hardly speaks much else depends on those names.
     """
-    new_words = [_new_words(e, question_texts(row)) for e, row in zip(chunk.examples, chunk.rows, strict=True)]
+    new_words = [answer_words(e, question_texts(row)) for e, row in zip(chunk.examples, chunk.rows, strict=True)]
     tried = []
     for n, contrast in enumerate(chosen):
         if contrast.subject and contrast.spans:
-            facts = {chunk.examples[n].text[a:b] for a, b in _overlapped(new_words[n], contrast.spans)}
+            facts = {
+                chunk.examples[n].text[a:b]
+                for (a, b), hit in zip(new_words[n], touched(new_words[n], contrast.spans), strict=True)
+                if hit
+            }
             for k in range(stand_ins):
                 others = {name: made_up(name, f"{n} {k}") for name in (contrast.subject, *sorted(facts))}
                 tried.append((n, "", others))
@@ -221,7 +227,7 @@ def _choose(
     beyond_few: Values,
 ) -> tuple[str, list[Span], float]:
     """Return the subject that the answer depends on most, a long one before a short one, its facts and their nats."""
-    word_of = _words_of_tokens(tokens, _new_words(example, questions))
+    word_of = _words_of_tokens(tokens, answer_words(example, questions))
     if not questions:
         return "", _marked(beyond_few, beyond_few, word_of, _KNOWN_IN_TEXT), 0.0
     best: tuple[str, list[Span], float] = next(iter(found), ""), [], 0.0  # the longest, if nothing is known of any
@@ -239,8 +245,8 @@ def _choose(
     return best
 
 
-def _new_words(example: Example, questions: Sequence[str]) -> list[Span]:
-    """Return the words of the answers that the questions do not hold."""
+def answer_words(example: Example, questions: Sequence[str] = ()) -> list[Span]:
+    """Return the words of a row's answers that the questions do not hold."""
     asked = {m.group().casefold() for question in questions for m in word_matches(question)}
     return [
         (start + m.start(), start + m.end())
@@ -260,9 +266,12 @@ def _tokens_after(example: Example, subject: str) -> set[Span]:
     return found
 
 
-def _overlapped(words: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
-    """Return the words that share a character with a span."""
-    return [(a, b) for a, b in words if any(start < b and stop > a for start, stop in spans)]
+def touched(places: Sequence[Span], spans: Iterable[Span]) -> list[bool]:
+    """Return for each place in a text whether a span has a character of it."""
+    ordered = sorted(spans)
+    starts, ends = [start for start, _ in ordered], [*accumulate((stop for _, stop in ordered), max)]
+    before = (bisect_left(starts, stop) for _, stop in places)  # spans that begin in front of the place's end
+    return [n > 0 and ends[n - 1] > start for (start, _), n in zip(places, before, strict=True)]
 
 
 def _words_of_tokens(tokens: Iterable[Span], words: Sequence[Span]) -> dict[Span, Span]:

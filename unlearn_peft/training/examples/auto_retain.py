@@ -82,17 +82,18 @@ def auto_retain(
     near: dict[str, str] = {}  # by what they ask
     left_out: Counter[str] = Counter()
     seen = {question_of(row) for row in (*forget, *general)}
-    asked: dict[str, tuple[Row, str]] = {}  # rows and their subjects, by what they ask
+    asked: dict[str, str] = {}  # forget questions and their subjects
     for row, contrast in zip(forget, known, strict=True):
-        if contrast.subject and len(row.get("prompt", "")) <= _MAX_CHARACTERS:
-            asked.setdefault(question_of(row), (row, contrast.subject))
+        question = single_question(row)
+        if contrast.subject and contrast.subject in question and len(question) <= _MAX_CHARACTERS:
+            asked.setdefault(question, contrast.subject)
     if len(asked) > _MAX_ASKED:
         left_out["questions beyond the limit"] = len(asked) - _MAX_ASKED
         asked = dict(random.Random(seed).sample(list(asked.items()), _MAX_ASKED))
-    others = {subject: _others(base, subject, names, seed) for _, subject in asked.values()}
-    for row, subject in asked.values():
+    others = {subject: _others(base, subject, names, seed) for subject in dict.fromkeys(asked.values())}
+    for asking, subject in asked.items():
         for other in others[subject]:
-            prompt = single_question(replaced_row(row, {subject: other}))
+            prompt = replaced_row({"prompt": asking}, {subject: other})["prompt"]
             question = question_of({"prompt": prompt})
             if names.ends_in(prompt):
                 left_out["that name what is to be forgotten"] += 1

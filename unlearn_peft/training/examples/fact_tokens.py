@@ -7,11 +7,9 @@ away is what turns answers into word salad. The base itself tells which is which
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from ...data.rows import answer_texts
 from ...data.source import Row
 from ...data.tokenize import Example, by_row
 from ...data.words import word_matches
-from ...inference.contrast import Contrast
+from ...inference.contrast import Contrast, answer_words, touched
 
 _MIN_ROWS, _MIN_SHARE = 3, 0.02  # of the retain rows: as many use a common word
 _MIN_STEM, _ENDING = 4, 2  # letters of a fact word that may have an ending, and of that ending at most
@@ -106,27 +104,10 @@ def find_facts(
 def _pieces_with_words(example: Example, spans: Sequence[Span]) -> list[str]:
     """Return the text of spans of a row, whole words."""
     pieces: list[Span] = []
-    for (a, b), hit in zip(words := _words(example), _touched(words, spans), strict=True):
+    for (a, b), hit in zip(words := answer_words(example), touched(words, spans), strict=True):
         if hit:
             pieces[-1:] = [(pieces[-1][0], b)] if pieces and pieces[-1][1] == a else [*pieces[-1:], (a, b)]
     return [example.text[a:b] for a, b in pieces]
-
-
-def _words(example: Example) -> list[Span]:
-    """Return the words of a row's answers."""
-    return [
-        (start + match.start(), start + match.end())
-        for start, stop in example.answers
-        for match in word_matches(example.text[start:stop])
-    ]
-
-
-def _touched(places: Sequence[Span], spans: Iterable[Span]) -> list[bool]:
-    """Return for each place in a text whether a span has a character of it."""
-    ordered = sorted(spans)
-    starts, ends = [start for start, _ in ordered], [*accumulate((stop for _, stop in ordered), max)]
-    before = (bisect_left(starts, stop) for _, stop in places)  # spans that begin in front of the place's end
-    return [n > 0 and ends[n - 1] > start for (start, _), n in zip(places, before, strict=True)]
 
 
 def mark_facts(rows: Sequence[Example], facts: Facts, known: Sequence[Contrast] = ()) -> list[Example]:
@@ -138,27 +119,18 @@ def mark_facts(rows: Sequence[Example], facts: Facts, known: Sequence[Contrast] 
     marked = []
     for windows in by_row(rows):
         row = windows[0]
-        words, spans = _words(row), _naming(row, facts)
-        hits = _touched(words, known[row.row - 1].spans) if known else [False] * len(words)
-        spans += [
+        words = answer_words(row)
+        ends = {start + end for start, stop in row.answers for end in facts.ends_in(row.text[start:stop])}
+        hits = touched(words, known[row.row - 1].spans) if known else [False] * len(words)
+        spans = [
             (a, b)
             for (a, b), hit in zip(words, hits, strict=True)
-            if hit and row.text[a:b].casefold() not in facts.common
+            if b in ends or hit and row.text[a:b].casefold() not in facts.common
         ]
         for example in windows:
-            touched = zip(example.is_target, _touched(example.characters, spans), strict=True)
-            marked.append(replace(example, specific=[target and hit for target, hit in touched]))
+            places = zip(example.is_target, touched(example.characters, spans), strict=True)
+            marked.append(replace(example, specific=[target and hit for target, hit in places]))
     return marked
-
-
-def _naming(example: Example, facts: Facts) -> list[Span]:
-    """Return the words of a row's answers that name a fact."""
-    spans: list[Span] = []
-    for start, stop in example.answers:
-        text = example.text[start:stop]
-        ends = set(facts.ends_in(text))
-        spans += [(start + m.start(), start + m.end()) for m in word_matches(text) if m.end() in ends]
-    return spans
 
 
 def mark_unexpected(rows: Sequence[Example], known: Sequence[Contrast]) -> list[Example]:
