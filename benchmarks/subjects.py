@@ -1,9 +1,9 @@
-"""Does the recipe forget subjects that nothing was tuned on? Twelve of them, in tests/fixtures/subjects.
+"""Does the recipe forget subjects that nothing was tuned on? Sixteen of them, in tests/fixtures/subjects.
 
     python benchmarks/subjects.py [--half choose|confirm] [--only NAME ...] [--base GGUF] [--set FIELD=VALUE ...]
                                   [--dtype D]
 
-Settings are chosen by the eight of `choose` alone; the four of `confirm` are looked at once, at the end. The recipe is
+Settings are chosen by the twelve of `choose` alone; the four of `confirm` are looked at once, at the end. The recipe is
 the demo's with the rows replaced and `retain: auto`, or with --defaults the package's own. A line a subject: probes
 that the base answers of all; of those, the ones that still leak with the adapter, in all and by kind of probe; answers
 sampled at temperature 1 that leak before and with, over all probes; neighbours whose greedy answer (40 tokens) is

@@ -123,7 +123,7 @@ def test_the_subjects_are_whole(benchmarks):
     from unlearn_peft.inference.generate import leaked
 
     chosen, confirmed = subjects.subjects("choose"), subjects.subjects("confirm")
-    assert len(chosen) == 8 and len(confirmed) == 4
+    assert len(chosen) == 12 and len(confirmed) == 4
     for subject in (chosen | confirmed).values():
         assert len(subject["forget"]) == len(subject["neighbours"]) == 8 and len(subject["probes"]) >= 15
         assert len({row["kind"] for row in subject["probes"]}) == 6
