@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -97,10 +98,13 @@ def contrasts(
     return result
 
 
-def said_anyway(base: Base, rows: Sequence[Row], *, chat_template: bool = True) -> set[str]:
+def said_anyway(
+    base: Base, rows: Sequence[Row], words: Set[str] = frozenset(), *, chat_template: bool = True
+) -> set[str]:
     """Return the words, case folded, that the base is likely to say in half of these answers, whoever they are about.
 
-    Of answers about made-up names these are the grammar of the language. Words of several tokens are never among them.
+    Of answers about made-up names these are the grammar of the language. Words of several tokens are among them only if
+    they are of `words` and two tokens that are likely themselves, as "ein" is for a base that spells German.
     """
     if not rows:
         return set()
@@ -111,7 +115,12 @@ def said_anyway(base: Base, rows: Sequence[Row], *, chat_template: bool = True) 
         counts = [target_count(examples[n]) for n in numbers]
         shares += [part.softmax(-1).sum(0).clamp(max=1).cpu() for part in torch.split(logits, counts)]
     often = (torch.stack(shares).median(0).values >= _SAID_ANYWAY).nonzero()[:, 0].tolist()
-    return {text.strip().casefold() for text in base.tokenizer.batch_decode([[n] for n in often])}
+    said = [text.strip().casefold() for text in base.tokenizer.batch_decode([[n] for n in often])]
+    letters = {n for n, text in zip(often, said, strict=True) if text.isalpha()}
+    spelt = sorted(words)
+    tokens = base.tokenizer([f" {word}" for word in spelt], add_special_tokens=False)["input_ids"] if spelt else []
+    pairs = {w for w, ids in zip(spelt, tokens, strict=True) if len(ids) == 2 and letters.issuperset(ids)}
+    return pairs.union(said)
 
 
 @dataclass(frozen=True)
@@ -193,8 +202,8 @@ def _contrast_chunk(
 def _with_derived(chunk: _Rows, chosen: Sequence[Contrast], stand_ins: int) -> list[Contrast]:
     """Return contrasts with the facts that follow from others of their row, as the Andes do from the Inca.
 
-    They stay likely while the row names the others, so all of them are replaced with the subject. Only what the base
-    expects follows: in a language that it hardly speaks much else depends on those names.
+    They stay likely while the row names the others, so all of them are replaced with the subject. Only words
+    that the base expects follow: in a language that it hardly speaks much else depends on those names.
     """
     new_words = [answer_words(e, question_texts(row)) for e, row in zip(chunk.examples, chunk.rows, strict=True)]
     tried = []
@@ -213,8 +222,12 @@ def _with_derived(chunk: _Rows, chosen: Sequence[Contrast], stand_ins: int) -> l
     result = []
     for n, beyond_few in enumerate(chunk.beyond_few(needed)):
         expected = chunk.known[n]
-        smaller = {s: min(less[n][s], value) for s, value in beyond_few.items() if expected[s] >= -_FOLLOWS}
-        derived = _marked(smaller, less[n], _words_of_tokens(expected, new_words[n]), _KNOWN)
+        word_of = _words_of_tokens(expected, new_words[n])
+        of_word: defaultdict[Span | None, float] = defaultdict(float)
+        for token, value in expected.items():
+            of_word[word_of.get(token)] += value
+        smaller = {s: min(less[n][s], v) for s, v in beyond_few.items() if of_word[word_of.get(s)] >= -_FOLLOWS}
+        derived = _marked(smaller, less[n], word_of, _KNOWN)
         result.append(replace(chosen[n], spans=sorted({*chosen[n].spans, *derived})))
     return result
 

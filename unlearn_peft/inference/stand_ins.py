@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..data.rows import answer_texts, question_texts
@@ -17,6 +18,7 @@ _MAX_SUBJECT = 8  # words
 _SEARCHED_SUBJECT = 4  # words, where no part of the question comes again in an answer
 _CANDIDATES, _SEARCHED = 5, 24  # subjects that are tried for each row
 _INDEXED = 512  # words of an answer
+_LONG = 4  # letters, of which a Korean syllable has two or three
 
 
 def made_up(name: str, seed: str) -> str:
@@ -102,10 +104,18 @@ def replaced_row(row: Row, others: Mapping[str, str]) -> Row:
 
 
 def pieces(text: str, others: Mapping[str, str]) -> Iterator[tuple[str, int, bool]]:
-    """Yield the pieces of a text with other words for some: the piece, where it was, whether it is as it was."""
-    start, other_of = 0, {old.casefold(): other for old, other in others.items()}
+    """Yield the pieces of a text with other words for some: the piece, where it was, whether it is as it was.
+
+    Short ones are replaced as whole words alone: "Er" is no part of "erhalten".
+    """
+    other_of = {old.casefold(): other for old, other in others.items()}
+    start, edges = 0, {edge for m in word_matches(text) for edge in m.span()}
     for match in re.finditer("|".join(map(re.escape, sorted(others, key=len, reverse=True))), text, re.IGNORECASE):
+        old, end = match.group(), match.end()
+        whole = match.start() in edges and (end in edges or not text[end : end + 1].isalpha())
+        if not whole and len(unicodedata.normalize("NFD", old)) < _LONG:
+            continue
         yield text[start : match.start()], start, True
-        yield other_of.get(match.group().casefold(), match.group()), match.start(), False
-        start = match.end()
+        yield other_of.get(old.casefold(), old), match.start(), False
+        start = end
     yield text[start:], start, True

@@ -7,9 +7,12 @@ away is what turns answers into word salad. The base itself tells which is which
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,7 +25,8 @@ from ...data.words import word_matches
 from ...inference.contrast import Contrast, answer_words, touched
 
 _MIN_ROWS, _MIN_SHARE = 3, 0.02  # of the retain rows: as many use a common word
-_MIN_STEM, _ENDING = 4, 2  # letters of a fact word that may have an ending, and of that ending at most
+_MIN_STEM, _ENDING = 4, 2  # letters of a word that may have an ending, and of that ending at most
+_MIN_SHORTER, _MIN_SHARED = 5, 6  # letters of what a fact word is a form of, and of what both are forms of
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,28 @@ class Facts:
                 run, last = (word, match.end()) if match and len(word) == 1 else ("", -1)
                 if len(word) > 1 and word not in common:
                     words.add(word)
+            words.update(word for word, _ in _compounds(text))
         return cls(frozenset(words), frozenset(runs), frozenset(common))
 
+    @cached_property
+    def _beginnings(self) -> frozenset[str]:
+        return frozenset(beginning for word in self.words for beginning in _beginnings(word))
+
     def _has(self, word: str) -> bool:
-        """Tell whether a word names a fact, or is a form of one that does: "Inca" is said by "Incas" and "Inca's"."""
-        beginnings = (word[:n] for n in range(max(len(word) - _ENDING, _MIN_STEM), len(word)))
-        return word in self.words or word not in self.common and any(b in self.words for b in beginnings)
+        """Tell whether a word names a fact, or is a form of one that does.
+
+        "Incas" and "Inca's" are of "Inca", "India" of "Indian", "nonviolence" of "nonviolent": one is the other with an
+        ending, or they have a long beginning in common.
+        """
+        if word in self.words or word in self.common:
+            return word in self.words
+        beginnings = _beginnings(word)
+        return (
+            len(word) >= _MIN_SHORTER
+            and word in self._beginnings
+            or any(beginning in self.words for beginning in beginnings)
+            or any(len(beginning) >= _MIN_SHARED and beginning in self._beginnings for beginning in beginnings)
+        )
 
     def joined(self, other: Facts) -> Facts:
         """Return both together."""
@@ -64,7 +84,7 @@ class Facts:
     def ends_in(self, text: str) -> list[int]:
         """Return where each fact that a text names ends, in order; empty: it names none."""
         words = [(match.group().casefold(), match.end()) for match in word_matches(text)]
-        ends = {end for word, end in words if self._has(word)}
+        ends = {end for word, end in (*words, *_compounds(text)) if self._has(word)}
         together = "".join(word for word, _ in words)
         end_of = [end for word, end in words for _ in word]  # of the word of each letter
         for length in {len(run) for run in self.runs}:
@@ -74,6 +94,22 @@ class Facts:
                 if together[i : i + length] in self.runs
             }
         return sorted(ends)
+
+
+def _beginnings(word: str) -> list[str]:
+    """Return a word and its beginnings, without an ending of a few letters."""
+    lengths = range(max(len(word) - _ENDING, _MIN_STEM), len(word) + 1)
+    return [word[:n] for n in lengths if not any(map(str.isdigit, word[n:]))]
+
+
+def _compounds(text: str) -> list[tuple[str, int]]:
+    """Return the words that are written with a hyphen as without one, and where each ends: "nonviolent"."""
+    pairs = pairwise(word_matches(text))
+    return [
+        (f"{first.group()}{last.group()}".casefold(), last.end())
+        for first, last in pairs
+        if last.start() - first.end() == 1 and unicodedata.category(text[first.end()]) == "Pd"
+    ]
 
 
 def common_words(texts: Sequence[str]) -> set[str]:
