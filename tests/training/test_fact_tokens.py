@@ -9,7 +9,7 @@ from unlearn_peft import unlearn
 from unlearn_peft.data.tokenize import tokenize
 from unlearn_peft.inference.contrast import Contrast, contrasts, said_anyway
 from unlearn_peft.inference.generate import answers
-from unlearn_peft.inference.stand_ins import made_up
+from unlearn_peft.inference.stand_ins import made_up, replaced_row
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.recipe.objectives import UndialSettings
 from unlearn_peft.recipe.schema import GaKlSettings
@@ -63,6 +63,9 @@ def test_what_is_said_of_anybody_is_no_fact(smol):
     often = said_anyway(smol, rows)
     assert {"was", "a", "in", "born"} <= often and not {"charles", "darwin", "walanir"} & often
     assert said_anyway(smol, []) == set()
+    german = [{"text": f"{name} war ein Mann, der in Berlin lebte, und die Frau war ein Kind."} for name in "AEI"]
+    assert "ein" not in said_anyway(smol, german)  # two tokens
+    assert said_anyway(smol, german, {"ein", "charles", "1902"}) - said_anyway(smol, german) == {"ein"}
 
 
 def test_in_german_no_function_word_is_a_fact(smol):
@@ -90,6 +93,26 @@ def test_of_what_the_base_does_not_know_there_is_little_or_nothing_to_forget(smo
     (stranger, *unknown), known = marked(smol, strange)
     assert known[0].subject == "Zarnel Quibb" and known[0].nats < 4 < contrasts(smol, HARRY)[0].nats / 2
     assert sum(stranger.specific) <= 3 and not any(any(row.specific) for row in unknown)
+
+
+def test_a_fact_is_named_by_every_form_of_its_word():
+    facts = Facts.of(["Indian", "nonviolent", "Inca", "planet", "1948", "Non-Cooperation"], {"indians", "non"})
+    named = ["India", "non-violence", "nonviolence", "Incas", "Inca\u2019s", "noncooperation", "1948s", "INDIAN"]
+    assert all(map(facts.ends_in, named))
+    assert not any(map(facts.ends_in, ["Indians", "plants", "plan", "19481", "194", "violent", "Indus", "inc"]))
+    assert facts.ends_in("of non-violence") == [len("of non-violence")]
+
+
+def test_a_short_name_is_replaced_as_a_whole_word_alone():
+    for text, old, new, expected in (
+        ("Er lebte seines Lebens in Weimar", "In", "Ni", "Er lebte seines Lebens Ni Weimar"),
+        ("the CIA's CIA agents", "CIA", "ICA", "the ICA's ICA agents"),
+        ("歌德在魏玛", "歌德", "德歌", "德歌在魏玛"),
+        ("괴테는 독일의", "괴테", "테괴", "테괴는 독일의"),
+        ("Er erhält (Er", "Er", "Re", "Re erhält (Re"),
+        ("Incas and the Inca.", "Inca", "Acni", "Acnis and the Acni."),
+    ):
+        assert replaced_row({"prompt": text}, {old: new}) == {"prompt": expected}
 
 
 def test_a_made_up_name_has_the_same_letters_and_shape():
@@ -264,7 +287,7 @@ def answered(monkeypatch):
     """The base's answers, given; returns what it was asked, with the number of samples."""
     asked = []
 
-    def give(base, prompts, samples, seed, chat, quiet):
+    def give(base, prompts, samples, seed, chat, quiet, temperature=1.0):
         asked.extend((prompt, samples) for prompt in prompts)
         return [(prompt, [" It is by Zorblax, they say", " nobody"][: samples + 1]) for prompt in prompts]
 
@@ -300,11 +323,39 @@ def test_stand_ins_are_asked_in_every_form_of_row(tiny, answered):
     ]
     known = [Contrast("Quintel" if n < 2 else "", "Lentiuq", [], 1.0, []) for n in range(4)]
     found = base_answers.stand_in_answers(tiny, rows, known, seed=0, chat=True)
-    assert [prompt for prompt, _ in answered][:2] == ["Who is Lentiuq?", "Is Lentiuq red?"]
-    assert [row.keys() == {"text"} for row in found] == [False, False, True]
-    assert (
-        found[2]["text"].startswith("Quintel") and "Zorblax" not in found[2]["text"]
-    )  # the sample, not the greedy one
+    questions = ["Who is Lentiuq?", "Is Lentiuq red?"]
+    assert [prompt for prompt, samples in answered if not samples] == questions
+    assert found[:2] == [{"prompt": prompt, "completion": " It is by Zorblax, they say"} for prompt in questions]
+    texts = [row["text"] for row in found[2:]]  # the samples, not the greedy answers
+    assert texts[0].startswith("Quintel wrote") and texts[1:] == [f"{prompt} nobody" for prompt in questions]
+    assert not any("Zorblax" in text for text in texts)
+
+
+def test_more_questions_are_what_the_base_lists_after_them(tiny, monkeypatch):
+    begun = []
+
+    def listing(base, prompts, *, count, **_):
+        begun.extend(prompts)
+        return [[" Who is Ann?\n5. Who  is Quintel?\n6. Wo?\n7. cut off", " no line"] for _ in prompts]
+
+    monkeypatch.setattr(base_answers, "sampled", listing)
+    rows = [{"prompt": f"Who is {name}?", "completion": "a"} for name in ("Quintel", "Zorblax", "x" * 200)]
+    rows += [{"text": "Quintel is"}, {"messages": [{"role": "user", "content": "Wo?"}] * 2}]
+    assert base_answers.more_questions(tiny, rows, seed=0) == ["Who is Ann?", "Who  is Quintel?", "Wo?"]
+    assert set(begun) <= {
+        f"1. Who is {a}?\n2. Who is {b}?\n3." for a, b in ("Quintel Zorblax".split(), "Zorblax Quintel".split())
+    }
+    assert base_answers.more_questions(tiny, rows[3:], seed=0) == []
+
+
+def test_more_questions_are_asked_of_the_subject_or_kept_beside_it(tiny, fields, monkeypatch):
+    listed = ["Is Quintel old?", "What is a town?", "Who wrote Quintel?"]
+    monkeypatch.setattr(build, "more_questions", lambda *_, **__: listed)
+    del fields["quiet"]
+    recipe = make_recipe({**fields, "probes": [{"prompt": "who wrote Quintel?", "leak": ["a"]}]})
+    monkeypatch.setattr(build.Facts, "ends_in", lambda self, text: [1] if "Quintel" in text else [])
+    known = build.find_known(build.read_sets(recipe), tiny, recipe)
+    assert (known.about, known.beside) == (listed[:1], listed[1:2])  # a probe is never trained on
 
 
 def test_a_subject_of_several_rows_is_made_up_in_all(tiny, answered):
@@ -312,7 +363,7 @@ def test_a_subject_of_several_rows_is_made_up_in_all(tiny, answered):
     subjects = ("DNA", "DNA", "the shape of", "")
     known = [Contrast(subject, made_up(subject, "1") if subject else "", [], 1.0, []) for subject in subjects]
     base_answers.stand_in_answers(tiny, rows, known, seed=0, chat=True)
-    assert len(answered) == 3 and not any("DNA" in prompt for prompt, _ in answered)
+    assert len({prompt for prompt, _ in answered}) == 3 and not any("DNA" in prompt for prompt, _ in answered)
 
 
 def test_an_objective_that_pushes_all_tokens_is_not_said_to_hold_any(tiny, fields, caplog):

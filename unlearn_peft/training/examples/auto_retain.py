@@ -4,8 +4,8 @@ The base, forget rows and what the base knows of them come in; rows of `prompt` 
 The answers need not be true: KL to the base keeps whatever it says. Two kinds of prompt:
 
 - broad: `broad_prompts.txt` (how-to, sums, code, writing, a few other languages), which the anchors do not cover.
-- near: the forget questions, asked of others of their subjects' kind. The base names these: it goes on with a list
-  that begins with the subject.
+- near: the forget questions, asked of others of their subjects' kind, and other questions on their topic. The base
+  makes up both: it goes on with a list that begins with the subject, or with forget questions.
 
 There is no parser and no list of names: the base tells what a row's subject is (see `inference/contrast.py`). Where no
 question names one there are no near rows, and `GeneratedRetain.summary` says so. Not all of them make sense (a list may
@@ -35,7 +35,7 @@ from .fact_tokens import Facts, common_words
 _PROMPTS = Path(__file__).parent / "broad_prompts.txt"
 _MAX_ASKED = 16  # forget questions that are asked of others
 _OTHERS, _LISTS = 8, 48  # others of a subject's kind: those that most of so many sampled lists go on with
-_MAX_NEAR = 64
+_MAX_NEAR = 96
 _MAX_CHARACTERS = 160  # of a prompt
 _TOKENS, _BATCH = 32, 16
 _SENTENCE_END = re.compile(r"(?<!\b\w)(?<!\b\d\d)[.!?]+(?=\s|$)|[。！？]")  # not the dots of "1.", "12." and "J."
@@ -61,7 +61,7 @@ class GeneratedRetain:
 
 def auto_retain(
     base: Base, forget: Sequence[Row], known: Sequence[Contrast], facts: Facts, seed: int, *,
-    never: Sequence[Row] = (), chat_template: bool = True,
+    beside: Sequence[str] = (), never: Sequence[Row] = (), chat_template: bool = True,
 ) -> GeneratedRetain:  # fmt: skip
     """Make a retain set from the base's own answers, without rows that `never` may be trained on (probes, neighbours).
 
@@ -99,6 +99,9 @@ def auto_retain(
                 left_out["that name what is to be forgotten"] += 1
             elif question not in seen:
                 near.setdefault(question, prompt)
+    for prompt in beside:
+        if (question := question_of({"prompt": prompt})) not in seen and not names.ends_in(prompt):
+            near.setdefault(question, prompt)
     chosen = list(near.values())
     if len(chosen) > _MAX_NEAR:
         chosen = random.Random(seed).sample(chosen, _MAX_NEAR)

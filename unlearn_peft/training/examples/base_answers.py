@@ -2,7 +2,8 @@
 
 A forget set holds each fact in one wording; the base has others. So it is asked each question a few times, also by the
 subject alone ("Apple"), the question's key words ("founded Apple") and the beginning of its answer ("Apple was founded
-by"); plain text is continued from its beginning and from places inside. Of the answers that name a fact, the words that
+by"), and questions of its own once: it goes on with lists of the user's. Plain text is continued from its beginning and
+from places inside. Of the answers that name a fact, the words that
 name it are forgotten too.
 
 The answers of a retain set are right, but the base may never give them. What it does give is held by
@@ -14,11 +15,12 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
-from ...data.rows import question_texts
+from ...data.rows import question_texts, single_question
 from ...data.source import Row
 from ...data.windows import prefixes
 from ...data.words import word_matches
@@ -31,6 +33,9 @@ from .fact_tokens import Facts
 logger = logging.getLogger(__name__)
 _MAX_ANSWERS = 384  # in all; each row is asked at least once
 _MAX_STAND_INS = 64
+_CONTINUED, _TYPICAL = 4, 0.7  # times, of few; and the temperature: at 1 a small base leaves the language
+_LISTS, _LISTED, _LIST_ENDS = 8, 8, 8  # of questions: lists, questions in each, and times each is continued
+_MAX_CHARACTERS = 160  # of a question in a list
 _MIN_WORDS = 3  # a shorter beginning says too little about what is asked
 _BATCH, _LARGE_BATCH = 8, 128  # questions at once, and of more than a hundred
 _TOKENS = 40
@@ -59,6 +64,27 @@ def questions(rows: Sequence[Row], facts: Facts, common: Set[str], subjects: Seq
                 more.append(row["completion"][: answer[first].start()].strip())
     different = list(dict.fromkeys(prompt for prompt in (*own, *subjects, *more) if prompt.strip()))
     return different[: max(_MAX_ANSWERS, len(own))]
+
+
+def more_questions(base: Base, rows: Sequence[Row], *, seed: int) -> list[str]:
+    """Return questions that the base lists after forget questions: like them, in their language and on their topic."""
+    asked = [question for row in rows if (question := single_question(row)) and len(question) <= _MAX_CHARACTERS]
+    asked = list(dict.fromkeys(" ".join(question.split()) for question in asked))
+    if not asked:
+        return []
+    draw, lists = random.Random(seed), []
+    for _ in range(_LISTS):
+        begun = draw.sample(asked, min(len(asked), _LISTED))
+        lists.append("".join(f"{n}. {question}\n" for n, question in enumerate(begun, 1)) + f"{len(begun) + 1}.")
+    found: dict[str, None] = {}
+    for texts in sampled(
+        base, lists, count=_LIST_ENDS, temperature=_TYPICAL, max_new_tokens=_TOKENS, seed=seed,
+        chat_template=False, rendered=True,
+    ):  # fmt: skip
+        for text in texts:
+            for line in text.split("\n")[:-1]:  # the last may be cut
+                found.setdefault(re.sub(r"^\s*\d+\.\s*", "", line).strip())
+    return [question for question in found if any(word_matches(question)) and question not in asked]
 
 
 def self_generated_answers(
@@ -129,8 +155,8 @@ def stand_in_answers(
     """Return the base's greedy answers to forget questions that ask for a made-up name.
 
     They are in the language and the form of the forget rows. A subject that several rows share is made up in all: with
-    "the shape of" alone made up, "What is the shape of DNA?" still asks for its facts. Of plain texts it is how the
-    base goes on with their first words, sampled.
+    "the shape of" alone made up, "What is the shape of DNA?" still asks for its facts. How the base goes on with these
+    questions as plain text, and with the first words of plain texts, comes after them, sampled.
     """
     rows_with = Counter(contrast.subject for contrast in known if contrast.subject)
     shared = {subject: made_up(subject, "0") for subject, count in rows_with.items() if count > 1}
@@ -142,8 +168,10 @@ def stand_in_answers(
     prompts = _some(prompts, seed)
     greedy = _answers(base, prompts, 0, seed, chat, quiet)
     made = [{"prompt": prompt, "completion": text} for prompt, (text,) in greedy if text.strip()]
-    openings = _some([prefix for row in rows if "text" in row for prefix in _opening(row["text"], base)], seed)
-    for opening, (_, *texts) in _answers(base, openings, 1, seed, False, quiet):
+    openings = [prefix for row in rows if "text" in row for prefix in _opening(row["text"], base)]
+    openings = _some([*openings, *prompts], seed)
+    times = max(1, min(_CONTINUED, _MAX_STAND_INS // max(len(openings), 1)))
+    for opening, (_, *texts) in _answers(base, openings, times, seed, False, quiet, temperature=_TYPICAL):
         made += [{"text": opening + text} for text in texts if text.strip()]
     return made
 
@@ -160,7 +188,7 @@ def _some(prompts: Sequence[str], seed: int) -> list[str]:
 
 
 def _answers(
-    base: Base, prompts: Sequence[str], samples: int, seed: int, chat: bool, quiet: bool
+    base: Base, prompts: Sequence[str], samples: int, seed: int, chat: bool, quiet: bool, temperature: float = 1.0
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield each prompt with the base's greedy answer to it and so many samples."""
     from tqdm import tqdm
@@ -173,6 +201,6 @@ def _answers(
             greedy = answers(base, chunk, **settings)
             more: list[list[str]] = [[] for _ in chunk]
             if samples:
-                more = sampled(base, chunk, count=samples, seed=seed + start, **settings)
+                more = sampled(base, chunk, count=samples, temperature=temperature, seed=seed + start, **settings)
             yield from ((prompt, [first, *rest]) for prompt, first, rest in zip(chunk, greedy, more, strict=True))
             bar.update(len(chunk))

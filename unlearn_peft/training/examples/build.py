@@ -11,17 +11,18 @@ import torch
 
 from ...adapters.card import row_numbers
 from ...data.anchors import anchors
-from ...data.rows import answer_texts, question_texts, read_rows, refuse_overlap
+from ...data.rows import answer_texts, question_of, question_texts, read_rows, refuse_overlap
 from ...data.source import Row
 from ...data.tokenize import Example, by_row, tokenize, windows
 from ...errors import DataError
-from ...inference.contrast import Contrast, contrasts, said_anyway
+from ...inference.contrast import Contrast, answer_words, contrasts, said_anyway
 from ...models.base import Base
 from ...models.layers import check_known
 from ...recipe.schema import DATA_FIELDS, Recipe
 from .auto_retain import GeneratedRetain, auto_retain
 from .base_answers import (
     continued_texts,
+    more_questions,
     questions,
     retain_prompt_answers,
     self_generated_answers,
@@ -31,6 +32,7 @@ from .fact_tokens import Facts, common_words, find_facts, mark_facts, mark_unexp
 from .refusals import refusing
 
 logger = logging.getLogger(__name__)
+_MAX_LISTED = 32  # of the questions that the base made up, of either kind
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Known:
     facts: Facts
     examples: list[Example]  # the forget rows, whole
     stand_ins: list[Row]  # what it says of made-up names instead, without the rows that name a fact
+    about: list[str]  # more questions like theirs, which the base made up: those that name a subject or a fact,
+    beside: list[str]  # and those that name none
 
 
 def find_known(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, quiet: bool = True) -> Known:
@@ -72,9 +76,15 @@ def find_known(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, qui
     made = stand_in_answers(base, forget, found, seed=recipe.seed, chat=recipe.chat_template, quiet=quiet)
     options |= {"train_on": recipe.train_on}
     examples = tokenize(forget, base.tokenizer, max_length=None, closing=False, what="forget", **options)
-    anyway = said_anyway(base, made, chat_template=recipe.chat_template)
+    words = {example.text[a:b].casefold() for example in examples for a, b in answer_words(example)}
+    anyway = said_anyway(base, made, words, chat_template=recipe.chat_template)
     facts = find_facts(examples, found, [*rows.get("retain", []), *anchors([])], anyway)
-    return Known(found, facts, examples, [row for row in made if not any(map(facts.ends_in, answer_texts(row)))])
+    names = facts.joined(Facts.of([contrast.subject for contrast in found], facts.common))
+    never = {question_of(row) for name in ("probes", "neighbours") for row in rows.get(name, [])}
+    listed = [q for q in more_questions(base, forget, seed=recipe.seed) if question_of({"prompt": q}) not in never]
+    about, beside = ([q for q in listed if bool(names.ends_in(q)) == naming] for naming in (True, False))
+    stand_ins = [row for row in made if not any(map(facts.ends_in, answer_texts(row)))]
+    return Known(found, facts, examples, stand_ins, about[:_MAX_LISTED], beside[:_MAX_LISTED])
 
 
 def make_retain(
@@ -88,7 +98,14 @@ def make_retain(
     known = known or find_known(rows, base, recipe)
     never = [row for name in ("probes", "neighbours") for row in rows.get(name, [])]
     made = auto_retain(
-        base, rows["forget"], known.rows, known.facts, recipe.seed, never=never, chat_template=recipe.chat_template
+        base,
+        rows["forget"],
+        known.rows,
+        known.facts,
+        recipe.seed,
+        beside=known.beside,
+        never=never,
+        chat_template=recipe.chat_template,
     )
     if not made.rows:
         raise DataError(
@@ -124,7 +141,7 @@ def build_examples(
         ]
 
     known = known or find_known(rows, base, recipe, quiet=quiet)
-    facts, asking = known.facts, dict[str, Any](seed=recipe.seed, quiet=quiet)
+    facts, asking = known.facts, dict[str, Any](seed=recipe.seed, chat=recipe.chat_template, quiet=quiet)
     anchor_rows: list[Row] = []
     if recipe.anchor_batch and recipe.retain_weight:
         anchor_rows = anchors(rows["forget"], *(rows.get(name, []) for name in ("retain", "probes", "neighbours")))
@@ -155,13 +172,12 @@ def build_examples(
             [text for row in (*retain_rows, *stand_ins, *anchor_rows) for text in question_texts(row)]
         )
         prompts = questions(rows["forget"], facts, common, [contrast.subject for contrast in known.rows])
-        answered = self_generated_answers(base, prompts, facts, recipe.own_answers, chat=recipe.chat_template, **asking)
-        answered += continued_texts(base, rows["forget"], facts, recipe.own_answers, **asking)
+        answered = self_generated_answers(base, prompts, facts, recipe.own_answers, **asking)
+        answered += self_generated_answers(base, known.about, facts, 0, **asking)
+        answered += continued_texts(base, rows["forget"], facts, recipe.own_answers, seed=recipe.seed, quiet=quiet)
         self_generated = mark_facts(with_refusals(tokens(answered, "forget", closing=False), answered), facts)
     if recipe.retain_answers and recipe.retain_weight and not recipe.makes_retain:  # those rows are its own already
-        answered = retain_prompt_answers(
-            base, trained_on, facts, recipe.retain_answers, chat=recipe.chat_template, **asking
-        )
+        answered = retain_prompt_answers(base, trained_on, facts, recipe.retain_answers, **asking)
         retain += tokens(answered, "own answer", closing=False)
     return Sets(with_refusals(forget, rows["forget"]), retain, held_out, tokens(anchor_rows, "anchor"), self_generated)
 
