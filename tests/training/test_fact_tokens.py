@@ -349,13 +349,13 @@ def test_more_questions_are_what_the_base_lists_after_them(tiny, monkeypatch):
 
 
 def test_more_questions_are_asked_of_the_subject_or_kept_beside_it(tiny, fields, monkeypatch):
-    listed = ["Is Quintel old?", "What is a town?", "Who wrote Quintel?"]
+    listed = ["Is Quintel old?", "What is a town?", "Who wrote Quintel?", RETAIN[0]["prompt"]]
     monkeypatch.setattr(build, "more_questions", lambda *_, **__: listed)
     del fields["quiet"]
     recipe = make_recipe({**fields, "probes": [{"prompt": "who wrote Quintel?", "leak": ["a"]}]})
     monkeypatch.setattr(build.Facts, "ends_in", lambda self, text: [1] if "Quintel" in text else [])
     known = build.find_known(build.read_sets(recipe), tiny, recipe)
-    assert (known.about, known.beside) == (listed[:1], listed[1:2])  # a probe is never trained on
+    assert (known.about, known.beside) == (listed[:1], listed[1:2])  # not what a probe or a retain row asks
 
 
 def test_a_subject_of_several_rows_is_made_up_in_all(tiny, answered):

@@ -202,8 +202,8 @@ def _contrast_chunk(
 def _with_derived(chunk: _Rows, chosen: Sequence[Contrast], stand_ins: int) -> list[Contrast]:
     """Return contrasts with the facts that follow from others of their row, as the Andes do from the Inca.
 
-    They stay likely while the row names the others, so all of them are replaced with the subject. Only words
-    that the base expects follow: in a language that it hardly speaks much else depends on those names.
+    They stay likely while the row names the others, so all of them are replaced with the subject. Only words that the
+    base expects follow: in a language that it hardly speaks much else depends on those names.
     """
     new_words = [answer_words(e, question_texts(row)) for e, row in zip(chunk.examples, chunk.rows, strict=True)]
     tried = []

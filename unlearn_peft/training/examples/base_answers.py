@@ -3,8 +3,7 @@
 A forget set holds each fact in one wording; the base has others. So it is asked each question a few times, also by the
 subject alone ("Apple"), the question's key words ("founded Apple") and the beginning of its answer ("Apple was founded
 by"), and questions of its own once: it goes on with lists of the user's. Plain text is continued from its beginning and
-from places inside. Of the answers that name a fact, the words that
-name it are forgotten too.
+from places inside. Of the answers that name a fact, the words that name it are forgotten too.
 
 The answers of a retain set are right, but the base may never give them. What it does give is held by
 `retain_prompt_answers`, as in on-policy distillation (Agarwal et al. 2023, arXiv:2306.13649) with the base as teacher.
