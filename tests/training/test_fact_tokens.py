@@ -352,7 +352,7 @@ def test_more_questions_are_asked_of_the_subject_or_kept_beside_it(tiny, fields,
     listed = ["Is Quintel old?", "What is a town?", "Who wrote Quintel?", RETAIN[0]["prompt"]]
     monkeypatch.setattr(build, "more_questions", lambda *_, **__: listed)
     del fields["quiet"]
-    recipe = make_recipe({**fields, "probes": [{"prompt": "who wrote Quintel?", "leak": ["a"]}]})
+    recipe = make_recipe({**fields, "own_answers": 1, "probes": [{"prompt": "who wrote Quintel?", "leak": ["a"]}]})
     monkeypatch.setattr(build.Facts, "ends_in", lambda self, text: [1] if "Quintel" in text else [])
     known = build.find_known(build.read_sets(recipe), tiny, recipe)
     assert (known.about, known.beside) == (listed[:1], listed[1:2])  # not what a probe or a retain row asks

@@ -30,13 +30,13 @@ from ...inference.contrast import Contrast
 from ...inference.generate import answers, sampled
 from ...inference.stand_ins import replaced_row
 from ...models.base import Base
+from .base_answers import MAX_CHARACTERS
 from .fact_tokens import Facts, common_words
 
 _PROMPTS = Path(__file__).parent / "broad_prompts.txt"
 _MAX_ASKED = 16  # forget questions that are asked of others
 _OTHERS, _LISTS = 8, 48  # others of a subject's kind: those that most of so many sampled lists go on with
 _MAX_NEAR = 96
-_MAX_CHARACTERS = 160  # of a prompt
 _TOKENS, _BATCH = 32, 16
 _SENTENCE_END = re.compile(r"(?<!\b\w)(?<!\b\d\d)[.!?]+(?=\s|$)|[。！？]")  # not the dots of "1.", "12." and "J."
 _MIN_SENTENCE = 24  # characters
@@ -85,7 +85,7 @@ def auto_retain(
     asked: dict[str, str] = {}  # forget questions and their subjects
     for row, contrast in zip(forget, known, strict=True):
         question = single_question(row)
-        if contrast.subject and contrast.subject in question and len(question) <= _MAX_CHARACTERS:
+        if contrast.subject and contrast.subject in question and len(question) <= MAX_CHARACTERS:
             asked.setdefault(question, contrast.subject)
     if len(asked) > _MAX_ASKED:
         left_out["questions beyond the limit"] = len(asked) - _MAX_ASKED

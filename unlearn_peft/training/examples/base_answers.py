@@ -34,7 +34,7 @@ _MAX_ANSWERS = 384  # in all; each row is asked at least once
 _MAX_STAND_INS = 64
 _CONTINUED, _TYPICAL = 4, 0.7  # times, of few; and the temperature: at 1 a small base leaves the language
 _LISTS, _LISTED, _LIST_ENDS = 8, 8, 8  # of questions: lists, questions in each, and times each is continued
-_MAX_CHARACTERS = 160  # of a question in a list
+MAX_CHARACTERS = 160  # of a question that is asked in other ways, too
 _MIN_WORDS = 3  # a shorter beginning says too little about what is asked
 _BATCH, _LARGE_BATCH = 8, 128  # questions at once, and of more than a hundred
 _TOKENS = 40
@@ -67,7 +67,7 @@ def questions(rows: Sequence[Row], facts: Facts, common: Set[str], subjects: Seq
 
 def more_questions(base: Base, rows: Sequence[Row], *, seed: int) -> list[str]:
     """Return questions that the base lists after forget questions: like them, in their language and on their topic."""
-    asked = [question for row in rows if (question := single_question(row)) and len(question) <= _MAX_CHARACTERS]
+    asked = [question for row in rows if (question := single_question(row)) and len(question) <= MAX_CHARACTERS]
     asked = list(dict.fromkeys(" ".join(question.split()) for question in asked))
     if not asked:
         return []
@@ -99,8 +99,7 @@ def self_generated_answers(
     for prompt, texts in _answers(base, prompts, _affordable(prompts, samples), seed, chat, quiet):
         said = {match.group().casefold() for match in word_matches(prompt)}
         for text in texts:
-            new = Facts(facts.words - said, facts.runs, facts.common | said)
-            if ends := new.ends_in(text):  # what comes after the last fact would only cost time
+            if ends := facts.ends_in(text, said):  # what comes after the last fact would only cost time
                 rows[prompt, text[: ends[-1]]] = {"prompt": prompt, "completion": text[: ends[-1]]}
     return list(rows.values())
 

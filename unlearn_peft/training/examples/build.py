@@ -81,7 +81,9 @@ def find_known(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, qui
     facts = find_facts(examples, found, [*rows.get("retain", []), *anchors([])], anyway)
     names = facts.joined(Facts.of([contrast.subject for contrast in found], facts.common))
     never = {question_of(row) for name in ("retain", "probes", "neighbours") for row in rows.get(name, [])}
-    listed = [q for q in more_questions(base, forget, seed=recipe.seed) if question_of({"prompt": q}) not in never]
+    asks = recipe.own_answers or recipe.makes_retain
+    listed = more_questions(base, forget, seed=recipe.seed) if asks else []
+    listed = [question for question in listed if question_of({"prompt": question}) not in never]
     about, beside = ([q for q in listed if bool(names.ends_in(q)) == naming] for naming in (True, False))
     stand_ins = [row for row in made if not any(map(facts.ends_in, answer_texts(row)))]
     return Known(found, facts, examples, stand_ins, about[:_MAX_LISTED], beside[:_MAX_LISTED])

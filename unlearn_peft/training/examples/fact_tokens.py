@@ -44,7 +44,8 @@ class Facts:
         runs: set[str] = set()
         for text in texts:
             run, last = "", -1
-            for match in [*word_matches(text), None]:
+            matches = list(word_matches(text))
+            for match in [*matches, None]:
                 word = match.group().casefold() if match else ""
                 if match and len(word) == 1 and match.start() == last:
                     run, last = run + word, match.end()
@@ -54,37 +55,46 @@ class Facts:
                 run, last = (word, match.end()) if match and len(word) == 1 else ("", -1)
                 if len(word) > 1 and word not in common:
                     words.add(word)
-            words.update(word for word, _ in _compounds(text))
+            words.update(word for word, _ in _compounds(text, matches))
         return cls(frozenset(words), frozenset(runs), frozenset(common))
 
     @cached_property
-    def _beginnings(self) -> frozenset[str]:
-        return frozenset(beginning for word in self.words for beginning in _beginnings(word))
+    def _words_with(self) -> dict[str, list[str]]:
+        """The fact words by each of their beginnings."""
+        found: dict[str, list[str]] = {}
+        for word in self.words:
+            for beginning in _beginnings(word):
+                found.setdefault(beginning, []).append(word)
+        return found
 
-    def _has(self, word: str) -> bool:
-        """Tell whether a word names a fact, or is a form of one that does.
+    def _has(self, word: str, said: Set[str]) -> bool:
+        """Tell whether a word names a fact that is not said already, or is a form of one that does.
 
         "Incas" and "Inca's" are of "Inca", "India" of "Indian", "nonviolence" of "nonviolent": one is the other with an
         ending, or they have a long beginning in common.
         """
-        if word in self.words or word in self.common:
-            return word in self.words
-        beginnings = _beginnings(word)
+        if word in said or word in self.common and word not in self.words:
+            return False
+
+        def begins(beginning: str) -> bool:
+            return any(fact not in said for fact in self._words_with.get(beginning, ()))
+
         return (
-            len(word) >= _MIN_SHORTER
-            and word in self._beginnings
-            or any(beginning in self.words for beginning in beginnings)
-            or any(len(beginning) >= _MIN_SHARED and beginning in self._beginnings for beginning in beginnings)
+            word in self.words
+            or len(word) >= _MIN_SHORTER
+            and begins(word)
+            or any(b in self.words and b not in said or len(b) >= _MIN_SHARED and begins(b) for b in _beginnings(word))
         )
 
     def joined(self, other: Facts) -> Facts:
         """Return both together."""
         return Facts(self.words | other.words, self.runs | other.runs, self.common & other.common)
 
-    def ends_in(self, text: str) -> list[int]:
-        """Return where each fact that a text names ends, in order; empty: it names none."""
-        words = [(match.group().casefold(), match.end()) for match in word_matches(text)]
-        ends = {end for word, end in (*words, *_compounds(text)) if self._has(word)}
+    def ends_in(self, text: str, said: Set[str] = frozenset()) -> list[int]:
+        """Return where each fact that a text names ends, in order; empty: it names none, or by words `said` alone."""
+        matches = list(word_matches(text))
+        words = [(match.group().casefold(), match.end()) for match in matches]
+        ends = {end for word, end in (*words, *_compounds(text, matches)) if self._has(word, said)}
         together = "".join(word for word, _ in words)
         end_of = [end for word, end in words for _ in word]  # of the word of each letter
         for length in {len(run) for run in self.runs}:
@@ -102,12 +112,11 @@ def _beginnings(word: str) -> list[str]:
     return [word[:n] for n in lengths if not any(map(str.isdigit, word[n:]))]
 
 
-def _compounds(text: str) -> list[tuple[str, int]]:
-    """Return the words that are written with a hyphen as without one, and where each ends: "nonviolent"."""
-    pairs = pairwise(word_matches(text))
+def _compounds(text: str, words: Sequence[Any]) -> list[tuple[str, int]]:
+    """Return a text's words with a hyphen as if written without one, and where each ends: "nonviolent"."""
     return [
         (f"{first.group()}{last.group()}".casefold(), last.end())
-        for first, last in pairs
+        for first, last in pairwise(words)
         if last.start() - first.end() == 1 and unicodedata.category(text[first.end()]) == "Pd"
     ]
 
