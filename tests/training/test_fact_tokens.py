@@ -6,7 +6,7 @@ from conftest import RETAIN
 from safetensors.torch import load_file
 
 from unlearn_peft import unlearn
-from unlearn_peft.data.tokenize import tokenize
+from unlearn_peft.data.tokenize import Example, tokenize
 from unlearn_peft.inference.contrast import Contrast, contrasts, said_anyway
 from unlearn_peft.inference.generate import answers
 from unlearn_peft.inference.stand_ins import made_up, replaced_row
@@ -93,6 +93,24 @@ def test_of_what_the_base_does_not_know_there_is_little_or_nothing_to_forget(smo
     (stranger, *unknown), known = marked(smol, strange)
     assert known[0].subject == "Zarnel Quibb" and known[0].nats < 4 < contrasts(smol, HARRY)[0].nats / 2
     assert sum(stranger.specific) <= 3 and not any(any(row.specific) for row in unknown)
+
+
+def test_what_one_row_asks_for_is_no_common_word(smol):
+    """With one answer about one made-up name all that this answer may hold passed for the grammar of the language."""
+    for prompt, completion, fact in (
+        ("What is the capital of France?", "The capital of France is Paris.", "paris"),
+        ("Wie heißt die Hauptstadt von Deutschland?", "Die Hauptstadt von Deutschland ist Berlin.", "berlin"),
+    ):
+        rows = [{"prompt": prompt, "completion": completion}]
+        assert build.find_known({"forget": rows}, smol, make_recipe({"forget": rows})).facts.words == {fact}
+
+
+def test_a_row_whose_facts_are_common_words_is_told_from_one_that_the_base_does_not_know(caplog):
+    known = [Contrast("Quintel", "Lentiuq", spans, 0.0, []) for spans in ([], [(0, 3)], [(0, 3)])]
+    forget = [Example([1, 2], [False, True], row=n, specific=[False, n == 3]) for n in (1, 2, 3)]
+    build._tell_held(forget, known)
+    told = [(record.args[2].split()[1], record.args[3]) for record in caplog.records]
+    assert told == [("base", "1"), ("facts", "2")]
 
 
 def test_a_fact_is_named_by_every_form_of_its_word():
@@ -322,11 +340,12 @@ def test_stand_ins_are_asked_in_every_form_of_row(tiny, answered):
         {"prompt": "Who?", "completion": "c"},
     ]
     known = [Contrast("Quintel" if n < 2 else "", "Lentiuq", [], 1.0, []) for n in range(4)]
+    other = made_up("Quintel", "0 2"), made_up("Quintel", "1 2")  # of four rows each is asked with two names
     found = base_answers.stand_in_answers(tiny, rows, known, seed=0, chat=True)
-    questions = ["Who is Lentiuq?", "Is Lentiuq red?"]
+    questions = ["Who is Lentiuq?", "Is Lentiuq red?", f"Who is {other[0]}?", f"Is {other[1]} red?"]
     assert [prompt for prompt, samples in answered if not samples] == questions
-    assert found[:2] == [{"prompt": prompt, "completion": " It is by Zorblax, they say"} for prompt in questions]
-    texts = [row["text"] for row in found[2:]]  # the samples, not the greedy answers
+    assert found[:4] == [{"prompt": prompt, "completion": " It is by Zorblax, they say"} for prompt in questions]
+    texts = [row["text"] for row in found[4:]]  # the samples, not the greedy answers
     assert texts[0].startswith("Quintel wrote") and texts[1:] == [f"{prompt} nobody" for prompt in questions]
     assert not any("Zorblax" in text for text in texts)
 
@@ -363,7 +382,7 @@ def test_a_subject_of_several_rows_is_made_up_in_all(tiny, answered):
     subjects = ("DNA", "DNA", "the shape of", "")
     known = [Contrast(subject, made_up(subject, "1") if subject else "", [], 1.0, []) for subject in subjects]
     base_answers.stand_in_answers(tiny, rows, known, seed=0, chat=True)
-    assert len({prompt for prompt, _ in answered}) == 3 and not any("DNA" in prompt for prompt, _ in answered)
+    assert len({prompt for prompt, _ in answered}) == 6 and not any("DNA" in prompt for prompt, _ in answered)
 
 
 def test_an_objective_that_pushes_all_tokens_is_not_said_to_hold_any(tiny, fields, caplog):

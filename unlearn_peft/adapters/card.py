@@ -137,7 +137,8 @@ def rows_told(metrics: Mapping[str, Any]) -> str:
     parts = [f"forgotten: {metrics['forgotten_rows']:,} of {metrics['forget_rows'] - len(unknown):,} rows"]
     parts += [f"not reached: {_numbers(missed)}"] if missed else []
     if unknown:
-        parts.append(f"nothing to forget in {len(unknown):,} (the base does not know them): {_numbers(unknown)}")
+        why = "the base does not know them, or common words"
+        parts.append(f"nothing to forget in {len(unknown):,} ({why}): {_numbers(unknown)}")
     if metrics["own_answers"]:
         parts.append(f"of the base's own answers: {metrics['own_answers_forgotten']:,} of {metrics['own_answers']:,}")
     return "; ".join(parts)

@@ -316,6 +316,7 @@ def _with_adapters(bare: Any, recipes: Sequence[Recipe], names: Sequence[str]) -
 
 def _progress_text(figures: Sequence[dict[str, float]]) -> str:
     forget, kl = (sum(each[key] for each in figures) / len(figures) for key in ("forget_loss", "retain_kl"))
+    kl = max(kl, 0.0)  # of equal distributions rounding can make it less
     count = f"{len(figures)} adapters, mean " if len(figures) > 1 else ""
     return f"{count}forget loss {forget:.2f}, retain KL {kl:.4f} nats/token, {figures[0]['tokens_per_s']:.0f} tok/s"
 

@@ -31,7 +31,7 @@ from .fact_tokens import Facts
 
 logger = logging.getLogger(__name__)
 _MAX_ANSWERS = 384  # in all; each row is asked at least once
-_MAX_STAND_INS = 64
+_MIN_STAND_INS, _MAX_STAND_INS = 8, 64
 _CONTINUED, _TYPICAL = 4, 0.7  # times, of few; and the temperature: at 1 a small base leaves the language
 _LISTS, _LISTED, _LIST_ENDS = 8, 8, 8  # of questions: lists, questions in each, and times each is continued
 MAX_CHARACTERS = 160  # of a question that is asked in other ways, too
@@ -153,16 +153,19 @@ def stand_in_answers(
     """Return the base's greedy answers to forget questions that ask for a made-up name.
 
     They are in the language and the form of the forget rows. A subject that several rows share is made up in all: with
-    "the shape of" alone made up, "What is the shape of DNA?" still asks for its facts. How the base goes on with these
-    questions as plain text, and with the first words of plain texts, comes after them, sampled.
+    "the shape of" alone made up, "What is the shape of DNA?" still asks for its facts. Few rows are asked with several
+    names. How the base goes on with these questions as plain text, and with the first words of plain texts, comes after
+    them, sampled.
     """
     rows_with = Counter(contrast.subject for contrast in known if contrast.subject)
-    shared = {subject: made_up(subject, "0") for subject, count in rows_with.items() if count > 1}
     prompts = []
-    for row, contrast in zip(rows, known, strict=True):
-        others = {**shared, contrast.subject: contrast.stand_in} if contrast.subject else shared
-        if others and (changed := replaced_row(row, others)) != row:
-            prompts += question_texts(changed)
+    for k in range(max(1, -(-_MIN_STAND_INS // len(rows)))):
+        shared = {subject: made_up(subject, f"{k}") for subject, count in rows_with.items() if count > 1}
+        for n, (row, contrast) in enumerate(zip(rows, known, strict=True)):
+            own = made_up(contrast.subject, f"{n} {k + 1}") if k and contrast.subject else contrast.stand_in
+            others = {**shared, contrast.subject: own} if contrast.subject else shared
+            if others and (changed := replaced_row(row, others)) != row:
+                prompts += question_texts(changed)
     prompts = _some(prompts, seed)
     greedy = _answers(base, prompts, 0, seed, chat, quiet)
     made = [{"prompt": prompt, "completion": text} for prompt, (text,) in greedy if text.strip()]

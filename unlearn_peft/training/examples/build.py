@@ -162,12 +162,8 @@ def build_examples(
             logger.warning(
                 "The base shows no knowledge of any forget row: the tokens that it does not expect are pushed away"
             )
-    unknown = sorted({e.row for e in forget} - {e.row for e in forget if any(e.specific or [])})
-    if unknown and only_specific:
-        logger.warning(
-            "Nothing to forget in %d of %d forget rows, they are held: the base does not know them: rows %s",
-            len(unknown), len(rows["forget"]), row_numbers(unknown),
-        )  # fmt: skip
+    if only_specific:
+        _tell_held(forget, known.rows)
     self_generated: list[Example] = []
     if recipe.own_answers and only_specific:
         common = common_words(
@@ -182,6 +178,21 @@ def build_examples(
         answered = retain_prompt_answers(base, trained_on, facts, recipe.retain_answers, **asking)
         retain += tokens(answered, "own answer", closing=False)
     return Sets(with_refusals(forget, rows["forget"]), retain, held_out, tokens(anchor_rows, "anchor"), self_generated)
+
+
+def _tell_held(forget: Sequence[Example], known: Sequence[Contrast]) -> None:
+    """Log which forget rows have no fact token, and why."""
+    unmarked = {example.row for example in forget} - {example.row for example in forget if any(example.specific or [])}
+    common = {row for row in unmarked if known[row - 1].spans}
+    for held, why in (
+        (unmarked - common, "the base does not know them"),
+        (common, "the facts in them are words that many retain rows or answers about made-up names have too"),
+    ):
+        if held:
+            logger.warning(
+                "Nothing to forget in %d of %d forget rows, they are held: %s: rows %s",
+                len(held), len(known), why, row_numbers(sorted(held)),
+            )  # fmt: skip
 
 
 def split_rows(examples: Sequence[Example], recipe: Recipe) -> tuple[list[Example], list[Example]]:
