@@ -378,11 +378,14 @@ def test_more_questions_are_asked_of_the_subject_or_kept_beside_it(tiny, fields,
 
 
 def test_a_subject_of_several_rows_is_made_up_in_all(tiny, answered):
-    rows = [{"prompt": prompt, "completion": "a"} for prompt in ("Is DNA?", "Has DNA?", "the shape of DNA?", "Who?")]
-    subjects = ("DNA", "DNA", "the shape of", "")
+    rows = [
+        {"prompt": prompt, "completion": "a"}
+        for prompt in ("Is Quintel?", "Has Quintel?", "the shape of Quintel?", "Who?")
+    ]
+    subjects = ("Quintel", "Quintel", "the shape of", "")
     known = [Contrast(subject, made_up(subject, "1") if subject else "", [], 1.0, []) for subject in subjects]
     base_answers.stand_in_answers(tiny, rows, known, seed=0, chat=True)
-    assert len({prompt for prompt, _ in answered}) == 6 and not any("DNA" in prompt for prompt, _ in answered)
+    assert len({prompt for prompt, _ in answered}) == 6 and not any("Quintel" in prompt for prompt, _ in answered)
 
 
 def test_an_objective_that_pushes_all_tokens_is_not_said_to_hold_any(tiny, fields, caplog):
