@@ -27,12 +27,13 @@ def evaluate(
     ] = None,
     real_authors: Annotated[Path | None, typer.Option(help="Rows with wrong answers, for --suite tofu.")] = None,
     world_facts: Annotated[Path | None, typer.Option(help="Rows with wrong answers, for --suite tofu.")] = None,
+    rwku: Annotated[Path | None, typer.Option(help="RWKU's file of one subject, for --suite rwku.")] = None,
     base: options.BaseOption = None,
     suite: Annotated[
         Suite,
         typer.Option(
             help="full adds memorization as in MUSE, membership attacks and the truth ratio; tofu adds model utility "
-            "and forget quality (rows with `perturbed`, a list of wrong answers)."
+            "and forget quality (rows with `perturbed`, a list of wrong answers); rwku asks the questions of --rwku."
         ),
     ] = Suite.QUICK,
     retrained: Annotated[
@@ -85,6 +86,8 @@ def evaluate(
 
       unlearn-peft eval out/hp --probes probes.jsonl --neighbours near.jsonl --k 8
 
+      unlearn-peft eval out/king --suite rwku --rwku 001_stephen_king.json
+
       unlearn-peft eval out/hp --lm-eval world_facts --lm-eval-path recipes/tasks --card
 
       unlearn-peft eval out/hp --recipe recipes/harry_potter.yaml --attacks prefix,jailbreak,relearn_lora
@@ -111,7 +114,7 @@ def evaluate(
         raise UnlearnError("--lm-eval-path and --lm-eval-limit say how to run tasks: name some with --lm-eval")
     files = dict(
         forget=forget, retain=retain, probes=probes, neighbours=neighbours, free_text=free_text, holdout=holdout,
-        real_authors=real_authors, world_facts=world_facts,
+        real_authors=real_authors, world_facts=world_facts, rwku=rwku,
     )  # fmt: skip
     rows, chat_template = read_measured(recipe, files, needed=not lm_eval)
     check(suite, rows)

@@ -27,6 +27,7 @@ from .score import CONFIDENCE, RESAMPLES, Array, Score
 from .states import STATES, check_adapters, in_each_state
 from .suites import Suite, beside_quick, check
 from .suites.quick import SETS, measure, take_reference
+from .suites.rwku import answered_by, read_rwku
 from .suites.tofu import ANSWER_TOKENS
 
 if TYPE_CHECKING:
@@ -171,6 +172,11 @@ def evaluate(
     checked = check_adapters(base, adapters, strength, trust)
     reference = take_reference(base, sets, chat_template=chat_template, batch_size=batch_size)
     attacked: list[Attacked] = []
+    answered = None
+    if suite is Suite.RWKU:
+        progress("asking the base what it answers ...")
+        answered = answered_by(base, sets["rwku"], chat_template=chat_template, batch_size=batch_size)
+        progress(answered.told(sets["rwku"]))
 
     def measure_state(state: str) -> tuple[Responses, list[Score]]:
         if state == "after" and attacks:
@@ -184,7 +190,7 @@ def evaluate(
         responses = collect_responses(base, sets, **sampling)
         rouge_tokens = ANSWER_TOKENS if suite is Suite.TOFU else None
         scores = measure(base, sets, reference, responses=responses, rouge_tokens=rouge_tokens, **sampling)
-        scores += [*beside_quick(suite, base, sets, retrained, **options), *able]
+        scores += [*beside_quick(suite, base, sets, retrained, answered, **options), *able]
         return responses, scores + custom_scores(metrics, base, sets, [score.name for score in scores])
 
     states = in_each_state(base, checked, measure_state)
@@ -232,5 +238,8 @@ def read_measured(
     if not sources and needed:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in SETS)
         raise DataError(f"nothing to measure: give --recipe FILE, or one or more of {flags}")
-    rows = {name: read_rows(source, name) for name, source in sources.items()}
+    rows = {
+        name: read_rwku(Path(source.path)) if name == "rwku" else read_rows(source, name)
+        for name, source in sources.items()
+    }
     return rows, settings.chat_template if settings else True

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from ..evaluation import Evaluation
 from ..lm_harness import PREFIX
 from ..score import Score
+from ..suites.rwku import KIND, worst_kind
 
 if TYPE_CHECKING:
     from ..attacks.harness import Attacked
@@ -53,6 +54,15 @@ _LABELS = {
     "neighbours_unchanged": "Neighbours whose answer says the same as before",
     "neighbours_right": "Neighbours whose answer has all that their row names",
     "free_text_kl": "KL to the base on free text",
+    **{
+        f"rwku_{what}_level_{n}_{part}": f"RWKU, {who}, level {n}: {words}"
+        for what, who in (("forget", "the subject"), ("neighbours", "neighbours"))
+        for n in (1, 2, 3)
+        for part, words in (("right", "still answered"), ("rouge_l_recall", "ROUGE-L recall, all questions"))
+    },
+    "rwku_leak": "RWKU, the subject: answered by one sample or more",
+    "rwku_beside_a_neighbour_leak": "RWKU, asked with a neighbour: the subject still answered",
+    "rwku_beside_a_neighbour_right": "RWKU, asked with a neighbour: the neighbour answered",
     "repetition": "Repetition in its answers",
     "empty_answers": "Empty answers",
     "perplexity_under_base": "Perplexity of its answers under the base",
@@ -74,8 +84,9 @@ _METRICS = {
 }
 _CHANCE = {"membership": 0.5, "privacy": 0.0}  # best, neither above nor below
 _MAIN = (
-    "leak_rate", "forget_answer_probability", "forget_loss", "forget_quality", "model_utility", "neighbours_kl",
-    "retain_kl", "free_text_kl", "retain_rouge_l_recall", "repetition", "perplexity_under_base", "privacy_leakage",
+    "leak_rate", "rwku_forget_level_3_right", "rwku_neighbours_level_2_right", "forget_answer_probability",
+    "forget_loss", "forget_quality", "model_utility", "neighbours_kl", "retain_kl", "free_text_kl",
+    "retain_rouge_l_recall", "repetition", "perplexity_under_base", "privacy_leakage",
 )  # fmt: skip
 _COST = ("retain", "neighbours", "free_text", "model_utility", "real_authors", "world_facts")
 _MAX_TASKS = 6  # of lm-evaluation-harness, in the picture
@@ -95,6 +106,9 @@ class Headline:
 
 def label(name: str) -> str:
     """Return a figure's name for people; `leak_rate@32` is of 32 samples."""
+    if name.startswith(KIND):
+        kind = name.removeprefix(KIND).removesuffix("_right").replace("_", " ")
+        return f"RWKU, {kind}: still answered"
     if name.startswith(PREFIX):
         full, comma, answer_filter = name.removeprefix(PREFIX).partition(",")
         task, _, metric = full.rpartition(":")
@@ -111,6 +125,8 @@ def topic(name: str) -> str:
         return "ability"
     if stem.startswith(("membership", "privacy")):
         return "privacy"
+    if stem.startswith("rwku"):
+        return "cost" if stem.startswith("rwku_neighbours") or stem == "rwku_beside_a_neighbour_right" else "forgotten"
     if stem.startswith("forget") or stem in ("leak_rate", "any_leak"):
         return "forgotten"
     return "cost" if stem.startswith(_COST) else "language"
@@ -218,6 +234,8 @@ def notes(evaluation: Evaluation) -> list[str]:
             "An AUC of 0.5 is chance, 1 is certain membership; a privacy leakage of 0 is as if never learned. Below 0 "
             "the rows are still known; far above 0 the model visibly avoids them."
         )
+    if worst := worst_kind(evaluation.scores["with"]):
+        result.append(f"Worst kind of question: {label(worst.name)} {number(100 * worst.value)} %, n = {worst.n}.")
     flat = [
         score.n
         for name in evaluation.names

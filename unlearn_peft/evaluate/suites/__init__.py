@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ...data.source import Row
     from ...models.base import Base
     from ..score import Array, Score
+    from .rwku import Answered
 
 
 class Suite(str, Enum):
@@ -23,13 +24,14 @@ class Suite(str, Enum):
     QUICK = "quick"
     FULL = "full"
     TOFU = "tofu"
+    RWKU = "rwku"
 
 
 def check(suite: Suite, rows: Mapping[str, list[Row]]) -> None:
     """Refuse rows that the suite cannot use, before minutes of measuring.
 
     Raises:
-        DataError: if there are held-out rows that it has no use for; see also `full.check` and `tofu.check`.
+        DataError: if there are rows that it has no use for, or none that it needs; see also `full.check`, `tofu.check`.
         UnlearnError: if the extra `eval` is not installed.
     """
     from ..score import extra
@@ -38,6 +40,8 @@ def check(suite: Suite, rows: Mapping[str, list[Row]]) -> None:
     extra("rouge_score.rouge_scorer")
     if suite is Suite.QUICK and rows.get("holdout"):
         raise DataError("the quick suite has no use for held-out rows: choose --suite full, or leave them out")
+    if (suite is Suite.RWKU) != bool(rows.get("rwku")):
+        raise DataError("--suite rwku and --rwku FILE go together: the suite measures the questions of that file")
     if suite is Suite.FULL:
         full.check(rows)
     if suite is Suite.TOFU:
@@ -45,13 +49,20 @@ def check(suite: Suite, rows: Mapping[str, list[Row]]) -> None:
 
 
 def beside_quick(
-    suite: Suite, base: Base, rows: Mapping[str, list[Row]], retrained: Array | None = None, **options: Any
+    suite: Suite,
+    base: Base,
+    rows: Mapping[str, list[Row]],
+    retrained: Array | None = None,
+    answered: Answered | None = None,
+    **options: Any,
 ) -> list[Score]:
     """Return the suite's further figures of a base in the state that it is in; for the arguments see its module."""
-    from . import full, tofu
+    from . import full, rwku, tofu
 
     if suite is Suite.FULL:
         return full.measure(base, rows, **options)
     if suite is Suite.TOFU:
         return tofu.measure_tofu(base, rows, retrained, forget_answers=False, **options).scores
+    if suite is Suite.RWKU:
+        return rwku.measure(base, rows["rwku"], answered, **options)
     return []

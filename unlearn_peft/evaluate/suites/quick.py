@@ -23,7 +23,7 @@ from ..responses import Responses, collect_responses, neighbour_responses
 from ..score import Score, extra, per_token, score, sums
 from ..token_scores import BaseReference, adapters_off, keep_reference, kl_to_reference, row_tokens
 
-SETS = ("forget", "retain", "probes", "neighbours", "free_text", "holdout", "real_authors", "world_facts")
+SETS = ("forget", "retain", "probes", "neighbours", "free_text", "holdout", "real_authors", "world_facts", "rwku")
 _UNCHANGED = ("retain", "neighbours", "free_text")  # where the model should be as the base is
 
 
