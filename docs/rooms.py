@@ -17,7 +17,7 @@ PICTURE, PAGE = ROOT / "docs" / "rooms.svg", ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- rooms: written by docs/rooms.py -->", "<!-- /rooms -->"
 FLOORS = [
     ["errors"], ["files"], ["data"], ["recipe", "models"], ["adapters"], ["inference"],
-    ["training", "evaluate", "serve"], ["cli"],
+    ["training", "evaluate", "serve"], ["subjects"], ["cli"],
 ]  # fmt: skip
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 _COLUMN = {"recipe": 0, "training": 0, "evaluate": 1, "serve": 2, "adapters": 1.5, "inference": 1.5, "models": 1.5}

@@ -24,13 +24,13 @@ def upwards(graph):
 def test_the_rooms_are_the_package():
     entries = [path.name for path in PACKAGE.iterdir()]
     assert {name.removesuffix(".py") for name in entries} - {"__init__", "__pycache__"} == set(rooms.FLOOR)
-    assert len(entries) <= 13
+    assert len(entries) <= 14
 
 
 def test_a_room_imports_only_rooms_on_lower_floors():
     """At a file's top, in functions and for types; so training, evaluate and serve never import each other."""
     assert upwards(rooms.imports()) == set()
-    assert len(rooms.arrows()) <= 40
+    assert len(rooms.arrows()) <= 42
 
 
 def test_no_circle_of_imports():

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from .models.base import load_base as load_base
     from .recipe.load import load_recipe as load_recipe
     from .recipe.schema import Recipe as Recipe
+    from .subjects.forget import Forgotten as Forgotten
+    from .subjects.forget import forget as forget
     from .training.objectives import Terms as Terms
     from .training.objectives import Tokens as Tokens
     from .training.objectives import kl_divergence as kl_divergence
@@ -39,6 +41,8 @@ _PUBLIC = {
     "unlearn": "training.run",
     "unlearn_many": "training.run",
     "Adapter": "training.run",
+    "forget": "subjects.forget",
+    "Forgotten": "subjects.forget",
     "Recipe": "recipe.schema",
     "load_recipe": "recipe.load",
     "Base": "models.base",

@@ -4,6 +4,7 @@ UnlearnError
  ├─ RecipeError        a recipe or an override that cannot be used
  ├─ BaseModelError     a base model that cannot be found, read or used
  ├─ DataError          forget, retain or probe rows that cannot be used
+ │   └─ UnknownSubject  a subject that the base shows no knowledge of
  ├─ AdapterError       an adapter that cannot be read, trusted or attached
  ├─ TrustError         a key that cannot be used, or the signing library is missing
  ├─ OutputError        a file or folder that cannot be written
@@ -37,6 +38,10 @@ class BaseModelError(UnlearnError):
 
 class DataError(UnlearnError):
     """Forget, retain or probe rows that cannot be used."""
+
+
+class UnknownSubject(DataError):
+    """A subject that the base shows no knowledge of: there is nothing to forget."""
 
 
 class AdapterError(UnlearnError):

@@ -11,7 +11,7 @@ from unlearn_peft.errors import DataError
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.training.examples import auto_retain as made_by
 from unlearn_peft.training.examples import build
-from unlearn_peft.training.examples.auto_retain import _first_sentences, _others
+from unlearn_peft.training.examples.auto_retain import first_sentences, others_of
 from unlearn_peft.training.examples.build import find_known
 from unlearn_peft.training.examples.fact_tokens import Facts
 
@@ -152,9 +152,9 @@ def test_the_command_writes_rows_that_a_recipe_can_name(tiny_folder, tmp_path, w
 
 def test_others_of_its_kind_are_those_that_the_base_lists_most_often(tiny, smol, monkeypatch):
     names = Facts.of(["Harry Potter", "respiratory"], set())
-    assert _others(tiny, "Harry Potter", names, 0) == ["Dune", "Emma", "罗马", "Book 0"]
+    assert others_of(tiny, "Harry Potter", names, 0) == ["Dune", "Emma", "罗马", "Book 0"]
     monkeypatch.undo()
-    assert "respiration" in _others(smol, "photosynthesis", names, 0)
+    assert "respiration" in others_of(smol, "photosynthesis", names, 0)
 
 
 def test_of_many_questions_some_are_asked_of_others(tiny):
@@ -171,5 +171,5 @@ def test_a_dialogue_of_several_questions_is_asked_of_nobody(tiny):
 
 def test_answers_end_with_their_first_sentence():
     said = ["Mr. J. Smith wrote it in 1984. Then he left.", "1. One thing that is long enough. 2. Two", "no end"]
-    cut = [row["completion"] for row in _first_sentences(["a", "b", "c"], said)]
+    cut = [row["completion"] for row in first_sentences(["a", "b", "c"], said)]
     assert cut == ["Mr. J. Smith wrote it in 1984.", "1. One thing that is long enough.", "no end"]

@@ -309,7 +309,7 @@ def answered(monkeypatch):
         asked.extend((prompt, samples) for prompt in prompts)
         return [(prompt, [" It is by Zorblax, they say", " nobody"][: samples + 1]) for prompt in prompts]
 
-    monkeypatch.setattr(base_answers, "_answers", give)
+    monkeypatch.setattr(base_answers, "base_answers", give)
     return asked
 
 

@@ -20,6 +20,7 @@ import typer
 from ..errors import Interrupted, UnlearnError
 from .adapters import export, inspect, merge, shrink, stack
 from .evaluate import evaluate
+from .forget import forget
 from .generate import compare, generate
 from .options import checked
 from .serve import serve
@@ -35,6 +36,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # --help in half the time: rich is not imported
     help="Make a language model forget on demand, without touching its weights.\n\n"
     "Train a forget adapter from a recipe, look at what it does, attach it, stack it, serve it, remove it.\n\n"
+    "  unlearn-peft forget 'Stephen King' --output out/king\n\n"
     "  unlearn-peft train recipes/harry_potter.yaml --output out/hp\n\n"
     "  unlearn-peft generate --adapter out/hp --prompt 'Who wrote Harry Potter?'\n\n"
     "  unlearn-peft compare out/hp --probes recipes/data/harry_potter_probes.jsonl\n\n"
@@ -45,7 +47,8 @@ app = typer.Typer(
 
 _ESCAPED = "unlearn_peft.escape"
 COMMANDS: dict[str, Callable[..., None]] = {
-    "train": train, "retain": retain, "generate": generate, "compare": compare, "eval": evaluate, "serve": serve,
+    "forget": forget, "train": train, "retain": retain, "generate": generate, "compare": compare, "eval": evaluate,
+    "serve": serve,
     "inspect": inspect, "stack": stack, "export": export, "merge": merge, "shrink": shrink,
     "sign": sign, "verify": verify, "push": push, "pull": pull,
 }  # fmt: skip

@@ -73,7 +73,7 @@ def auto_retain(
         texts = answers(
             base, prompts, max_new_tokens=_TOKENS, chat_template=chat_template, batch_size=_BATCH, strip=False
         )
-        return _first_sentences(prompts, texts)
+        return first_sentences(prompts, texts)
 
     broad = answer([line for line in _PROMPTS.read_text(encoding="utf-8").splitlines() if line])
     general = [*broad, *anchors([])]
@@ -90,7 +90,7 @@ def auto_retain(
     if len(asked) > _MAX_ASKED:
         left_out["questions beyond the limit"] = len(asked) - _MAX_ASKED
         asked = dict(random.Random(seed).sample(list(asked.items()), _MAX_ASKED))
-    others = {subject: _others(base, subject, names, seed) for subject in dict.fromkeys(asked.values())}
+    others = {subject: others_of(base, subject, names, seed) for subject in dict.fromkeys(asked.values())}
     for asking, subject in asked.items():
         for other in others[subject]:
             prompt = replaced_row({"prompt": asking}, {subject: other})["prompt"]
@@ -126,7 +126,7 @@ def auto_retain(
     return GeneratedRetain([*broad, *neighbours], len(broad), len(neighbours), dict(left_out))
 
 
-def _first_sentences(prompts: Sequence[str], texts: Sequence[str]) -> list[Row]:
+def first_sentences(prompts: Sequence[str], texts: Sequence[str]) -> list[Row]:
     """Pair prompts with the first sentence of each answer; white space in front of an answer stays."""
     rows: list[Row] = []
     for prompt, text in zip(prompts, texts, strict=True):
@@ -135,7 +135,7 @@ def _first_sentences(prompts: Sequence[str], texts: Sequence[str]) -> list[Row]:
     return rows
 
 
-def _others(base: Base, subject: str, names: Facts, seed: int) -> list[str]:
+def others_of(base: Base, subject: str, names: Facts, seed: int) -> list[str]:
     """Return others of a subject's kind, those that the base lists most often beside it first."""
     (texts,) = sampled(
         base, [f"1. {subject}\n2."], count=_LISTS, temperature=0.7, max_new_tokens=16, seed=seed, chat_template=False,

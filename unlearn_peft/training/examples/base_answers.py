@@ -96,7 +96,7 @@ def self_generated_answers(
     answers.
     """
     rows: dict[tuple[str, str], Row] = {}
-    for prompt, texts in _answers(base, prompts, _affordable(prompts, samples), seed, chat, quiet):
+    for prompt, texts in base_answers(base, prompts, _affordable(prompts, samples), seed, chat, quiet):
         said = {match.group().casefold() for match in word_matches(prompt)}
         for text in texts:
             if ends := facts.ends_in(text, said):  # what comes after the last fact would only cost time
@@ -116,7 +116,7 @@ def continued_texts(
     ]
     beginnings = list(dict.fromkeys(beginnings))
     found: dict[str, Row] = {}
-    for prefix, texts in _answers(base, beginnings, _affordable(beginnings, samples), seed, False, quiet):
+    for prefix, texts in base_answers(base, beginnings, _affordable(beginnings, samples), seed, False, quiet):
         for text in texts:
             if ends := facts.ends_in(text):
                 found[prefix + text[: ends[-1]]] = {"text": prefix + text[: ends[-1]]}
@@ -140,7 +140,7 @@ def retain_prompt_answers(
     """
     prompts = list(dict.fromkeys(row["prompt"] for row in rows if row.get("prompt")))
     answered: dict[tuple[str, str], Row] = {}
-    for prompt, texts in _answers(base, prompts, count - 1, seed, chat, quiet):
+    for prompt, texts in base_answers(base, prompts, count - 1, seed, chat, quiet):
         for text in texts:
             if text.strip() and not facts.ends_in(text):
                 answered[prompt, text] = {"prompt": prompt, "completion": text}
@@ -167,12 +167,12 @@ def stand_in_answers(
             if others and (changed := replaced_row(row, others)) != row:
                 prompts += question_texts(changed)
     prompts = _some(prompts, seed)
-    greedy = _answers(base, prompts, 0, seed, chat, quiet)
+    greedy = base_answers(base, prompts, 0, seed, chat, quiet)
     made = [{"prompt": prompt, "completion": text} for prompt, (text,) in greedy if text.strip()]
     openings = [prefix for row in rows if "text" in row for prefix in _opening(row["text"], base)]
     openings = _some([*openings, *prompts], seed)
     times = max(1, min(_CONTINUED, _MAX_STAND_INS // max(len(openings), 1)))
-    for opening, (_, *texts) in _answers(base, openings, times, seed, False, quiet, temperature=_TYPICAL):
+    for opening, (_, *texts) in base_answers(base, openings, times, seed, False, quiet, temperature=_TYPICAL):
         made += [{"text": opening + text} for text in texts if text.strip()]
     return made
 
@@ -188,7 +188,7 @@ def _some(prompts: Sequence[str], seed: int) -> list[str]:
     return random.Random(seed).sample(different, _MAX_STAND_INS) if len(different) > _MAX_STAND_INS else different
 
 
-def _answers(
+def base_answers(
     base: Base, prompts: Sequence[str], samples: int, seed: int, chat: bool, quiet: bool, temperature: float = 1.0
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield each prompt with the base's greedy answer to it and so many samples."""

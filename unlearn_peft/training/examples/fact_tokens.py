@@ -142,11 +142,11 @@ def find_facts(
     texts, any_known = [], any(contrast.spans for contrast in known)
     for example in {example.row: example for example in examples}.values():
         contrast = known[example.row - 1]
-        texts += _pieces_with_words(example, contrast.spans if any_known else contrast.unexpected)
+        texts += pieces_with_words(example, contrast.spans if any_known else contrast.unexpected)
     return Facts.of(texts, common)
 
 
-def _pieces_with_words(example: Example, spans: Sequence[Span]) -> list[str]:
+def pieces_with_words(example: Example, spans: Sequence[Span]) -> list[str]:
     """Return the text of spans of a row, whole words."""
     pieces: list[Span] = []
     for (a, b), hit in zip(words := answer_words(example), touched(words, spans), strict=True):

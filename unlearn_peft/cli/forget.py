@@ -1,0 +1,115 @@
+"""The command `forget`: from a name to an adapter and a page of figures."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import DataError, UnknownSubject, UnlearnError
+from .options import DeviceOption, DtypeOption
+
+_COLUMNS = ("name", "aliases", "note")
+
+
+def forget(
+    name: Annotated[str | None, typer.Argument(help="The subject's name, as it is usually written.")] = None,
+    also_known_as: Annotated[
+        list[str] | None, typer.Option(help="Another name of the subject; repeat for several.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="A .csv of subjects: columns name, aliases (with ; between them), note; an adapter each."),
+    ] = None,
+    base: Annotated[str, typer.Option(help="Hub id, local folder, .gguf file, or 'demo'.")] = "demo",
+    output: Annotated[
+        Path, typer.Option(help="A new folder for the recipe, the adapter and the report; with --file, one for all.")
+    ] = Path("out/subject"),
+    review: Annotated[bool, typer.Option(help="Stop when the recipe is written, to read and edit it.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the folder: after --review, or after an interruption.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of all sampling and of training.")] = 0,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    quiet: Annotated[bool, typer.Option(help="No progress bars.")] = False,
+) -> None:
+    """Forget a subject of which only the name is known.
+
+    The base is asked what it knows of it, in several forms and languages; its answers become forget rows from the
+    subject to each fact and back, a part of them is held out as probes, others of its kind become neighbours. All of
+    it is written as an ordinary recipe folder, an adapter is trained from it and measured.
+
+      unlearn-peft forget "Stephen King" --output out/king
+
+      unlearn-peft forget "Stephen King" --also-known-as "Richard Bachman" --output out/king --review
+
+      unlearn-peft forget "Stephen King" --output out/king --resume
+
+      unlearn-peft forget --file requests.csv --output out/requests
+
+    Of a subject that the base does not know nothing is trained: exit code 3.
+    """
+    from ..evaluate.compare import as_dict
+    from ..evaluate.compare import show as show_answers
+    from ..evaluate.report.report import show
+    from ..models.base import load_base
+    from ..subjects.forget import REPORT, Forgotten
+    from ..subjects.forget import forget as forget_
+
+    if (name is None) == (file is None):
+        raise UnlearnError("name one subject, or a file of them with --file")
+    if file and also_known_as:
+        raise UnlearnError("--also-known-as is for one subject: with --file, use the column 'aliases'")
+    requests = [(name or "", list(also_known_as or []))] if file is None else read_requests(file)
+    live = load_base(base, dtype, device)
+    unknown = 0
+    for n, (subject, aliases) in enumerate(requests, 1):
+        folder = output if file is None else output / f"{n:03d}"
+
+        def tell(line: str, n: int = n) -> None:
+            print(f"subject {n} of {len(requests)}: {line}" if file else line, file=sys.stderr, flush=True)
+
+        try:
+            done: Forgotten = forget_(
+                subject, also_known_as=aliases, base=live, base_name=base, output=folder, review=review,
+                resume=resume and folder.exists(), seed=seed, quiet=quiet, progress=tell,
+            )  # fmt: skip
+        except UnknownSubject as error:
+            unknown += 1
+            tell(str(error))
+            continue
+        if done.evaluation:
+            if file is None:
+                show_answers(as_dict(done.evaluation.answers))
+            show(done.evaluation)
+        print(f"{done.folder}" if review else f"adapter: {done.adapter}; report: {done.folder / REPORT}")
+    if unknown:
+        raise typer.Exit(3)
+
+
+def read_requests(path: Path) -> list[tuple[str, list[str]]]:
+    """Read a table of subjects: each with its name and its other names.
+
+    Raises:
+        DataError: if the file is no such table; rows are named by number.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            table = csv.DictReader(lines, strict=True)
+            columns, rows = list(table.fieldnames or []), list(table)
+    except (OSError, ValueError, csv.Error) as error:
+        raise DataError(f"cannot read {path} ({type(error).__name__}): expected a .csv file in UTF-8") from None
+    if "name" not in columns or set(columns) - set(_COLUMNS):
+        raise DataError(f"{path} has {len(columns)} columns: expected name, and if you like aliases and note")
+    if wrong := [n for n, row in enumerate(rows, 1) if None in row or not (row["name"] or "").strip()]:
+        raise DataError(f"{path}: rows {', '.join(map(str, wrong[:10]))} have no name, or more fields than the header")
+    if not rows:
+        raise DataError(f"{path} holds no subject: expected one a line below the header")
+    return [
+        (row["name"].strip(), [alias.strip() for alias in (row.get("aliases") or "").split(";") if alias.strip()])
+        for row in rows
+    ]

@@ -1,0 +1,148 @@
+"""The name of a subject -> what the base knows of it: forget rows in both directions, probes and neighbours.
+
+The base is asked in several forms and languages (`subject_prompts.txt`), then what its own lists of questions go on
+with. What it says of a made-up name too is no knowledge, and neither is what it says only once: a base that invents
+says something else each time. Each fact is then asked about in turn, and answers that name the subject are the other
+direction. Neighbours are others of the subject's kind, as the base lists them, of whom it knows something.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...data.rows import question_of
+from ...data.source import Row
+from ...data.tokenize import tokenize
+from ...data.words import said
+from ...inference.contrast import contrasts
+from ...models.base import Base
+from ...recipe.load import make_recipe
+from .auto_retain import first_sentences, others_of
+from .base_answers import base_answers
+from .build import Known, find_known
+from .fact_tokens import Facts, pieces_with_words
+
+_PROMPTS = Path(__file__).parent / "subject_prompts.txt"
+_SAMPLES, _TYPICAL = 4, 0.7  # answers beside the greedy one, and their temperature
+_REPEATED = 2  # answers that say a fact, at least
+_NATS = 2.0  # of a row at least: less is how a name sounds
+_MAX_FORWARD, _MAX_REVERSE, _MAX_FACTS = 32, 16, 24
+_HELD_OUT = 4  # of so many rows one is a probe
+_OF_OTHERS, _MAX_NEIGHBOURS = 4, 16  # prompts that others of its kind are asked
+
+
+@dataclass(frozen=True)
+class SubjectRows:
+    """What a base knows of a subject, as a recipe takes it."""
+
+    forget: list[Row]
+    probes: list[Row]
+    neighbours: list[Row]
+    asked: int  # prompts
+    reverse: int  # forget rows that ask from a fact to the subject
+
+
+def rows_about(
+    base: Base, names: Sequence[str], *, seed: int = 0, chat_template: bool = True, quiet: bool = True
+) -> SubjectRows:
+    """Ask the base what it knows of a subject of these names, the first of which is the usual one.
+
+    Without forget rows it knows nothing. Nothing may be attached to it; the same arguments give the same rows.
+    """
+    options: dict[str, Any] = {"chat_template": chat_template}
+    forms = [line for line in _PROMPTS.read_text(encoding="utf-8").splitlines() if line]
+    prompts = [form.format(name=name) for name in names for form in forms]
+    first = _ask(base, prompts, seed, chat_template, quiet)
+    recipe = make_recipe({"forget": [row for row, _ in first], "seed": seed, **options})
+    known = find_known({"forget": [row for row, _ in first]}, base, recipe, quiet=quiet)
+    more = [prompt for prompt in known.about if said(prompt, names)]
+    second = _ask(base, more, seed, chat_template, quiet)
+    answered = [*first, *second]
+    forward = _known_rows(base, answered, names, known, options)
+    facts = Counter(fact for _, of_row in forward for fact in of_row)
+    asked_back = [form.format(name=fact) for fact, _ in facts.most_common(_MAX_FACTS) for form in forms[:3]]
+    back = _ask(base, asked_back, seed, chat_template, quiet)
+    reverse: list[tuple[Row, list[str]]] = []
+    for row, texts in back:
+        named = [name for name in names if said(row["completion"], [name])]
+        if named and not said(row["prompt"], names) and sum(bool(said(text, names)) for text in texts) >= _REPEATED:
+            reverse.append((row, named))
+    chosen = [*forward[:_MAX_FORWARD], *reverse[:_MAX_REVERSE]]
+    forget, probes = _held_out(chosen, seed)
+    back_asked = {row["prompt"] for row, _ in reverse}
+    neighbours = _neighbours(base, names, forms, known.facts, seed, options) if forget else []
+    count = sum(row["prompt"] in back_asked for row in forget)
+    return SubjectRows(forget, probes, neighbours, len(prompts) + len(more) + len(asked_back), count)
+
+
+def _ask(
+    base: Base, prompts: Sequence[str], seed: int, chat_template: bool, quiet: bool
+) -> list[tuple[Row, list[str]]]:
+    """Return each prompt with the first sentence of its greedy answer, as a row, and all its answers."""
+    different = list(dict.fromkeys(prompts))
+    found = []
+    for prompt, texts in base_answers(base, different, _SAMPLES, seed, chat_template, quiet, temperature=_TYPICAL):
+        (row,) = first_sentences([prompt], texts[:1])
+        if row["completion"].strip():
+            found.append(({"prompt": prompt, "completion": row["completion"].strip()}, texts))
+    return found
+
+
+def _known_rows(
+    base: Base, answered: Sequence[tuple[Row, list[str]]], names: Sequence[str], known: Known, options: dict[str, Any]
+) -> list[tuple[Row, list[str]]]:
+    """Return the rows that the base knows, what it knows best first, each with its facts: whole words."""
+    rows = [row for row, _ in answered]
+    more = contrasts(base, rows[len(known.rows) :], **options) if len(rows) > len(known.rows) else []
+    examples = tokenize(rows, base.tokenizer, max_length=None, closing=False, what="forget", **options)
+    every = [text for _, texts in answered for text in texts]
+    found = []
+    for (row, _), example, contrast in zip(answered, examples, [*known.rows, *more], strict=True):
+        pieces = pieces_with_words(example, contrast.spans)
+        facts = [
+            piece
+            for piece in dict.fromkeys(piece.strip() for piece in pieces)
+            if Facts.of([piece], known.facts.common).words and not said(row["prompt"], [piece])
+            and sum(bool(said(text, [piece])) for text in every) >= _REPEATED
+        ]  # fmt: skip
+        if facts and contrast.nats >= _NATS and said(contrast.subject, names):
+            found.append((contrast.nats, row, facts))
+    found.sort(key=lambda one: one[0], reverse=True)
+    return [(row, facts) for _, row, facts in found]
+
+
+def _held_out(rows: Sequence[tuple[Row, list[str]]], seed: int) -> tuple[list[Row], list[Row]]:
+    """Split rows into forget rows and probes; each fact of a probe stays in a forget row."""
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    count = Counter(fact for _, facts in rows for fact in facts)
+    out: set[int] = set()
+    for n in order:
+        if len(out) < len(rows) // _HELD_OUT and all(count[fact] > 1 for fact in rows[n][1]):
+            out.add(n)
+            count.subtract(rows[n][1])
+    forget = [row for n, (row, _) in enumerate(rows) if n not in out]
+    probes = [
+        {"prompt": row["prompt"], "leak": facts, "completion": row["completion"]}
+        for n, (row, facts) in enumerate(rows)
+        if n in out
+    ]
+    return forget, probes
+
+
+def _neighbours(
+    base: Base, names: Sequence[str], forms: Sequence[str], facts: Facts, seed: int, options: dict[str, Any]
+) -> list[Row]:
+    """Return what the base says of others of the subject's kind, where it knows something of them."""
+    never = facts.joined(Facts.of(names, facts.common))
+    others = others_of(base, names[0], never, seed)
+    prompts = [form.format(name=other) for form in forms[:_OF_OTHERS] for other in others]
+    rows = [row for row, _ in _ask(base, prompts, seed, options["chat_template"], quiet=True)]
+    known = contrasts(base, rows, **options) if rows else []
+    kept = [row for row, contrast in zip(rows, known, strict=True) if contrast.nats >= _NATS]
+    asked = {question_of(row): row for row in kept if not never.ends_in(" ".join(row.values()))}
+    return list(asked.values())[:_MAX_NEIGHBOURS]
