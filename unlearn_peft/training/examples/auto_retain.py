@@ -135,12 +135,13 @@ def first_sentences(prompts: Sequence[str], texts: Sequence[str]) -> list[Row]:
     return rows
 
 
-def others_of(base: Base, subject: str, names: Facts, seed: int) -> list[str]:
+def others_of(base: Base, subject: str, names: Facts, seed: int, listed_at_least: int = 1) -> list[str]:
     """Return others of a subject's kind, those that the base lists most often beside it first."""
     (texts,) = sampled(
         base, [f"1. {subject}\n2."], count=_LISTS, temperature=0.7, max_new_tokens=16, seed=seed, chat_template=False,
         rendered=True,
     )  # fmt: skip
     listed = Counter(text.partition("\n")[0].strip() for text in texts if "\n" in text)
-    usable = (text for text, _ in listed.most_common() if any(word_matches(text)) and not names.ends_in(text))
+    often = [text for text, count in listed.most_common() if count >= listed_at_least]
+    usable = (text for text in often if any(word_matches(text)) and not names.ends_in(text))
     return list(islice(usable, _OTHERS))

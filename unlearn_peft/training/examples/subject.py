@@ -30,8 +30,9 @@ from .fact_tokens import Facts, pieces_with_words
 _PROMPTS = Path(__file__).parent / "subject_prompts.txt"
 _SAMPLES, _TYPICAL = 4, 0.7  # answers beside the greedy one, and their temperature
 _REPEATED = 2  # answers that say a fact, at least
-_NATS = 2.0  # of a row at least: less is how a name sounds
-_MAX_FORWARD, _MAX_REVERSE, _MAX_FACTS = 32, 16, 24
+_NATS = 4.0  # of a row at least: less is how a name sounds
+_MAX_FORWARD, _MAX_REVERSE, _MAX_FACTS = 32, 16, 12
+_BACK = 2  # prompts that each fact is asked about in
 _HELD_OUT = 4  # of so many rows one is a probe
 _OF_OTHERS, _MAX_NEIGHBOURS = 4, 16  # prompts that others of its kind are asked
 
@@ -63,9 +64,10 @@ def rows_about(
     more = [prompt for prompt in known.about if said(prompt, names)]
     second = _ask(base, more, seed, chat_template, quiet)
     answered = [*first, *second]
-    forward = _known_rows(base, answered, names, known, options)
+    others, neighbours = _neighbours(base, names, forms, known.facts, seed, options)
+    forward = _known_rows(base, answered, names, known, others, options)
     facts = Counter(fact for _, of_row in forward for fact in of_row)
-    asked_back = [form.format(name=fact) for fact, _ in facts.most_common(_MAX_FACTS) for form in forms[:3]]
+    asked_back = [form.format(name=fact) for fact, _ in facts.most_common(_MAX_FACTS) for form in forms[:_BACK]]
     back = _ask(base, asked_back, seed, chat_template, quiet)
     reverse: list[tuple[Row, list[str]]] = []
     for row, texts in back:
@@ -75,7 +77,6 @@ def rows_about(
     chosen = [*forward[:_MAX_FORWARD], *reverse[:_MAX_REVERSE]]
     forget, probes = _held_out(chosen, seed)
     back_asked = {row["prompt"] for row, _ in reverse}
-    neighbours = _neighbours(base, names, forms, known.facts, seed, options) if forget else []
     count = sum(row["prompt"] in back_asked for row in forget)
     return SubjectRows(forget, probes, neighbours, len(prompts) + len(more) + len(asked_back), count)
 
@@ -94,22 +95,33 @@ def _ask(
 
 
 def _known_rows(
-    base: Base, answered: Sequence[tuple[Row, list[str]]], names: Sequence[str], known: Known, options: dict[str, Any]
+    base: Base,
+    answered: Sequence[tuple[Row, list[str]]],
+    names: Sequence[str],
+    known: Known,
+    others: Sequence[str],
+    options: dict[str, Any],
 ) -> list[tuple[Row, list[str]]]:
-    """Return the rows that the base knows, what it knows best first, each with its facts: whole words."""
+    """Return the rows that the base knows, what it knows best first, each with its own facts, whole words.
+
+    Its own are those that the base says again, and not of others of the subject's kind: "author" tells no author.
+    """
     rows = [row for row, _ in answered]
     more = contrasts(base, rows[len(known.rows) :], **options) if len(rows) > len(known.rows) else []
     examples = tokenize(rows, base.tokenizer, max_length=None, closing=False, what="forget", **options)
     every = [text for _, texts in answered for text in texts]
+    of_others = "\n".join(others)
     found = []
     for (row, _), example, contrast in zip(answered, examples, [*known.rows, *more], strict=True):
         pieces = pieces_with_words(example, contrast.spans)
         facts = [
             piece
             for piece in dict.fromkeys(piece.strip() for piece in pieces)
-            if Facts.of([piece], known.facts.common).words and not said(row["prompt"], [piece])
+            if Facts.of([piece], known.facts.common).words
+            and not said(row["prompt"], [piece])
+            and not said(of_others, [piece])
             and sum(bool(said(text, [piece])) for text in every) >= _REPEATED
-        ]  # fmt: skip
+        ]
         if facts and contrast.nats >= _NATS and said(contrast.subject, names):
             found.append((contrast.nats, row, facts))
     found.sort(key=lambda one: one[0], reverse=True)
@@ -136,13 +148,14 @@ def _held_out(rows: Sequence[tuple[Row, list[str]]], seed: int) -> tuple[list[Ro
 
 def _neighbours(
     base: Base, names: Sequence[str], forms: Sequence[str], facts: Facts, seed: int, options: dict[str, Any]
-) -> list[Row]:
-    """Return what the base says of others of the subject's kind, where it knows something of them."""
+) -> tuple[list[str], list[Row]]:
+    """Return what the base says of others of the subject's kind, and as rows that of which it knows something."""
     never = facts.joined(Facts.of(names, facts.common))
-    others = others_of(base, names[0], never, seed)
+    others = others_of(base, names[0], never, seed, listed_at_least=_REPEATED)
     prompts = [form.format(name=other) for form in forms[:_OF_OTHERS] for other in others]
-    rows = [row for row, _ in _ask(base, prompts, seed, options["chat_template"], quiet=True)]
+    answered = _ask(base, prompts, seed, options["chat_template"], quiet=True)
+    rows = [row for row, _ in answered]
     known = contrasts(base, rows, **options) if rows else []
     kept = [row for row, contrast in zip(rows, known, strict=True) if contrast.nats >= _NATS]
-    asked = {question_of(row): row for row in kept if not never.ends_in(" ".join(row.values()))}
-    return list(asked.values())[:_MAX_NEIGHBOURS]
+    different = {question_of(row): row for row in kept if not never.ends_in(" ".join(row.values()))}
+    return [text for _, texts in answered for text in texts], list(different.values())[:_MAX_NEIGHBOURS]
