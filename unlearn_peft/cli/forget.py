@@ -51,7 +51,8 @@ def forget(
 
       unlearn-peft forget --file requests.csv --output out/requests
 
-    Of a subject that the base does not know nothing is trained: exit code 3.
+    Read the rows before you train on them (--review): a base invents, and what it invents again and again looks like
+    knowledge. Where it says nothing again, nothing is trained: exit code 3.
     """
     from ..evaluate.compare import as_dict
     from ..evaluate.compare import show as show_answers
