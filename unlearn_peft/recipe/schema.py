@@ -69,7 +69,7 @@ class Recipe(StrictModel):
     probes: DataSource | None = Field(None, description="rows with `prompt` and `leak` words; never trained on")
     neighbours: DataSource | None = Field(None, description="rows that must survive; never trained on")
     objective: Objective = Field(default_factory=GaKlSettings)
-    retain_weight: float = Field(15.0, ge=0)
+    retain_weight: float = Field(20.0, ge=0)
     steps: int | None = Field(
         None, ge=1, description="at most: stop_when may end the run earlier; null: 45, or more for many forget rows"
     )
@@ -88,7 +88,7 @@ class Recipe(StrictModel):
         ge=0,
         description="answers sampled from the base to a forget prompt; those that name a fact are forgotten too",
     )
-    retain_batch: int = Field(8, ge=1)
+    retain_batch: int = Field(16, ge=1)
     retain_answers: int = Field(
         0, ge=0, description="answers of the base to a retain prompt, retained beside it: greedy, then sampled"
     )

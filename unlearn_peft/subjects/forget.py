@@ -31,8 +31,6 @@ _SETTINGS = """\
 objective:
   name: ga_kl
   retain_budget: null   # tokens are held at the ceiling, so the last step is kept
-retain_weight: 20
-retain_batch: 16
 """
 
 
