@@ -27,6 +27,7 @@ from ...inference.contrast import Contrast
 from ...inference.generate import answers, sampled
 from ...inference.stand_ins import made_up, replaced_row
 from ...models.base import Base
+from ...models.layers import known_tokens
 from .fact_tokens import Facts
 
 logger = logging.getLogger(__name__)
@@ -191,8 +192,17 @@ def _some(prompts: Sequence[str], seed: int) -> list[str]:
 def base_answers(
     base: Base, prompts: Sequence[str], samples: int, seed: int, chat: bool, quiet: bool, temperature: float = 1.0
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield each prompt with the base's greedy answer to it and so many samples."""
+    """Yield each prompt with the base's greedy answer to it and so many samples.
+
+    An answer that reads back as tokens that the base has no embedding for is empty: it cannot be trained on.
+    """
     from tqdm import tqdm
+
+    known = known_tokens(base.model)
+
+    def readable(text: str) -> str:
+        ids = base.tokenizer(text, add_special_tokens=False)["input_ids"] if len(base.tokenizer) > known else []
+        return text if max(ids, default=0) < known else ""
 
     size = _LARGE_BATCH if len(prompts) > 100 else _BATCH
     settings: dict[str, Any] = {"max_new_tokens": _TOKENS, "chat_template": chat, "batch_size": size}
@@ -203,5 +213,6 @@ def base_answers(
             more: list[list[str]] = [[] for _ in chunk]
             if samples:
                 more = sampled(base, chunk, count=samples, temperature=temperature, seed=seed + start, **settings)
-            yield from ((prompt, [first, *rest]) for prompt, first, rest in zip(chunk, greedy, more, strict=True))
+            for prompt, first, rest in zip(chunk, greedy, more, strict=True):
+                yield prompt, [readable(text) for text in (first, *rest)]
             bar.update(len(chunk))

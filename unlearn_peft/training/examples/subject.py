@@ -3,8 +3,8 @@
 The base is asked in several forms and languages (`subject_prompts.txt`), then what its own lists of questions go on
 with. What it says of a made-up name too is no knowledge, and neither is what it says only once, or of others of the
 subject's kind. (A small base invents, and often the same again: an unknown name is not always told from a known one.)
-Each fact is then asked about in turn, and answers that name the subject are the other direction. Neighbours are others of
-the subject's kind, as the base lists them, of whom it knows something.
+Each fact is then asked about in turn, and answers that name the subject are the other direction. Neighbours are others
+of the subject's kind, as the base lists them, of whom it knows something.
 """
 
 from __future__ import annotations
