@@ -86,7 +86,7 @@ def forget(
         raise OutputError(f"the output {folder} exists already: {what_to_do}")
     if begun and (folder / REPORT / FIGURES).is_file():
         progress("finished already")
-        return Forgotten(folder, len(_lines(folder / "forget.jsonl")), folder / ADAPTER)
+        return Forgotten(folder, len(read_measured(folder / RECIPE, {})[0]["forget"]), folder / ADAPTER)
     live = base if isinstance(base, Base) else load_base(base)
     if not begun:
         progress("asking the base what it knows of the subject ...")
@@ -101,7 +101,8 @@ def forget(
             f"{len(found.forget)} forget rows ({found.reverse} from a fact to the subject), {len(found.probes)} probes "
             f"held out, {len(found.neighbours)} neighbours: {folder / RECIPE}"
         )
-    rows = len(_lines(folder / "forget.jsonl"))
+    measured, chat_template = read_measured(folder / RECIPE, {})
+    rows = len(measured["forget"])
     if review:
         return Forgotten(folder, rows)
     adapter = folder / ADAPTER
@@ -109,7 +110,6 @@ def forget(
         progress("training ...")
         recipe = load_recipe(folder / RECIPE, output=str(adapter))
         unlearn(live, recipe=recipe, resume=resume, quiet=quiet)
-    measured, chat_template = read_measured(folder / RECIPE, {})
     evaluation = evaluate(live, [adapter], measured, k=_K, seed=seed, chat_template=chat_template, progress=progress)
     write_report(evaluation, folder / REPORT, [adapter])
     return Forgotten(folder, rows, adapter, evaluation)
@@ -136,7 +136,3 @@ def write_recipe(folder: Path, found: SubjectRows, base: Base, base_name: str, s
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             (temporary / f"{name}.jsonl").write_text(text, encoding="utf-8")
         (temporary / RECIPE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

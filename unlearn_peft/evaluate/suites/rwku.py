@@ -125,11 +125,11 @@ def measure(
             scores.append(score(name, unit, better, values, seed=seed))
 
     for what, numbers, better in (("forget", answered.about, False), ("neighbours", answered.near, True)):
-        mine = [n for n, row in enumerate(rows) if ("neighbour" in row) == better]
+        mine, counted = [n for n, row in enumerate(rows) if ("neighbour" in row) == better], set(numbers)
         for level in sorted({rows[n]["level"] for n in mine}):
             of_level = [n for n in mine if rows[n]["level"] == level]
             add(f"rwku_{what}_level_{level}_rouge_l_recall", "share", better, recall[of_level])
-            add(f"rwku_{what}_level_{level}_right", "share", better, right[[n for n in of_level if n in set(numbers)]])
+            add(f"rwku_{what}_level_{level}_right", "share", better, right[[n for n in of_level if n in counted]])
     if not answered.about:
         return scores
     of_kind: defaultdict[str, list[int]] = defaultdict(list)
