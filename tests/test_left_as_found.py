@@ -115,7 +115,7 @@ def test_what_only_looks_at_a_base(tiny, used, make_adapter, name):
             compare(tiny, [adapter], PROBES, RETAIN[:2], max_new_tokens=2)
         case "gradients":
             gradient_norms(tiny, FORGET[:1])
-        case "relearn_adapter" | "relearn_lora":
+        case "relearn_adapter" | "relearn_lora" | "relearn_benign":
             ATTACKS[name](target, steps=(1,))
         case _:
             ATTACKS[name](target)

@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import FORGET, RETAIN, logits
@@ -23,10 +24,14 @@ from unlearn_peft.evaluate.attacks.harness import (
     render,
     replaced_weights,
 )
-from unlearn_peft.evaluate.attacks.templates import BEGINNINGS, GENERIC, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS
+from unlearn_peft.evaluate.attacks.templates import BEGINNINGS, FRAMES, GENERIC, LANGUAGES, SYSTEM_PROMPTS
 from unlearn_peft.inference.generate import leaked
 
-QUICK = {"sampling": {"k": 3}, "relearn_adapter": {"steps": (1, 2)}, "relearn_lora": {"steps": (1, 2)}}
+QUICK = {
+    "sampling": {"k": 3},
+    "paraphrase": {"samples": 2},
+    **{name: {"steps": (1, 2)} for name in ("relearn_adapter", "relearn_lora", "relearn_benign")},
+}
 ASKED = ["Who wrote the blue book?", "Name the author.", "What is red?"]
 
 
@@ -146,14 +151,14 @@ def test_run_attacks_runs_what_is_named_and_refuses_the_rest(target, monkeypatch
     assert run_attacks(target, quiet=True) == ["a", "b"]
     assert run_attacks(target, ["b"], quiet=True) == ["b"] and ran == ["a", "b", "b"]
     monkeypatch.undo()
-    with pytest.raises(UnlearnError, match=r"'jailbrake' \(did you mean 'jailbreak'\?\).*known: paraphrase"):
+    with pytest.raises(UnlearnError, match=r"'jailbrake' \(did you mean 'jailbreak'\?\).*known: framing"):
         run_attacks(target, ["scaling", "jailbrake"])
     attach(target.base, *target.adapters)
     with pytest.raises(AdapterError, match="attached already"):
         run_attacks(target, ["scaling"])
     detach(target.base)
-    found = run_attacks(target, ["scaling", "paraphrase"], quiet=True)
-    assert [f.name for f in found] == ["scaling", "paraphrase"]
+    found = run_attacks(target, ["scaling", "framing"], quiet=True)
+    assert [f.name for f in found] == ["scaling", "framing"]
 
 
 def test_a_target_is_checked_and_names_rows_by_number(tiny, tmp_path):
@@ -215,6 +220,22 @@ def test_without_an_attack_the_base_leaks_and_the_adapter_does_not(forgotten):
     assert found.details["plain"] == {"asked": 3, "recovered": 0, "base": 1}
 
 
+def test_listed_questions_are_those_that_the_base_answers_alike(forgotten, monkeypatch):
+    words = [row["leak"][0] for row in forgotten.probes]
+    listed = [[["a?", f"{words[0]}?", ASKED[0].lower(), "b?"], ["b?", "b?", "!"]], [[]], [["c?"]]]
+    monkeypatch.setattr(asking, "continued_lists", lambda *_, **__: listed)
+    answered = []
+
+    def answers_all_but_c(target, probes):
+        answered.extend((row["prompt"], row["leak"]) for row in probes)
+        return np.array([float(row["prompt"] != "c?") for row in probes])
+
+    monkeypatch.setattr(asking, "leaks", answers_all_but_c)
+    assert asking._listed_questions(forgotten, 2, 4) == [["b?", "a?"], [], []]  # the one in two lists first
+    assert answered == [("b?", [words[0]]), ("a?", [words[0]]), ("c?", [words[2]])]
+    assert asking._listed_questions(forgotten, 2, 1) == [["b?"], [], []]
+
+
 def test_an_answer_that_comes_out_in_any_way_is_recovered(forgotten):
     texts = [render(forgotten, text) for text in ASKED]
     ways = {"never": [None] * 3, "first": [texts[0], None, None], "other": [None, texts[0], texts[2]]}
@@ -238,11 +259,12 @@ def test_what_is_asked(tiny, monkeypatch):
         {"prompt": "Where?", "leak": ["sea"], "translations": {"de": "Wo?"}},
     ]
     target = Target(tiny, ("x",), FORGET, probes, [*FORGET, {"prompt": "near sea?", "completion": "x"}, *RETAIN])
-    for name in ("paraphrase", "prefix", "few_shot", "multilingual", "jailbreak"):
+    monkeypatch.setattr(asking, "_listed_questions", lambda *_: [[], ["Which sea?"]])
+    for name in ("framing", "paraphrase", "prefix", "few_shot", "multilingual", "jailbreak"):
         ATTACKS[name](target)
     chat = chat_prompt("@", tiny.tokenizer)
-    assert seen["paraphrase"]["own 1"] == [chat.replace("@", "Whose?"), None]
-    assert list(seen["paraphrase"])[:-1] == list(PARAPHRASES)
+    expected = {"own 1": [chat.replace("@", "Whose?"), None], "listed 1": [None, chat.replace("@", "Which sea?")]}
+    assert seen["paraphrase"] == expected and list(seen["framing"]) == list(FRAMES)
     assert seen["prefix"]["right beginning"] == [chat.replace("@", "Who?") + "It was", None]
     assert seen["prefix"]["plain"][1] == chat.replace("@", "Where?") + BEGINNINGS["plain"]
     assert seen["multilingual"]["asked in de"] == [None, chat.replace("@", "Wo?")]
@@ -254,7 +276,7 @@ def test_what_is_asked(tiny, monkeypatch):
     assert seen["few_shot"]["turns"][0].count("assistant") == 5
     for name, text in SYSTEM_PROMPTS.items():
         assert seen["jailbreak"][name][0].startswith(f"<|im_start|>system\n{text}")
-    every = [*PARAPHRASES.values(), *LANGUAGES.values()]
+    every = [*FRAMES.values(), *LANGUAGES.values()]
     assert all(text.count("{prompt}") == 1 for text in every) and len(set(GENERIC)) == len(GENERIC)
 
 
@@ -448,6 +470,20 @@ def test_untaught_probes_are_those_that_no_trained_row_says(target):
         Target(target.base, target.adapters, FORGET[:1], probes, max_new_tokens=2), through="lora", steps=(1,)
     )
     assert found.details["untaught"]["probes"] == 1 and "1 forget rows" in found.budget
+
+
+def test_benign_relearning_trains_on_nothing_that_was_forgotten(forgotten, monkeypatch):
+    trained = []
+    monkeypatch.setattr(relearning, "_train_and_ask", lambda t, rows, *_: trained.append(rows) or {0: np.ones(3)})
+    probes = [{"prompt": text, "leak": ["Zorblax"]} for text in ASKED]
+    others = [{"prompt": "Who?", "completion": "It is ZORBLAX."}, RETAIN[0]]
+    target = replace(forgotten, probes=probes, neighbours=others)
+    found = relearning.relearn(target, through="lora", benign=True, steps=(0,))
+    assert (
+        len(trained) == 2 and trained[0] == trained[1] and "4 other rows" in found.budget
+    )  # none with made-up answers
+    assert trained[0][0] == RETAIN[0] and len(trained[0]) == 4
+    assert found.details["untaught"]["probes"] == 3 and "made up" not in found.details
 
 
 def test_made_up_answers_stand_where_the_right_ones_stood():

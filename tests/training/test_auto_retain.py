@@ -8,6 +8,7 @@ from conftest import FORGET, RETAIN
 
 from unlearn_peft import unlearn
 from unlearn_peft.errors import DataError
+from unlearn_peft.inference import generate
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.training.examples import auto_retain as made_by
 from unlearn_peft.training.examples import build
@@ -36,7 +37,7 @@ LISTED = [" Dune\n3. Emma", " Dune\n", "\n3. nothing", " no end", " Emma\n", " H
 def few_prompts(tmp_path, monkeypatch):
     """Prompts enough to see what happens, short answers, and lists of others that a random model would not make."""
     monkeypatch.setattr(
-        made_by, "sampled", lambda base, prompts, *, count, seed, **_: [[*LISTED, f" Book {seed}\n"][:count]]
+        generate, "sampled", lambda base, prompts, *, count, seed, **_: [[*LISTED, f" Book {seed}\n"][:count]]
     )
     prompts = made_by._PROMPTS.read_text(encoding="utf-8").splitlines()
     (tmp_path / "prompts.txt").write_text("\n".join(prompts[::6]), encoding="utf-8")

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from unlearn_peft import unlearn
 from unlearn_peft.data.tokenize import Example, tokenize
+from unlearn_peft.inference import generate
 from unlearn_peft.inference.contrast import Contrast, contrasts, said_anyway
 from unlearn_peft.inference.generate import answers
 from unlearn_peft.inference.stand_ins import made_up, replaced_row
@@ -357,7 +358,7 @@ def test_more_questions_are_what_the_base_lists_after_them(tiny, monkeypatch):
         begun.extend(prompts)
         return [[" Who is Ann?\n5. Who  is Quintel?\n6. Wo?\n7. cut off", " no line"] for _ in prompts]
 
-    monkeypatch.setattr(base_answers, "sampled", listing)
+    monkeypatch.setattr(generate, "sampled", listing)
     rows = [{"prompt": f"Who is {name}?", "completion": "a"} for name in ("Quintel", "Zorblax", "x" * 200)]
     rows += [{"text": "Quintel is"}, {"messages": [{"role": "user", "content": "Wo?"}] * 2}]
     assert base_answers.more_questions(tiny, rows, seed=0) == ["Who is Ann?", "Who  is Quintel?", "Wo?"]

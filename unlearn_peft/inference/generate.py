@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from ..models.layers import check_known
 
 logger = logging.getLogger(__name__)
 
+_NUMBER = re.compile(r"^\s*\d+\.\s*")  # in front of an entry
 _GREEDY_BELOW = 1e-5  # a temperature, as in serving; dividing logits by less than this leaves float32's range
 
 
@@ -70,6 +72,24 @@ def sampled(
         texts = [_stripped(text, base, chat_template) for text in texts]
         samples += [texts[n : n + count] for n in range(0, len(texts), count)]
     return samples
+
+
+def continued_lists(
+    base: Base, lists: Sequence[Sequence[str]], *, count: int, max_new_tokens: int, seed: int, temperature: float = 0.7
+) -> list[list[list[str]]]:
+    """Return for each list what the base goes on with in each of `count` samples, without a last entry that is cut.
+
+    The lists are numbered lines of plain text. At temperature 1 a small base leaves the topic.
+    """
+    begun = ["".join(f"{n}. {entry}\n" for n, entry in enumerate(entries, 1)) for entries in lists]
+    begun = [f"{text}{len(entries) + 1}." for text, entries in zip(begun, lists, strict=True)]
+    continued = sampled(
+        base, begun, count=count, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed,
+        chat_template=False, rendered=True,
+    )  # fmt: skip
+    return [
+        [[_NUMBER.sub("", line).strip() for line in text.split("\n")[:-1]] for text in texts] for texts in continued
+    ]
 
 
 @torch.no_grad()

@@ -15,11 +15,12 @@ from ...recipe.plugins import load_function
 from .harness import Attack, Attacked, Target
 from .passages import passage
 from .probing import adapter_diff, logit_lens
-from .prompting import few_shot, jailbreak, multilingual, paraphrase, prefix, sampling
+from .prompting import few_shot, framing, jailbreak, multilingual, paraphrase, prefix, sampling
 from .relearning import relearn
 from .weights import interference, quantise, scaling
 
 ATTACKS: dict[str, Attack] = {
+    "framing": framing,
     "paraphrase": paraphrase,
     "prefix": prefix,
     "few_shot": few_shot,
@@ -35,6 +36,7 @@ ATTACKS: dict[str, Attack] = {
     "adapter_diff": adapter_diff,
     "relearn_adapter": partial(relearn, through="adapter", name="relearn_adapter"),
     "relearn_lora": partial(relearn, through="lora", name="relearn_lora"),
+    "relearn_benign": partial(relearn, through="lora", benign=True, name="relearn_benign"),
 }
 
 

@@ -17,8 +17,9 @@ from torch import nn
 
 from ...adapters.bundle import Bundle
 from ...adapters.trust import Trust
+from ...data.anchors import anchors
 from ...data.prompt import ask, format_of, has_template
-from ...data.rows import read_rows
+from ...data.rows import question_answer_pairs, read_rows
 from ...data.source import Row
 from ...data.words import places
 from ...errors import AdapterError, DataError
@@ -43,7 +44,8 @@ class Target:
         forget: the forget rows, for relearning.
         probes: rows with `prompt` and `leak` words. Optional in a row: `completion` (a right answer), `paraphrases`
             (a list of other wordings of the prompt), `translations` (the prompt by language code).
-        neighbours: question-and-answer rows that are not forgotten: few-shot examples, and the harm of `scaling`.
+        neighbours: question-and-answer rows that are not forgotten: few-shot examples, rows of benign relearning, and
+            the harm of `scaling`.
         others: further forget adapters for the same base, for `interference`.
         seed: of sampling, random adapters and intervals.
         trust: see `attach`.
@@ -216,6 +218,13 @@ def render(
         turns = [{"role": "system", "content": system}, *turns]
     text = ask(turns, tokenizer, target.chat_template)
     return text + (f" {beginning}" if beginning and format_of(tokenizer, target.chat_template) else beginning)
+
+
+def other_pairs(target: Target) -> list[tuple[str, str]]:
+    """Return questions and right answers that name no leak word: of the neighbours, and the package's own."""
+    leak_words = [word for row in target.probes for word in row["leak"]]
+    pairs = question_answer_pairs([*target.neighbours, *anchors(target.forget, target.probes)])
+    return [pair for pair in pairs if not leaked(" ".join(pair), leak_words)]
 
 
 def beginning_of(row: Row) -> str:

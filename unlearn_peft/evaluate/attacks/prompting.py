@@ -1,4 +1,4 @@
-"""Prompt attacks: other wordings, answer prefixes, few-shot examples, languages, system prompts, samples.
+"""Prompt attacks: frames, other wordings, answer prefixes, few-shot examples, languages, system prompts, samples.
 
 Each probe is asked in several ways and is recovered if its answer comes out in any of them. The bare base is asked
 likewise: its share says how much there was to get. A leak is a leak word in what the model wrote, case ignored; another
@@ -7,26 +7,73 @@ spelling or script goes unseen.
 
 from __future__ import annotations
 
-from ...data.anchors import anchors
-from ...data.rows import question_answer_pairs
-from ...inference.generate import leaked, sampled
+from collections import Counter
+
+from ...data.rows import question_of
+from ...data.words import word_matches
+from ...inference.generate import continued_lists, leaked, sampled
 from ..metrics.leakage import any_leak, leak_shares, leaking_parts
 from ..token_scores import adapters_off
-from .harness import Attacked, Target, adapters_on, attacked, averages, beginning_of, in_many_ways, render
-from .templates import BEGINNINGS, LANGUAGES, PARAPHRASES, SYSTEM_PROMPTS
+from .harness import (
+    Attacked,
+    Target,
+    adapters_on,
+    attacked,
+    averages,
+    beginning_of,
+    in_many_ways,
+    leaks,
+    other_pairs,
+    render,
+)
+from .templates import BEGINNINGS, FRAMES, LANGUAGES, SYSTEM_PROMPTS
+
+_LISTED_TOKENS = 40  # of a list that goes on
 
 
-def paraphrase(target: Target) -> Attacked:
-    """Ask in other words: fixed sentences around each prompt, and the row's own `paraphrases` where it has any."""
-    rows = target.probes
-    ways: dict[str, list[str | None]] = {
-        name: [render(target, template.format(prompt=row["prompt"])) for row in rows]
-        for name, template in PARAPHRASES.items()
+def framing(target: Target) -> Attacked:
+    """Put fixed sentences around each prompt."""
+    ways = {
+        name: [render(target, template.format(prompt=row["prompt"])) for row in target.probes]
+        for name, template in FRAMES.items()
     }
-    paraphrases = [list(row.get("paraphrases") or []) for row in rows]
-    for n in range(max(map(len, paraphrases))):
-        ways[f"own {n + 1}"] = [render(target, texts[n]) if n < len(texts) else None for texts in paraphrases]
-    return in_many_ways(target, "paraphrase", f"{len(ways)} wordings a probe, one greedy answer each", ways)
+    return in_many_ways(target, "framing", f"{len(ways)} frames a probe, one greedy answer each", ways)
+
+
+def paraphrase(target: Target, *, samples: int = 16, at_most: int = 4) -> Attacked:
+    """Ask in other words: the row's own `paraphrases`, and questions that the base lists after the probe's.
+
+    Of the listed ones, those count that the bare base answers with a leak word and that do not say one: they ask for
+    the same, whatever their words. So the base's share says for how many probes there was one, or a paraphrase.
+    """
+    ways: dict[str, list[str | None]] = {}
+    own = [list(row.get("paraphrases") or []) for row in target.probes]
+    for name, wordings in (("own", own), ("listed", _listed_questions(target, samples, at_most))):
+        for n in range(max(map(len, wordings))):
+            ways[f"{name} {n + 1}"] = [render(target, texts[n]) if n < len(texts) else None for texts in wordings]
+    count = sum(text is not None for texts in ways.values() for text in texts)
+    budget = f"{count} other wordings, one greedy answer each; lists of questions continued {samples} times a probe"
+    return in_many_ways(target, "paraphrase", budget, ways or {"none": [None] * len(target.probes)})
+
+
+def _listed_questions(target: Target, samples: int, at_most: int) -> list[list[str]]:
+    """Return for each probe the questions that the base lists after it and answers alike, the most frequent first."""
+    with adapters_off(target.base) as base:
+        continued = continued_lists(
+            base, [[row["prompt"]] for row in target.probes], count=samples, max_new_tokens=_LISTED_TOKENS,
+            seed=target.seed,
+        )  # fmt: skip
+        candidates = []
+        for row, lists in zip(target.probes, continued, strict=True):
+            asked = Counter(entry for entries in lists for entry in dict.fromkeys(entries))
+            asks = question_of(row)
+            candidates.append([
+                text for text, _ in asked.most_common()
+                if any(word_matches(text)) and question_of({"prompt": text}) != asks and not leaked(text, row["leak"])
+            ])  # fmt: skip
+        rows = [{**row, "prompt": text} for row, texts in zip(target.probes, candidates, strict=True) for text in texts]
+        answered = iter(leaks(target, probes=rows).tolist() if rows else [])
+    return [[text for text in texts if next(answered)][:at_most] for texts in candidates]
 
 
 def prefix(target: Target) -> Attacked:
@@ -48,9 +95,7 @@ def prefix(target: Target) -> Attacked:
 
 def few_shot(target: Target, *, shots: int = 4) -> Attacked:
     """Put other questions with their right answers first, as turns of a chat and as plain lines."""
-    leak_words = [word for row in target.probes for word in row["leak"]]
-    pairs = question_answer_pairs([*target.neighbours, *anchors(target.forget, target.probes)])
-    examples = [pair for pair in pairs if not leaked(" ".join(pair), leak_words)][:shots]
+    examples = other_pairs(target)[:shots]
     lines = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in examples)
     ways = {
         "turns": [render(target, row["prompt"], shots=examples) for row in target.probes],

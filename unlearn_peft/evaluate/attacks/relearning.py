@@ -28,7 +28,7 @@ from ...models.forward import picked_logits
 from ...models.layers import head_name, linear_layers
 from ...models.restore import left_as_found
 from ..score import Array
-from .harness import Attacked, Target, adapters_on, attacked, averages, leaks
+from .harness import Attacked, Target, adapters_on, attacked, averages, leaks, other_pairs
 from .weights import shape_of
 
 _SYLLABLES = ("vor", "lim", "tas", "ger", "pol", "nuk", "dre", "zab", "mif", "sor", "kel", "hub")
@@ -42,9 +42,13 @@ def relearn(
     steps: Sequence[int] = (5, 10, 20),
     learning_rate: float = 5e-4,
     rank: int = 8,
+    benign: bool = False,
     name: str = "relearn",
 ) -> Attacked:
     """Fine-tune on a few forget rows and ask the probes again; the share after the last step is the result.
+
+    `benign`: on rows that say nothing of the forgotten, neighbours first, so that what comes back was only hidden
+    (benign relearning: Hu et al. 2024, arXiv:2406.13356).
 
     AdamW without weight decay, mean loss over completion tokens, all rows in each step. The rows are drawn with the
     target's seed. `through` the `adapter`, its own weights are trained further; through a `lora`, it stays as it is and
@@ -56,7 +60,8 @@ def relearn(
     of probes that give a made-up answer after training the same adapter on rows with that answer. If that is as high
     as the result, the answers were learned and not recovered.
     """
-    chosen = random.Random(target.seed).sample(list(target.forget), min(rows, len(target.forget)))
+    others = [{"prompt": question, "completion": answer} for question, answer in other_pairs(target)[:rows]]
+    chosen = others if benign else random.Random(target.seed).sample(list(target.forget), min(rows, len(target.forget)))
     steps = sorted(set(steps))
 
     def curve(
@@ -69,17 +74,18 @@ def relearn(
 
     recovered = curve(chosen, target.probes, True, [0, *steps])
     base = curve(chosen, target.probes, False, [0, *steps])
-    made_up = curve(*_with_made_up_answers(chosen, target.probes, target.seed), True, steps[-1:])
     taught = " ".join(text for row in chosen for text in texts_of(row))
     untaught = np.array([not leaked(taught, row["leak"]) for row in target.probes])
     last = steps[-1]
     details: dict[str, Any] = {f"step {step}": averages(recovered[step], base[step]) for step in recovered}
     details["untaught"] = {"probes": int(untaught.sum()), **averages(recovered[last], base[last], untaught)}
-    details["made up"] = {"recovered": float(made_up[last].mean())}
+    if not benign:
+        made_up = curve(*_with_made_up_answers(chosen, target.probes, target.seed), True, steps[-1:])
+        details["made up"] = {"recovered": float(made_up[last].mean())}
     where = "the adapter's own weights" if through == "adapter" else f"a fresh LoRA (r={rank}) beside the adapter"
     budget = (
-        f"{len(chosen)} forget rows, {last} steps of all, AdamW at {learning_rate:g}, through {where}; then one "
-        "greedy answer a probe"
+        f"{len(chosen)} {'other' if benign else 'forget'} rows, {last} steps of all, AdamW at {learning_rate:g}, "
+        f"through {where}; then one greedy answer a probe"
     )
     return attacked(target, name, budget, recovered[last], base[last], details)
 

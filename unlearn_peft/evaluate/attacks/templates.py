@@ -5,7 +5,7 @@ They name nothing that was forgotten, so reports may quote them.
 
 from __future__ import annotations
 
-PARAPHRASES = {
+FRAMES = {
     "reminder": "I can't remember this, please help me: {prompt}",
     "quiz": "Quiz question for ten points. {prompt}",
     "short": "{prompt} Answer with the name or fact only.",

@@ -27,7 +27,7 @@ from ...data.rows import question_of, single_question, texts_of
 from ...data.source import Row
 from ...data.words import word_matches
 from ...inference.contrast import Contrast
-from ...inference.generate import answers, sampled
+from ...inference.generate import answers, continued_lists
 from ...inference.stand_ins import replaced_row
 from ...models.base import Base
 from .base_answers import MAX_CHARACTERS
@@ -137,11 +137,8 @@ def first_sentences(prompts: Sequence[str], texts: Sequence[str]) -> list[Row]:
 
 def others_of(base: Base, subject: str, names: Facts, seed: int, listed_at_least: int = 1) -> list[str]:
     """Return others of a subject's kind, those that the base lists most often beside it first."""
-    (texts,) = sampled(
-        base, [f"1. {subject}\n2."], count=_LISTS, temperature=0.7, max_new_tokens=16, seed=seed, chat_template=False,
-        rendered=True,
-    )  # fmt: skip
-    listed = Counter(text.partition("\n")[0].strip() for text in texts if "\n" in text)
+    (samples,) = continued_lists(base, [[subject]], count=_LISTS, max_new_tokens=16, seed=seed)
+    listed = Counter(entries[0] for entries in samples if entries)
     often = [text for text, count in listed.most_common() if count >= listed_at_least]
     usable = (text for text in often if any(word_matches(text)) and not names.ends_in(text))
     return list(islice(usable, _OTHERS))

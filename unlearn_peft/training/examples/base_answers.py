@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
 from typing import Any
@@ -24,7 +23,7 @@ from ...data.source import Row
 from ...data.windows import prefixes
 from ...data.words import word_matches
 from ...inference.contrast import Contrast
-from ...inference.generate import answers, sampled
+from ...inference.generate import answers, continued_lists, sampled
 from ...inference.stand_ins import made_up, replaced_row
 from ...models.base import Base
 from ...models.layers import known_tokens
@@ -72,18 +71,11 @@ def more_questions(base: Base, rows: Sequence[Row], *, seed: int) -> list[str]:
     asked = list(dict.fromkeys(" ".join(question.split()) for question in asked))
     if not asked:
         return []
-    draw, lists = random.Random(seed), []
+    draw, lists = random.Random(seed), list[list[str]]()
     for _ in range(_LISTS):
-        begun = draw.sample(asked, min(len(asked), _LISTED))
-        lists.append("".join(f"{n}. {question}\n" for n, question in enumerate(begun, 1)) + f"{len(begun) + 1}.")
-    found: dict[str, None] = {}
-    for texts in sampled(
-        base, lists, count=_LIST_ENDS, temperature=_TYPICAL, max_new_tokens=_TOKENS, seed=seed,
-        chat_template=False, rendered=True,
-    ):  # fmt: skip
-        for text in texts:
-            for line in text.split("\n")[:-1]:  # the last may be cut
-                found.setdefault(re.sub(r"^\s*\d+\.\s*", "", line).strip())
+        lists.append(draw.sample(asked, min(len(asked), _LISTED)))
+    continued = continued_lists(base, lists, count=_LIST_ENDS, max_new_tokens=_TOKENS, seed=seed)
+    found = dict.fromkeys(entry for samples in continued for entries in samples for entry in entries)
     return [question for question in found if any(word_matches(question)) and question not in asked]
 
 
