@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +21,7 @@ def forget(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="A .csv of subjects: columns name, aliases (with ; between them), note; an adapter each."),
+        typer.Option(help="A table of subjects: columns name, aliases (with ; between them), note; an adapter each."),
     ] = None,
     base: Annotated[str, typer.Option(help="Hub id, local folder, .gguf file, or 'demo'.")] = "demo",
     output: Annotated[
@@ -98,19 +97,24 @@ def read_requests(path: Path) -> list[tuple[str, list[str]]]:
     Raises:
         DataError: if the file is no such table; rows are named by number.
     """
+    from ..adapters.card import row_numbers
+    from ..data.formats import EXPECTED, file_format, read_file
+    from ..data.source import DataSpec
+
+    if not file_format(path):
+        raise DataError(f"{path} ends in '{path.suffix}': expected {EXPECTED}")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            table = csv.DictReader(lines, strict=True)
-            columns, rows = list(table.fieldnames or []), list(table)
-    except (OSError, ValueError, csv.Error) as error:
-        raise DataError(f"cannot read {path} ({type(error).__name__}): expected a .csv file in UTF-8") from None
-    if "name" not in columns or set(columns) - set(_COLUMNS):
-        raise DataError(f"{path} has {len(columns)} columns: expected name, and if you like aliases and note")
-    if wrong := [n for n, row in enumerate(rows, 1) if None in row or not (row["name"] or "").strip()]:
-        raise DataError(f"{path}: rows {', '.join(map(str, wrong[:10]))} have no name, or more fields than the header")
+        rows = read_file(path, DataSpec(path=str(path)), set(_COLUMNS))
+    except DataError as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    except Exception as error:  # pyarrow and openpyxl raise their own
+        raise DataError(f"cannot read {path} ({type(error).__name__}): expected {EXPECTED}") from None
     if not rows:
-        raise DataError(f"{path} holds no subject: expected one a line below the header")
-    return [
-        (row["name"].strip(), [alias.strip() for alias in (row.get("aliases") or "").split(";") if alias.strip()])
-        for row in rows
-    ]
+        raise DataError(f"{path} holds no subject: expected one a row, in a column name")
+    if unknown := len({column for row in rows for column in row} - set(_COLUMNS)):
+        raise DataError(f"{path} has {unknown} columns that are not known: expected name, and aliases and note")
+    names = [str(row.get("name") or "").strip() for row in rows]
+    if wrong := [n for n, name in enumerate(names, 1) if not name]:
+        raise DataError(f"{path}: rows {row_numbers(wrong)} have no name")
+    aliases = [[alias.strip() for alias in str(row.get("aliases") or "").split(";")] for row in rows]
+    return [(name, [alias for alias in others if alias]) for name, others in zip(names, aliases, strict=True)]
