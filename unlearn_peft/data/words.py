@@ -34,7 +34,12 @@ def normalize(text: str) -> str:
 
 def word_matches(text: str) -> Iterator[regex.Match[str]]:
     """Find each word of a text, with its place and as it is written."""
-    return (match for match in _SEGMENT.finditer(text) if _SPOKEN.search(match.group()))
+    return (match for match in _SEGMENT.finditer(text) if has_letters(match.group()))
+
+
+def has_letters(text: str) -> bool:
+    """Tell whether a text has a letter, a mark of one or a digit."""
+    return _SPOKEN.search(text) is not None
 
 
 def segments(text: str) -> list[str]:

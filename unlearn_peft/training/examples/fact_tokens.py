@@ -21,7 +21,7 @@ from ...data.prompt import Span
 from ...data.rows import answer_texts
 from ...data.source import Row
 from ...data.tokenize import Example, by_row
-from ...data.words import word_matches
+from ...data.words import has_letters, word_matches
 from ...inference.contrast import Contrast, answer_words, touched
 
 _MIN_ROWS, _MIN_SHARE = 3, 0.02  # of the retain rows: as many use a common word
@@ -158,8 +158,8 @@ def pieces_with_words(example: Example, spans: Sequence[Span]) -> list[str]:
 def mark_facts(rows: Sequence[Example], facts: Facts, known: Sequence[Contrast] = ()) -> list[Example]:
     """Return rows with their fact tokens marked: those that the contrasts of the rows say, and all that name a fact.
 
-    But for common words. A fact counts in all rows: a name that one question asks for is forgotten also where another
-    question says it.
+    But for common words, and marks inside a word: without the dots of "J.K. Rowling" there is no "J.R.R. Tolkien". A
+    fact counts in all rows: a name that one question asks for is forgotten also where another question says it.
     """
     marked = []
     for windows in by_row(rows):
@@ -173,8 +173,9 @@ def mark_facts(rows: Sequence[Example], facts: Facts, known: Sequence[Contrast] 
             if b in ends or hit and row.text[a:b].casefold() not in facts.common
         ]
         for example in windows:
-            places = zip(example.is_target, touched(example.characters, spans), strict=True)
-            marked.append(replace(example, specific=[target and hit for target, hit in places]))
+            places = zip(example.is_target, example.characters, touched(example.characters, spans), strict=True)
+            specific = [target and hit and has_letters(row.text[a:b]) for target, (a, b), hit in places]
+            marked.append(replace(example, specific=specific))
     return marked
 
 
