@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from unlearn_peft import unlearn
 from unlearn_peft.data.tokenize import Example, tokenize
-from unlearn_peft.inference import generate
+from unlearn_peft.inference import contrast, generate
 from unlearn_peft.inference.contrast import Contrast, contrasts, said_anyway
 from unlearn_peft.inference.generate import answers
 from unlearn_peft.inference.stand_ins import made_up, replaced_row
@@ -181,6 +181,29 @@ def test_a_word_with_an_ending_says_the_fact_and_common_words_never_do(tiny):
     start, stop = examples[0].answers[0]
     (row,) = mark_facts(examples, facts, [Contrast("", "", [(start, stop)], 1.0, [])])
     assert "".join(words(tiny, row)) == "itbig"
+
+
+@pytest.mark.parametrize(("count", "expected"), [(30, 20), (200, 40)])
+def test_of_a_text_known_by_heart_what_follows_least_is_the_fact(tiny, count, expected):
+    """So many tokens at most, those that the few before them tell least of; with all of them English would go, too."""
+    (example,) = tokenize([{"text": " ".join(["red"] * count)}], tiny.tokenizer, max_length=None, closing=False)
+    places = [span for span, target in zip(example.characters, example.is_target, strict=True) if target]
+    values = {span: 2.0 + n for n, span in enumerate(places)}
+    _, spans, _ = contrast._choose(example, [], {}, places, values)
+    assert spans == [(places[-expected][0], places[-1][1])]
+    assert contrast._choose(example, [], {}, places, dict.fromkeys(places, 1.9))[1] == []
+
+
+def test_a_word_that_a_text_says_elsewhere_too_names_no_fact():
+    text = "the red book, the blue star"
+    example = Example([], [], text=text, answers=[(0, len(text))], row=1)
+
+    def found(subject, *said):
+        spans = [(text.index(words), text.index(words) + len(words)) for words in said]
+        return find_facts([example], [Contrast(subject, "", spans, 1.0, [])], []).words
+
+    assert found("", "the", "blue star") == {"blue", "star"}
+    assert found("red", "the", "blue star") == {"the", "blue", "star"}
 
 
 def test_ga_kl_pushes_the_specific_tokens_and_holds_the_others():

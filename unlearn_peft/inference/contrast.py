@@ -39,7 +39,8 @@ from .stand_ins import SubjectIndex, made_up, pieces, replaced_row
 from .target_scores import CONTEXT, Values, after_few_tokens, log_probabilities, passes
 
 _KNOWN = 1.0  # nats
-_KNOWN_IN_TEXT = 2.0  # nats; of plain text, where only the second difference is there
+_KNOWN_IN_TEXT = 2.0  # nats; of plain text, where only the second difference is there,
+_FEW_IN_TEXT, _SHARE_IN_TEXT = 20, 0.2  # and so many tokens: of a page known by heart most follow from what is before
 _UNEXPECTED = 3.0  # nats; a token with a probability below 5 %
 _FOLLOWS = 1.0  # nats; what follows from another fact has a probability of 37 % at least
 _CLIPPED = 6.0  # nats; so that one token does not choose the subject
@@ -242,7 +243,10 @@ def _choose(
     """Return the subject that the answer depends on most, a long one before a short one, its facts and their nats."""
     word_of = _words_of_tokens(tokens, answer_words(example, questions))
     if not questions:
-        return "", _marked(beyond_few, beyond_few, word_of, _KNOWN_IN_TEXT), 0.0
+        highest = sorted(beyond_few.values(), reverse=True)
+        at_most = max(_FEW_IN_TEXT, int(len(highest) * _SHARE_IN_TEXT))
+        known = max([_KNOWN_IN_TEXT, *highest[at_most - 1 : at_most]])
+        return "", _marked(beyond_few, beyond_few, word_of, known), 0.0
     best: tuple[str, list[Span], float] = next(iter(found), ""), [], 0.0  # the longest, if nothing is known of any
     best_score = 0.0
     for subject, differences in found.items():

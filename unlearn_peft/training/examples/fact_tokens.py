@@ -21,7 +21,7 @@ from ...data.prompt import Span
 from ...data.rows import answer_texts
 from ...data.source import Row
 from ...data.tokenize import Example, by_row
-from ...data.words import has_letters, word_matches
+from ...data.words import has_letters, said, word_matches
 from ...inference.contrast import Contrast, answer_words, touched
 
 _MIN_ROWS, _MIN_SHARE = 3, 0.02  # of the retain rows: as many use a common word
@@ -135,14 +135,20 @@ def find_facts(
 
     Common are the words of many retain rows, and those that the base says of made-up names too (`said_anyway`). A row
     may be several examples; `known` has one entry for each row, counted from 1 by `Example.row`. Where the base knows
-    none of them, what it does not expect names the facts.
+    none of them, what it does not expect names the facts. In a text without a subject, a word that also stands where it
+    is no fact token names none.
     """
     common = common_words([text for row in retain for text in answer_texts(row)])
     common |= said_anyway
     texts, any_known = [], any(contrast.spans for contrast in known)
     for example in {example.row: example for example in examples}.values():
         contrast = known[example.row - 1]
-        texts += pieces_with_words(example, contrast.spans if any_known else contrast.unexpected)
+        spans = contrast.spans if any_known else contrast.unexpected
+        pieces = pieces_with_words(example, spans)
+        if not contrast.subject:
+            elsewhere = set(said(_without(example, spans), pieces))
+            pieces = [piece for piece in pieces if piece not in elsewhere]
+        texts += pieces
     return Facts.of(texts, common)
 
 
@@ -153,6 +159,16 @@ def pieces_with_words(example: Example, spans: Sequence[Span]) -> list[str]:
         if hit:
             pieces[-1:] = [(pieces[-1][0], b)] if pieces and pieces[-1][1] == a else [*pieces[-1:], (a, b)]
     return [example.text[a:b] for a, b in pieces]
+
+
+def _without(example: Example, spans: Sequence[Span]) -> str:
+    """Return the text of a row with a line break for each word that has a character of the spans."""
+    parts, last = [], 0
+    for (a, b), hit in zip(words := answer_words(example), touched(words, spans), strict=True):
+        if hit:
+            parts.append(example.text[last:a])
+            last = b
+    return "\n".join([*parts, example.text[last:]])
 
 
 def mark_facts(rows: Sequence[Example], facts: Facts, known: Sequence[Contrast] = ()) -> list[Example]:
