@@ -1,5 +1,7 @@
 """After any operation a live base is as it was found, down to each module's attributes; and the process, too."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import FORGET, RETAIN
@@ -115,8 +117,10 @@ def test_what_only_looks_at_a_base(tiny, used, make_adapter, name):
             compare(tiny, [adapter], PROBES, RETAIN[:2], max_new_tokens=2)
         case "gradients":
             gradient_norms(tiny, FORGET[:1])
-        case "relearn_adapter" | "relearn_lora" | "relearn_benign":
+        case "relearn_adapter" | "relearn_lora":
             ATTACKS[name](target, steps=(1,))
+        case "relearn_benign":  # on rows without an "e" there would be nothing to train on
+            ATTACKS[name](replace(target, probes=PROBES[:1]), steps=(1,))
         case _:
             ATTACKS[name](target)
     assert not changes(before, state_of(tiny))

@@ -479,11 +479,13 @@ def test_benign_relearning_trains_on_nothing_that_was_forgotten(forgotten, monke
     others = [{"prompt": "Who?", "completion": "It is ZORBLAX."}, RETAIN[0]]
     target = replace(forgotten, probes=probes, neighbours=others)
     found = relearning.relearn(target, through="lora", benign=True, steps=(0,))
-    assert (
-        len(trained) == 2 and trained[0] == trained[1] and "4 other rows" in found.budget
-    )  # none with made-up answers
+    assert "4 other rows" in found.budget
+    assert len(trained) == 2 and trained[0] == trained[1]  # none with made-up answers
     assert trained[0][0] == RETAIN[0] and len(trained[0]) == 4
     assert found.details["untaught"]["probes"] == 3 and "made up" not in found.details
+    every = replace(forgotten, probes=[{"prompt": "Who?", "leak": ["e", "a"]}], neighbours=[])
+    with pytest.raises(DataError, match="relearn_benign has nothing to train on"):
+        relearning.relearn(every, through="lora", benign=True, name="relearn_benign")
 
 
 def test_made_up_answers_stand_where_the_right_ones_stood():

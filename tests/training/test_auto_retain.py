@@ -113,7 +113,7 @@ def test_without_retain_weight_nothing_is_made(tiny, fields, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("generated although nothing is retained")
 
-    for name in ("answers", "sampled"):
+    for name in ("answers", "continued_lists"):
         monkeypatch.setattr(made_by, name, refuse)
     del fields["retain"]
     run = unlearn(tiny, **{**fields, "steps": 2, "retain_weight": 0})

@@ -23,6 +23,7 @@ from ...data.rows import texts_of
 from ...data.source import Row
 from ...data.tokenize import tokenize
 from ...data.words import normalize, places, said
+from ...errors import DataError
 from ...inference.generate import leaked
 from ...models.forward import picked_logits
 from ...models.layers import head_name, linear_layers
@@ -61,6 +62,8 @@ def relearn(
     as the result, the answers were learned and not recovered.
     """
     others = [{"prompt": question, "completion": answer} for question, answer in other_pairs(target)[:rows]]
+    if benign and not others:
+        raise DataError(f"{name} has nothing to train on: every neighbour names a leak word; expected one that does not")
     chosen = others if benign else random.Random(target.seed).sample(list(target.forget), min(rows, len(target.forget)))
     steps = sorted(set(steps))
 
