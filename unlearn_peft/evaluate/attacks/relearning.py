@@ -63,7 +63,7 @@ def relearn(
     """
     others = [{"prompt": question, "completion": answer} for question, answer in other_pairs(target)[:rows]]
     if benign and not others:
-        raise DataError(f"{name} has nothing to train on: every neighbour names a leak word; expected one that does not")
+        raise DataError(f"{name} has nothing to train on: expected neighbours that name no leak word, all of them do")
     chosen = others if benign else random.Random(target.seed).sample(list(target.forget), min(rows, len(target.forget)))
     steps = sorted(set(steps))
 
