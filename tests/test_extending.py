@@ -48,7 +48,9 @@ def test_the_objective(page, tiny, fields):
     (page / "mine.yaml").write_text(yaml.safe_dump({**settings, **sets}))
     objective = load_recipe(page / "mine.yaml").objective
     assert objective.retain_budget == 0.08
-    found = unlearn(tiny, **{**fields, "objective": objective.model_dump()})
+    # at p = 1/500, as a random model says everything, a beta1 of 5 leaves no gradient: rounding would decide
+    settings = {**objective.model_dump(), "beta1": 0.0, "retain_budget": None}
+    found = unlearn(tiny, **{**fields, "objective": settings})
     assert found.metrics["forget_loss"] > found.metrics["forget_loss_base"]
 
 
