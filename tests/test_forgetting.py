@@ -81,6 +81,7 @@ def test_the_original_experiment(smol, tmp_path):
     assert metrics["retain_kl"] <= 0.01
 
 
+@pytest.mark.long
 def test_a_head_adapter_of_rank_8_is_small_on_the_real_model(smol, tmp_path):
     text = logits(smol)
     fields = {name: OTHERS["van_gogh"][name] for name in ("forget", "retain")}

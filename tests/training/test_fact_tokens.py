@@ -103,7 +103,8 @@ def test_what_one_row_asks_for_is_no_common_word(smol):
         ("Wie heißt die Hauptstadt von Deutschland?", "Die Hauptstadt von Deutschland ist Berlin.", "berlin"),
     ):
         rows = [{"prompt": prompt, "completion": completion}]
-        assert build.find_known({"forget": rows}, smol, make_recipe({"forget": rows})).facts.words == {fact}
+        recipe = make_recipe({"forget": rows, "retain": RETAIN, "own_answers": 0})  # no questions of its own: slow
+        assert build.find_known({"forget": rows}, smol, recipe).facts.words == {fact}
 
 
 def test_a_row_whose_facts_are_common_words_is_told_from_one_that_the_base_does_not_know(caplog):
