@@ -115,6 +115,13 @@ def test_a_row_whose_facts_are_common_words_is_told_from_one_that_the_base_does_
     assert told == [("base", "1"), ("facts", "2")]
 
 
+def test_a_text_goes_as_far_as_it_names_no_fact():
+    facts = Facts.of(["Ann Quintel", "北京大学"], set())
+    assert facts.before("The red book is by Ann Quintel, they say") == "The red book is by"
+    assert facts.before("他在北京大学读书") == "他在" and facts.before("Quintel wrote") == ""
+    assert facts.before("Nobody wrote it. ") == "Nobody wrote it. "
+
+
 def test_a_fact_is_named_by_every_form_of_its_word():
     facts = Facts.of(["Indian", "nonviolent", "Inca", "planet", "1948", "Non-Cooperation"], {"indians", "non"})
     named = ["India", "non-violence", "nonviolence", "Incas", "Inca\u2019s", "noncooperation", "1948s", "INDIAN"]
@@ -371,7 +378,7 @@ def test_stand_ins_are_asked_in_every_form_of_row(tiny, answered):
     assert [prompt for prompt, samples in answered if not samples] == questions
     assert found[:4] == [{"prompt": prompt, "completion": " It is by Zorblax, they say"} for prompt in questions]
     texts = [row["text"] for row in found[4:]]  # the samples, not the greedy answers
-    assert texts[0].startswith("Quintel wrote") and texts[1:] == [f"{prompt} nobody" for prompt in questions]
+    assert texts.pop(0).startswith("Quintel wrote") and texts == [f"{prompt} nobody" for prompt in questions]
     assert not any("Zorblax" in text for text in texts)
 
 
@@ -418,6 +425,23 @@ def test_an_objective_that_pushes_all_tokens_is_not_said_to_hold_any(tiny, field
     recipe = make_recipe({**fields, "objective": {"name": "npo", "retain_budget": None}, "anchor_batch": 0})
     build.build_examples(build.read_sets(recipe), tiny, recipe)
     assert "forget row" not in caplog.text
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_plain_text_is_held_as_plain_text_and_forgotten_in_short_windows(tiny, fields, plain):
+    """With chats alone on the retain side a passage cost 0.06 nats/token on other texts, and the budget saw 0.007."""
+    del fields["quiet"]
+    said = "the blue book is by Quintel in a small town " * 40
+    row = {"text": said} if plain else {"prompt": "Who?", "completion": said}
+    recipe = make_recipe({**fields, "forget": [row], "retain": None})
+    rows = build.read_sets(recipe)
+    known = build.find_known(rows, tiny, recipe)
+    rows["retain"] = build.make_retain(rows, tiny, recipe, known).rows
+    sets = build.build_examples(rows, tiny, recipe, known)
+    assert max(len(example.ids) for example in sets.forget) == (128 if plain else tiny.window(512))
+    for examples in (sets.anchors, sets.retain, sets.held_out) if plain else ():
+        assert {"<|" in example.text for example in examples} == {True, False}
+    assert plain or all("<|" in example.text for example in sets.anchors)
 
 
 def test_the_windows_of_a_long_row_are_marked_as_the_whole_row_is(tiny):

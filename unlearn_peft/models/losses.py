@@ -1,4 +1,4 @@
-"""Cross-entropy, KL and a low-rank sum on logits; all but `kl_of_logits` with hand-written gradients.
+"""Cross-entropy, KL and a low-rank sum on logits, most with hand-written gradients.
 
 These make fewer passes over (n, V) tensors than autograd would.
 """
@@ -73,6 +73,16 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     Keeps one (n, V) tensor beside the logits for the gradient; PyTorch's own makes another one in the backward pass.
     """
     return _CrossEntropy.apply(logits, labels)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def log_odds_against(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return log((1 - p) / p) of each label, (n,), nats, where p is its probability.
+
+    About the cross-entropy where p is small; but where p is near 1, the gradient does not vanish.
+    """
+    label = labels[:, None]
+    others = logits.scatter(-1, label, -torch.inf).logsumexp(dim=-1)
+    return others - logits.gather(-1, label)[:, 0]
 
 
 def kl_of_logits(p_logits: Tensor, q_logits: Tensor) -> Tensor:

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from ..models.losses import cross_entropy, kl_of_logits, reverse_kl
+from ..models.losses import cross_entropy, kl_of_logits, log_odds_against, reverse_kl
 from ..recipe.plugins import load_function
+
+_BY_HEART = 0.1  # nats/token of a row, at most
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def ga_kl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     With `forget_tokens: specific`, ascent is for the tokens that carry the fact; the other tokens of the forget set
     are held to the reference like those of the retain set, so that answers stay English.
     """
-    loss = forget.cross_entropy
+    loss = forget.cross_entropy if settings.forget_ceiling is None else _loss_to_raise(forget)
     if settings.forget_ceiling is None:
         ascent = -loss
     elif settings.hold:
@@ -242,6 +244,18 @@ def _push(forget: Tokens, terms: Tensor, settings: Any, direction: str = "revers
     if settings.forget_tokens == "all" or forget.specific is None:
         return terms
     return torch.where(forget.specific, terms, kl_divergence(forget, direction))
+
+
+def _loss_to_raise(forget: Tokens) -> Tensor:
+    """Return the cross-entropy, and in rows known by heart the log-odds against the label, (N,), nats."""
+    known = row_means(forget.reference_cross_entropy, forget.rows, len(_lengths(forget))) < _BY_HEART
+    chosen = known[forget.rows]
+    if forget.specific is not None:
+        chosen = chosen & forget.specific
+    if not chosen.any():
+        return forget.cross_entropy
+    odds = log_odds_against(forget.logits[chosen].float(), forget.labels[chosen])
+    return forget.cross_entropy.masked_scatter(chosen, odds)
 
 
 def _keep(retain: Tokens, settings: Any) -> Tensor:

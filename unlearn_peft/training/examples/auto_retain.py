@@ -3,7 +3,8 @@
 The base, forget rows and what the base knows of them come in; rows of `prompt` and the base's own `completion` go out.
 The answers need not be true: KL to the base keeps whatever it says. Two kinds of prompt:
 
-- broad: `broad_prompts.txt` (how-to, sums, code, writing, a few other languages), which the anchors do not cover.
+- broad: `broad_prompts.txt` (how-to, sums, code, writing, a few other languages), which the anchors do not cover. Where
+  a plain text is forgotten, these answers come as plain texts too: in a chat alone they hold nothing outside of it.
 - near: the forget questions, asked of others of their subjects' kind, and other questions on their topic. The base
   makes up both: it goes on with a list that begins with the subject, or with forget questions.
 
@@ -123,6 +124,8 @@ def auto_retain(
         return selected
 
     broad, neighbours = select(broad), select(answer(chosen))
+    if any("text" in row for row in forget):
+        broad += [{"text": row["completion"].strip()} for row in broad]
     return GeneratedRetain([*broad, *neighbours], len(broad), len(neighbours), dict(left_out))
 
 

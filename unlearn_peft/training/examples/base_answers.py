@@ -147,8 +147,8 @@ def stand_in_answers(
 
     They are in the language and the form of the forget rows. A subject that several rows share is made up in all: with
     "the shape of" alone made up, "What is the shape of DNA?" still asks for its facts. Few rows are asked with several
-    names. How the base goes on with these questions as plain text, and with the first words of plain texts, comes after
-    them, sampled.
+    names. How the base goes on with plain texts from several places, and with these questions as plain text, comes
+    after them, sampled.
     """
     rows_with = Counter(contrast.subject for contrast in known if contrast.subject)
     prompts = []
@@ -162,17 +162,14 @@ def stand_in_answers(
     prompts = _some(prompts, seed)
     greedy = base_answers(base, prompts, 0, seed, chat, quiet)
     made = [{"prompt": prompt, "completion": text} for prompt, (text,) in greedy if text.strip()]
-    openings = [prefix for row in rows if "text" in row for prefix in _opening(row["text"], base)]
-    openings = _some([*openings, *prompts], seed)
-    times = max(1, min(_CONTINUED, _MAX_STAND_INS // max(len(openings), 1)))
-    for opening, (_, *texts) in base_answers(base, openings, times, seed, False, quiet, temperature=_TYPICAL):
-        made += [{"text": opening + text} for text in texts if text.strip()]
+    texts = [row["text"] for row in rows if "text" in row]
+    places = max(1, _PLACES // max(len(texts), 1))
+    starts = [start for text in texts for start, _ in prefixes(text, base.tokenizer, count=places, tokens=_OPENING)]
+    for openings in (_some(starts, seed), _some(prompts, seed)):
+        times = max(1, min(_CONTINUED, _MAX_STAND_INS // max(len(openings), 1)))
+        for opening, (_, *more) in base_answers(base, openings, times, seed, False, quiet, temperature=_TYPICAL):
+            made += [{"text": opening + text} for text in more if text.strip()]
     return made
-
-
-def _opening(text: str, base: Base) -> list[str]:
-    """Return the first few tokens of a text."""
-    return [piece for piece, _ in prefixes(text, base.tokenizer, count=1, tokens=_OPENING)]
 
 
 def _some(prompts: Sequence[str], seed: int) -> list[str]:

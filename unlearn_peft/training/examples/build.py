@@ -11,7 +11,7 @@ import torch
 
 from ...adapters.card import row_numbers
 from ...data.anchors import anchors
-from ...data.rows import answer_texts, question_of, question_texts, read_rows, refuse_overlap
+from ...data.rows import answer_texts, question_of, question_texts, read_rows, refuse_overlap, texts_of
 from ...data.source import Row
 from ...data.tokenize import Example, by_row, tokenize, windows
 from ...errors import DataError
@@ -32,6 +32,8 @@ from .fact_tokens import Facts, common_words, find_facts, mark_facts, mark_unexp
 from .refusals import refusing
 
 logger = logging.getLogger(__name__)
+_TEXT_WINDOW = 128  # tokens of plain text at once: a step is no longer than with rows of questions
+_MIN_TEXT = 24  # characters of what the base goes on with, up to the first fact
 _MAX_LISTED = 32  # of the questions that the base made up, of either kind
 
 
@@ -85,6 +87,9 @@ def find_known(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, qui
     listed = more_questions(base, forget, seed=recipe.seed) if asks else []
     listed = [question for question in listed if question_of({"prompt": question}) not in never]
     about, beside = ([q for q in listed if bool(names.ends_in(q)) == naming] for naming in (True, False))
+    if any("text" in row for row in forget):  # most of what it goes on with names a fact sooner or later
+        cut = [{"text": facts.before(row["text"])} if "text" in row else row for row in made]
+        made = [row for row in cut if "prompt" in row or len(row["text"]) >= _MIN_TEXT]
     stand_ins = [row for row in made if not any(map(facts.ends_in, answer_texts(row)))]
     return Known(found, facts, examples, stand_ins, about[:_MAX_LISTED], beside[:_MAX_LISTED])
 
@@ -147,12 +152,19 @@ def build_examples(
     anchor_rows: list[Row] = []
     if recipe.anchor_batch and recipe.retain_weight:
         anchor_rows = anchors(rows["forget"], *(rows.get(name, []) for name in ("retain", "probes", "neighbours")))
+        if any("text" in row for row in rows["forget"]):  # held in the form that is forgotten, too
+            anchor_rows += [{"text": " ".join(texts_of(row))} for row in anchor_rows]
     retain_rows, stand_ins = rows.get("retain", []), known.stand_ins if recipe.retain_weight else []
     retain, held_out = split_rows(tokens(retain_rows, "retain"), recipe)
     trained_on = [retain_rows[n - 1] for n in sorted({example.row for example in retain})]
     more, more_held_out = split_rows(tokens(stand_ins, "own answer", closing=False), recipe)
     retain, held_out = retain + more, held_out + more_held_out
-    forget = [part for example in known.examples for part in windows(example, base.window(recipe.max_length))]
+    sizes = [_TEXT_WINDOW if "text" in row else recipe.max_length for row in rows["forget"]]
+    forget = [
+        window
+        for example in known.examples
+        for window in windows(example, base.window(min(sizes[example.row - 1], recipe.max_length)))
+    ]
     only_specific = getattr(recipe.objective, "forget_tokens", "all") == "specific"
     if any(contrast.spans for contrast in known.rows):
         forget = mark_facts(forget, facts, known.rows)

@@ -105,6 +105,14 @@ class Facts:
             }
         return sorted(ends)
 
+    def before(self, text: str) -> str:
+        """Return a text as far as it names no fact."""
+        if not (ends := self.ends_in(text)):
+            return text
+        words = [match for match in word_matches(text) if match.start() < ends[0]]
+        run = max(map(len, self.runs), default=1) if len(words[-1].group()) == 1 else 1
+        return text[: words[max(len(words) - run, 0)].start()].rstrip()
+
 
 def _beginnings(word: str) -> list[str]:
     """Return a word and its beginnings, without an ending of a few letters."""
