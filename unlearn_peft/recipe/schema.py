@@ -98,7 +98,11 @@ class Recipe(StrictModel):
     gradient_accumulation_steps: int = Field(1, ge=1, description="microbatches that a step's rows are split into")
     gradient_checkpointing: bool = False
     compile: bool = Field(False, description="compile the adapted layers with torch.compile")
-    max_length: int = Field(512, ge=2, description="tokens; a longer row is cut into windows that overlap")
+    max_length: int = Field(
+        512,
+        ge=2,
+        description="tokens; a longer row is cut into windows that overlap, plain text to forget into windows of 128",
+    )
     train_on: Literal["completion", "all"] = "completion"
     chat_template: bool = Field(True, description="use the model's chat template for prompt/completion rows")
     prompt_format: str | None = Field(
