@@ -42,10 +42,10 @@ def curve_lines(evaluations: Sequence[Mapping[str, float]], best: int) -> str:
     top = max(e["forget_set_loss"] for e in evaluations) or 1.0
     key, label = ("held_out_kl", "held out") if "held_out_kl" in evaluations[0] else ("retain_kl", "held in")
     lines = [f"  step   forget loss            of it specific   retain KL ({label}), nats/token"]
-    for e in evaluations:  # a KL of zero may be below it by a rounding
-        bar = "█" * round(10 * e["forget_set_loss"] / top)
+    for e in evaluations:
+        bar, kl = "█" * round(10 * e["forget_set_loss"] / top), abs(e[key])  # 0 may be -0 by a rounding
         lines.append(
-            f"  {e['step']:>4}   {e['forget_set_loss']:>7.3f} {bar:<12}   {e['specific_loss']:>12.3f}   {abs(e[key]):.4f}"
+            f"  {e['step']:>4}   {e['forget_set_loss']:>7.3f} {bar:<12}   {e['specific_loss']:>12.3f}   {kl:.4f}"
             + ("   <- kept" if e["step"] == best else "")
         )
     return "\n".join(lines)
