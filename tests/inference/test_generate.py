@@ -43,3 +43,13 @@ def test_a_base_without_a_template_stops_before_the_next_question(tiny, monkeypa
     assert answers(base, ["Who?"]) == ["A red book."]
     assert asked[0] == "Question: Who?\nAnswer:" and asked[1] < len(tokenizer(asked[0])["input_ids"]) + len(said)
     assert answers(base, ["Who?"], chat_template=False)[0].endswith("Zorblax"), "bare text has no next question"
+
+
+def test_the_head_gets_the_last_states_of_several_prompts_in_one_piece(tiny):
+    """Of a slice PyTorch had made a copy of the head's weight for each row: gigabytes, and most of the time."""
+    strides = []
+    seen = tiny.model.lm_head.register_forward_hook(lambda _, inputs, __: strides.append(inputs[0].is_contiguous()))
+    hooks = len(tiny.model.lm_head._forward_pre_hooks)
+    sampled(tiny, ["Who wrote the blue book?"], count=3, max_new_tokens=2)
+    seen.remove()
+    assert strides == [True, True] and len(tiny.model.lm_head._forward_pre_hooks) == hooks

@@ -16,6 +16,7 @@ from ..data.prompt import cut_at_end, end_tokens, format_of, has_template
 from ..data.tokenize import chat_prompt, encode_text
 from ..data.words import said
 from ..models.base import Base
+from ..models.forward import contiguous_head
 from ..models.layers import check_known
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,8 @@ def plain_generation(model: Any, **settings: Any) -> Iterator[None]:
     before = model.generation_config
     model.generation_config = GenerationConfig(**settings)
     try:
-        yield
+        with contiguous_head(model):
+            yield
     finally:
         model.generation_config = before
 

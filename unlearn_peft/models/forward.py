@@ -229,3 +229,19 @@ def one_rounding_off(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def contiguous_head(model: Any) -> Iterator[None]:
+    """Give the head its states in one piece inside a `with` block.
+
+    For a slice, as the last states of several prompts are, PyTorch on a CPU copies the head's weight once for each row:
+    of 64 rows of SmolLM2 in bfloat16 3.7 GB, in 300 times the time.
+    """
+    head = model.get_output_embeddings()
+    hook = head and head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()

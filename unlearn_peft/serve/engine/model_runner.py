@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ...errors import BaseModelError
 from ...inference.bank import Bank
+from ...models.forward import contiguous_head
 
 
 @dataclass(eq=False)
@@ -91,7 +92,7 @@ class ModelRunner:
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, sets: Sequence[Any]
     ) -> Tensor:
         options = {**self._last_only, **({"position_ids": positions} if self._positions else {})}
-        with self._bank.rows(sets):
+        with self._bank.rows(sets), contiguous_head(self.model):
             out = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
         return out.logits[:, -1].float()  # type: ignore[no-any-return]
 
