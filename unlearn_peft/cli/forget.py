@@ -112,7 +112,9 @@ def read_requests(path: Path) -> list[tuple[str, list[str]]]:
     if not rows:
         raise DataError(f"{path} holds no subject: expected one a row, in a column name")
     if unknown := len({column for row in rows for column in row} - set(_COLUMNS)):
-        raise DataError(f"{path} has {unknown} columns that are not known: expected name, and aliases and note")
+        raise DataError(
+            f"{path} has columns that are not known ({unknown}): expected a first line with name, and aliases and note"
+        )
     names = [str(row.get("name") or "").strip() for row in rows]
     if wrong := [n for n, name in enumerate(names, 1) if not name]:
         raise DataError(f"{path}: rows {row_numbers(wrong)} have no name")
