@@ -1,13 +1,13 @@
 """Run what README.md and docs/results.md show, and write what it prints into them: no figure is typed by hand.
 
-    python benchmarks/readme.py [demo] [eval] [changed] [unseen] [tipped] [seed] [auto_retain] [tofu] [frontier]
+    python benchmarks/readme.py [BLOCK ...]
 
-README.md has the demo, cut short; docs/results.md has all blocks, whole.
+README.md has the demo, cut short; docs/results.md has all blocks, whole. They are demo, eval, changed, unseen, tipped,
+seed, passage, auto_retain, tofu and frontier.
 
 By default demo, changed, unseen, tipped, eval and seed: about an hour on 2 cores. (What is between `demo` and `seed`
-measures the adapter that `demo` made.)
-auto_retain takes as long again. tofu and frontier show what benchmarks/tofu_smollm2.py and benchmarks/frontier.py have
-kept so far: run these before.
+measures the adapter that `demo` made.) passage takes half an hour, auto_retain an hour. tofu and frontier show what
+benchmarks/tofu_smollm2.py and benchmarks/frontier.py have kept so far: run these before.
 """
 
 import os
@@ -34,6 +34,7 @@ BLOCKS = {
     "unseen": [[*CLI, "eval", "out/readme", *NEAR, DATA + "neighbours_unseen.jsonl"]],
     "tipped": [["benchmarks/tipped.py"]],
     "seed": [[*CLI, "train", "recipes/seed_lm_head.yaml", "--output", "out/readme_seed"]],
+    "passage": [["benchmarks/passage.py"]],
     "auto_retain": [["benchmarks/auto_retain.py", "harry_potter", "apple"]],
     "tofu": [["benchmarks/tofu_smollm2.py", "--kept"]],
     "frontier": [["benchmarks/frontier.py", "--kept"]],
@@ -83,7 +84,7 @@ def markdown(name, printed):
         return f"{section}\n\n{quoted('sampled answers with|what the attack', printed[0][1])}".rstrip()
     if name == "changed":
         return quoted("neighbours whose answer", printed[0][1])
-    if name in ("tipped", "auto_retain", "tofu", "frontier"):
+    if name in ("tipped", "passage", "auto_retain", "tofu", "frontier"):
         return "\n".join(line for _, text in printed for line in text.splitlines() if line.startswith("|"))
     return "```\n" + "\n".join(f"$ {line}\n{text}\n" for line, text in printed) + "```"
 
