@@ -188,6 +188,15 @@ def test_damaged_text_is_read_or_refused(data):
         assert DIGEST not in str(error)
 
 
+@pytest.mark.parametrize("secret", [new_key(), DIGEST], ids=["key", "digest"])
+@pytest.mark.parametrize("tenants", ["t: {{forget: [{}]}}", "{}: {{}}", "{0}: {{forget: []}}, {0}: {{forget: []}}"])
+def test_a_key_in_the_place_of_a_name_is_not_quoted(secret, tenants):
+    text = f"adapters: {{}}\ntenants: {{{tenants.format(secret)}}}"
+    with pytest.raises(PolicyError, match="<a key>") as refused:
+        parse_policy(text.encode(), "policy.yaml", Path("/"))
+    assert secret not in str(refused.value)
+
+
 def test_every_key_is_compared_in_constant_time(monkeypatch):
     keys = [new_key() for _ in range(20)]
     assert len(set(keys)) == 20 and all(key.startswith("uf-") and len(key) == 46 for key in keys)

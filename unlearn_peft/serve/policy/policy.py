@@ -32,6 +32,7 @@ _NAME = re.compile(r"(?!.*\.\.)(?!\.$)[A-Za-z0-9._-]{1,64}")
 MAX_STRENGTH = 16.0  # far beyond what still gives text; more could overflow
 _STRENGTHS = f"a number above 0, at most {MAX_STRENGTH:g} (1 is as trained)"
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+_SECRET = re.compile(rf"uf-[\w-]{{43}}|\b{_DIGEST.pattern}\b")
 _PEM = re.compile(r"\s*-----BEGIN PUBLIC KEY-----\s([A-Za-z0-9+/=\s]{1,2000})-----END PUBLIC KEY-----\s*")
 
 
@@ -249,7 +250,7 @@ def make_policy(values: Any, origin: str, folder: Path | None = None) -> Policy:
     except ValidationError as error:
         problems = [line for item in error.errors() for line in _describe(dict(item)).splitlines()]
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        lines = "\n".join(f"  - {line}" for line in problems[:20])
+        lines = without_keys("\n".join(f"  - {line}" for line in problems[:20]))
         raise PolicyError(f"{origin} cannot be used:\n{lines}{more}") from None
 
 
@@ -264,6 +265,11 @@ def _trust(trusted: tuple[tuple[str, str], ...]) -> Trust:
 def new_key() -> str:
     """Return a fresh API key with 256 random bits."""
     return f"uf-{secrets.token_urlsafe(32)}"
+
+
+def without_keys(text: str) -> str:
+    """Return a message without the API keys and digests in it, which may stand where a name should."""
+    return _SECRET.sub("<a key>", text)
 
 
 def key_digest(api_key: str) -> str:

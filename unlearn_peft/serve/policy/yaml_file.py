@@ -19,7 +19,7 @@ import yaml
 
 from ...errors import PolicyError
 from ...files.strict_yaml import MAX_YAML_BYTES, parse_yaml
-from .policy import Policy, make_policy
+from .policy import Policy, make_policy, without_keys
 
 logger = logging.getLogger(__name__)
 _SETTLE = 0.05  # seconds: longer than a tick of the clock that files are stamped by
@@ -93,7 +93,7 @@ def parse_policy(data: bytes, origin: str, folder: Path) -> Policy:
     try:
         values = parse_yaml(data)
     except ValueError as error:
-        raise PolicyError(f"{origin} is not valid YAML: {error}") from None
+        raise PolicyError(f"{origin} is not valid YAML: {without_keys(str(error))}") from None
     return make_policy(values, origin, folder)
 
 
