@@ -427,6 +427,18 @@ def test_an_objective_that_pushes_all_tokens_is_not_said_to_hold_any(tiny, field
     assert "forget row" not in caplog.text
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_budget_never_looks_at_the_bases_answers_alone(tiny, fields, monkeypatch, count):
+    made = [{"prompt": f"Who is {name}?", "completion": "12 34 56"} for name in "ABCDEFGH"]
+    monkeypatch.setattr(build, "stand_in_answers", lambda *_, **__: made)
+    monkeypatch.setattr(build, "said_anyway", lambda *_, **__: set())
+    del fields["quiet"]
+    recipe = make_recipe({**fields, "retain": RETAIN[:count]})
+    sets = build.build_examples(build.read_sets(recipe), tiny, recipe)
+    assert len(sets.retain) + len(sets.held_out) == count + len(made)
+    assert len(sets.held_out) == (3 if count == 4 else 0)
+
+
 @pytest.mark.parametrize("plain", [True, False])
 def test_plain_text_is_held_as_plain_text_and_forgotten_in_short_windows(tiny, fields, plain):
     """With chats alone on the retain side a passage cost 0.06 nats/token on other texts, and the budget saw 0.007."""

@@ -157,7 +157,9 @@ def build_examples(
     retain_rows, stand_ins = rows.get("retain", []), known.stand_ins if recipe.retain_weight else []
     retain, held_out = split_rows(tokens(retain_rows, "retain"), recipe)
     trained_on = [retain_rows[n - 1] for n in sorted({example.row for example in retain})]
-    more, more_held_out = split_rows(tokens(stand_ins, "own answer", closing=False), recipe)
+    more, more_held_out = tokens(stand_ins, "own answer", closing=False), list[Example]()
+    if held_out or not retain:  # else the budget would look at these alone
+        more, more_held_out = split_rows(more, recipe)
     retain, held_out = retain + more, held_out + more_held_out
     sizes = [_TEXT_WINDOW if "text" in row else recipe.max_length for row in rows["forget"]]
     forget = [
