@@ -107,7 +107,7 @@ def test_a_table_of_subjects_gives_an_adapter_each(tiny_folder, asked, tmp_path,
     [
         ("", "holds no subject"),
         ("Zorblax\n", "holds no subject"),
-        ("Zorblax\nQuintel\n", "columns that are not known .1.: expected a first line with name"),
+        ("Zorblax\nQuintel\n", r"columns that are not known \(1\): expected a first line with name"),
         ("name,note\nZorblax,a,b\n", "cannot read .*line 2"),
         ("name,note\nZorblax,a\n ,c\n", "rows 2 have no name"),
         ('name\n"Zorblax\n', "cannot read"),

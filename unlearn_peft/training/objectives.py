@@ -95,14 +95,13 @@ def ga_kl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     With `forget_tokens: specific`, ascent is for the tokens that carry the fact; the other tokens of the forget set
     are held to the reference like those of the retain set, so that answers stay English.
     """
-    loss = forget.cross_entropy if settings.forget_ceiling is None else _loss_to_raise(forget)
     if settings.forget_ceiling is None:
-        ascent = -loss
+        ascent = -forget.cross_entropy
     elif settings.hold:
         level = forget.reference_cross_entropy.clamp(min=settings.forget_ceiling)
-        ascent = (loss - level).abs() - level
+        ascent = (_loss_to_raise(forget) - level).abs() - level
     else:
-        ascent = -loss.clamp(max=settings.forget_ceiling)
+        ascent = -_loss_to_raise(forget).clamp(max=settings.forget_ceiling)
     return Terms(_push(forget, ascent, settings, settings.kl), kl_divergence(retain, settings.kl))
 
 

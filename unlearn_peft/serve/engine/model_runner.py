@@ -77,7 +77,8 @@ class ModelRunner:
         ids = pad_sequence(rows, batch_first=True, padding_side="left").to(device)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left").to(device)
         cache = DynamicCache()
-        logits = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache, sets)
+        with contiguous_head(self.model):  # later each row has one state alone, which is no slice
+            logits = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache, sets)
         return KVBatch(cache, mask, ids[:, -1:]), logits
 
     @torch.no_grad()
@@ -92,7 +93,7 @@ class ModelRunner:
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, sets: Sequence[Any]
     ) -> Tensor:
         options = {**self._last_only, **({"position_ids": positions} if self._positions else {})}
-        with self._bank.rows(sets), contiguous_head(self.model):
+        with self._bank.rows(sets):
             out = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
         return out.logits[:, -1].float()  # type: ignore[no-any-return]
 

@@ -161,12 +161,9 @@ def build_examples(
     if held_out or not retain:  # else the budget would look at these alone
         more, more_held_out = split_rows(more, recipe)
     retain, held_out = retain + more, held_out + more_held_out
-    sizes = [_TEXT_WINDOW if "text" in row else recipe.max_length for row in rows["forget"]]
-    forget = [
-        window
-        for example in known.examples
-        for window in windows(example, base.window(min(sizes[example.row - 1], recipe.max_length)))
-    ]
+    longest = base.window(recipe.max_length)
+    sizes = [min(longest, _TEXT_WINDOW) if "text" in row else longest for row in rows["forget"]]
+    forget = [part for example in known.examples for part in windows(example, sizes[example.row - 1])]
     only_specific = getattr(recipe.objective, "forget_tokens", "all") == "specific"
     if any(contrast.spans for contrast in known.rows):
         forget = mark_facts(forget, facts, known.rows)
