@@ -73,11 +73,11 @@ def test_the_recipe_forgets(real, tmp_path, changed):
 
 @pytest.mark.slow
 def test_the_original_experiment(smol, tmp_path):
-    """Its headline was +42.6 % forget loss; ours has that at a retain KL of at most 0.01, on more rows than its one."""
+    """Its headline was +42.6 % forget loss; ours is at least +100 % at a held-in retain KL of at most 0.01."""
     recipe = load_recipe(ROOT / "recipes" / "seed_lm_head.yaml", output=str(tmp_path / "adapter"))
     metrics = unlearn(smol, recipe=recipe, quiet=True).metrics
     print(metrics)
-    assert metrics["forget_loss_change_percent"] >= 42.6
+    assert metrics["forget_loss_change_percent"] >= 100
     assert metrics["retain_kl"] <= 0.01
 
 

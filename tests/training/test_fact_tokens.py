@@ -437,6 +437,8 @@ def test_the_budget_never_looks_at_the_bases_answers_alone(tiny, fields, monkeyp
     sets = build.build_examples(build.read_sets(recipe), tiny, recipe)
     assert len(sets.retain) + len(sets.held_out) == count + len(made)
     assert len(sets.held_out) == (3 if count == 4 else 0)
+    alone = build.build_examples(build.read_sets(recipe), tiny, recipe.model_copy(update={"stand_in_answers": False}))
+    assert len(alone.retain) + len(alone.held_out) == count
 
 
 @pytest.mark.parametrize("plain", [True, False])

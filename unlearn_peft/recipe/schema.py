@@ -92,6 +92,9 @@ class Recipe(StrictModel):
     retain_answers: int = Field(
         0, ge=0, description="answers of the base to a retain prompt, retained beside it: greedy, then sampled"
     )
+    stand_in_answers: bool = Field(
+        True, description="what the base says of made-up names in the subject's place is retained beside the retain set"
+    )
     anchor_batch: int = Field(
         4, ge=0, description="the package's own rows of general knowledge, retained beside the retain set; 0: none"
     )

@@ -154,7 +154,8 @@ def build_examples(
         anchor_rows = anchors(rows["forget"], *(rows.get(name, []) for name in ("retain", "probes", "neighbours")))
         if any("text" in row for row in rows["forget"]):  # held in the form that is forgotten, too
             anchor_rows += [{"text": " ".join(texts_of(row))} for row in anchor_rows]
-    retain_rows, stand_ins = rows.get("retain", []), known.stand_ins if recipe.retain_weight else []
+    retain_rows = rows.get("retain", [])
+    stand_ins = known.stand_ins if recipe.stand_in_answers and recipe.retain_weight else []
     retain, held_out = split_rows(tokens(retain_rows, "retain"), recipe)
     trained_on = [retain_rows[n - 1] for n in sorted({example.row for example in retain})]
     more, more_held_out = tokens(stand_ins, "own answer", closing=False), list[Example]()
