@@ -1,5 +1,8 @@
 """Which tokens of a forget row are pushed away: the fact, not the English around it."""
 
+import re
+from collections import defaultdict
+
 import pytest
 import torch
 from conftest import RETAIN
@@ -11,6 +14,7 @@ from unlearn_peft.inference import contrast, generate
 from unlearn_peft.inference.contrast import Contrast, contrasts, said_anyway
 from unlearn_peft.inference.generate import answers
 from unlearn_peft.inference.stand_ins import made_up, replaced_row
+from unlearn_peft.models.losses import cross_entropy
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.recipe.objectives import UndialSettings
 from unlearn_peft.recipe.schema import GaKlSettings
@@ -18,6 +22,7 @@ from unlearn_peft.training.examples import base_answers, build
 from unlearn_peft.training.examples.base_answers import questions, retain_prompt_answers, self_generated_answers
 from unlearn_peft.training.examples.fact_tokens import Facts, find_facts, mark_facts, spellings
 from unlearn_peft.training.objectives import Tokens, ga_kl, kl_divergence, undial
+from unlearn_peft.training.step.microbatches import facts_of
 
 
 def words(base, example):
@@ -227,6 +232,48 @@ def test_ga_kl_pushes_the_specific_tokens_and_holds_the_others():
     everything = ga_kl(forget, forget, GaKlSettings(forget_ceiling=None, forget_tokens="all"))
     torch.testing.assert_close(everything.forget, -forget.cross_entropy)
     torch.testing.assert_close(everything.retain, kl_divergence(forget))
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_ga_kl_raises_a_facts_loss_as_a_whole(hold):
+    """At the ceiling for each of its tokens a name took others along that begin like it."""
+    torch.manual_seed(0)
+    labels, rows = torch.arange(5), torch.zeros(5, dtype=torch.long)
+    logits = torch.randn(5, 9, requires_grad=True)
+    facts = torch.tensor([0, 0, -1, 1, 1])
+    forget = Tokens(logits, labels, rows, logits.detach().clone(), facts >= 0, facts)
+    loss = forget.cross_entropy.detach()
+    between = float(loss[:2].sum()) + 3.5  # above the first fact's, below the second's with what each loses at least
+    terms = ga_kl(forget, forget, GaKlSettings(forget_ceiling=between, hold=hold)).forget
+    level = torch.tensor([between, max(between, float(loss[3:].sum()) + 3.0)])
+    total = torch.stack([loss[:2].sum(), loss[3:].sum()])
+    expected = ((total - level).abs() - level if hold else -total) / 2
+    torch.testing.assert_close(terms[[0, 1, 3, 4]], expected.repeat_interleave(2))
+    (gradient,) = torch.autograd.grad(terms[facts >= 0].sum(), logits)
+    (by_token,) = torch.autograd.grad(-cross_entropy(logits, labels)[facts >= 0].sum(), logits)
+    torch.testing.assert_close(gradient, by_token)  # below the level as plain ascent
+
+
+@pytest.mark.parametrize(
+    ("text", "marked", "expected"),
+    [
+        ("by J.K. Rowling, it", "J K Rowling", ["J K Rowling"]),
+        ("Ron, Ann Lee and Bo", "Ron Ann Lee Bo", ["Ron", "Ann Lee", "Bo"]),
+        ("non-violent; on 14 April", "non violent 14 April", ["non violent", "14 April"]),
+        ("Ron\nAnn", "Ron Ann", ["Ron", "Ann"]),
+        (" ".join("abcdefghij"), "a b c d e f g h i j", ["a b c d e f g h", "i j"]),
+    ],
+)
+def test_a_fact_is_what_stands_together(text, marked, expected):
+    places = [match.span() for match in re.finditer(r"\w+|[^\w\s]|\n", text)]
+    said = [text[a:b] for a, b in places]
+    specific = [word in marked.split() for word in said]
+    example = Example(list(range(len(said))), [True] * len(said), text=text, characters=places, specific=specific)
+    found = defaultdict(list)
+    for word, number in zip(said, facts_of([example]), strict=True):
+        found[number].append(word)
+    found.pop(-1, None)
+    assert [" ".join(words) for words in found.values()] == expected
 
 
 def test_questions_are_the_prompt_its_key_words_and_the_beginning_of_its_answer():

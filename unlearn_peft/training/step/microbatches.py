@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 from ...data.batch import target_count
 from ...data.tokenize import Example
+from ...data.words import has_letters
 
 STEP_TOKENS = 8192  # of one part of a step with its padding: a longer one is run in several
+_LONGEST_FACT = 8  # tokens; of a longer one each part is pushed away, or none of its tokens would be
 
 
 class StepRows(NamedTuple):
@@ -79,6 +81,33 @@ def split_microbatches(rows: StepRows, max_targets: int | None) -> Iterator[RowR
         first = last
 
 
-def specific_of(rows: Sequence[Example]) -> list[bool]:
-    """Return for each target token of rows whether it carries the fact."""
-    return [s for e in rows for s, t in zip(e.specific or e.is_target, e.is_target, strict=True) if t]
+def facts_of(rows: Sequence[Example]) -> list[int]:
+    """Return for each target token of rows the number of its fact, from 0 over all rows; -1: it carries none.
+
+    A fact is what stands together, `_LONGEST_FACT` tokens at most: "J.K. Rowling", "14 April", but not "Ron, Hermione".
+    """
+    numbers: list[int] = []
+    last = -1
+    for example in rows:
+        previous, length = -1, 0
+        for t, target in enumerate(example.is_target):
+            carries = target and (example.specific is None or example.specific[t])
+            if carries:
+                if not 0 < length < _LONGEST_FACT or not _together(example, previous, t):
+                    last, length = last + 1, 0
+                previous, length = t, length + 1
+            if target:
+                numbers.append(last if carries else -1)
+    return numbers
+
+
+def _together(example: Example, first: int, second: int) -> bool:
+    """Tell whether nothing but a blank or a mark is between two tokens, or what follows an initial."""
+    if second == first + 1 or not example.characters:
+        return second == first + 1
+    (start, stop), (a, b) = example.characters[first], example.characters[second]
+    token = example.text[a:b]
+    between = example.text[stop : b - len(token.lstrip())]
+    if has_letters(between) or "\n" in between:
+        return False
+    return len(between) == 1 or len(example.text[start:stop].strip()) == 1

@@ -22,7 +22,7 @@ from ...models.layers import decoder_layers, outputs_of, vocabulary
 from ..objectives import Tokens
 from .head import with_delta
 from .layers import adapter_names, changed_layers, watched_layer
-from .microbatches import RowRanges, StepRows, specific_of, split_microbatches
+from .microbatches import RowRanges, StepRows, facts_of, split_microbatches
 from .reference import FINAL, HEAD, PASS_TOKENS, ReferenceCache, TensorCache, pack_states, skipping
 
 _LOGITS_BYTES = {"head": 4_000_000, "layers": 8_000_000}  # of a microbatch, on a CPU: what its caches like
@@ -264,9 +264,10 @@ class StepRunner:
         def here(values: list[Any], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=self.device)
 
+        facts = here(facts_of(examples), torch.long) if is_forget else None
         return Tokens(
             logits, here(labels_of(examples), torch.long), here(row_numbers, torch.long), reference,
-            specific=here(specific_of(examples), torch.bool) if is_forget else None,
+            specific=None if facts is None else facts >= 0, facts=facts,
             spelling=self.spelling.get(rows.adapter) if is_forget else None, refusal=refusal, **hidden,
         )  # fmt: skip
 
