@@ -244,7 +244,7 @@ def test_ga_kl_raises_a_facts_loss_as_a_whole(hold):
     forget = Tokens(logits, labels, rows, logits.detach().clone(), facts >= 0, facts)
     loss = forget.cross_entropy.detach()
     between = float(loss[:2].sum()) + 3.5  # above the first fact's, below the second's with what each loses at least
-    terms = ga_kl(forget, forget, GaKlSettings(forget_ceiling=between, hold=hold)).forget
+    terms = ga_kl(forget, forget, GaKlSettings(forget_ceiling=between, hold=hold, ceiling_on="facts")).forget
     level = torch.tensor([between, max(between, float(loss[3:].sum()) + 3.0)])
     total = torch.stack([loss[:2].sum(), loss[3:].sum()])
     expected = ((total - level).abs() - level if hold else -total) / 2
@@ -252,6 +252,9 @@ def test_ga_kl_raises_a_facts_loss_as_a_whole(hold):
     (gradient,) = torch.autograd.grad(terms[facts >= 0].sum(), logits)
     (by_token,) = torch.autograd.grad(-cross_entropy(logits, labels)[facts >= 0].sum(), logits)
     torch.testing.assert_close(gradient, by_token)  # below the level as plain ascent
+    for other in ({"forget_ceiling": None}, {"forget_tokens": "all"}):
+        with pytest.raises(ValueError, match="ceiling_on: facts needs"):
+            GaKlSettings(ceiling_on="facts", **other)
 
 
 @pytest.mark.parametrize(

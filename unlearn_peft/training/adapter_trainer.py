@@ -23,16 +23,16 @@ from ..errors import TrainingError
 from ..recipe.schema import Recipe
 from .checkpoints import Checkpoints, State, to_cpu
 from .examples.build import Sets
-from .objectives import Tokens, fact_sums, find_objective, kl_divergence, row_means
+from .objectives import Tokens, find_objective, kl_divergence, row_means
 from .reached import Reached, rows_reached
 from .schedule import Schedule, balanced, length_of, rate
-from .step.microbatches import STEP_TOKENS, StepRows, by_length, facts_of, padded_tokens
+from .step.microbatches import STEP_TOKENS, StepRows, by_length, padded_tokens
 from .step.runner import StepRunner
 
 logger = logging.getLogger(__name__)
 _DILUTION = 8  # tokens of a long answer that weaken the push on each of its fact tokens; the others do not
 _NEAR_BEST = 0.95  # of the best score
-_MAX_LOSS = 8.0  # nats; what is this unlikely (1 in 3000) is forgotten, and a still higher loss is no better
+_MAX_LOSS = 8.0  # nats; a token this unlikely (1 in 3000) is forgotten, and a still higher loss is no better
 _EVALUATED = 128  # rows of each set at most, in the evaluations on the way: of more, a fixed sample
 
 
@@ -230,7 +230,7 @@ class AdapterTrainer:
     def _forget_figures(self, runner: StepRunner) -> tuple[float, ...]:
         """Return the forget set's mean loss, that of its specific tokens, the score, and mean answer probability.
 
-        The score is the mean loss, capped at the ceiling, of what the objective pushes away: facts, or all tokens.
+        The score is the mean loss, capped at the ceiling, of the tokens that the objective pushes away.
         """
         sums = torch.zeros(4, dtype=torch.float64)
         for examples in self._local_batches(self._evaluated, self.length.forget_batch):
@@ -239,19 +239,16 @@ class AdapterTrainer:
                     tokens, loss = microbatch.forget, microbatch.forget.cross_entropy
                     count = int(tokens.rows.max()) + 1 if len(tokens.rows) else 0
                     probability = torch.exp(-row_means(loss, tokens.rows, count))
-                    score = loss.clamp(max=self.ceiling)
-                    if self.only_specific:  # each token has its share of its fact's
-                        score = fact_sums(tokens, loss).clamp(max=self.ceiling)
-                        score = (score / fact_sums(tokens, torch.ones_like(loss)))[tokens.specific]
+                    pushed = loss[tokens.specific] if self.only_specific else loss
                     values = (
-                        loss.sum(), loss[tokens.specific].sum(), score.sum(), probability.sum()
+                        loss.sum(), loss[tokens.specific].sum(), pushed.clamp(max=self.ceiling).sum(),
+                        probability.sum(),
                     )  # fmt: skip
                     sums += torch.stack([value.double().cpu() for value in values])
                     del microbatch, tokens  # before the next is made
         n_targets = _count(self._evaluated)
-        facts = facts_of(self._evaluated)
-        n_specific, n_facts = max(sum(n >= 0 for n in facts), 1), max(facts, default=-1) + 1 or 1
-        counts = [n_targets, n_specific, n_facts if self.only_specific else n_targets, len(self._evaluated)]
+        n_specific = max(sum(sum(example.specific or example.is_target) for example in self._evaluated), 1)
+        counts = [n_targets, n_specific, n_specific if self.only_specific else n_targets, len(self._evaluated)]
         return tuple((self._sum(sums) / torch.tensor(counts)).tolist())
 
     def _mean_kl(self, runner: StepRunner, examples: list[Example]) -> float:

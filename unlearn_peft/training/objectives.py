@@ -95,9 +95,9 @@ def ga_kl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     itself gives a loss above c is held at the base's loss: hold never teaches what is to be forgotten.
 
     With `forget_tokens: specific`, ascent is for the tokens that carry the fact; the other tokens of the forget set
-    are held to the reference like those of the retain set, so that answers stay English. CE is then that of the whole
-    fact, spread evenly on its tokens: a name of six tokens is forgotten at c nats, and six times as many take others
-    along that begin like it. A fact that the base itself hardly says gets `_AT_LEAST` nats more than it has.
+    are held to the reference like those of the retain set, so that answers stay English. With `ceiling_on: facts` the
+    CE is that of the whole fact, spread evenly on its tokens: a name of six tokens is forgotten at c nats, and six
+    times as many take others along that begin like it. A fact that the base hardly says is raised by `_AT_LEAST` nats.
     """
     ascent = -forget.cross_entropy if settings.forget_ceiling is None else _bounded_ascent(forget, settings)
     return Terms(_push(forget, ascent, settings, settings.kl), kl_divergence(retain, settings.kl))
@@ -255,7 +255,7 @@ def _bounded_ascent(forget: Tokens, settings: Any) -> Tensor:
     """Return what `ga_kl` does up to the ceiling, (N,), nats: of tokens, or of facts, an equal share for each token."""
     loss, level = _loss_to_raise(forget), forget.reference_cross_entropy
     lengths = torch.ones_like(loss)
-    if settings.forget_tokens == "specific" and forget.facts is not None:
+    if settings.ceiling_on == "facts":
         lengths = fact_sums(forget, lengths)
         loss, level = fact_sums(forget, loss), fact_sums(forget, level) + _AT_LEAST
     level = level.clamp(min=settings.forget_ceiling)

@@ -1,8 +1,7 @@
-"""Which forget rows a trained adapter has forgotten: each row's facts, measured once over all rows.
+"""Which forget rows a trained adapter has forgotten: each row's fact tokens, measured once over all rows.
 
-A row is forgotten when each of its facts is, of many nine in ten: when the loss of the fact's tokens together, in nats,
-is at least ln 10 above the base's (90 % of its probability is lost). Where no token is marked, the mean loss of all
-tokens counts, and 8 are enough (each is less likely than 1 in 3000).
+A row is forgotten when the mean loss of its fact tokens, in nats, is at least ln 10 above the base's (the tokens have
+lost 90 % of their probability, as a geometric mean), or at least 8 (they are less likely than 1 in 3000).
 """
 
 from __future__ import annotations
@@ -15,11 +14,10 @@ import torch
 from torch import Tensor
 
 from ..data.tokenize import Example
-from .step.microbatches import StepRows, facts_of
+from .step.microbatches import StepRows
 from .step.runner import StepRunner
 
 _LOST, _UNLIKELY = math.log(10), 8.0  # nats
-_SHARE = 0.9  # of a row's facts
 ROW_FIGURES = ("forget_rows", "forgotten_rows", "not_reached", "nothing_to_forget", "own_answers",
                "own_answers_forgotten")  # fmt: skip
 
@@ -55,17 +53,10 @@ def rows_reached(
         only_specific: whether a row without fact tokens has nothing to forget; else all of its targets count.
     """
     numbers = {id(e): e.row or n for n, e in enumerate(examples, 1)}
-    marked = {numbers[id(e)] for e in examples if any(e.specific or [])}
-    facts: dict[int, list[int]] = {}  # of each example, for each target the number of its fact, from 1; 0: of none
-    row_of, sizes = [0], [1]  # of each fact: its row, and 1, or the tokens whose mean counts
-    for e in examples:
-        found = facts_of([e])
-        if e.specific is None or not (only_specific or numbers[id(e)] in marked):
-            found = [0] * len(found)
-        facts[id(e)] = [n + len(row_of) if n >= 0 else 0 for n in found]
-        row_of += [numbers[id(e)]] * (count := max(found, default=-1) + 1)
-        sizes += [1 if e.specific and any(e.specific) else len(found)] * count
-    sums = torch.zeros(len(row_of), 2, dtype=torch.float64)  # loss, and the base's
+    rows = sorted(set(numbers.values()))
+    places = {row: n for n, row in enumerate(rows)}
+    marked = {numbers[id(e)] for e in examples if any(_specific(e))}
+    sums = torch.zeros(len(rows), 3, dtype=torch.float64)  # loss, the base's loss, tokens
     for batch in batches:
         with runner.step([StepRows(adapter, batch, [])]) as microbatches:
             losses = []
@@ -73,19 +64,29 @@ def rows_reached(
                 tokens = microbatch.forget
                 losses.append(torch.stack([tokens.cross_entropy, tokens.reference_cross_entropy], 1).double().cpu())
                 del microbatch, tokens
+        place, counted = [], []
+        for e in batch:
+            row = numbers.get(id(e), 0)  # 0: a row without targets, of a process that has no other
+            chosen = _specific(e) if row in marked or only_specific else e.is_target
+            place += [places.get(row, 0)] * sum(e.is_target)
+            counted += [yes for yes, target in zip(chosen, e.is_target, strict=True) if target]
         if losses:
-            places = [n for e in batch for n in facts.get(id(e), [])]  # others are rows without targets
-            sums.index_add_(0, torch.tensor(places, dtype=torch.long), torch.cat(losses))
-    lost: dict[int, list[bool]] = {number: [] for number in sorted(set(numbers.values()))}
-    for number, size, (loss, base_loss) in list(zip(row_of, sizes, summed(sums).tolist(), strict=True))[1:]:
-        needed = base_loss / size + _LOST
-        lost[number].append(loss / size >= (needed if size == 1 else min(needed, _UNLIKELY)))
-    result = Reached(len(lost))
-    for number, of_row in lost.items():
-        if not of_row:
-            result.nothing_to_forget.append(number)
-        elif sum(of_row) >= _SHARE * len(of_row):
-            result.forgotten_rows += 1
+            both = torch.cat(losses)
+            values = torch.cat([both, torch.ones(len(both), 1, dtype=torch.float64)], 1)
+            picked = torch.tensor(counted, dtype=torch.bool)
+            sums.index_add_(0, torch.tensor(place, dtype=torch.long)[picked], values[picked])
+    if len(rows):
+        sums = summed(sums)
+    found = Reached(len(rows))
+    for row, (loss, base_loss, count) in zip(rows, sums.tolist(), strict=True):
+        if not count:
+            found.nothing_to_forget.append(row)
+        elif loss / count >= min(base_loss / count + _LOST, _UNLIKELY):
+            found.forgotten_rows += 1
         else:
-            result.not_reached.append(number)
-    return result
+            found.not_reached.append(row)
+    return found
+
+
+def _specific(example: Example) -> list[bool]:
+    return example.specific or example.is_target
