@@ -257,6 +257,16 @@ def test_ga_kl_raises_a_facts_loss_as_a_whole(hold):
             GaKlSettings(ceiling_on="facts", **other)
 
 
+def test_a_ceiling_on_facts_pushes_less_than_one_on_their_tokens(tiny, fields):
+    fields |= {"retain_weight": 0, "steps": 60, "learning_rate": 5e-2, "eval_every": 60}
+    losses = []
+    for n, ceiling_on in enumerate(("tokens", "facts")):
+        objective = {"forget_ceiling": 14, "ceiling_on": ceiling_on, "retain_budget": None}
+        run = unlearn(tiny, **{**fields, "objective": objective, "output": f"{fields['output']}{n}"})
+        losses.append(run.metrics["specific_loss"])
+    assert run.metrics["specific_loss_base"] + 0.2 < losses[1] < losses[0] - 1
+
+
 @pytest.mark.parametrize(
     ("text", "marked", "expected"),
     [
