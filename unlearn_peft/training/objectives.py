@@ -258,8 +258,10 @@ def _bounded_ascent(forget: Tokens, settings: Any) -> Tensor:
     if settings.ceiling_on == "facts":
         lengths = fact_sums(forget, lengths)
         loss, level = fact_sums(forget, loss), fact_sums(forget, level) + _AT_LEAST
+    if not settings.hold:
+        return -loss.clamp(max=settings.forget_ceiling) / lengths
     level = level.clamp(min=settings.forget_ceiling)
-    return ((loss - level).abs() - level if settings.hold else -torch.minimum(loss, level)) / lengths
+    return ((loss - level).abs() - level) / lengths
 
 
 def _loss_to_raise(forget: Tokens) -> Tensor:
