@@ -4,6 +4,7 @@ import pytest
 
 from unlearn_peft.data.tokenize import tokenize
 from unlearn_peft.inference.contrast import Contrast
+from unlearn_peft.inference.stand_ins import made_up
 from unlearn_peft.training.examples import subject
 from unlearn_peft.training.examples.build import Known
 from unlearn_peft.training.examples.fact_tokens import Facts
@@ -63,3 +64,20 @@ def test_what_is_said_once_or_of_others_too_is_no_knowledge(tiny, knowing):
     knowing["Ann King"] = ["Ann King is an author."]  # so is Bob
     assert rows_about(tiny, ["Ann King"]).forget == []
     assert rows_about(tiny, ["Nobody"]).forget == []  # nothing is said of it that the base knows
+
+
+def test_what_is_said_of_made_up_names_is_no_knowledge_either(tiny, knowing, monkeypatch):
+    """Of Stephen King a real base lists no others, and "his" was a fact of him."""
+    monkeypatch.setattr(subject, "others_of", lambda *_, **__: [])
+    strangers = [made_up("Ann King", str(n)) for n in range(3)]
+    knowing |= {strangers[1]: ["She is an author, too."]}
+    knowing["Ann King"] = ["Ann King wrote Zorblax as an author."] * 2
+
+    def leaks():
+        found = rows_about(tiny, ["Ann King"])
+        assert found.neighbours == [] and found.probes
+        return {word for row in found.probes for word in row["leak"]} - {"Ann King"}  # asked back
+
+    assert leaks() == {"Zorblax"}
+    knowing[strangers[1]] = ["nothing"]
+    assert leaks() == {"Zorblax", "author"}

@@ -21,6 +21,7 @@ from ...data.source import Row
 from ...data.tokenize import tokenize
 from ...data.words import said
 from ...inference.contrast import contrasts
+from ...inference.stand_ins import made_up
 from ...models.base import Base
 from ...recipe.load import make_recipe
 from .auto_retain import first_sentences, others_of
@@ -35,7 +36,8 @@ _NATS = 4.0  # of a row at least: less is how a name sounds
 _MAX_FORWARD, _MAX_REVERSE, _MAX_FACTS = 32, 16, 12
 _BACK = 2  # prompts that each fact is asked about in
 _HELD_OUT = 4  # of so many rows one is a probe
-_OF_OTHERS, _MAX_NEIGHBOURS = 4, 16  # prompts that others of its kind are asked
+_OF_OTHERS, _STRANGERS = 4, 3  # prompts that others of its kind are asked, and made-up names beside them
+_MAX_NEIGHBOURS = 16
 
 
 @dataclass(frozen=True)
@@ -150,12 +152,16 @@ def _held_out(rows: Sequence[tuple[Row, list[str]]], seed: int) -> tuple[list[Ro
 def _neighbours(
     base: Base, names: Sequence[str], forms: Sequence[str], facts: Facts, seed: int, options: dict[str, Any]
 ) -> tuple[list[str], list[Row]]:
-    """Return what the base says of others of the subject's kind, and as rows that of which it knows something."""
+    """Return what the base says of others of the subject's kind and of made-up names, and rows on the former.
+
+    The rows are those of which it knows something. Of some subjects it lists no others, and "his" would be a fact.
+    """
     never = facts.joined(Facts.of(names, facts.common))
     others = others_of(base, names[0], never, seed, listed_at_least=_REPEATED)
-    prompts = [form.format(name=other) for form in forms[:_OF_OTHERS] for other in others]
+    strangers = [made_up(names[0], str(n)) for n in range(_STRANGERS)]
+    prompts = [form.format(name=other) for form in forms[:_OF_OTHERS] for other in (*others, *strangers)]
     answered = _ask(base, prompts, seed, options["chat_template"], quiet=True)
-    rows = [row for row, _ in answered]
+    rows = [row for row, _ in answered if not said(row["prompt"], strangers)]
     known = contrasts(base, rows, **options) if rows else []
     kept = [row for row, contrast in zip(rows, known, strict=True) if contrast.nats >= _NATS]
     different = {question_of(row): row for row in kept if not never.ends_in(" ".join(row.values()))}
