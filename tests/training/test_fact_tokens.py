@@ -241,7 +241,7 @@ def test_ga_kl_raises_a_facts_loss_as_a_whole(hold):
     labels, rows = torch.arange(5), torch.zeros(5, dtype=torch.long)
     logits = torch.randn(5, 9, requires_grad=True)
     facts = torch.tensor([0, 0, -1, 1, 1])
-    forget = Tokens(logits, labels, rows, logits.detach().clone(), facts >= 0, facts)
+    forget = Tokens(logits, labels, rows, logits.detach().clone(), facts >= 0, facts=facts)
     loss = forget.cross_entropy.detach()
     between = float(loss[:2].sum()) + 3.5  # above the first fact's, below the second's with what each loses at least
     terms = ga_kl(forget, forget, GaKlSettings(forget_ceiling=between, hold=hold, ceiling_on="facts")).forget

@@ -44,11 +44,11 @@ class Tokens:
     rows: Tensor  # (N,), the row of the batch that the token is in
     reference_logits: Tensor | None = None  # (N, V)
     specific: Tensor | None = None  # (N,), bool: the tokens that carry the fact; None: all of them
-    facts: Tensor | None = None  # (N,), the number of the fact that the token is a part of, -1: of none
     refusal: Tokens | None = None  # the same rows, where they have a question, with a refusal for an answer
     hidden: Tensor | None = None  # (N, d), a decoder layer's output where the token is predicted; if asked for
     reference_hidden: Tensor | None = None  # (N, d), the same with the adapter off
     spelling: Tensor | None = None  # (V,), the same number for tokens that read alike; None: no two do
+    facts: Tensor | None = None  # (N,), the number of the fact that the token is a part of, -1: of none
 
     @cached_property
     def cross_entropy(self) -> Tensor:
