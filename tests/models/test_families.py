@@ -17,8 +17,9 @@ from unlearn_peft.models.forward import BatchBuilder, alike, one_rounding_off, p
 from unlearn_peft.models.layers import patched_forward, returning
 from unlearn_peft.training.step.runner import StepRunner
 
-# transposed layers, tuples, a mask of its own, experts, a state, windows within a config within a config
-SOME = ("gpt2", "bloom", "codegen", "mixtral", "mamba", "lfm2", "gemma3")
+# transposed layers, tuples, a mask of its own, experts, a state, windows within a config within a config, layers that
+# are not found
+SOME = ("gpt2", "bloom", "codegen", "mixtral", "mamba", "lfm2", "gemma3", "git")
 SCALED = {"minicpm3": {"dim_model_base": 8}, "granite": {"logits_scaling": 4.0}, "cohere": {"logit_scale": 0.25}}
 ALL = [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in families.names()]
 
