@@ -170,8 +170,8 @@ class StepRunner:
                 final = picked_logits(self.sharded or self.model, self.base.head, batch)
             else:
                 final = self._final_states(cached_of, batches, batch)[predicting(batch)]
-        in_layers = any(p.requires_grad for p in self.base.backbone.parameters())  # not on the head alone
-        if torch.is_grad_enabled() and in_layers and not final.requires_grad:
+        lost = torch.is_grad_enabled() and not final.requires_grad
+        if lost and any(p.requires_grad for p in self.base.backbone.parameters()):  # not on the head alone
             name = type(self.base.model).__name__
             raise AdapterError(f"no gradient reaches the adapter's layers in {name}: use a head (adapter: head)")
         result, first = {}, 0
