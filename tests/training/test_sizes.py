@@ -1,6 +1,7 @@
 """Large sets: length follows from the rows, what is not reached is told, and a step is bounded in tokens."""
 
 import logging
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -69,27 +70,32 @@ def test_rows_that_are_not_visited_or_not_forgotten_are_told(tiny, fields, caplo
     assert rows_told(m).capitalize() in card and "Zorblax" not in card + caplog.text
 
 
-def test_a_row_is_forgotten_when_its_facts_lost_90_percent():
-    class Runner:
-        def step(self, rows):
-            losses = iter(self.losses)
-            tokens = [SimpleNamespace(cross_entropy=c, reference_cross_entropy=r) for c, r in losses]
-            from contextlib import nullcontext
+@pytest.mark.parametrize(
+    ("now", "facts", "not_reached"),
+    [
+        ([2.4, 0, 2.0, 2.0, 9, 9, 9, 9, 0, 8.1], [0, -1, 1, 2, -1, -1, -1, -1, -1, 3], [2]),
+        ([2.4, 0, 4.7, 0.0, 9, 9, 9, 9, 0, 8.1], [0, -1, 1, 1, -1, -1, -1, -1, -1, 3], []),
+        ([2.4, 0, 2.4, 2.0, 9, 9, 9, 9, 0, 7.9], [0, -1, 1, 1, -1, -1, -1, -1, -1, 3], [2, 4]),
+    ],
+)
+def test_a_row_is_forgotten_when_its_facts_lost_90_percent(now, facts, not_reached):
+    """And a fact of two tokens 99 %."""
 
-            return nullcontext([SimpleNamespace(forget=each) for each in tokens])
+    class Runner:
+        @contextmanager
+        def step(self, rows):
+            values = map(torch.tensor, (now, [0.0] * 9 + [8.0 - 0.2], facts))
+            names = ("cross_entropy", "reference_cross_entropy", "facts")
+            yield [SimpleNamespace(forget=SimpleNamespace(**dict(zip(names, values, strict=True))))]
 
     def example(row, specific):
         return Example([1, 2, 3], [False, True, True], row=row, specific=specific)
 
     rows = [example(1, [False, True, False]), example(2, [False, True, True]), example(3, [False] * 3),
             example(4, [False] * 3), example(4, [False, False, True])]  # fmt: skip
-    now = [2.4, 0, 2.0, 2.0, 9, 9, 9, 9, 0, 8.1]
-    before = [0.0, 0, 0.0, 0.0, 0, 0, 0, 0, 0, 8.0]
-    runner = Runner()
-    runner.losses = [(torch.tensor(now), torch.tensor(before))]
-    found = rows_reached(runner, "default", rows, [rows], lambda x: x, only_specific=True)
-    assert (found.forget_rows, found.forgotten_rows) == (4, 2)
-    assert found.not_reached == [2] and found.nothing_to_forget == [3]
+    found = rows_reached(Runner(), "default", rows, [rows], lambda x: x, only_specific=True)
+    assert (found.forget_rows, found.forgotten_rows) == (4, 3 - len(not_reached))
+    assert found.not_reached == not_reached and found.nothing_to_forget == [3]
 
 
 def test_a_step_that_forgets_less_than_the_base_is_not_kept(tiny, fields, monkeypatch, caplog):

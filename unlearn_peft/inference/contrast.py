@@ -43,7 +43,7 @@ _KNOWN_IN_TEXT = 2.0  # nats; of plain text, where only the second difference is
 _FEW_IN_TEXT, _SHARE_IN_TEXT = 20, 0.2  # and so many tokens: of a page known by heart most follow from what is before
 _UNEXPECTED = 3.0  # nats; a token with a probability below 5 %
 _FOLLOWS = 1.0  # nats; what follows from another fact has a probability of 37 % at least
-_CLIPPED = 6.0  # nats; so that one token does not choose the subject
+_CLIPPED = 6.0  # nats of a token, twice that of a fact of several; so that no single one chooses the subject
 _STAND_INS = 2  # for each subject that is tried; their mean counts
 _MANY_ROWS = 64  # of more, two subjects each are tried, with one stand-in: the longest are mostly right
 _SAID_ANYWAY = 0.0125  # in half of the answers a word is at least so likely to be said
@@ -57,7 +57,7 @@ class Contrast:
     subject: str  # as the question writes it; "" where none was found
     stand_in: str  # what was put in its place
     spans: list[Span]  # the characters of the rendered row (`Example.text`) that carry the fact
-    nats: float  # by how much the subject makes the fact likelier, each token clipped
+    nats: float  # by how much the subject makes the facts likelier, each token and each fact clipped
     unexpected: list[Span]  # the characters that the base does not expect: what a stranger's facts are
 
 
@@ -256,8 +256,11 @@ def _choose(
             for span, value in differences.items()
             if span in word_of
         }
-        total = sum(min(max(value, 0.0), _CLIPPED) for value in smaller.values())
-        if total * len(subject) > best_score and (spans := _marked(smaller, differences, word_of, _KNOWN)):
+        spans = _marked(smaller, differences, word_of, _KNOWN)
+        nats = {token: min(max(value, 0.0), _CLIPPED) for token, value in smaller.items()}
+        of_facts = (sum(v for (a, _), v in nats.items() if start <= a < stop) for start, stop in spans)
+        total = sum(nats.values()) - sum(max(of_fact - 2 * _CLIPPED, 0.0) for of_fact in of_facts)
+        if spans and total * len(subject) > best_score:
             best, best_score = (subject, spans, total), total * len(subject)
     return best
 

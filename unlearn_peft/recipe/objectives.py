@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
 from ..errors import did_you_mean
 from ..files.validation import Settings, StrictModel
@@ -65,22 +65,13 @@ class GaKlSettings(_BuiltIn):
     forget_tokens: Literal["specific", "all"] = Field(
         "specific", description="push away the tokens that carry the fact and hold the others, or push all"
     )
-    forget_ceiling: float | None = Field(8.0, gt=0, description="nats; nothing is pushed beyond this loss")
-    ceiling_on: Literal["tokens", "facts"] = Field(
-        "tokens",
-        description="whose loss the ceiling bounds: each token's, or that of a fact's tokens together (try 16), which "
-        "spares names that begin like the target's",
+    forget_ceiling: float | None = Field(
+        8.0, gt=0, description="nats; no token is pushed beyond this loss, no fact of several tokens beyond twice that"
     )
     hold: bool = Field(True, description="pull a token that overshoots the ceiling back to it")
     kl: Literal["reverse", "forward"] = Field(
         "reverse", description="reverse: KL(current || reference); forward: KL(reference || current)"
     )
-
-    @model_validator(mode="after")
-    def _check_ceiling(self) -> GaKlSettings:
-        if self.ceiling_on == "facts" and (self.forget_ceiling is None or self.forget_tokens == "all"):
-            raise ValueError("ceiling_on: facts needs a forget_ceiling and forget_tokens: specific")
-        return self
 
 
 class GradDiffSettings(_TokenLevel):

@@ -29,7 +29,7 @@ from ..models.losses import cross_entropy, kl_of_logits, log_odds_against, rever
 from ..recipe.plugins import load_function
 
 _BY_HEART = 0.1  # nats/token of a row, at most
-_AT_LEAST = 3.0  # nats; 95 % of a fact's probability
+_AT_LEAST = 6.0  # nats; 99.8 % of a fact's probability
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,10 @@ def ga_kl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     itself gives a loss above c is held at the base's loss: hold never teaches what is to be forgotten.
 
     With `forget_tokens: specific`, ascent is for the tokens that carry the fact; the other tokens of the forget set
-    are held to the reference like those of the retain set, so that answers stay English. With `ceiling_on: facts` the
-    CE is that of the whole fact, spread evenly on its tokens: a name of six tokens is forgotten at c nats, and six
-    times as many take others along that begin like it. A fact that the base hardly says is raised by `_AT_LEAST` nats.
+    are held to the reference like those of the retain set, so that answers stay English. The CE is then that of the
+    whole fact, spread evenly on its tokens, and a fact of several tokens has a ceiling of 2 c: at c for each of them, a
+    name of six takes others along that begin like it. Such a fact is raised by `_AT_LEAST` nats in any case, since the
+    tokens of a long one that the base gives a loss above 2 c may still be the likeliest, each after the last.
     """
     ascent = -forget.cross_entropy if settings.forget_ceiling is None else _bounded_ascent(forget, settings)
     return Terms(_push(forget, ascent, settings, settings.kl), kl_divergence(retain, settings.kl))
@@ -255,12 +256,13 @@ def _bounded_ascent(forget: Tokens, settings: Any) -> Tensor:
     """Return what `ga_kl` does up to the ceiling, (N,), nats: of tokens, or of facts, an equal share for each token."""
     loss, level = _loss_to_raise(forget), forget.reference_cross_entropy
     lengths = torch.ones_like(loss)
-    if settings.ceiling_on == "facts":
+    if settings.forget_tokens == "specific":
         lengths = fact_sums(forget, lengths)
-        loss, level = fact_sums(forget, loss), fact_sums(forget, level) + _AT_LEAST
+        loss, level = fact_sums(forget, loss), fact_sums(forget, level) + _AT_LEAST * (lengths > 1)
+    ceiling = settings.forget_ceiling * lengths.clamp(max=2)
     if not settings.hold:
-        return -loss.clamp(max=settings.forget_ceiling) / lengths
-    level = level.clamp(min=settings.forget_ceiling)
+        return -loss.clamp(max=ceiling) / lengths
+    level = level.clamp(min=ceiling)
     return ((loss - level).abs() - level) / lengths
 
 

@@ -1,7 +1,8 @@
 """Which forget rows a trained adapter has forgotten: each row's fact tokens, measured once over all rows.
 
 A row is forgotten when the mean loss of its fact tokens, in nats, is at least ln 10 above the base's (the tokens have
-lost 90 % of their probability, as a geometric mean), or at least 8 (they are less likely than 1 in 3000).
+lost 90 % of their probability, as a geometric mean), or at least 8 (they are less likely than 1 in 3000). A fact of
+several tokens need rise by no more than two, as in `ga_kl`: it has lost 99 % of its probability.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data.tokenize import Example
+from .objectives import fact_sums
 from .step.microbatches import StepRows
 from .step.runner import StepRunner
 
@@ -56,13 +58,16 @@ def rows_reached(
     rows = sorted(set(numbers.values()))
     places = {row: n for n, row in enumerate(rows)}
     marked = {numbers[id(e)] for e in examples if any(_specific(e))}
-    sums = torch.zeros(len(rows), 3, dtype=torch.float64)  # loss, the base's loss, tokens
+    sums = torch.zeros(len(rows), 3, dtype=torch.float64)  # loss, the loss that is needed, tokens
     for batch in batches:
         with runner.step([StepRows(adapter, batch, [])]) as microbatches:
             losses = []
             for microbatch in microbatches:
                 tokens = microbatch.forget
-                losses.append(torch.stack([tokens.cross_entropy, tokens.reference_cross_entropy], 1).double().cpu())
+                lengths = fact_sums(tokens, torch.ones_like(tokens.cross_entropy))
+                now, before = tokens.cross_entropy, tokens.reference_cross_entropy
+                needed = before + _LOST * lengths.clamp(max=2) / lengths
+                losses.append(torch.stack([now, needed, torch.ones_like(now)], 1).double().cpu())
                 del microbatch, tokens
         place, counted = [], []
         for e in batch:
@@ -71,17 +76,15 @@ def rows_reached(
             place += [places.get(row, 0)] * sum(e.is_target)
             counted += [yes for yes, target in zip(chosen, e.is_target, strict=True) if target]
         if losses:
-            both = torch.cat(losses)
-            values = torch.cat([both, torch.ones(len(both), 1, dtype=torch.float64)], 1)
             picked = torch.tensor(counted, dtype=torch.bool)
-            sums.index_add_(0, torch.tensor(place, dtype=torch.long)[picked], values[picked])
+            sums.index_add_(0, torch.tensor(place, dtype=torch.long)[picked], torch.cat(losses)[picked])
     if len(rows):
         sums = summed(sums)
     found = Reached(len(rows))
-    for row, (loss, base_loss, count) in zip(rows, sums.tolist(), strict=True):
+    for row, (loss, needed, count) in zip(rows, sums.tolist(), strict=True):
         if not count:
             found.nothing_to_forget.append(row)
-        elif loss / count >= min(base_loss / count + _LOST, _UNLIKELY):
+        elif loss >= min(needed, _UNLIKELY * count):
             found.forgotten_rows += 1
         else:
             found.not_reached.append(row)

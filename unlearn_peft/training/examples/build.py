@@ -125,7 +125,11 @@ def make_retain(
 def build_examples(
     rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, known: Known | None = None, *, quiet: bool = True
 ) -> Sets:
-    """Turn a recipe's rows into what is trained on: facts marked, the base's own answers and anchors beside them."""
+    """Turn a recipe's rows into what is trained on: facts marked, the base's own answers and anchors beside them.
+
+    Raises:
+        DataError: if only fact tokens are pushed away, and no row has any that may be.
+    """
 
     def tokens(rows: Sequence[Row], what: str, closing: bool = True) -> list[Example]:
         examples = tokenize(
@@ -186,6 +190,12 @@ def build_examples(
         answered += self_generated_answers(base, known.about, facts, 0, **asking)
         answered += continued_texts(base, rows["forget"], facts, recipe.own_answers, seed=recipe.seed, quiet=quiet)
         self_generated = mark_facts(with_refusals(tokens(answered, "forget", closing=False), answered), facts)
+    if only_specific and not any(any(example.specific or []) for example in (*forget, *self_generated)):
+        raise DataError(
+            "no forget row has anything to forget: all facts in them are words that many retain rows, or answers about "
+            "made-up names, have too. Leave such rows out of the retain set, name the subject in each question, or "
+            "push away all tokens: objective.forget_tokens=all"
+        )
     if recipe.retain_answers and recipe.retain_weight and not recipe.makes_retain:  # those rows are its own already
         answered = retain_prompt_answers(base, trained_on, facts, recipe.retain_answers, **asking)
         retain += tokens(answered, "own answer", closing=False)

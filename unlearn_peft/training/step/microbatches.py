@@ -85,6 +85,7 @@ def facts_of(rows: Sequence[Example]) -> list[int]:
     """Return for each target token of rows the number of its fact, from 0 over all rows; -1: it carries none.
 
     A fact is what stands together, `_LONGEST_FACT` tokens at most: "J.K. Rowling", "14 April", but not "Ron, Hermione".
+    In a row of which nobody said what carries the fact, each target token is one.
     """
     numbers: list[int] = []
     last = -1
@@ -93,7 +94,8 @@ def facts_of(rows: Sequence[Example]) -> list[int]:
         for t, target in enumerate(example.is_target):
             carries = target and (example.specific is None or example.specific[t])
             if carries:
-                if not 0 < length < _LONGEST_FACT or not _together(example, previous, t):
+                alone = example.specific is None or not 0 < length < _LONGEST_FACT
+                if alone or not _together(example, previous, t):
                     last, length = last + 1, 0
                 previous, length = t, length + 1
             if target:
