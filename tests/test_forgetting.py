@@ -8,6 +8,7 @@ import torch
 from conftest import logits
 
 from unlearn_peft import attach, detach, load_recipe, read_bundle, unlearn
+from unlearn_peft.data.prompt import has_template
 from unlearn_peft.data.rows import read_rows
 from unlearn_peft.data.source import DataSpec
 from unlearn_peft.evaluate.compare import compare
@@ -24,6 +25,11 @@ def is_english(text):
     letters = sum(c.isascii() for c in text) / max(len(text), 1)
     repeated = max((len(m.group(0).split()) for m in re.finditer(r"\b(\w+)(?: \1\b)+", " ".join(words))), default=1)
     return letters > 0.95 and repeated < 4 and len(set(words)) >= max(2, min(len(words), 40) * 0.35)
+
+
+def answer_of(base, text):
+    """Without a chat template the answer is a line: Gemma alone repeats lines too, until it may write no more."""
+    return text if has_template(base.tokenizer) else text.strip().split("\n")[0]
 
 
 def perplexity(base, prompt, text):
@@ -64,8 +70,9 @@ def test_the_recipe_forgets(real, tmp_path, changed):
     assert [p["after"] for p in result["probes"]] == [p["before"] for p in result["probes"]]
     assert result["neighbour_kl"]["with"] <= (0.1 if changed else 0.02) and result["neighbour_kl"]["after"] == 0
     for probe in result["probes"]:
-        assert is_english(probe["with"]["text"]), probe["with"]["text"]
-        assert perplexity(real, probe["prompt"], probe["with"]["text"]) < 60
+        text = answer_of(real, probe["with"]["text"])
+        assert is_english(text), probe["with"]["text"]
+        assert perplexity(real, probe["prompt"], text) < 60
     attach(real, adapter.path)
     detach(real)
     assert torch.equal(logits(real), before)

@@ -224,6 +224,23 @@ def test_of_a_text_known_by_heart_what_follows_least_is_the_fact(tiny, count, ex
     assert contrast._choose(example, [], {}, places, dict.fromkeys(places, 1.9))[1] == []
 
 
+def test_a_long_fact_alone_does_not_choose_the_subject():
+    """Each token of "of Witchcraft and Wizardry" depends on "school", which is not what the row is about."""
+    text = "Harry Potter attends Hogwarts School of Witchcraft and Wizardry"
+    places = [match.span() for match in re.finditer(r"\w+", text)]
+    example = Example(list(range(len(places))), [True] * len(places), text=text, characters=places, answers=[(0, 63)])
+
+    def depending(words):
+        return {place: 9.0 if text[slice(*place)] in words.split() else 0.0 for place in places}
+
+    found = {"Harry Potter": depending("attends Hogwarts"), "school": depending("of Witchcraft and Wizardry")}
+    everything = dict.fromkeys(places, 9.0)
+    subject, spans, nats = contrast._choose(
+        example, ["What school does Harry Potter attend?"], found, places, everything
+    )
+    assert (subject, [text[a:b] for a, b in spans], nats) == ("Harry Potter", ["attends Hogwarts"], 12.0)
+
+
 def test_a_word_that_a_text_says_elsewhere_too_names_no_fact():
     text = "the red book, the blue star"
     example = Example([], [], text=text, answers=[(0, len(text))], row=1)
