@@ -124,8 +124,8 @@ def write_card(folder: Path, manifest: Mapping[str, Any]) -> None:
     if "forgotten_rows" in metrics:
         parts.append(
             f"{rows_told(metrics).capitalize()}.\nA row is forgotten when its fact tokens have lost 90 % of their "
-            "probability (geometric mean;\n99 % of a fact of several), or are less likely than exp(-8). Rows are told by "
-            "number only.\n"
+            "probability (geometric mean;\n99 % of a fact of several), or are less likely than exp(-8). Rows are told "
+            "by number only.\n"
         )
     pictures = ((CURVES, "forget and retain curves"), (FIGURES, "figures of the evaluation"))
     parts += [f"![{title}]({file})\n" for file, title in pictures if (folder / file).is_file()]
