@@ -45,16 +45,15 @@ def perplexity(base, prompt, text):
     return torch.nn.functional.cross_entropy(scores, batch.ids[:, 1:][batch.targets[:, 1:]]).exp().item()
 
 
-@pytest.fixture(params=["smol", "gemma"])
-def real(request):
-    """Each real model, one with a chat template and one without: what forgets on one must forget on the other."""
-    return request.getfixturevalue(request.param)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("changed", [{}, *OTHERS.values()], ids=["harry_potter", *OTHERS])
-def test_the_recipe_forgets(real, tmp_path, changed):
+@pytest.mark.parametrize(
+    ("model", "target"),
+    # each real model, one with a chat template and one without; of Van Gogh's probes Gemma itself answers none
+    [("smol", ""), ("smol", "van_gogh"), ("smol", "apple"), ("gemma", ""), ("gemma", "apple")],
+)
+def test_the_recipe_forgets(request, tmp_path, model, target):
     """The demo's recipe, and a copy of it with only the data changed."""
+    real, changed = request.getfixturevalue(model), OTHERS.get(target, {})
     recipe = load_recipe(ROOT / "recipes" / "harry_potter.yaml", output=str(tmp_path / "adapter"))
     recipe = recipe.model_copy(update={name: DataSpec(path=path) for name, path in changed.items()})
     before = logits(real)
