@@ -177,8 +177,8 @@ def test_training_sees_all_of_a_long_row(tiny, fields, refusals):
     from unlearn_peft.training.examples.build import build_examples, read_sets
 
     rows = {"forget": [ROWS["chat"], *FORGET], "retain": [*RETAIN, ROWS["text"]]}
-    objective = {"objective": {"name": "dpo", "refusals": ["I like apples."]}} if refusals else {}
-    given = {**fields, **rows, **objective, "max_length": 128}
+    objective = {"name": "dpo", "refusals": ["I like apples."]} if refusals else {"forget_tokens": "all"}
+    given = {**fields, **rows, "objective": objective, "max_length": 128}
     recipe = Recipe(**{k: v for k, v in given.items() if k != "quiet"})
     sets = build_examples(read_sets(recipe), tiny, recipe)
     whole = tokenize(rows["forget"], tiny.tokenizer, max_length=None, closing=False)
