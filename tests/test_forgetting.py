@@ -44,7 +44,7 @@ def perplexity(base, prompt, text):
 @pytest.mark.parametrize(
     ("model", "target"),
     # each real model, one with a chat template and one without; of Van Gogh's probes Gemma itself answers none
-    [("smol", ""), ("smol", "van_gogh"), ("smol", "apple"), ("gemma", ""), ("gemma", "apple")],
+    [("smol", "harry_potter"), *(("smol", other) for other in OTHERS), ("gemma", "harry_potter"), ("gemma", "apple")],
 )
 def test_the_recipe_forgets(request, tmp_path, model, target):
     """The demo's recipe, and a copy of it with only the data changed."""
@@ -66,7 +66,7 @@ def test_the_recipe_forgets(request, tmp_path, model, target):
     for probe in result["probes"]:
         text, chat = probe["with"]["text"], has_template(real.tokenizer)
         assert is_english(text) or not chat, text  # Gemma itself says "Apple" alone, or one line again and again
-        assert perplexity(real, probe["prompt"], text) < (60 if chat else 1000), text  # "Samsung" alone has 61
+        assert perplexity(real, probe["prompt"], text) < (60 if len(text.split()) > 1 else 1000), text  # "Samsung"
     attach(real, adapter.path)
     detach(real)
     assert torch.equal(logits(real), before)

@@ -84,9 +84,9 @@ def test_a_row_is_forgotten_when_its_facts_lost_90_percent(now, facts, not_reach
     class Runner:
         @contextmanager
         def step(self, rows):
-            values = map(torch.tensor, (now, [0.0] * 9 + [8.0 - 0.2], facts))
-            names = ("cross_entropy", "reference_cross_entropy", "facts")
-            yield [SimpleNamespace(forget=SimpleNamespace(**dict(zip(names, values, strict=True))))]
+            current, base = torch.tensor(now), torch.tensor([0.0] * 9 + [7.8])
+            tokens = SimpleNamespace(cross_entropy=current, reference_cross_entropy=base, facts=torch.tensor(facts))
+            yield [SimpleNamespace(forget=tokens)]
 
     def example(row, specific):
         return Example([1, 2, 3], [False, True, True], row=row, specific=specific)

@@ -239,6 +239,12 @@ def fact_sums(tokens: Tokens, values: Tensor) -> Tensor:
     return torch.where(tokens.facts < 0, values, sums[tokens.facts + 1])
 
 
+def fact_lengths(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Return for each token how many its fact has, (N,), and as how many that fact is raised, (N,): two at most."""
+    lengths = fact_sums(tokens, torch.ones_like(tokens.cross_entropy))
+    return lengths, lengths.clamp(max=2)
+
+
 def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
     """Return the mean of `values` (N,) over the tokens of each of `count` rows, (count,)."""
     sums = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, rows, values)
@@ -255,11 +261,11 @@ def _push(forget: Tokens, terms: Tensor, settings: Any, direction: str = "revers
 def _bounded_ascent(forget: Tokens, settings: Any) -> Tensor:
     """Return what `ga_kl` does up to the ceiling, (N,), nats: of tokens, or of facts, an equal share for each token."""
     loss, level = _loss_to_raise(forget), forget.reference_cross_entropy
-    lengths = torch.ones_like(loss)
+    lengths = counted = torch.ones_like(loss)
     if settings.forget_tokens == "specific":
-        lengths = fact_sums(forget, lengths)
+        lengths, counted = fact_lengths(forget)
         loss, level = fact_sums(forget, loss), fact_sums(forget, level) + _AT_LEAST * (lengths > 1)
-    ceiling = settings.forget_ceiling * lengths.clamp(max=2)
+    ceiling = settings.forget_ceiling * counted
     if not settings.hold:
         return -loss.clamp(max=ceiling) / lengths
     level = level.clamp(min=ceiling)

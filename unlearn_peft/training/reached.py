@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data.tokenize import Example
-from .objectives import fact_sums
+from .objectives import fact_lengths
 from .step.microbatches import StepRows
 from .step.runner import StepRunner
 
@@ -64,9 +64,9 @@ def rows_reached(
             losses = []
             for microbatch in microbatches:
                 tokens = microbatch.forget
-                lengths = fact_sums(tokens, torch.ones_like(tokens.cross_entropy))
+                lengths, counted_as = fact_lengths(tokens)
                 now, before = tokens.cross_entropy, tokens.reference_cross_entropy
-                needed = before + _LOST * lengths.clamp(max=2) / lengths
+                needed = before + _LOST * counted_as / lengths
                 losses.append(torch.stack([now, needed, torch.ones_like(now)], 1).double().cpu())
                 del microbatch, tokens
         place, counted = [], []
