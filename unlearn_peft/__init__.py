@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from .recipe.schema import Recipe as Recipe
     from .subjects.forget import Forgotten as Forgotten
     from .subjects.forget import forget as forget
-    from .training.objectives import Terms as Terms
-    from .training.objectives import Tokens as Tokens
-    from .training.objectives import kl_divergence as kl_divergence
     from .training.run import Adapter as Adapter
     from .training.run import unlearn as unlearn
     from .training.run import unlearn_many as unlearn_many
+    from .training.tokens import Terms as Terms
+    from .training.tokens import Tokens as Tokens
+    from .training.tokens import kl_divergence as kl_divergence
 
 # name -> file, in reading order; imported when first used, so that `unlearn-peft --help` answers at once
 _PUBLIC = {
@@ -60,9 +60,9 @@ _PUBLIC = {
     "pull": "adapters.hub.pull",
     "push": "adapters.hub.push",
     "Trust": "adapters.trust",
-    "Tokens": "training.objectives",
-    "Terms": "training.objectives",
-    "kl_divergence": "training.objectives",
+    "Tokens": "training.tokens",
+    "Terms": "training.tokens",
+    "kl_divergence": "training.tokens",
     "UnlearnError": "errors",
 }
 __all__ = list(_PUBLIC)  # noqa: PLE0605

@@ -16,7 +16,7 @@ from unlearn_peft import UnlearnError, answers, attach, attached, detach
 from unlearn_peft.data.rows import question_answer_pairs
 from unlearn_peft.data.tokenize import chat_prompt, tokenize
 from unlearn_peft.errors import DataError
-from unlearn_peft.evaluate.metrics import fluency, memorization
+from unlearn_peft.evaluate.metrics import answer_kinds, fluency, memorization
 from unlearn_peft.evaluate.metrics import leakage as leaks
 from unlearn_peft.evaluate.metrics import membership as privacy
 from unlearn_peft.evaluate.metrics import truth_ratio as truth
@@ -618,6 +618,29 @@ def test_answers_in_batches_are_those_one_by_one(tiny):
     assert answers(tiny, prompts, max_new_tokens=8, batch_size=3) == answers(tiny, prompts, max_new_tokens=8)
 
 
+def test_the_kinds_of_answers_are_told_apart(tiny, monkeypatch):
+    refusals = ("I don't know the answer to that.", "我不知道这个问题的答案。")
+    assert answer_kinds.abstains(
+        [
+            "I don't know the answer to that.",
+            "  I DON\u2019T know the answer to this. The book is blue.",
+            "我不知道这个问题的答案",
+            "我知道这本书是蓝色的，作者是谁大家都知道。",
+            "Some Quib wrote the blue book. I don't know the answer to that.",  # it says something first
+            "I know the answer.",
+            "",
+        ],
+        refusals,
+    ).tolist() == [1, 1, 1, 0, 0, 0, 0]
+    samples = [["Zorblax wrote it. I don't know.", refusals[0], refusals[0], "The book"], [refusals[0], "", "", "x"]]
+    options = (tiny, ["Who wrote the blue book?", "Who?"], samples, [["Zorblax"], ["Zorblax"]], refusals)
+    shares = {kind: share.tolist() for kind, share in answer_kinds.kinds_of_answers(*options).items()}
+    assert shares == {"leaks": [0.25, 0], "abstains": [0.5, 0.25], "word_salad": [0.25, 0.75], "says_else": [0, 0]}
+    monkeypatch.setattr(answer_kinds, "_SALAD", 2)  # to a random model all texts are as unlikely as random tokens
+    shares = {kind: share.tolist() for kind, share in answer_kinds.kinds_of_answers(*options).items()}
+    assert shares == {"leaks": [0.25, 0], "abstains": [0.5, 0.25], "word_salad": [0, 0.5], "says_else": [0.25, 0.25]}
+
+
 # --- the suite ------------------------------------------------------------------------------------------------------
 
 
@@ -635,8 +658,8 @@ def test_the_suite_measures_before_with_and_after(tiny, make_adapter):
     assert list(first) == [
         "forget_loss", "forget_answer_probability", "forget_rouge_l_recall", "forget_exact_memorization",
         "forget_extraction_strength", "retain_loss", "retain_answer_probability", "retain_rouge_l_recall",
-        "leak_rate@4", "any_leak@4", "retain_kl", "neighbours_kl", "neighbours_unchanged", "neighbours_right",
-        "free_text_kl", "repetition", "empty_answers",
+        "leak_rate@4", "any_leak@4", "abstains@4", "word_salad@4", "says_else@4", "retain_kl", "neighbours_kl",
+        "neighbours_unchanged", "neighbours_right", "neighbours_abstain", "free_text_kl", "repetition", "empty_answers",
         "perplexity_under_base",
     ]  # fmt: skip
     assert with_ == without_reference
@@ -652,7 +675,7 @@ def test_the_suite_measures_before_with_and_after(tiny, make_adapter):
 
 def test_the_suite_leaves_out_what_it_has_no_rows_for_and_refuses_unknown_sets(tiny):
     assert [s.name for s in measure(tiny, {"neighbours": RETAIN[:1], "probes": []})] == [
-        "neighbours_kl", "neighbours_unchanged", "neighbours_right",
+        "neighbours_kl", "neighbours_unchanged", "neighbours_right", "neighbours_abstain",
     ]  # fmt: skip
     with pytest.raises(DataError, match="'neighbors' \\(did you mean 'neighbours'\\?\\)"):
         measure(tiny, {"neighbors": RETAIN})

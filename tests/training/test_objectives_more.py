@@ -123,6 +123,21 @@ def run(name, forget, **fields):
     return OBJECTIVES[name](forget, tokens(KEEP), settings(name, **FIELDS.get(name, {}), **fields))
 
 
+def test_ga_kl_with_refusals_adds_their_loss_and_lets_an_answers_beginning_go():
+    """WIN is the refusal to rows 0 and 2, of 1 and 2 tokens; row 1, of 4, has no question."""
+    loss = [-sum(row.log_p(row.now)) / len(row.labels) for row in WIN]
+    added = [loss[0], *[0.0] * 4, *[loss[1]] * 2]
+    for specific, let_go in (
+        (None, []),
+        ([True, False, True, True, False, True, False], []),  # what is pushed is pushed on
+        ([False, False, True, True, False, False, True], [0, 5]),
+    ):
+        forget = replace(forget_tokens(), specific=None if specific is None else torch.tensor(specific))
+        plain = run("ga_kl", replace(forget, refusal=None), refusals=True).forget.tolist()
+        expected = [more + (0.0 if n in let_go else p) for n, (p, more) in enumerate(zip(plain, added, strict=True))]
+        assert run("ga_kl", forget, refusals=True).forget.tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_every_objective_has_settings_and_a_formula_here():
     assert list(OBJECTIVES) == list(SETTINGS) == ["ga_kl", *TOKEN_LEVEL, *ROW_LEVEL, "rmu"]  # the last: test_rmu.py
     assert [SETTINGS[name]().name for name in SETTINGS] == list(SETTINGS)
@@ -290,7 +305,11 @@ def test_forget_rows_carry_refusals_where_the_objective_asks(tiny, fields):
 
     fields.pop("quiet")
     custom = {"name": "own:loss", "refusals": True}
-    for objective, wanted in (("dpo", True), (custom, True), ("npo", False), ({**custom, "refusals": False}, False)):
+    abstain = {"name": "ga_kl", "refusals": True}
+    for objective, wanted in (
+        ("dpo", True), (custom, True), (abstain, True), ("npo", False), ("ga_kl", False),
+        ({**custom, "refusals": False}, False),
+    ):  # fmt: skip
         recipe = make_recipe({**fields, "objective": objective})
         sets = build_examples(read_sets(recipe), tiny, recipe)
         assert [example.refusal is not None for example in sets.forget] == [wanted] * 3

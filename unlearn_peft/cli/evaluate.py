@@ -116,7 +116,7 @@ def evaluate(
         forget=forget, retain=retain, probes=probes, neighbours=neighbours, free_text=free_text, holdout=holdout,
         real_authors=real_authors, world_facts=world_facts, rwku=rwku,
     )  # fmt: skip
-    rows, chat_template = read_measured(recipe, files, needed=not lm_eval)
+    rows, chat_template, refusals = read_measured(recipe, files, needed=not lm_eval)
     check(suite, rows)
     if retrained and suite is not Suite.TOFU:
         raise UnlearnError("--retrained is for the forget quality of --suite tofu: choose that, or leave it out")
@@ -142,7 +142,7 @@ def evaluate(
     result = evaluate_(
         options.load(base, bundles, dtype, device), bundles, rows, suite=suite, k=k, strength=strength or 1.0,
         seed=seed, max_new_tokens=max_new_tokens, chat_template=chat_template, ability=tasks, retrained=ratios,
-        trust=trust, metrics=metrics, attacks=attack if attack_names else None,
+        trust=trust, metrics=metrics, refusals=refusals, attacks=attack if attack_names else None,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     written = write_report(result, folder, adapter)

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..adapters.bundle import Bundle
 from ..adapters.trust import Trust
+from ..data.refusals import REFUSALS
 from ..data.rows import read_rows
 from ..data.source import DataSpec, Row
 from ..errors import DataError
@@ -147,17 +148,18 @@ def evaluate(
     retrained: Array | None = None,
     trust: Trust | None = None,
     metrics: Sequence[Metric] = (),
+    refusals: Sequence[str] = REFUSALS,
     attacks: Callable[[Base], Sequence[Attacked]] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Measure a base before, with and after adapters; what was attached is off again at the end, errors or not.
 
-    `adapters`, `strength` and `trust` are as for `attach`; `rows`, `k`, `max_new_tokens`, `seed`, `chat_template` and
-    `batch_size` as for `suites.quick.measure`. `ability`, tasks of lm-evaluation-harness, is not measured again after
-    removal. `retrained` are truth ratios of the forget set under a model that never saw it, for the suite `tofu`.
-    `metrics` are functions of your own, called in each state. `attacks` is called once with the bare base before the
-    last measurement, which so also shows what an attack left behind, e.g.
-    `lambda base: run_attacks(Target(base, adapters, ...))`. `progress` is called with a line of text before each part.
+    `adapters`, `strength` and `trust` are as for `attach`; `rows`, `k`, `max_new_tokens`, `seed`, `chat_template`,
+    `batch_size` and `refusals` as for `suites.quick.measure`. `ability`, tasks of lm-evaluation-harness, is not
+    measured again after removal. `retrained` are truth ratios of the forget set under a model that never saw it,
+    for the suite `tofu`. `metrics` are functions of your own, called in each state. `attacks` is called once with
+    the bare base before the last measurement, which so also shows what an attack left behind, e.g. `lambda base:
+    run_attacks(Target(base, adapters, ...))`. `progress` is called with a line of text before each part.
 
     Raises:
         AdapterError: if something is attached already, or an adapter is refused.
@@ -189,7 +191,9 @@ def evaluate(
         sampling: dict[str, Any] = {"k": k, "max_new_tokens": max_new_tokens, **options}
         responses = collect_responses(base, sets, **sampling)
         rouge_tokens = ANSWER_TOKENS if suite is Suite.TOFU else None
-        scores = measure(base, sets, reference, responses=responses, rouge_tokens=rouge_tokens, **sampling)
+        scores = measure(
+            base, sets, reference, responses=responses, rouge_tokens=rouge_tokens, refusals=refusals, **sampling
+        )
         scores += [*beside_quick(suite, base, sets, retrained, answered, **options), *able]
         return responses, scores + custom_scores(metrics, base, sets, [score.name for score in scores])
 
@@ -222,10 +226,16 @@ def evaluate(
     )
 
 
-def read_measured(
-    recipe: Path | None, files: Mapping[str, Path | None], *, needed: bool = True
-) -> tuple[dict[str, list[Row]], bool]:
-    """Return the rows to measure by set, from a recipe, single files, or both, and whether to use the chat template.
+class Measured(NamedTuple):
+    """What a recipe says to measure, and how."""
+
+    rows: dict[str, list[Row]]  # by set
+    chat_template: bool
+    refusals: Sequence[str]  # what counts as abstaining
+
+
+def read_measured(recipe: Path | None, files: Mapping[str, Path | None], *, needed: bool = True) -> Measured:
+    """Return the rows to measure by set, from a recipe, single files, or both, and what else it says of measuring.
 
     A file goes before the recipe's; a retain set that the recipe leaves to be made (`auto`) is no set to measure.
 
@@ -242,4 +252,5 @@ def read_measured(
         name: read_rwku(Path(source.path)) if name == "rwku" else read_rows(source, name)
         for name, source in sources.items()
     }
-    return rows, settings.chat_template if settings else True
+    own = getattr(settings.objective, "refusals", None) if settings else None
+    return Measured(rows, settings.chat_template if settings else True, own if isinstance(own, list) else REFUSALS)

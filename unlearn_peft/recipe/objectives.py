@@ -72,6 +72,18 @@ class GaKlSettings(_BuiltIn):
     kl: Literal["reverse", "forward"] = Field(
         "reverse", description="reverse: KL(current || reference); forward: KL(reference || current)"
     )
+    refusals: bool | list[Annotated[str, Field(pattern=r"\S")]] = Field(
+        False,
+        description="abstain: teach the forget rows' questions a refusal as well; true: the package's own sentences, "
+        "in English, or your own",
+    )
+
+    @field_validator("refusals")
+    @classmethod
+    def _some(cls, refusals: bool | list[str]) -> bool | list[str]:
+        if refusals == []:
+            raise ValueError("no sentence to answer with: give some, or true for the package's own")
+        return refusals
 
 
 class GradDiffSettings(_TokenLevel):

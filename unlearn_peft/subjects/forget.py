@@ -86,7 +86,7 @@ def forget(
         raise OutputError(f"the output {folder} exists already: {what_to_do}")
     if begun and (folder / REPORT / FIGURES).is_file():
         progress("finished already")
-        return Forgotten(folder, len(read_measured(folder / RECIPE, {})[0]["forget"]), folder / ADAPTER)
+        return Forgotten(folder, len(read_measured(folder / RECIPE, {}).rows["forget"]), folder / ADAPTER)
     live = base if isinstance(base, Base) else load_base(base)
     if not begun:
         progress("asking the base what it knows of the subject ...")
@@ -101,7 +101,7 @@ def forget(
             f"{len(found.forget)} forget rows ({found.reverse} from a fact to the subject), {len(found.probes)} probes "
             f"held out, {len(found.neighbours)} neighbours: {folder / RECIPE}"
         )
-    measured, chat_template = read_measured(folder / RECIPE, {})
+    measured, chat_template, refusals = read_measured(folder / RECIPE, {})
     rows = len(measured["forget"])
     if review:
         return Forgotten(folder, rows)
@@ -110,7 +110,9 @@ def forget(
         progress("training ...")
         recipe = load_recipe(folder / RECIPE, output=str(adapter))
         unlearn(live, recipe=recipe, resume=resume, quiet=quiet)
-    evaluation = evaluate(live, [adapter], measured, k=_K, seed=seed, chat_template=chat_template, progress=progress)
+    evaluation = evaluate(
+        live, [adapter], measured, k=_K, seed=seed, chat_template=chat_template, refusals=refusals, progress=progress
+    )
     write_report(evaluation, folder / REPORT, [adapter])
     return Forgotten(folder, rows, adapter, evaluation)
 

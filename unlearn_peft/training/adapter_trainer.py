@@ -23,11 +23,12 @@ from ..errors import TrainingError
 from ..recipe.schema import Recipe
 from .checkpoints import Checkpoints, State, to_cpu
 from .examples.build import Sets
-from .objectives import Tokens, find_objective, kl_divergence, row_means
+from .objectives import find_objective
 from .reached import Reached, rows_reached
 from .schedule import Schedule, balanced, length_of, rate
 from .step.microbatches import STEP_TOKENS, StepRows, by_length, padded_tokens
 from .step.runner import StepRunner
+from .tokens import Tokens, kl_divergence, row_means
 
 logger = logging.getLogger(__name__)
 _DILUTION = 8  # tokens of a long answer that weaken the push on each of its fact tokens; the others do not

@@ -17,69 +17,29 @@ To add one: a function of the shape of `ga_kl`, a line in `OBJECTIVES` and its s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import RecipeError
-from ..models.losses import cross_entropy, kl_of_logits, log_odds_against, reverse_kl
+from ..models.losses import log_odds_against
 from ..recipe.plugins import load_function
+from .tokens import (
+    Terms,
+    Tokens,
+    fact_lengths,
+    fact_sums,
+    kl_divergence,
+    reference_logits,
+    row_lengths,
+    row_means,
+    row_sums,
+    spread,
+)
 
 _BY_HEART = 0.1  # nats/token of a row, at most
 _AT_LEAST = 6.0  # nats; 99.8 % of a fact's probability
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The target tokens of one batch, packed: prompts and padding are already gone.
-
-    `reference_logits` come from the same model with its adapter off.
-    """
-
-    logits: Tensor  # (N, V), current
-    labels: Tensor  # (N,), the token that really follows
-    rows: Tensor  # (N,), the row of the batch that the token is in
-    reference_logits: Tensor | None = None  # (N, V)
-    specific: Tensor | None = None  # (N,), bool: the tokens that carry the fact; None: all of them
-    refusal: Tokens | None = None  # the same rows, where they have a question, with a refusal for an answer
-    hidden: Tensor | None = None  # (N, d), a decoder layer's output where the token is predicted; if asked for
-    reference_hidden: Tensor | None = None  # (N, d), the same with the adapter off
-    spelling: Tensor | None = None  # (V,), the same number for tokens that read alike; None: no two do
-    facts: Tensor | None = None  # (N,), the number of the fact that the token is a part of, -1: of none
-
-    @cached_property
-    def cross_entropy(self) -> Tensor:
-        """-log p_current(label), (N,), nats."""
-        return cross_entropy(self.logits.float(), self.labels)
-
-    @cached_property
-    def reference_cross_entropy(self) -> Tensor:
-        """-log p_reference(label), (N,), nats."""
-        return cross_entropy(_reference_logits(self).float(), self.labels)
-
-    @cached_property
-    def reverse_kl(self) -> Tensor:
-        """KL(current || reference), (N,), nats."""
-        return reverse_kl(self.logits.float(), _reference_logits(self).float())
-
-    @cached_property
-    def forward_kl(self) -> Tensor:
-        """KL(reference || current), (N,), nats."""
-        return kl_of_logits(_reference_logits(self), self.logits)
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What is to be minimised, per target token: `forget` (N_f,) and `retain` (N_r,).
-
-    In nats, except for the forget terms of `ihl`, which are probabilities, and the terms of `rmu`.
-    """
-
-    forget: Tensor
-    retain: Tensor
 
 
 Objective = Callable[[Tokens, Tokens, Any], Terms]
@@ -99,9 +59,14 @@ def ga_kl(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     whole fact, spread evenly on its tokens, and a fact of several tokens has a ceiling of 2 c: at c for each of them, a
     name of six takes others along that begin like it. Such a fact is raised by `_AT_LEAST` nats in any case, since the
     tokens of a long one that the base gives a loss above 2 c may still be the likeliest, each after the last.
+
+    With `refusals` the questions are taught a refusal beside it, whose cross-entropy in nats/token is added.
     """
     ascent = -forget.cross_entropy if settings.forget_ceiling is None else _bounded_ascent(forget, settings)
-    return Terms(_push(forget, ascent, settings, settings.kl), kl_divergence(retain, settings.kl))
+    pushed = _push(forget, ascent, settings, settings.kl)
+    if forget.refusal is not None:
+        pushed = _with_refusals(forget, pushed, forget.refusal, settings)
+    return Terms(pushed, kl_divergence(retain, settings.kl))
 
 
 def grad_diff(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
@@ -148,7 +113,7 @@ def undial(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     if spelling is None:
         spelling = torch.arange(forget.logits.shape[-1], device=forget.labels.device)
     lowered = spelling == spelling[forget.labels][:, None]
-    target = torch.softmax(_reference_logits(forget).float() - settings.strength * lowered, dim=-1)
+    target = torch.softmax(reference_logits(forget).float() - settings.strength * lowered, dim=-1)
     distance = -(target * torch.log_softmax(forget.logits.float(), dim=-1)).sum(dim=-1)
     return Terms(_push(forget, distance, settings), _keep(retain, settings))
 
@@ -159,9 +124,9 @@ def npo(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     Zhang et al. 2024, arXiv:2404.05868. At the reference it pulls as hard as gradient ascent, and the less, the further
     a row has fallen below it. The paper averages over rows: see the top of this file for what that is here.
     """
-    ratio = _row_sums(_log_ratio(forget), forget)
+    ratio = row_sums(_log_ratio(forget), forget)
     loss = -2 / settings.beta * torch.nn.functional.logsigmoid(-settings.beta * ratio)
-    return Terms(_spread(loss, forget), _keep(retain, settings))
+    return Terms(spread(loss, forget), _keep(retain, settings))
 
 
 def simnpo(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
@@ -170,7 +135,7 @@ def simnpo(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     Fan et al. 2024, arXiv:2410.07163. Each token has its row's value, so rows weigh by their length, where the paper's
     weigh the same.
     """
-    mean_loss = row_means(forget.cross_entropy, forget.rows, len(_lengths(forget)))
+    mean_loss = row_means(forget.cross_entropy, forget.rows, len(row_lengths(forget)))
     loss = -2 / settings.beta * torch.nn.functional.logsigmoid(settings.beta * mean_loss - settings.gamma)
     return Terms(loss[forget.rows], _keep(retain, settings))
 
@@ -182,11 +147,11 @@ def dpo(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
     that beta does not change the pull at the start. For a row of plain text, which has no question to refuse, it is
     `npo`.
     """
-    ratio = _row_sums(_log_ratio(forget), forget)
+    ratio = row_sums(_log_ratio(forget), forget)
     if forget.refusal is not None:
         ratio = ratio.index_add(0, forget.refusal.rows, -_log_ratio(forget.refusal))
     loss = -2 / settings.beta * torch.nn.functional.logsigmoid(-settings.beta * ratio)
-    return Terms(_spread(loss, forget), _keep(retain, settings))
+    return Terms(spread(loss, forget), _keep(retain, settings))
 
 
 def rmu(forget: Tokens, retain: Tokens, settings: Any) -> Terms:
@@ -223,34 +188,6 @@ def hidden_distance(tokens: Tokens, target: Tensor | None = None) -> Tensor:
     return difference.square().mean(dim=-1)
 
 
-def kl_divergence(tokens: Tokens, direction: str = "reverse") -> Tensor:
-    """KL between the current and the reference distribution of each token, (N,), nats.
-
-    `reverse` is KL(current || reference), `forward` is KL(reference || current). Computed in float32.
-    """
-    return tokens.reverse_kl if direction == "reverse" else tokens.forward_kl
-
-
-def fact_sums(tokens: Tokens, values: Tensor) -> Tensor:
-    """Return for each token the sum of `values` (N,) over the tokens of its fact, (N,); without one, its own."""
-    if tokens.facts is None:
-        return values
-    sums = values.new_zeros(len(values) + 1).index_add(0, tokens.facts + 1, values)
-    return torch.where(tokens.facts < 0, values, sums[tokens.facts + 1])
-
-
-def fact_lengths(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Return for each token how many its fact has, (N,), and as how many that fact is raised, (N,): two at most."""
-    lengths = fact_sums(tokens, torch.ones_like(tokens.cross_entropy))
-    return lengths, lengths.clamp(max=2)
-
-
-def row_means(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Return the mean of `values` (N,) over the tokens of each of `count` rows, (count,)."""
-    sums = torch.zeros(count, device=values.device, dtype=values.dtype).index_add(0, rows, values)
-    return sums / torch.bincount(rows, minlength=count).clamp(min=1)
-
-
 def _push(forget: Tokens, terms: Tensor, settings: Any, direction: str = "reverse") -> Tensor:
     """Return the terms, or with `forget_tokens: specific` those of the fact's tokens, and KL for the others."""
     if settings.forget_tokens == "all" or forget.specific is None:
@@ -274,7 +211,7 @@ def _bounded_ascent(forget: Tokens, settings: Any) -> Tensor:
 
 def _loss_to_raise(forget: Tokens) -> Tensor:
     """Return the cross-entropy, and in rows known by heart the log-odds against the label, (N,), nats."""
-    known = row_means(forget.reference_cross_entropy, forget.rows, len(_lengths(forget))) < _BY_HEART
+    known = row_means(forget.reference_cross_entropy, forget.rows, len(row_lengths(forget))) < _BY_HEART
     chosen = known[forget.rows]
     if forget.specific is not None:
         chosen = chosen & forget.specific
@@ -282,6 +219,18 @@ def _loss_to_raise(forget: Tokens) -> Tensor:
         return forget.cross_entropy
     odds = log_odds_against(forget.logits[chosen].float(), forget.labels[chosen])
     return forget.cross_entropy.masked_scatter(chosen, odds)
+
+
+def _with_refusals(forget: Tokens, terms: Tensor, refusal: Tokens, settings: Any) -> Tensor:
+    """Return the terms, (N,), with the mean loss of each row's refusal added to each of its tokens.
+
+    Where an answer begins it is not held to the reference: there the refusal begins instead.
+    """
+    if settings.forget_tokens == "specific" and forget.specific is not None:
+        begins = torch.ones_like(forget.specific)
+        begins[1:] = forget.rows[1:] != forget.rows[:-1]
+        terms = terms.masked_fill(begins & ~forget.specific & torch.isin(forget.rows, refusal.rows), 0.0)
+    return terms + row_means(refusal.cross_entropy, refusal.rows, len(row_lengths(forget)))[forget.rows]
 
 
 def _keep(retain: Tokens, settings: Any) -> Tensor:
@@ -298,26 +247,6 @@ def _direction(tokens: Tokens, seed: int) -> Tensor:
 def _log_ratio(tokens: Tokens) -> Tensor:
     """Return log(p_current / p_reference) of each label, (N,), nats."""
     return tokens.reference_cross_entropy - tokens.cross_entropy
-
-
-def _row_sums(values: Tensor, tokens: Tokens) -> Tensor:
-    """Return the sum of `values` (N,) over the tokens of each row, (rows,)."""
-    return values.new_zeros(len(_lengths(tokens))).index_add(0, tokens.rows, values)
-
-
-def _lengths(tokens: Tokens) -> Tensor:
-    return torch.bincount(tokens.rows)
-
-
-def _spread(losses: Tensor, tokens: Tokens) -> Tensor:
-    """Return each row's loss (rows,) in equal parts on its tokens, (N,)."""
-    return (losses / _lengths(tokens).clamp(min=1))[tokens.rows]
-
-
-def _reference_logits(tokens: Tokens) -> Tensor:
-    if tokens.reference_logits is None:
-        raise ValueError("this objective needs reference logits, and got none")
-    return tokens.reference_logits
 
 
 def _hidden_states(tokens: Tokens) -> tuple[Tensor, Tensor]:

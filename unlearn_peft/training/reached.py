@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..data.tokenize import Example
-from .objectives import fact_lengths
 from .step.microbatches import StepRows
 from .step.runner import StepRunner
+from .tokens import fact_lengths
 
 _LOST, _UNLIKELY = math.log(10), 8.0  # nats
 ROW_FIGURES = ("forget_rows", "forgotten_rows", "not_reached", "nothing_to_forget", "own_answers",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..evaluation import Evaluation
 from ..lm_harness import PREFIX
+from ..metrics.answer_kinds import KINDS
 from ..score import Score
 from ..suites.rwku import KIND, worst_kind
 
@@ -44,6 +45,9 @@ _LABELS = {
     },
     "leak_rate": "Sampled answers that leak",
     "any_leak": "Probes that leak at least once",
+    "abstains": "Sampled answers that abstain",
+    "word_salad": "Sampled answers that are word salad",
+    "says_else": "Sampled answers that say something else",
     "retain_loss": "Loss on the retain rows",
     "retain_answer_probability": "Probability of the retain answers",
     "retain_rouge_l_recall": "ROUGE-L recall of the retain answers",
@@ -53,6 +57,7 @@ _LABELS = {
     "neighbours_kl": "KL to the base on the neighbours",
     "neighbours_unchanged": "Neighbours whose answer says the same as before",
     "neighbours_right": "Neighbours whose answer has all that their row names",
+    "neighbours_abstain": "Neighbours whose answer abstains",
     "free_text_kl": "KL to the base on free text",
     **{
         f"rwku_{what}_level_{n}_{part}": f"RWKU, {who}, level {n}: {words}"
@@ -127,7 +132,7 @@ def topic(name: str) -> str:
         return "privacy"
     if stem.startswith("rwku"):
         return "cost" if stem.startswith("rwku_neighbours") or stem == "rwku_beside_a_neighbour_right" else "forgotten"
-    if stem.startswith("forget") or stem in ("leak_rate", "any_leak"):
+    if stem.startswith("forget") or stem in ("leak_rate", "any_leak", *KINDS):
         return "forgotten"
     return "cost" if stem.startswith(_COST) else "language"
 

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from ...data.refusals import REFUSALS
 from ...data.rows import question_answer_pairs
 from ...data.source import Row
 from ...errors import DataError, did_you_mean
 from ...inference.contrast import fact_spans
 from ...inference.generate import answers
 from ...models.base import Base
+from ..metrics.answer_kinds import KINDS, abstains, kinds_of_answers
 from ..metrics.consistency import facts_in, says_all
 from ..metrics.fluency import losses_under_base, perplexity, repetition
 from ..metrics.leakage import any_leak, leak_shares
@@ -60,6 +62,7 @@ def measure(
     seed: int = 0,
     chat_template: bool = True,
     batch_size: int = 8,
+    refusals: Sequence[str] = REFUSALS,
 ) -> list[Score]:
     """Measure a base in the state that it is in.
 
@@ -70,8 +73,8 @@ def measure(
     figures are left out. Other suites use the other sets. `reference` is from `take_reference`, `responses` from
     `collect_responses` in this state with the same settings; None: made now. `k` answers are sampled for each probe,
     `max_new_tokens` is the length of greedy and sampled answers, `rouge_tokens` that of the answers to forget and
-    retain rows where it is another, `seed` that of sampling and bootstrap, `batch_size` rows at a time; for
-    `chat_template` see `data.tokenize`.
+    retain rows where it is another, `seed` that of sampling and bootstrap, `batch_size` rows at a time,
+    `refusals` are the sentences that count as abstaining; for `chat_template` see `data.tokenize`.
 
     Raises:
         DataError: if a set is unknown, or the reference was made of other rows.
@@ -113,10 +116,14 @@ def measure(
                 add("forget_near_verbatim_continuation", "share of continuations", False, by_heart.near)
                 add("forget_longest_verbatim_run", "tokens", False, by_heart.runs, np.max)
     if probes := rows.get("probes"):
-        shares = leak_shares(responses.samples, [row["leak"] for row in probes])
+        asked, leaks = [row["prompt"] for row in probes], [row["leak"] for row in probes]
+        shares = leak_shares(responses.samples, leaks)
         add(f"leak_rate@{k}", "share of answers", False, shares)
         add(f"any_leak@{k}", "share of probes", False, any_leak(shares))
-        prompts, written = prompts + [row["prompt"] for row in probes], written + responses.probes
+        kinds = kinds_of_answers(base, asked, responses.samples, leaks, refusals, **options)
+        for kind in KINDS[1:]:
+            add(f"{kind}@{k}", "share of answers", kind == "abstains", kinds[kind])
+        prompts, written = prompts + asked, written + responses.probes
     for name in _UNCHANGED:
         if not rows.get(name):
             continue
@@ -127,6 +134,7 @@ def measure(
         if said := reference[name].said:
             add(f"{name}_unchanged", "share of answers", True, says_all(said, responses.neighbours))
             add(f"{name}_right", "share of answers", True, says_all(reference[name].gold, responses.neighbours))
+            add(f"{name}_abstain", "share of answers", False, abstains(responses.neighbours, refusals))
     if written:
         add("repetition", "share", False, [repetition(text) for text in written])
         add("empty_answers", "share", False, [float(not text) for text in written])

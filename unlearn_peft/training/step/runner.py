@@ -19,7 +19,7 @@ from ...data.tokenize import Example
 from ...errors import AdapterError
 from ...models.forward import BackboneAndHead, BatchBuilder, agrees, picked_logits, predicting
 from ...models.layers import decoder_layers, outputs_of, vocabulary
-from ..objectives import Tokens
+from ..tokens import Tokens
 from .head import with_delta
 from .layers import adapter_names, changed_layers, watched_layer
 from .microbatches import RowRanges, StepRows, facts_of, split_microbatches
