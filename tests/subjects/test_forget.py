@@ -32,7 +32,7 @@ def asked(monkeypatch):
         return FOUND if "Nobody" not in of else SubjectRows([], [], [], 40, 0)
 
     monkeypatch.setattr(whole, "rows_about", rows)
-    monkeypatch.setattr(whole, "_SETTINGS", "steps: 3\nown_answers: 0\neval_every: 3\n")
+    monkeypatch.setattr(whole, "_SETTINGS", "steps: 3\nown_answers: 0\neval_every: 3\nobjective:\n  name: ga_kl\n")
     monkeypatch.setattr(whole, "make_retain", lambda sets, base, recipe: type("Made", (), {"rows": RETAIN[1:]}))
     return names
 
@@ -70,6 +70,17 @@ def test_after_review_the_rows_are_trained_on_as_they_were_edited(tiny, asked, t
     done = forget("Zorblax", base=tiny, output=folder, resume=True, quiet=True)
     assert done.forget_rows == 1 and done.evaluation.rows["forget"] == 1 and len(asked) == 1
     assert (folder / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == trained
+
+
+def test_abstaining_is_in_the_recipe_and_what_a_recipe_does_not_do_is_not_promised(tiny, asked, tmp_path):
+    made = {abstain: tmp_path / f"{abstain}" for abstain in (True, False)}
+    for abstain, folder in made.items():
+        forget("Zorblax", base=tiny, output=folder, abstain=abstain, review=True, quiet=True)
+        assert load_recipe(folder / "recipe.yaml").objective.refusals is abstain
+    with pytest.raises(OutputError, match=r"set objective.refusals: true in it"):
+        forget("Zorblax", base=tiny, output=made[False], abstain=True, resume=True, quiet=True)
+    done = forget("Zorblax", base=tiny, output=made[True], abstain=True, resume=True, quiet=True)
+    assert {"abstains@8", "neighbours_abstain"} <= set(done.evaluation.names)
 
 
 def test_of_a_subject_that_the_base_does_not_know_nothing_is_written(tiny, asked, tmp_path):

@@ -27,6 +27,9 @@ def forget(
     output: Annotated[
         Path, typer.Option(help="A new folder for the recipe, the adapter and the report; with --file, one for all.")
     ] = Path("out/subject"),
+    abstain: Annotated[
+        bool, typer.Option(help="Questions about the subject get a refusal, in English; for your own, edit the recipe.")
+    ] = False,
     review: Annotated[bool, typer.Option(help="Stop when the recipe is written, to read and edit it.")] = False,
     resume: Annotated[
         bool, typer.Option(help="Go on with the folder: after --review, or after an interruption.")
@@ -75,8 +78,8 @@ def forget(
 
         try:
             done: Forgotten = forget_(
-                subject, also_known_as=aliases, base=live, base_name=base, output=folder, review=review,
-                resume=resume and folder.exists(), seed=seed, quiet=quiet, progress=tell,
+                subject, also_known_as=aliases, base=live, base_name=base, output=folder, abstain=abstain,
+                review=review, resume=resume and folder.exists(), seed=seed, quiet=quiet, progress=tell,
             )  # fmt: skip
         except UnknownSubject as error:
             unknown += 1

@@ -32,6 +32,7 @@ objective:
   name: ga_kl
   retain_budget: null   # tokens are held at the ceiling, so the last step is kept
 """
+_ABSTAIN = "  refusals: true        # the questions are taught a refusal; or a list of your own sentences\n"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def forget(
     base: str | Base = "demo",
     base_name: str | None = None,
     output: str | Path = "out/subject",
+    abstain: bool = False,
     review: bool = False,
     resume: bool = False,
     seed: int = 0,
@@ -65,6 +67,7 @@ def forget(
         base: a loaded `Base`, or a name as `load_base` takes it.
         base_name: what the recipe is to call a loaded base; by default its own name.
         output: a new folder for the recipe, its rows, the adapter and the report.
+        abstain: questions about the subject are taught a refusal, in English: edit the recipe for your own sentences.
         review: stop when the recipe folder is written; `resume` goes on from there, with the rows as they then are.
         resume: go on with the folder: what is finished in it is left as it is.
         seed: of all sampling and of training.
@@ -73,7 +76,7 @@ def forget(
 
     Raises:
         UnknownSubject: if the base knows nothing of it; then nothing is written.
-        OutputError: if the folder exists already, and `resume` is not set.
+        OutputError: if the folder exists already and `resume` is not set, or its recipe does not `abstain`.
         UnlearnError: as `unlearn` and `evaluate` raise it.
     """
     names = [each.strip() for each in (name, *also_known_as)]
@@ -84,6 +87,10 @@ def forget(
     if folder.exists() and not (resume and begun):
         what_to_do = "choose another, or go on with it with resume" if begun else "choose a new one"
         raise OutputError(f"the output {folder} exists already: {what_to_do}")
+    if begun and abstain and getattr(load_recipe(folder / RECIPE).objective, "refusals", False) is False:
+        raise OutputError(
+            f"{folder / RECIPE} is written already, and trains no refusals: set objective.refusals: true in it instead"
+        )
     if begun and (folder / REPORT / FIGURES).is_file():
         progress("finished already")
         return Forgotten(folder, len(read_measured(folder / RECIPE, {}).rows["forget"]), folder / ADAPTER)
@@ -96,7 +103,7 @@ def forget(
                 f"the base shows no knowledge of the subject: none of its answers to {found.asked} prompts says "
                 "something of it again and again that it does not say of a made-up name. There is nothing to forget"
             )
-        write_recipe(folder, found, live, base_name or (base if isinstance(base, str) else live.name), seed)
+        write_recipe(folder, found, live, base_name or (base if isinstance(base, str) else live.name), seed, abstain)
         progress(
             f"{len(found.forget)} forget rows ({found.reverse} from a fact to the subject), {len(found.probes)} probes "
             f"held out, {len(found.neighbours)} neighbours: {folder / RECIPE}"
@@ -117,7 +124,9 @@ def forget(
     return Forgotten(folder, rows, adapter, evaluation)
 
 
-def write_recipe(folder: Path, found: SubjectRows, base: Base, base_name: str, seed: int) -> None:
+def write_recipe(
+    folder: Path, found: SubjectRows, base: Base, base_name: str, seed: int, abstain: bool = False
+) -> None:
     """Write a recipe folder, whole or not at all: the rows, a retain set that the base makes, and `recipe.yaml`."""
     sets = {"forget": found.forget, "probes": found.probes, "neighbours": found.neighbours}
     sets = {name: rows for name, rows in sets.items() if rows}
@@ -131,7 +140,7 @@ def write_recipe(folder: Path, found: SubjectRows, base: Base, base_name: str, s
         "# or train as from any recipe: unlearn-peft train recipe.yaml --output ADAPTER",
         f"base: {json.dumps(base_name)}",
         *(f"{name}: {name}.jsonl" for name in sets),
-        _SETTINGS + f"seed: {seed}",
+        f"{_SETTINGS}{_ABSTAIN if abstain else ''}seed: {seed}",
     ]
     with atomic_folder(folder) as temporary:
         for name, rows in sets.items():
