@@ -6,9 +6,10 @@
 Settings are chosen by the twelve of `choose` alone; the four of `confirm` are looked at once, at the end. The recipe is
 the demo's with the rows replaced and `retain: auto`, or with --defaults the package's own. A line a subject: probes
 that the base answers of all; of those, the ones that still leak with the adapter, in all and by kind of probe; answers
-sampled at temperature 1 that leak before and with, over all probes; neighbours whose greedy answer (40 tokens) is
-unchanged; their mean KL to the base (nats/token); training seconds. Each goes to out/subjects.jsonl at once: numbers
-and settings only.
+sampled at temperature 1 that leak before and with, over all probes; of all greedy and of all sampled answers those that
+abstain, of the sampled ones that say something else or are word salad (`evaluate/metrics/answer_kinds.py`); neighbours
+whose greedy answer (40 tokens) is unchanged, and that abstain; their mean KL to the base (nats/token); training
+seconds. Each goes to out/subjects.jsonl at once: numbers and settings only.
 """
 
 import argparse
@@ -19,13 +20,16 @@ from collections import Counter
 from pathlib import Path
 
 from unlearn_peft import forgetting, load_base, load_recipe, unlearn
+from unlearn_peft.data.refusals import REFUSALS
 from unlearn_peft.data.rows import read_rows
 from unlearn_peft.evaluate.compare import compare
+from unlearn_peft.evaluate.metrics.answer_kinds import KINDS, abstains, kinds_of_answers
 from unlearn_peft.inference.generate import answers, leaked, sampled
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "tests" / "fixtures" / "subjects"
 TOKENS = 40  # of an answer
+SHOWN = ("abstains", "says_else", "word_salad")  # kinds of answers
 
 
 def main():
@@ -43,9 +47,10 @@ def main():
     base, found = load_base(args.base, args.dtype), []
     args.output.parent.mkdir(parents=True, exist_ok=True)
     print(
-        "| subject | base answers | of those leak | by kind | sampled leaks before / with | unchanged | KL | training |"
+        "| subject | base answers | of those leak | by kind | sampled leaks before / with | abstain | sampled: abstain / else / salad | "
+        "neighbours unchanged | abstain | KL | training |"
     )
-    print("|---|---|---|---|---|---|---|---|")
+    print("|---" * 11 + "|")
     for name, subject in chosen.items():
         one = {"subject": name, **measure(base, subject, args.samples, args.set, args.defaults)}
         settings = {"base": args.base, "defaults": args.defaults, "set": args.set, "dtype": args.dtype}
@@ -79,7 +84,8 @@ def measure(base, subject, samples, overrides, defaults):
         )
         with forgetting(base, adapter.path):
             drawn = sampled(base, prompts, count=samples, max_new_tokens=TOKENS)
-            unchanged = sum(a == b for a, b in zip(kept, answers(base, beside, max_new_tokens=TOKENS), strict=True))
+            near = answers(base, beside, max_new_tokens=TOKENS)
+    kinds = kinds_of_answers(base, prompts, drawn, [row["leak"] for row in probes], REFUSALS)
     answered = [n for n, probe in enumerate(result["probes"]) if probe["before"]["leaked"]]
     still = [n for n in answered if result["probes"][n]["with"]["leaked"]]
     return {
@@ -88,7 +94,11 @@ def measure(base, subject, samples, overrides, defaults):
         "kinds_answered": Counter(probes[n]["kind"] for n in answered),
         "kinds_leaking": Counter(probes[n]["kind"] for n in still), "probes_leaking": still,
         "sampled_before": leaks(drawn_before, probes), "sampled_with": leaks(drawn, probes),
-        "n_sampled": len(probes) * samples, "unchanged": unchanged, "n_neighbours": len(neighbours),
+        "n_sampled": len(probes) * samples,
+        "kinds": {kind: float(shares.sum()) * samples for kind, shares in kinds.items()},
+        "abstaining": int(abstains([probe["with"]["text"] for probe in result["probes"]], REFUSALS).sum()),
+        "unchanged": sum(a == b for a, b in zip(kept, near, strict=True)),
+        "neighbours_abstaining": int(abstains(near, REFUSALS).sum()), "n_neighbours": len(neighbours),
         "neighbour_kl": result["neighbour_kl"]["with"], "seconds": adapter.metrics["training_seconds"],
     }  # fmt: skip
 
@@ -116,6 +126,7 @@ def total(found):
     """Sum up subjects; KL is the mean of theirs."""
     summed = {key: sum(one[key] for one in found) for key, value in found[0].items() if isinstance(value, int | float)}
     kinds = {key: sum((one[key] for one in found), Counter()) for key in ("kinds_answered", "kinds_leaking")}
+    kinds["kinds"] = {kind: sum(one["kinds"][kind] for one in found) for kind in KINDS}
     return {**summed, **kinds, "subject": "all", "neighbour_kl": summed["neighbour_kl"] / len(found)}
 
 
@@ -123,10 +134,12 @@ def line(one):
     """Format one row of the table."""
     kinds = ", ".join(f"{kind} {one['kinds_leaking'][kind]}/{n}" for kind, n in sorted(one["kinds_answered"].items()))
     share = [f"{100 * one[f'sampled_{state}'] / max(1, one['n_sampled']):.0f} %" for state in ("before", "with")]
+    shares = " / ".join(f"{100 * one['kinds'][kind] / max(1, one['n_sampled']):.0f} %" for kind in SHOWN)
     return (
         f"| {one['subject']} | {one['answered']} of {one['n_probes']} | {one['leaking']} (and {one['newly_leaking']} "
-        f"others) | {kinds} | {' / '.join(share)} | {one['unchanged']} of {one['n_neighbours']} | "
-        f"{one['neighbour_kl']:.4f} | {one['seconds']:.0f} s |"
+        f"others) | {kinds} | {' / '.join(share)} | {one['abstaining']} of {one['n_probes']} | {shares} | "
+        f"{one['unchanged']} of {one['n_neighbours']} | "
+        f"{one['neighbours_abstaining']} | {one['neighbour_kl']:.4f} | {one['seconds']:.0f} s |"
     )
 
 
