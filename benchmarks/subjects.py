@@ -47,8 +47,8 @@ def main():
     base, found = load_base(args.base, args.dtype), []
     args.output.parent.mkdir(parents=True, exist_ok=True)
     print(
-        "| subject | base answers | of those leak | by kind | sampled leaks before / with | abstain | sampled: abstain / else / salad | "
-        "neighbours unchanged | abstain | KL | training |"
+        "| subject | base answers | of those leak | by kind | sampled leaks before / with | abstain | "
+        "sampled: abstain / else / salad | neighbours unchanged | abstain | KL | training |"
     )
     print("|---" * 11 + "|")
     for name, subject in chosen.items():
