@@ -74,17 +74,17 @@ def test_rows_that_are_not_visited_or_not_forgotten_are_told(tiny, fields, caplo
     ("now", "facts", "not_reached"),
     [
         ([2.4, 0, 2.0, 2.0, 9, 9, 9, 9, 0, 8.1], [0, -1, 1, 2, -1, -1, -1, -1, -1, 3], [2]),
-        ([2.4, 0, 4.7, 0.0, 9, 9, 9, 9, 0, 8.1], [0, -1, 1, 1, -1, -1, -1, -1, -1, 3], []),
-        ([2.4, 0, 2.4, 2.0, 9, 9, 9, 9, 0, 7.9], [0, -1, 1, 1, -1, -1, -1, -1, -1, 3], [2, 4]),
+        ([2.4, 0, 4.7, 0.0, 9, 9, 9, 9, 0, 7.9], [0, -1, 1, 1, -1, -1, -1, -1, -1, 3], []),
+        ([2.4, 0, 2.4, 2.0, 9, 9, 9, 9, 0, 7.55], [0, -1, 1, 1, -1, -1, -1, -1, -1, 3], [2, 4]),
     ],
 )
 def test_a_row_is_forgotten_when_its_facts_lost_90_percent(now, facts, not_reached):
-    """And a fact of two tokens 99 %."""
+    """And a fact of two tokens 99 %. One that the base hardly expects is held at 8 nats, a little above or below."""
 
     class Runner:
         @contextmanager
         def step(self, rows):
-            current, base = torch.tensor(now), torch.tensor([0.0] * 9 + [7.8])
+            current, base = torch.tensor(now), torch.tensor([0.0] * 9 + [7.5])
             tokens = SimpleNamespace(cross_entropy=current, reference_cross_entropy=base, facts=torch.tensor(facts))
             yield [SimpleNamespace(forget=tokens)]
 

@@ -1,8 +1,9 @@
 """Which forget rows a trained adapter has forgotten: each row's fact tokens, measured once over all rows.
 
 A row is forgotten when the mean loss of its fact tokens, in nats, is at least ln 10 above the base's (the tokens have
-lost 90 % of their probability, as a geometric mean), or at least 8 (they are less likely than 1 in 3000). A fact of
-several tokens need rise by no more than two, as in `ga_kl`: it has lost 99 % of its probability.
+lost 90 % of their probability, as a geometric mean), or at least 7.6 (they are less likely than 1 in 2000; `ga_kl`
+holds tokens at 8, a little above or below). A fact of several tokens need rise by no more than two, as in `ga_kl`: it
+has lost 99 % of its probability.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .step.microbatches import StepRows
 from .step.runner import StepRunner
 from .tokens import fact_lengths
 
-_LOST, _UNLIKELY = math.log(10), 8.0  # nats
+_LOST, _UNLIKELY = math.log(10), math.log(2000)  # nats
 ROW_FIGURES = ("forget_rows", "forgotten_rows", "not_reached", "nothing_to_forget", "own_answers",
                "own_answers_forgotten")  # fmt: skip
 
