@@ -1,12 +1,16 @@
 """The benchmarks of training run, on a tiny model; what they find there means nothing."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from unlearn_peft import load_base, load_recipe
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 HEADS = ("original", "peft_head", "head")
@@ -156,3 +160,49 @@ def test_subjects_and_languages_run(benchmarks, tiny_folder, tmp_path, monkeypat
     assert subject["n_probes"] == 19 and 0 <= subject["unchanged"] <= subject["n_neighbours"] == 8
     assert 0 < language["fact_tokens"] <= language["target_tokens"] and language["neutral_kl"] >= 0
     assert "| darwin |" in capsys.readouterr().out
+
+
+@pytest.fixture
+def comparison(benchmarks, tiny, tmp_path, monkeypatch):
+    """benchmarks/open_unlearning.py on a tiny base, and a checkout whose training changes nothing."""
+    import open_unlearning as both
+
+    def train(command, **_):
+        settings = json.loads(Path(command[-1]).read_text())
+        assert {"question", "answer"} == set(json.loads(Path(settings["forget"]).read_text())[0])
+        shutil.copytree(settings["model"], settings["output"])
+        return SimpleNamespace(
+            returncode=0, stdout='{"seconds": 1, "tflop": 0.1, "peak_gb": 1, "steps": 2}\n', stderr=""
+        )
+
+    (tmp_path / "src" / "trainer").mkdir(parents=True)
+    monkeypatch.setattr(both.subprocess, "run", train)
+    monkeypatch.setattr(both, "load_base", lambda name, dtype: tiny if name == "demo" else load_base(name))
+    fast = ["steps=1", "own_answers=0", "eval_every=1", "retain_answers=0", "stand_in_answers=false"]
+    monkeypatch.setattr(both, "load_recipe", lambda path, **more: load_recipe(path, fast, **more))
+    return both
+
+
+def test_ours_and_theirs_are_measured_alike(comparison, tmp_path, monkeypatch, capsys):
+    out, picture = tmp_path / "out.jsonl", tmp_path / "both.png"
+    arguments = [tmp_path, "--methods", "NPO", "--rates", "1e-5", "--output", out, "--picture", picture]
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
+    comparison.main()
+    found = [json.loads(text) for text in out.read_text().splitlines()]
+    assert [(one["way"], one.get("strength")) for one in found] == [
+        *(("unlearn_peft", strength) for strength in comparison.STRENGTHS), ("NPO", None),
+    ]  # fmt: skip
+    assert (
+        found[-1]["neighbour_kl"] == pytest.approx(0, abs=1e-6) and found[-1]["unchanged"] == found[-1]["n_neighbours"]
+    )
+    assert found[0]["neighbour_kl"] > 0 and found[0]["tflop"] > 0 and picture.stat().st_size > 0
+    assert "| NPO, rate 1e-05, 2 steps |" in capsys.readouterr().out
+    comparison.main()
+    assert len(out.read_text().splitlines()) == len(found)  # what is kept is not made again
+
+
+def test_a_folder_that_is_no_checkout_is_refused(comparison, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "src")])
+    with pytest.raises(SystemExit):
+        comparison.main()
+    assert "is no checkout of open-unlearning" in capsys.readouterr().err
