@@ -349,11 +349,12 @@ def test_the_engine_hands_out_each_rows_refusal(tiny, fields):
     model.unload()
 
 
-def test_dpo_makes_refusals_likelier_and_no_manifest_quotes_the_users_own(tiny, fields):
+@pytest.mark.parametrize("name", ["dpo", "ga_kl"])
+def test_refusals_become_likelier_and_no_manifest_quotes_the_users_own(tiny, fields, name):
     from unlearn_peft import attach, detach
 
     sentence = "I like apples and apples."
-    objective = {"name": "dpo", "retain_budget": None, "refusals": [sentence]}
+    objective = {"name": name, "retain_budget": None, "refusals": [sentence]}
     fields |= {"steps": 20, "retain_weight": 1, "objective": objective}
     rows = [{**row, "completion": sentence} for row in FORGET]
 
@@ -372,3 +373,5 @@ def test_dpo_makes_refusals_likelier_and_no_manifest_quotes_the_users_own(tiny, 
     assert after < before - 1
     assert result.metrics["forget_loss"] > result.metrics["forget_loss_base"]
     assert not [f.name for f in result.path.iterdir() if sentence.encode() in f.read_bytes()]
+    told = json.loads((result.path / "forget.json").read_text())
+    assert ('"refusals": true' in json.dumps(told)) == (name == "ga_kl")

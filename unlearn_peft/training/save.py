@@ -97,7 +97,8 @@ def metrics_of(trained: Trained) -> dict[str, Any]:
 def settings_of(recipe: Recipe) -> dict[str, Any]:
     """The recipe without its data: not even the names of its files, nor refusals that may name what is refused."""
     settings = recipe.model_dump(exclude={*DATA_FIELDS, "output", "cache_gb", "compile"}, mode="json")
-    settings["objective"].pop("refusals", None)
+    if settings["objective"].pop("refusals", None) and recipe.objective.name == "ga_kl":
+        settings["objective"]["refusals"] = True  # in whose words, is not told
     if recipe.makes_retain:
         settings["retain"] = "auto"
     if ".py:" in settings["objective"]["name"]:
