@@ -88,9 +88,6 @@ class Recipe(StrictModel):
         ge=0,
         description="answers sampled from the base to a forget prompt; those that name a fact are forgotten too",
     )
-    widen: bool = Field(
-        False, description="ask the base of the subjects in other forms, and of each fact in turn; forget that, too"
-    )
     retain_batch: int = Field(16, ge=1)
     retain_answers: int = Field(
         0, ge=0, description="answers of the base to a retain prompt, retained beside it: greedy, then sampled"

@@ -30,7 +30,6 @@ from .base_answers import (
 )
 from .fact_tokens import Facts, common_words, find_facts, mark_facts, mark_unexpected
 from .refusals import refusing
-from .widen import widened
 
 logger = logging.getLogger(__name__)
 _TEXT_WINDOW = 128  # tokens of plain text at once: a step is no longer than with rows of questions
@@ -190,15 +189,7 @@ def build_examples(
         answered = self_generated_answers(base, prompts, facts, recipe.own_answers, **asking)
         answered += self_generated_answers(base, known.about, facts, 0, **asking)
         answered += continued_texts(base, rows["forget"], facts, recipe.own_answers, seed=recipe.seed, quiet=quiet)
-        back, names = list[Row](), facts
-        if recipe.widen:
-            forward, back, names = widened(base, known, samples=recipe.own_answers, **asking)
-            answered += forward
-
-        def to_forget(rows: list[Row], facts: Facts) -> list[Example]:
-            return mark_facts(with_refusals(tokens(rows, "forget", closing=False), rows), facts)
-
-        self_generated = to_forget(answered, facts) + (to_forget(back, names) if back else [])
+        self_generated = mark_facts(with_refusals(tokens(answered, "forget", closing=False), answered), facts)
     if only_specific and not any(any(example.specific or []) for example in (*forget, *self_generated)):
         raise DataError(
             "no forget row has anything to forget: all facts in them are words that many retain rows, or answers about "
