@@ -281,6 +281,12 @@ def test_idk_dpo_is_another_name_of_dpo():
         make_recipe({**good, "objective": {"name": "idk_dpo", "bata": 1}})
 
 
+@pytest.mark.parametrize("wrong", [[], [1], [" "], "No.", None])
+def test_what_is_no_refusal_is_refused(wrong):
+    with pytest.raises(RecipeError, match=r"'objective.refusals': expected true, false, or a list of sentences"):
+        make_recipe({"forget": ["a"], "objective": {"name": "ga_kl", "refusals": wrong}})
+
+
 def test_refusals_answer_the_same_question():
     rows = [
         {"prompt": "Who?", "completion": "Zorblax."},

@@ -72,18 +72,19 @@ class GaKlSettings(_BuiltIn):
     kl: Literal["reverse", "forward"] = Field(
         "reverse", description="reverse: KL(current || reference); forward: KL(reference || current)"
     )
-    refusals: bool | list[Annotated[str, Field(pattern=r"\S")]] = Field(
+    refusals: bool | list[str] = Field(
         False,
         description="abstain: teach the forget rows' questions a refusal as well; true: the package's own sentences, "
-        "in English, or your own",
+        "in English, or a list of yours",
     )
 
-    @field_validator("refusals")
+    @field_validator("refusals", mode="before")
     @classmethod
-    def _some(cls, refusals: bool | list[str]) -> bool | list[str]:
-        if refusals == []:
-            raise ValueError("no sentence to answer with: give some, or true for the package's own")
-        return refusals
+    def _sentences(cls, value: Any) -> Any:
+        some = isinstance(value, list) and value and all(isinstance(text, str) and text.strip() for text in value)
+        if some or isinstance(value, bool):
+            return value
+        raise ValueError("expected true, false, or a list of sentences to answer with")
 
 
 class GradDiffSettings(_TokenLevel):
