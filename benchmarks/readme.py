@@ -3,11 +3,11 @@
     python benchmarks/readme.py [BLOCK ...]
 
 README.md has the demo, cut short; docs/results.md has all blocks, whole. They are demo, eval, changed, unseen, tipped,
-abstain, seed, passage, auto_retain, tofu and frontier.
+seed, passage, auto_retain, tofu and frontier.
 
 By default demo, changed, unseen, tipped, eval and seed: about an hour on 2 cores. (What is between `demo` and `seed`
-measures the adapter that `demo` made.) abstain and passage take half an hour each, auto_retain an hour. tofu and
-frontier show what benchmarks/tofu_smollm2.py and benchmarks/frontier.py have kept so far: run these before.
+measures the adapter that `demo` made.) passage takes half an hour, auto_retain an hour. tofu and frontier show what
+benchmarks/tofu_smollm2.py and benchmarks/frontier.py have kept so far: run these before.
 """
 
 import os
@@ -33,10 +33,6 @@ BLOCKS = {
     "changed": [[*CLI, "eval", "out/readme", *NEAR, DATA + "neighbours.jsonl"]],
     "unseen": [[*CLI, "eval", "out/readme", *NEAR, DATA + "neighbours_unseen.jsonl"]],
     "tipped": [["benchmarks/tipped.py"]],
-    "abstain": [
-        [*CLI, "train", "recipes/harry_potter.yaml", "--set", "objective.refusals=true", "--output", "out/abstain"],
-        [*CLI, "eval", "out/abstain", "--recipe", "recipes/harry_potter.yaml", "--k", "8"],
-    ],
     "seed": [[*CLI, "train", "recipes/seed_lm_head.yaml", "--output", "out/readme_seed"]],
     "passage": [["benchmarks/passage.py"]],
     "auto_retain": [["benchmarks/auto_retain.py", "harry_potter", "apple"]],
