@@ -14,6 +14,7 @@ import pytest
 from conftest import FORGET, RETAIN, logits
 
 from unlearn_peft import attach, attached, detach
+from unlearn_peft.data.refusals import REFUSALS
 from unlearn_peft.errors import AdapterError, DataError, OutputError
 from unlearn_peft.evaluate.evaluation import STATES, evaluate, read_measured
 from unlearn_peft.evaluate.report import labels as wording
@@ -156,12 +157,16 @@ def test_a_recipe_names_the_sets_and_a_file_goes_before_it(tmp_path, files, writ
     (tmp_path / "recipe.yaml").write_text(
         "forget: forget.jsonl\nretain: retain.jsonl\nprobes: probes.jsonl\nchat_template: false\n"
     )
-    rows, chat_template = read_measured(tmp_path / "recipe.yaml", {"probes": None})
+    rows, chat_template, refusals = read_measured(tmp_path / "recipe.yaml", {"probes": None})
+    assert refusals == REFUSALS
     assert rows == {name: SETS[name] for name in ("forget", "retain", "probes")} and chat_template is False
     other = write_rows("other.jsonl", RETAIN[:1])
-    rows, _ = read_measured(tmp_path / "recipe.yaml", {"retain": other, "free_text": other})
+    with (tmp_path / "recipe.yaml").open("a") as file:
+        file.write("objective: {name: ga_kl, refusals: [Das sage ich nicht.]}\n")
+    rows, _, refusals = read_measured(tmp_path / "recipe.yaml", {"retain": other, "free_text": other})
+    assert refusals == ["Das sage ich nicht."]
     assert rows["retain"] == rows["free_text"] == RETAIN[:1]
-    assert read_measured(None, {"retain": other, "probes": None}) == ({"retain": RETAIN[:1]}, True)
+    assert read_measured(None, {"retain": other, "probes": None}) == ({"retain": RETAIN[:1]}, True, REFUSALS)
 
 
 def test_refusals(run_eval, tmp_path, files, tiny, tiny_folder, make_adapter):

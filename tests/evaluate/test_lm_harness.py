@@ -196,7 +196,7 @@ def test_ability_is_no_trace_of_an_adapter(tiny, adapter, folder):
     tasks = read_tasks(["four_rows"], [folder])
     result = evaluate(tiny, [adapter], {"neighbours": near}, ability=tasks)
     assert [s.name for s in result.scores["with"]] == [
-        "neighbours_kl", "neighbours_unchanged", "neighbours_right", "lm_eval:four_rows:acc",
+        "neighbours_kl", "neighbours_unchanged", "neighbours_right", "neighbours_abstain", "lm_eval:four_rows:acc",
         "lm_eval:four_rows:acc_norm",
     ]  # fmt: skip
     assert result.left_behind == [] and result.figures()["removal"]["exact"] is True and not attached(tiny)
