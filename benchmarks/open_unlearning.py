@@ -21,17 +21,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from subjects import recipe_for, subjects
+from subjects import leaks, recipe_for, subjects
 from torch.utils.flop_counter import FlopCounterMode
 
 from unlearn_peft import forgetting, load_base, load_recipe, unlearn
 from unlearn_peft.data.rows import read_rows
+from unlearn_peft.evaluate.score import per_token, sums
 from unlearn_peft.evaluate.token_scores import keep_reference, kl_to_reference
 from unlearn_peft.inference.generate import answers, leaked, sampled
 from unlearn_peft.training.examples.build import make_retain
 
 ROOT = Path(__file__).parent.parent
-METHODS = {  # and what differs from their settings: the retain loss that the issue of the comparison is about
+METHODS = {  # and what differs from their settings: GradDiff by itself learns its retain rows
     "GradDiff": {"retain_loss_type": "KL"}, "NPO": {}, "SimNPO": {}, "RMU": {}, "UNDIAL": {},
 }  # fmt: skip
 RATES = (1e-5, 3e-5, 1e-4)
@@ -59,7 +60,7 @@ def main():
     base, name = load_base("demo", args.dtype), args.subject or "harry_potter"
     with tempfile.TemporaryDirectory() as folder:
         rows, recipe = same_rows(base, args.subject, Path(folder))
-        ruler = Ruler(base, rows, args.dtype)
+        ruler = Ruler(base, rows)
         done = {(one["way"], one.get("rate")) for one in kept(args.output, name)}
 
         def keep(one):
@@ -95,8 +96,8 @@ def same_rows(base, subject, folder):
 class Ruler:
     """Measures any model against the bare base."""
 
-    def __init__(self, base, rows, dtype):
-        self.rows, self.dtype = rows, dtype
+    def __init__(self, base, rows):
+        self.rows = rows
         self.prompts = [row["prompt"] for row in rows["probes"]]
         self.near = [row["prompt"] for row in rows["neighbours"]]
         self.reference = keep_reference(base, rows["neighbours"], what="neighbours")
@@ -111,12 +112,11 @@ class Ruler:
         greedy = answers(model, self.prompts, max_new_tokens=TOKENS)
         drawn = sampled(model, self.prompts, count=SAMPLES, max_new_tokens=TOKENS)
         values = kl_to_reference(model, self.rows["neighbours"], self.reference, what="neighbours")
-        total, count = sum(float(v.double().sum()) for v in values), sum(len(v) for v in values)
         near = answers(model, self.near, max_new_tokens=TOKENS)
         return {
             "leaking": sum(bool(leaked(greedy[n], words[n])) for n in self.known),
-            "sampled_leaks": sum(bool(leaked(t, w)) for texts, w in zip(drawn, words, strict=True) for t in texts),
-            "n_sampled": SAMPLES * len(words), "neighbour_kl": total / count,
+            "sampled_leaks": leaks(drawn, self.rows["probes"]),
+            "n_sampled": SAMPLES * len(words), "neighbour_kl": per_token(sums(values)),
             "unchanged": sum(a == b for a, b in zip(self.kept, near, strict=True)), "n_neighbours": len(near),
         }  # fmt: skip
 
@@ -136,9 +136,10 @@ def ours(base, recipe, ruler):
 def theirs(args, method, rate, rows, base, ruler, folder):
     """Train a copy of the base by one method in their environment, measure it, and delete it."""
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        model = Path(work) / "base"
-        base.model.save_pretrained(model)
-        base.tokenizer.save_pretrained(model)
+        model = folder / "base"
+        if not model.is_dir():
+            base.model.save_pretrained(model)
+            base.tokenizer.save_pretrained(model)
         settings = {"method": method, "model": str(model), "output": f"{work}/out", "bf16": args.bf16}
         settings["args"] = {"learning_rate": rate, "num_train_epochs": args.epochs}
         settings["method_args"] = METHODS[method]
