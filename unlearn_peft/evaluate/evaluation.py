@@ -21,6 +21,7 @@ from ..data.source import DataSpec, Row
 from ..errors import DataError
 from ..models.base import Base
 from ..recipe.load import load_recipe
+from ..recipe.objectives import refusals_of
 from .custom import Metric, custom_scores
 from .lm_harness import PREFIX, Ability
 from .responses import Comparison, Responses, changed_neighbours, collect_responses, compare_probes
@@ -252,5 +253,6 @@ def read_measured(recipe: Path | None, files: Mapping[str, Path | None], *, need
         name: read_rwku(Path(source.path)) if name == "rwku" else read_rows(source, name)
         for name, source in sources.items()
     }
-    own = getattr(settings.objective, "refusals", None) if settings else None
-    return Measured(rows, settings.chat_template if settings else True, own if isinstance(own, list) else REFUSALS)
+    if settings is None:
+        return Measured(rows, True, REFUSALS)
+    return Measured(rows, settings.chat_template, refusals_of(settings.objective) or REFUSALS)

@@ -5,10 +5,12 @@ To add an objective: a model here, in `_BuiltIns` too, and a function there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
 
+from ..data.refusals import REFUSALS
 from ..errors import did_you_mean
 from ..files.validation import Settings, StrictModel
 
@@ -188,6 +190,15 @@ _BuiltIns = (
 )  # fmt: skip
 SETTINGS: dict[str, type[ObjectiveSettings]] = {m.model_fields["name"].default: m for m in get_args(_BuiltIns)}
 ALIASES = {"idk_dpo": "dpo"}  # names in other projects; manifests and messages have ours
+
+
+def refusals_of(objective: ObjectiveSettings) -> Sequence[str] | None:
+    """Return the sentences that an objective teaches: its own, or the package's; None: it teaches none.
+
+    Any objective's with a field `refusals` that is not false, a user's own too.
+    """
+    refusals = getattr(objective, "refusals", False)
+    return None if refusals is False else (refusals if isinstance(refusals, list) else None) or REFUSALS
 
 
 def _kind(value: Any) -> str:

@@ -19,6 +19,7 @@ from ..evaluate.report.report import FIGURES, write_report
 from ..files.atomic import atomic_folder
 from ..models.base import Base, load_base
 from ..recipe.load import load_recipe, make_recipe
+from ..recipe.objectives import refusals_of
 from ..recipe.schema import Recipe
 from ..training.examples.build import make_retain
 from ..training.examples.subject import SubjectRows, rows_about
@@ -87,7 +88,7 @@ def forget(
     if folder.exists() and not (resume and begun):
         what_to_do = "choose another, or go on with it with resume" if begun else "choose a new one"
         raise OutputError(f"the output {folder} exists already: {what_to_do}")
-    if begun and abstain and getattr(load_recipe(folder / RECIPE).objective, "refusals", False) is False:
+    if begun and abstain and refusals_of(load_recipe(folder / RECIPE).objective) is None:
         raise OutputError(
             f"{folder / RECIPE} is written already, and trains no refusals: set objective.refusals: true in it instead"
         )

@@ -18,6 +18,7 @@ from ...errors import DataError
 from ...inference.contrast import Contrast, answer_words, contrasts, said_anyway
 from ...models.base import Base
 from ...models.layers import check_known
+from ...recipe.objectives import refusals_of
 from ...recipe.schema import DATA_FIELDS, Recipe
 from .auto_retain import GeneratedRetain, auto_retain
 from .base_answers import (
@@ -141,10 +142,9 @@ def build_examples(
         return examples
 
     def with_refusals(examples: list[Example], rows: Sequence[Row]) -> list[Example]:
-        refusals = getattr(recipe.objective, "refusals", False)  # any objective's, a user's own too
-        if refusals is False:
+        if (refusals := refusals_of(recipe.objective)) is None:
             return examples
-        refused = refusing(rows, recipe.seed, refusals if isinstance(refusals, list) else None)
+        refused = refusing(rows, recipe.seed, refusals)
         return [
             replace(example, refusal=tokens([row], "refusal")[0]) if row else example
             for row, windows in zip(refused, by_row(examples), strict=True)

@@ -9,13 +9,13 @@ from ...data.refusals import REFUSALS
 from ...data.source import Row
 
 
-def refusing(rows: Sequence[Row], seed: int, sentences: Sequence[str] | None = None) -> list[Row | None]:
+def refusing(rows: Sequence[Row], seed: int, sentences: Sequence[str] = REFUSALS) -> list[Row | None]:
     """Return each row with a refusal for its answer, or None for a row of plain text, which has no question.
 
     Every assistant turn of a `messages` row is replaced, so that none of the answer is left. The seed decides which
     row gets which of the sentences (`REFUSALS` by default); each comes once before any comes again.
     """
-    order = random.Random(seed).sample(sentences or REFUSALS, len(sentences or REFUSALS))
+    order = random.Random(seed).sample(sentences, len(sentences))
     return [_answered(row, order[n % len(order)]) for n, row in enumerate(rows)]
 
 
