@@ -18,7 +18,7 @@ from ...models.base import Base
 from ..metrics.answer_kinds import KINDS, abstains, kinds_of_answers
 from ..metrics.consistency import facts_in, says_all
 from ..metrics.fluency import losses_under_base, perplexity, repetition
-from ..metrics.leakage import any_leak, leak_shares
+from ..metrics.leakage import any_leak
 from ..metrics.memorization import answer_probability, exact_memorization, extraction_strength, rouge_l
 from ..metrics.verbatim import verbatim
 from ..responses import Responses, collect_responses, neighbour_responses
@@ -117,10 +117,9 @@ def measure(
                 add("forget_longest_verbatim_run", "tokens", False, by_heart.runs, np.max)
     if probes := rows.get("probes"):
         asked, leaks = [row["prompt"] for row in probes], [row["leak"] for row in probes]
-        shares = leak_shares(responses.samples, leaks)
-        add(f"leak_rate@{k}", "share of answers", False, shares)
-        add(f"any_leak@{k}", "share of probes", False, any_leak(shares))
         kinds = kinds_of_answers(base, asked, responses.samples, leaks, refusals, **options)
+        add(f"leak_rate@{k}", "share of answers", False, kinds["leaks"])
+        add(f"any_leak@{k}", "share of probes", False, any_leak(kinds["leaks"]))
         for kind in KINDS[1:]:
             add(f"{kind}@{k}", "share of answers", kind == "abstains", kinds[kind])
         prompts, written = prompts + asked, written + responses.probes
