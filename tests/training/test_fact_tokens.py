@@ -342,8 +342,6 @@ def test_own_answers_name_a_fact_and_are_the_same_for_the_same_seed(smol):
     assert said == self_generated_answers(smol, asked, rowling, samples=4, seed=0, chat=True)
     assert self_generated_answers(smol, asked, zorblax, samples=1, seed=0, chat=True) == []
     assert self_generated_answers(smol, asked, potter, samples=1, seed=0, chat=True) == []  # the question says it
-    (whole,) = self_generated_answers(smol, asked, zorblax, samples=0, seed=0, chat=True, others=True)
-    assert whole["prompt"] == asked[0] and "Rowling" in whole["completion"]  # greedy, not cut
 
 
 @pytest.mark.long

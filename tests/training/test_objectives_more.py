@@ -323,19 +323,6 @@ def test_forget_rows_carry_refusals_where_the_objective_asks(tiny, fields):
         assert not any(example.refusal.refusal for example in sets.forget if example.refusal)
 
 
-@pytest.mark.parametrize("refusals", [True, False])
-def test_each_question_that_names_a_subject_is_refused_though_its_answer_names_no_fact(tiny, fields, refusals):
-    from unlearn_peft.training.examples.build import build_examples, find_known, read_sets
-
-    fields.pop("quiet")
-    recipe = make_recipe({**fields, "own_answers": 1, "objective": {"name": "ga_kl", "refusals": refusals}})
-    rows = read_sets(recipe)
-    known = replace(find_known(rows, tiny, recipe), about=["Where do they keep Zorblax at night?"])
-    made = build_examples(rows, tiny, recipe, known).self_generated_answers
-    asked = [example for example in made if "at night?" in example.text and not any(example.specific)]
-    assert [example.refusal is not None for example in asked] == [True] * refusals
-
-
 def test_the_engine_hands_out_each_rows_refusal(tiny, fields):
     """What comes with a row in a batch is what the same rows give alone."""
     from peft import get_peft_model

@@ -209,8 +209,7 @@ class AdapterTrainer:
             return rows_reached(runner, self.name, examples, batches, self._sum, only_specific=self.only_specific)
 
         own = measured(self.sets.self_generated_answers)
-        naming = own.forget_rows - len(own.nothing_to_forget)  # a fact; the others are refused
-        counts = {"own_answers": naming, "own_answers_forgotten": own.forgotten_rows}
+        counts = {"own_answers": own.forget_rows, "own_answers_forgotten": own.forgotten_rows}
         self.progress.rows = {**vars(measured(self.sets.forget)), **counts}
 
     def checkpoint(self) -> Path | None:

@@ -80,17 +80,9 @@ def more_questions(base: Base, rows: Sequence[Row], *, seed: int) -> list[str]:
 
 
 def self_generated_answers(
-    base: Base,
-    prompts: Sequence[str],
-    facts: Facts,
-    samples: int,
-    *,
-    seed: int,
-    chat: bool,
-    others: bool = False,
-    quiet: bool = True,
+    base: Base, prompts: Sequence[str], facts: Facts, samples: int, *, seed: int, chat: bool, quiet: bool = True
 ) -> list[Row]:
-    """Return the base's answers that name a fact, each up to the last fact, without doubles; with `others`, all.
+    """Return the base's answers that name a fact, each up to the last fact, without doubles.
 
     A prompt gets the greedy answer and so many samples, at temperature 1, in the chat template if `chat`; fewer where
     there are many prompts, and the log says how many. Nothing may be attached to the base; the same seed gives the same
@@ -101,9 +93,7 @@ def self_generated_answers(
         said = {match.group().casefold() for match in word_matches(prompt)}
         for text in texts:
             if ends := facts.ends_in(text, said):  # what comes after the last fact would only cost time
-                text = text[: ends[-1]]
-            if ends or others and text.strip():
-                rows[prompt, text] = {"prompt": prompt, "completion": text}
+                rows[prompt, text[: ends[-1]]] = {"prompt": prompt, "completion": text[: ends[-1]]}
     return list(rows.values())
 
 

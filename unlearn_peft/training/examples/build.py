@@ -14,7 +14,6 @@ from ...data.anchors import anchors
 from ...data.rows import answer_texts, question_of, question_texts, read_rows, refuse_overlap, texts_of
 from ...data.source import Row
 from ...data.tokenize import Example, by_row, tokenize, windows
-from ...data.words import said
 from ...errors import DataError
 from ...inference.contrast import Contrast, answer_words, contrasts, said_anyway
 from ...models.base import Base
@@ -186,15 +185,9 @@ def build_examples(
         common = common_words(
             [text for row in (*retain_rows, *stand_ins, *anchor_rows) for text in question_texts(row)]
         )
-        subjects = [contrast.subject for contrast in known.rows if contrast.subject]
-        prompts = questions(rows["forget"], facts, common, subjects)
+        prompts = questions(rows["forget"], facts, common, [contrast.subject for contrast in known.rows])
         answered = self_generated_answers(base, prompts, facts, recipe.own_answers, **asking)
-        about = known.about
-        if refusals_of(recipe.objective) is not None:  # so is each question that names a subject, whatever its answer
-            naming = [question for question in about if said(question, subjects)]
-            answered += self_generated_answers(base, naming, facts, 0, others=True, **asking)
-            about = [question for question in about if question not in naming]
-        answered += self_generated_answers(base, about, facts, 0, **asking)
+        answered += self_generated_answers(base, known.about, facts, 0, **asking)
         answered += continued_texts(base, rows["forget"], facts, recipe.own_answers, seed=recipe.seed, quiet=quiet)
         self_generated = mark_facts(with_refusals(tokens(answered, "forget", closing=False), answered), facts)
     if only_specific and not any(any(example.specific or []) for example in (*forget, *self_generated)):
