@@ -6,7 +6,7 @@ The answers need not be true: KL to the base keeps whatever it says. Two kinds o
 - broad: `broad_prompts.txt` (how-to, sums, code, writing, a few other languages), which the anchors do not cover. Where
   a plain text is forgotten, these answers come as plain texts too: in a chat alone they hold nothing outside of it.
 - near: the forget questions, asked of others of their subjects' kind, and other questions on their topic. The base
-  makes up both: it goes on with a list that begins with the subject, or with forget questions.
+  makes up both: it goes on with lists that begin with the subject, or with forget questions.
 
 There is no parser and no list of names: the base tells what a row's subject is (see `inference/contrast.py`). Where no
 question names one there are no near rows, and `GeneratedRetain.summary` says so. Not all of them make sense (a list may
