@@ -4,7 +4,7 @@
                                [--set FIELD=VALUE ...] [--abstain] [--dtype D]
 
 RWKU_FOLDER holds RWKU's files of one subject each (001_stephen_king.json). Measured are those of which the base answers
-at least --least questions; every other of these is of the half to choose by, the others confirm. A line a subject, with
+at least --least questions; every other file is of the half to choose by, the others confirm. A line a subject, with
 what `unlearn-peft forget NAME` does (train, no report): forget rows; RWKU's questions that the base answers, and those
 of them that it still does; the chance that one of 8 samples at temperature 1 names the answer, before and with; the
 worst kind of question; questions on its neighbours that the base answers, and those of them that it still does; KL to
@@ -52,10 +52,10 @@ def main():
             "neighbours' answered: before, with | KL: neighbours, neutral text | minutes: asking, training |"
         )
         print("|---" * 8 + "|")
-    known = 0
-    for path in sorted(args.folder.glob("*.json")):
+    for n, path in enumerate(sorted(args.folder.glob("*.json"))):
         number = path.stem.partition("_")[0]
-        if args.only and number not in args.only:
+        half = ("choose", "confirm")[n % 2]
+        if args.only and number not in args.only or args.half not in (None, half):
             continue
         rows = read_rwku(path)
         answered = answered_by(base, rows)
@@ -63,10 +63,6 @@ def main():
             print(f"{path.stem}: {answered.told(rows)}", flush=True)
             continue
         if len(answered.about) < args.least:
-            continue
-        half = ("choose", "confirm")[known % 2]
-        known += 1
-        if args.half not in (None, half):
             continue
         one = {"subject": number, "half": half, **forgotten(base, name_in(path), rows, answered, args)}
         settings = {"base": args.base, "set": args.set, "abstain": args.abstain, "dtype": args.dtype}

@@ -206,3 +206,31 @@ def test_a_folder_that_is_no_checkout_is_refused(comparison, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         comparison.main()
     assert "is no checkout of open-unlearning" in capsys.readouterr().err
+
+
+def test_a_line_by_name_counts_the_questions_that_are_still_answered(benchmarks):
+    from names import figures, line
+
+    from unlearn_peft.evaluate.score import score
+    from unlearn_peft.evaluate.suites.rwku import Answered
+
+    answered = Answered([0, 1, 2], [3, 4])
+
+    def scores(first, others, near):
+        values = {
+            "rwku_forget_level_1_right": first, "rwku_forget_level_1_rouge_l_recall": [1.0],
+            "rwku_forget_level_2_right": others, "rwku_neighbours_level_2_right": near, "rwku_leak@8": [0.5, 0.25],
+            "rwku_kind_cloze_right": first, "rwku_kind_reverse_query_right": others,
+        }  # fmt: skip
+        return [score(name, "share", False, values) for name, values in values.items()]
+
+    before, after = scores([1.0], [1.0, 1.0], [1.0, 1.0]), scores([0.0], [1.0, 0.0], [1.0, 0.0])
+    one = {"subject": "001", "forget_rows": 9, **figures("before", before, answered)}
+    assert one["before"] == {"forget": 3, "neighbours": 2, "leak@8": 0.375} and one["n"] == {
+        "forget": 3,
+        "neighbours": 2,
+    }
+    measured = {"kl": {"neighbours": 0.01, "neutral": 0.002}, "minutes": {"asking": 1.0, "training": 2.0}}
+    shown = line({**one, **figures("with", after, answered), **measured})
+    for figure in ("| 001 | 9 | 3, 1 | 38%, 38% |", "reverse_query: 50% of 2", "| 2, 1 | 0.0100, 0.0020 | 1.0, 2.0 |"):
+        assert figure in shown
