@@ -195,7 +195,7 @@ def base_answers(
 
     size = _LARGE_BATCH if len(prompts) > 100 else _BATCH
     settings: dict[str, Any] = {"max_new_tokens": _TOKENS, "chat_template": chat, "batch_size": size}
-    with tqdm(total=len(prompts), unit="question", desc="generating answers", disable=quiet) as bar:
+    with tqdm(total=len(prompts), unit="question", desc="generating answers", disable=quiet or not prompts) as bar:
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
             greedy = answers(base, chunk, **settings)
