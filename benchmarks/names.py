@@ -23,7 +23,7 @@ from passage import NEUTRAL
 from unlearn_peft import forget, forgetting, load_base, load_recipe, unlearn
 from unlearn_peft.errors import UnknownSubject
 from unlearn_peft.evaluate.score import per_token, sums
-from unlearn_peft.evaluate.suites.rwku import answered_by, measure, read_rwku, worst_kind
+from unlearn_peft.evaluate.suites.rwku import KIND, answered_by, measure, read_rwku, worst_kind
 from unlearn_peft.evaluate.token_scores import keep_reference, kl_to_reference
 from unlearn_peft.inference.generate import answers
 
@@ -73,8 +73,7 @@ def main():
 
 def name_in(path):
     """Return the subject's name as RWKU writes it."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found["target"]
+    return json.loads(path.read_text(encoding="utf-8"))["target"]
 
 
 def forgotten(base, name, rows, answered, args):
@@ -134,7 +133,7 @@ def line(one):
     kind, share, count = one["worst"]
     return (
         f"| {one['subject']} | {one['forget_rows']} | {before['forget']}, {after['forget']} | {before['leak@8']:.0%}, "
-        f"{after['leak@8']:.0%} | {kind.removeprefix('rwku_kind_').removesuffix('_right')}: {share:.0%} of {count} | "
+        f"{after['leak@8']:.0%} | {kind.removeprefix(KIND).removesuffix('_right')}: {share:.0%} of {count} | "
         f"{before['neighbours']}, {after['neighbours']} | {one['kl']['neighbours']:.4f}, {one['kl']['neutral']:.4f} | "
         f"{one['minutes']['asking']:.1f}, {one['minutes']['training']:.1f} |"
     )

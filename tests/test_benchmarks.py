@@ -226,10 +226,8 @@ def test_a_line_by_name_counts_the_questions_that_are_still_answered(benchmarks)
 
     before, after = scores([1.0], [1.0, 1.0], [1.0, 1.0]), scores([0.0], [1.0, 0.0], [1.0, 0.0])
     one = {"subject": "001", "forget_rows": 9, **figures("before", before, answered)}
-    assert one["before"] == {"forget": 3, "neighbours": 2, "leak@8": 0.375} and one["n"] == {
-        "forget": 3,
-        "neighbours": 2,
-    }
+    assert one["before"] == {"forget": 3, "neighbours": 2, "leak@8": 0.375}
+    assert one["n"] == {"forget": 3, "neighbours": 2}
     measured = {"kl": {"neighbours": 0.01, "neutral": 0.002}, "minutes": {"asking": 1.0, "training": 2.0}}
     shown = line({**one, **figures("with", after, answered), **measured})
     for figure in ("| 001 | 9 | 3, 1 | 38%, 38% |", "reverse_query: 50% of 2", "| 2, 1 | 0.0100, 0.0020 | 1.0, 2.0 |"):
