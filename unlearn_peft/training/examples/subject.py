@@ -157,7 +157,7 @@ def _neighbours(
     The rows are those of which it knows something. Of some subjects it lists no others, and "his" would be a fact.
     """
     never = facts.joined(Facts.of(names, facts.common))
-    others = others_of(base, names[0], never, seed, listed_at_least=_REPEATED)
+    others = others_of(base, names[0], never, seed, subjects=names)
     strangers = [made_up(names[0], str(n)) for n in range(_STRANGERS)]
     prompts = [form.format(name=other) for form in forms[:_OF_OTHERS] for other in (*others, *strangers)]
     answered = _ask(base, prompts, seed, options["chat_template"], quiet=True)
