@@ -3,7 +3,7 @@
     python benchmarks/readme.py [BLOCK ...]
 
 README.md has the demo, cut short; docs/results.md has all blocks, whole. They are demo, eval, changed, unseen, tipped,
-seed, passage, auto_retain, tofu and frontier.
+seed, passage, auto_retain, tofu, frontier and ways.
 
 By default demo, changed, unseen, tipped, eval and seed: about an hour on 2 cores. (What is between `demo` and `seed`
 measures the adapter that `demo` made.) passage takes half an hour, auto_retain an hour. tofu and frontier show what
@@ -38,6 +38,7 @@ BLOCKS = {
     "auto_retain": [["benchmarks/auto_retain.py", "harry_potter", "apple"]],
     "tofu": [["benchmarks/tofu_smollm2.py", "--kept"]],
     "frontier": [["benchmarks/frontier.py", "--kept"]],
+    "ways": [["benchmarks/ways.py", "--kept", "--only", "star_wars", "gandhi", "--dtype", "bfloat16"]],
 }
 
 
@@ -84,7 +85,7 @@ def markdown(name, printed):
         return f"{section}\n\n{quoted('sampled answers with|what the attack', printed[0][1])}".rstrip()
     if name == "changed":
         return quoted("neighbours whose answer", printed[0][1])
-    if name in ("tipped", "passage", "auto_retain", "tofu", "frontier"):
+    if name in ("tipped", "passage", "auto_retain", "tofu", "frontier", "ways"):
         return "\n".join(line for _, text in printed for line in text.splitlines() if line.startswith("|"))
     return "```\n" + "\n".join(f"$ {line}\n{text}\n" for line, text in printed) + "```"
 

@@ -77,7 +77,7 @@ def random_base(config, vocabulary, device="cpu", dtype=torch.float32):
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     freeze(model)
-    return Base(model, SimpleNamespace(pad_token_id=0, get_vocab=dict), "random")
+    return Base(model, SimpleNamespace(pad_token_id=0, eos_token_id=0, get_vocab=dict), "random")
 
 
 def random_sets(vocabulary, count, width=TOKENS, targets=TOKENS - 1):

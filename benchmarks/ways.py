@@ -7,9 +7,9 @@ The base is asked once for each subject of tests/fixtures/subjects; each way tra
 with several strengths, and measured: of the probes that the base answers, those that still leak, greedily; the share of
 sampled answers that leak (4 a probe, temperature 1); the mean KL to the base on the neighbours and on what the base
 itself answers to their questions (nats/token, both never trained on). What was asked and each way's figures are kept in
---output: run the same command again and it goes on. Prints a line a way, strength and subject, then the subjects
-together, and draws --picture (extra report). Ways: what else is said in WAYS; `ga_kl` is the demo's recipe with
-`retain: auto`.
+--output: run the same command again and it goes on. Prints each subject's lines, then a table of all together, and
+draws --picture (extra report). The ways are those of WAYS, where `ga_kl` is the demo's recipe with `retain: auto`; some
+7 core minutes for each and each subject, as long again for what is asked.
 """
 
 import argparse
@@ -100,14 +100,15 @@ def main():
                 keep(place, points(base, subject, WAYS[way], asked(base, subject, folder / name)))
             if place.is_file():
                 found[name, way] = json.loads(place.read_text())
-                for point in found[name, way]:
-                    print(f"{name}, {way}, strength {point['strength']}: {told(point)}", flush=True)
+                print(f"{name}:", *(line(way, point) for point in found[name, way]), sep="\n  ", flush=True)
     whole = {way: together([found[name, way] for name in chosen])
              for way in args.ways if all((name, way) in found for name in chosen)}  # fmt: skip
-    for way, points_of in whole.items():
-        for point in points_of:
-            print(f"{len(chosen)} subjects, {way}, strength {point['strength']}: {told(point)}")
     if whole:
+        print("| way | strength | answered probes that leak | samples that leak | KL: neighbours, own answers | "
+              "core seconds |")  # fmt: skip
+        print("|---" * 6 + "|")
+        for way, summed in whole.items():
+            print("\n".join(line(way, point) for point in summed))
         draw(args.picture, whole, len(chosen))
 
 
@@ -150,7 +151,7 @@ def points(base, subject, way, said):
     count = len(decoder_layers(base.model))
     numbers = list(range(round(way.first * count), round(way.last * count)))
     adapter = {"layers_to_transform": numbers, **({"target_modules": list(way.names)} if way.names else {})}
-    deltas = {}
+    deltas, began = {}, time.process_time()
     if way.start:
         near = tokenize(said["near"], base.tokenizer, what="retain")
         held = [*said["sets"].retain, *said["sets"].anchors]
@@ -166,7 +167,6 @@ def points(base, subject, way, said):
             rows, known = said["rows"], said["known"]
             stack.enter_context(pushed_to_stand_ins(base, rows, known, alone=way.target == "alone"))
         path = Path(folder) / "adapter"
-        began = time.process_time()
         train_from(base, recipe, said["sets"], deltas, path, way.fields.get("steps") == 1)
         seconds = time.process_time() - began
         neighbours = subject["neighbours"]
@@ -239,11 +239,12 @@ def together(subjects_points):
     ]  # fmt: skip
 
 
-def told(point):
+def line(way, point):
+    """Format one row of the table."""
     return (
-        f"{point['leaking']} of {point['answered']} answered probes leak, {point['sampled']} of {point['n_sampled']} "
-        f"samples; KL on neighbours {point['neighbour_kl']:.4f}, on own answers {point['own_answers_kl']:.4f} "
-        f"nats/token; {point['core_seconds']:.0f} core seconds of training"
+        f"| {way} | {point['strength']:g} | {point['leaking']} of {point['answered']} | "
+        f"{100 * point['sampled'] / point['n_sampled']:.1f} % of {point['n_sampled']} | "
+        f"{point['neighbour_kl']:.4f}, {point['own_answers_kl']:.4f} | {point['core_seconds']:.0f} |"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from unlearn_peft import load_base, load_recipe
 
@@ -232,3 +233,96 @@ def test_a_line_by_name_counts_the_questions_that_are_still_answered(benchmarks)
     shown = line({**one, **figures("with", after, answered), **measured})
     for figure in ("| 001 | 9 | 3, 1 | 38%, 38% |", "reverse_query: 50% of 2", "| 2, 1 | 0.0100, 0.0020 | 1.0, 2.0 |"):
         assert figure in shown
+
+
+def test_an_edit_in_closed_form_moves_a_name_to_a_stranger(benchmarks, tiny, monkeypatch):
+    import closed_form
+    from conftest import FORGET, RETAIN
+
+    from unlearn_peft.data.tokenize import tokenize
+
+    name = "Zorblax"
+    known = SimpleNamespace(rows=[SimpleNamespace(subject=name), SimpleNamespace(subject="")])
+    kept = tokenize(RETAIN, tiny.tokenizer)
+    weights = {key: value.clone() for key, value in tiny.model.state_dict().items()}
+
+    def missing(deltas):
+        """Of what lies between a name and strangers, the share that is left with the edit on."""
+        with closed_form.Inputs(tiny.model, [0], "down_proj") as seen, torch.no_grad():
+            jobs = closed_form.targets(tiny, FORGET, [name], seen, 0)
+            lengths = []
+            for on in (False, True):
+                weight, (b, a) = seen.linear[0].weight, deltas[0]
+                weight.data = weights["model.layers.0.mlp.down_proj.weight"] + on * (b @ a)
+                apart = []
+                for ids, places, wanted in jobs:
+                    closed_form.run(tiny, ids)
+                    apart.append(wanted - seen.states[0][places])
+                lengths.append(float(torch.cat(apart).norm()))
+            weight.data = weights["model.layers.0.mlp.down_proj.weight"]
+        return lengths[1] / lengths[0]
+
+    monkeypatch.setattr(closed_form, "_OVERSHOOT", 1.0)
+    left = {}
+    for retained in (1e-6, 1.0, 1e9):
+        monkeypatch.setattr(closed_form, "_RETAINED", retained)
+        left[retained] = missing(closed_form.edit(tiny, FORGET, known, kept, kept[:2], [0], rank=32))
+    assert left[1e-6] < 0.1 and left[1e-6] < left[1.0] < left[1e9] and left[1e9] > 0.999
+    after = tiny.model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in weights.items())
+
+
+def test_a_name_is_changed_from_where_the_base_knows_the_rest(benchmarks, smol):
+    from closed_form import tokens_that_tell
+
+    with torch.no_grad():
+        assert tokens_that_tell(smol, "Mahatma Gandhi") == 2
+        assert tokens_that_tell(smol, "Star Wars") == 1  # "Star" may go on otherwise
+
+
+def test_stand_ins_predict_fact_tokens_without_their_names(benchmarks, smol):
+    from stand_in_targets import predictions
+
+    from unlearn_peft.data.tokenize import tokenize
+
+    rows = [{"prompt": "Who wrote Harry Potter?", "completion": "Harry Potter was written by J.K. Rowling."}]
+    (found,) = predictions(smol, rows, SimpleNamespace(rows=[SimpleNamespace(subject="Harry Potter")])).values()
+    (example,) = tokenize(rows, smol.tokenizer, max_length=None, closing=False)
+    places = [place for place, target in enumerate(example.is_target) if target]
+    targets = [example.ids[place] for place in places]
+    assert found.shape[0] == len(targets) and torch.allclose(found.sum(-1), torch.ones(len(targets)), atol=1e-4)
+    first = targets.index(smol.tokenizer(" J", add_special_tokens=False)["input_ids"][0])
+    with torch.no_grad():
+        of_base = smol.model(torch.tensor([example.ids])).logits[0].softmax(-1)[places[first] - 1, targets[first]]
+    assert found[first, targets[first]] < of_base / 2
+
+
+@pytest.mark.long
+def test_the_ways_run_and_go_on(benchmarks, tiny_folder, tmp_path, monkeypatch, capsys):
+    import ways
+
+    few = {"steps": 2, "warmup_steps": 0}
+    ways_here = {
+        "plain": ways.Way(fields=few), "targets": ways.Way(fields=few, target="beside"),
+        "closed": ways.Way(0.0, 0.5, ("down_proj",), {"steps": 1}, start=True),
+        "closed, then": ways.Way(0.0, 0.5, ("down_proj",), few, start=True),
+    }  # fmt: skip
+    monkeypatch.setattr(ways, "WAYS", ways_here)
+    monkeypatch.setattr(ways, "STRENGTHS", (1.0,))
+    arguments = [
+        "--only",
+        "darwin",
+        "--base",
+        tiny_folder,
+        "--output",
+        tmp_path / "kept",
+        "--picture",
+        tmp_path / "p.png",
+    ]
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
+    ways.main()
+    first = capsys.readouterr().out
+    assert all(f"\n| {way} | 1 | " in first for way in ways_here) and (tmp_path / "p.png").stat().st_size
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments), "--kept"])
+    ways.main()
+    assert capsys.readouterr().out == first
