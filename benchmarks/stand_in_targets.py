@@ -73,6 +73,8 @@ def pushed_to_stand_ins(base, rows, known, *, alone):
         return tokens
 
     def pushed(forget, settings):
+        if not len(forget.labels):  # a part of a step that has retain rows alone
+            return ascent(forget, settings)
         same = spelt == spelt[forget.labels][:, None]
         target = forget.stand_ins.masked_fill(same, 0)
         target = target / target.sum(-1, keepdim=True).clamp(min=_NEVER)
