@@ -232,9 +232,12 @@ def look(base, subject, said, references):
 
 def together(subjects_points):
     """Sum up subjects, strength by strength; KL is the mean of theirs."""
+
+    def summed(key, values):
+        return sum(values) / len(values) if key.endswith("_kl") or key == "strength" else sum(values)
+
     return [
-        {key: sum(point[key] for point in same) / (len(same) if key.endswith("_kl") or key == "strength" else 1)
-         for key in same[0]}
+        {key: summed(key, [point[key] for point in same]) for key in same[0]}
         for same in zip(*subjects_points, strict=True)
     ]  # fmt: skip
 
