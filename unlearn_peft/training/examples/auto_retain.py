@@ -145,8 +145,8 @@ def first_sentences(prompts: Sequence[str], texts: Sequence[str]) -> list[Row]:
 def others_of(base: Base, subject: str, names: Facts, seed: int, *, subjects: Sequence[str] = ()) -> list[str]:
     """Return others of a subject's kind, those first that the base lists most often: beside it, then beside others.
 
-    A small base strays from a list of one. What it lists once is left out, and so is what names a fact; but they may
-    share words with `subjects`.
+    A small base strays from a list of one. What it lists once is left out, unless it lists nothing twice; so is what
+    names a fact, but they may share words with `subjects`.
     """
     listed: Counter[str] = Counter()
 
