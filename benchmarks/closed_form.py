@@ -166,10 +166,10 @@ def run(base, ids):
 
 
 @torch.no_grad()
-def start_from(trainer, deltas, scaling, trained):
-    """Set an adapter's layers to the edits; without `trained` they stay so."""
+def start_from(trainer, deltas, scaling):
+    """Set an adapter's layers to the edits, which stay so in training."""
     for n, (b, a) in deltas.items():
         for name, parameter in trainer.parameters.items():
             if f".layers.{n}." in name:
                 parameter.copy_(a if "lora_A" in name else b / scaling)
-                parameter.requires_grad_(trained)
+                parameter.requires_grad_(False)

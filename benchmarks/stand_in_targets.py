@@ -8,9 +8,11 @@ trained alone, or beside the ascent of `ga_kl`, then over what is not the label.
 from contextlib import contextmanager
 
 import torch
+from closed_form import run
 
 from unlearn_peft.data.tokenize import tokenize
-from unlearn_peft.inference.stand_ins import made_up, pieces, replaced_row
+from unlearn_peft.inference.contrast import moved_back
+from unlearn_peft.inference.stand_ins import made_up, replaced_row
 from unlearn_peft.models.layers import vocabulary
 from unlearn_peft.training import objectives
 from unlearn_peft.training.examples.fact_tokens import spellings
@@ -29,34 +31,26 @@ def predictions(base, rows, known):
     for row, example in zip(rows, tokenize(rows, base.tokenizer, **how), strict=True):
         own = distributions(base, example)
         total, count = torch.zeros_like(own), torch.zeros(len(own), 1)
-        places = [example.characters[t] for t, target in enumerate(example.is_target) if target]
+        places = {span: n for n, span in enumerate(target_spans(example))}
         for k in range(_STAND_INS):
             others = {name: made_up(name, f"target {k}") for name in names}
             (variant,) = tokenize([replaced_row(row, others)], base.tokenizer, **how)
-            moved = moved_back(variant, example, others)
-            for p, place in zip(distributions(base, variant), moved, strict=True):
-                if place in places:
-                    total[places.index(place)] += p
-                    count[places.index(place)] += 1
+            made = dict(zip(target_spans(variant), distributions(base, variant), strict=True))
+            for span, p in moved_back(made, variant, example, others).items():
+                if span in places:
+                    total[places[span]] += p
+                    count[places[span]] += 1
         found[tuple(example.ids)] = torch.where(count > 0, total / count.clamp(min=1), own)
     return found
 
 
 def distributions(base, example):
-    logits = base.model(torch.tensor([example.ids], device=base.device)).logits[0].float()
-    return logits[[t - 1 for t, target in enumerate(example.is_target) if target]].softmax(-1).cpu()
+    targets = [t - 1 for t, target in enumerate(example.is_target) if target]
+    return run(base, example.ids)[targets].softmax(-1).cpu()
 
 
-def moved_back(variant, example, others):
-    """Return for each target of a changed row the characters that it has in the row as it was, or None."""
-    place = {}
-    for (start, stop), (at, _) in zip(example.answers, variant.answers, strict=True):
-        for piece, old, kept in pieces(example.text[start:stop], others):
-            if kept:
-                place.update({at + n: start + old + n for n in range(len(piece) + 1)})
-            at += len(piece)
-    spans = [variant.characters[t] for t, target in enumerate(variant.is_target) if target]
-    return [(place[a], place[b]) if a in place and b in place else None for a, b in spans]
+def target_spans(example):
+    return [span for span, target in zip(example.characters, example.is_target, strict=True) if target]
 
 
 @contextmanager

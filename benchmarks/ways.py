@@ -34,9 +34,10 @@ from unlearn_peft.evaluate.token_scores import keep_reference, kl_to_reference
 from unlearn_peft.files.atomic import atomic_file
 from unlearn_peft.inference.generate import answers, leaked, sampled
 from unlearn_peft.models.base import freeze
-from unlearn_peft.models.layers import decoder_layers, linear_layers
+from unlearn_peft.models.layers import decoder_layers
 from unlearn_peft.models.restore import left_as_found
 from unlearn_peft.recipe.load import make_recipe
+from unlearn_peft.training.adapter_config import linear_within
 from unlearn_peft.training.checkpoints import to_cpu
 from unlearn_peft.training.examples import build
 from unlearn_peft.training.save import save_adapter
@@ -148,7 +149,8 @@ def asked(base, subject, folder):
 
 def points(base, subject, way, said):
     """Train once, and measure with each strength."""
-    count = len(decoder_layers(base.model))
+    layers = decoder_layers(base.model)
+    count = len(layers)
     numbers = list(range(round(way.first * count), round(way.last * count)))
     adapter = {"layers_to_transform": numbers, **({"target_modules": list(way.names)} if way.names else {})}
     deltas, began = {}, time.process_time()
@@ -158,7 +160,7 @@ def points(base, subject, way, said):
         deltas = edit(base, said["rows"], said["known"], held, near, numbers, rank=8)
         if way.fields["steps"] > 1:  # of the upper half, the edit stays as it is
             upper = list(range(count // 2, count))
-            names = {name.rpartition(".")[2] for name, _ in named_linear(base.model, upper)}
+            names = {name.rpartition(".")[2] for name in linear_within(base.model, layers[count // 2 :])}
             adapter = {"layers": "all", "target_modules": pattern(numbers, upper, names)}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         recipe = recipe_for(folder, subject, ["eval_every=1000"], False)
@@ -187,7 +189,7 @@ def train_from(base, recipe, sets, deltas, path, at_once):
         training = Training(base, [Job(recipe, sets)])
         try:
             trainer = training.trainers[0]
-            start_from(trainer, deltas, recipe.adapter.lora_alpha / recipe.adapter.r, trained=False)
+            start_from(trainer, deltas, recipe.adapter.lora_alpha / recipe.adapter.r)
             training.start()
             trainer.best = to_cpu(trainer.parameters)
 
@@ -207,13 +209,6 @@ def pattern(edited, upper, names):
     """Return what finds the edited layers' linear layer and all linear layers of the upper half."""
     some, others = ("|".join(map(str, numbers)) for numbers in (edited, upper))
     return rf".*\.layers\.(({some})\.mlp\.down_proj|({others})\..*\.({'|'.join(sorted(names))}))"
-
-
-def named_linear(model, numbers):
-    """Return the linear layers of some decoder layers, with their names."""
-    layers = decoder_layers(model)
-    inside = {id(module) for n in numbers for module in layers[n].modules()}
-    return [(name, module) for name, module in linear_layers(model).items() if id(module) in inside]
 
 
 def look(base, subject, said, references):

@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -37,6 +37,8 @@ from ..models.base import Base
 from ..models.layers import check_known
 from .stand_ins import SubjectIndex, made_up, pieces, replaced_row
 from .target_scores import CONTEXT, Values, after_few_tokens, log_probabilities, passes
+
+T = TypeVar("T")
 
 _KNOWN = 1.0  # nats
 _KNOWN_IN_TEXT = 2.0  # nats; of plain text, where only the second difference is there,
@@ -160,7 +162,7 @@ class _Rows:
         for (n, key, others), variant, values in zip(
             tried, changed, log_probabilities(self.base, changed, self.max_length), strict=True
         ):
-            without = _moved_back(values, variant, self.examples[n], others)
+            without = moved_back(values, variant, self.examples[n], others)
             less = {span: self.known[n][span] - value for span, value in without.items() if span in self.known[n]}
             if earlier := found[n].get(key):
                 less = {span: (earlier[span] + value) / 2 for span, value in less.items() if span in earlier}
@@ -330,7 +332,9 @@ def _marked(smaller: Values, differences: Values, word_of: Mapping[Span, Span], 
     return spans
 
 
-def _moved_back(values: Values, variant: Example, example: Example, others: Mapping[str, str]) -> Values:
+def moved_back(
+    values: Mapping[Span, T], variant: Example, example: Example, others: Mapping[str, str]
+) -> dict[Span, T]:
     """Return the values of a changed row by the places that its tokens have in the row as it was."""
     place: dict[int, int] = {}
     for (start, stop), (new_start, _) in zip(example.answers, variant.answers, strict=True):

@@ -55,7 +55,7 @@ def lora_config(model: nn.Module, settings: LoraSettings) -> Any:
             targets = kept
         if layers and (numbers is not None or text_config(model) is not model.config):
             chosen = layers if numbers is None else [layer for n, layer in enumerate(layers) if n in _listed(numbers)]
-            wanted = [name for name in _linear_within(model, chosen) if name.rpartition(".")[2] in kept]
+            wanted = [name for name in linear_within(model, chosen) if name.rpartition(".")[2] in kept]
             if set(wanted) != _seen_by_peft(model, targets, numbers):
                 fields.pop("layers_to_transform", None)
                 targets = wanted
@@ -125,7 +125,7 @@ def _listed(numbers: Any) -> list[int]:
     return numbers if isinstance(numbers, list) else [numbers]
 
 
-def _linear_within(model: nn.Module, layers: list[nn.Module]) -> list[str]:
+def linear_within(model: nn.Module, layers: list[nn.Module]) -> list[str]:
     """Return the full names of the linear layers of some decoder layers."""
     inside = {id(module) for layer in layers for module in layer.modules()}
     return [name for name, module in linear_layers(model).items() if id(module) in inside]
