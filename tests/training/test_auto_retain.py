@@ -12,7 +12,7 @@ from unlearn_peft.inference import generate
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.training.examples import auto_retain as made_by
 from unlearn_peft.training.examples import build
-from unlearn_peft.training.examples.auto_retain import first_sentences, others_of, words_shared
+from unlearn_peft.training.examples.auto_retain import first_sentences, others_of
 from unlearn_peft.training.examples.build import find_known
 from unlearn_peft.training.examples.fact_tokens import Facts
 
@@ -30,17 +30,14 @@ def auto_retain(base, forget, seed, never=(), **_):
     return made_by.auto_retain(base, forget, known.rows, facts, seed, never=never)
 
 
-def listed(seed):
-    """What a list goes on with: its last entry is cut, and "Once" comes once."""
-    first = f" Dune\n3. Emma\n4. 罗马\n5. Book {seed}\n6. no end"
-    return [first, " Dune\n3. Harry Potter\n", "\n3. nothing", " no end", " Emma\n", " Once\n"]
+LISTED = [" Dune\n3. Emma", " Dune\n", "\n3. nothing", " no end", " Emma\n", " Harry Potter\n", " 罗马\n"]
 
 
 @pytest.fixture(autouse=True)
 def few_prompts(tmp_path, monkeypatch):
     """Prompts enough to see what happens, short answers, and lists of others that a random model would not make."""
     monkeypatch.setattr(
-        generate, "sampled", lambda base, prompts, *, count, seed, **_: [listed(seed)[:count] for _ in prompts]
+        generate, "sampled", lambda base, prompts, *, count, seed, **_: [[*LISTED, f" Book {seed}\n"][:count]]
     )
     prompts = made_by._PROMPTS.read_text(encoding="utf-8").splitlines()
     (tmp_path / "prompts.txt").write_text("\n".join(prompts[::6]), encoding="utf-8")
@@ -159,24 +156,6 @@ def test_others_of_its_kind_are_those_that_the_base_lists_most_often(tiny, smol,
     assert others_of(tiny, "Harry Potter", names, 0) == ["Dune", "Emma", "罗马", "Book 0"]
     monkeypatch.undo()
     assert "respiration" in others_of(smol, "photosynthesis", names, 0)
-    assert {"Beethoven", "Brahms"} < set(others_of(smol, "Mozart", names, 0))
-
-
-def test_others_may_share_a_word_with_a_subject_but_not_its_whole_name():
-    subjects = ["Star Wars", "the Jedi"]
-    assert words_shared("Star Trek", subjects) == {"star"} and words_shared("Dune", subjects) == set()
-    for itself in ("star wars: a new hope", "Wars", "The Star", "Jedi"):
-        assert words_shared(itself, subjects) == set()
-    assert words_shared("The Jedi Star Trek", subjects) == set()  # the whole of the second
-
-
-def test_what_shares_a_word_with_a_subject_is_kept_if_it_says_no_fact(tiny, monkeypatch):
-    others = [" Harry Truman\n", " Harry Ann\n", " Harry Potter films\n"]
-    monkeypatch.setattr(generate, "sampled", lambda base, prompts, *, count, **_: [others * 2 for _ in prompts])
-    said = {"Who wrote Harry Truman?": "Harry sat.", "Who wrote the Harry Truman?": "Potter sat."}
-    monkeypatch.setattr(made_by, "answers", lambda base, prompts, **_: [said.get(prompt, "") for prompt in prompts])
-    near = auto_retain(tiny, [*TARGETS[:1], {**TARGETS[0], "prompt": "Who wrote the Harry Potter?"}], 0).rows
-    assert near == [{"prompt": "Who wrote Harry Truman?", "completion": "Harry sat."}]
 
 
 def test_of_many_questions_some_are_asked_of_others(tiny):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,7 +36,7 @@ from .fact_tokens import Facts, common_words
 
 _PROMPTS = Path(__file__).parent / "broad_prompts.txt"
 _MAX_ASKED = 16  # forget questions that are asked of others
-_OTHERS, _LISTS, _LIST_TOKENS = 8, 32, 48  # others of a subject's kind, and the sampled lists that go on with it
+_OTHERS, _LISTS = 8, 48  # others of a subject's kind: those that most of so many sampled lists go on with
 _MAX_NEAR = 96
 _TOKENS, _BATCH = 32, 16
 _SENTENCE_END = re.compile(r"(?<!\b\w)(?<!\b\d\d)[.!?]+(?=\s|$)|[。！？]")  # not the dots of "1.", "12." and "J."
@@ -80,8 +80,7 @@ def auto_retain(
     general = [*broad, *anchors([])]
     common = common_words([" ".join(row.values()) for row in general])
     names = facts.joined(Facts.of([contrast.subject for contrast in known], common))
-    subjects = [contrast.subject for contrast in known if contrast.subject]
-    near: dict[str, tuple[str, Set[str]]] = {}  # by what they ask; with the words of subjects that they may say
+    near: dict[str, str] = {}  # by what they ask
     left_out: Counter[str] = Counter()
     seen = {question_of(row) for row in (*forget, *general)}
     asked: dict[str, str] = {}  # forget questions and their subjects
@@ -92,22 +91,19 @@ def auto_retain(
     if len(asked) > _MAX_ASKED:
         left_out["questions beyond the limit"] = len(asked) - _MAX_ASKED
         asked = dict(random.Random(seed).sample(list(asked.items()), _MAX_ASKED))
-    others = {
-        subject: others_of(base, subject, names, seed, subjects=subjects) for subject in dict.fromkeys(asked.values())
-    }
+    others = {subject: others_of(base, subject, names, seed) for subject in dict.fromkeys(asked.values())}
     for asking, subject in asked.items():
         for other in others[subject]:
             prompt = replaced_row({"prompt": asking}, {subject: other})["prompt"]
-            question, shared = question_of({"prompt": prompt}), words_shared(other, subjects)
-            if names.ends_in(prompt, shared):
+            question = question_of({"prompt": prompt})
+            if names.ends_in(prompt):
                 left_out["that name what is to be forgotten"] += 1
             elif question not in seen:
-                near.setdefault(question, (prompt, shared))
+                near.setdefault(question, prompt)
     for prompt in beside:
         if (question := question_of({"prompt": prompt})) not in seen and not names.ends_in(prompt):
-            near.setdefault(question, (prompt, frozenset()))
-    may_say = dict(near.values())
-    chosen = list(may_say)
+            near.setdefault(question, prompt)
+    chosen = list(near.values())
     if len(chosen) > _MAX_NEAR:
         chosen = random.Random(seed).sample(chosen, _MAX_NEAR)
     forgotten = {text.casefold().strip() for row in forget for text in texts_of(row)}
@@ -119,7 +115,7 @@ def auto_retain(
             same_text = any(text.casefold().strip() in forgotten for text in row.values())
             if not row["completion"]:
                 left_out["without an answer"] += 1
-            elif same_text or names.ends_in(" ".join(row.values()), may_say.get(row["prompt"], frozenset())):
+            elif same_text or names.ends_in(" ".join(row.values())):
                 left_out["that name what is to be forgotten"] += 1
             elif question_of(row) in excluded:
                 left_out["asked by probes or neighbours"] += 1
@@ -142,36 +138,10 @@ def first_sentences(prompts: Sequence[str], texts: Sequence[str]) -> list[Row]:
     return rows
 
 
-def others_of(base: Base, subject: str, names: Facts, seed: int, *, subjects: Sequence[str] = ()) -> list[str]:
-    """Return others of a subject's kind, those first that the base lists most often: beside it, then beside others.
-
-    A small base strays from a list of one. What it lists once is left out, unless it lists nothing twice; so is what
-    names a fact, but they may share words with `subjects`.
-    """
-    listed: Counter[str] = Counter()
-
-    def often(at_least: int) -> list[str]:
-        texts = (text for text, count in listed.most_common() if count >= at_least and any(word_matches(text)))
-        usable = (text for text in texts if not names.ends_in(text, words_shared(text, subjects)))
-        return list(islice(usable, _OTHERS))
-
-    lists, count = [[subject]], _LISTS
-    for _ in range(2):
-        for samples in continued_lists(base, lists, count=count, max_new_tokens=_LIST_TOKENS, seed=seed):
-            listed.update(entry for entries in samples for entry in dict.fromkeys(entries))
-        lists, count = [[subject, other] for other in often(1)], _LISTS // _OTHERS
-        if not lists:
-            break
-    return often(2) or often(1)
-
-
-def words_shared(name: str, subjects: Sequence[str]) -> Set[str]:
-    """Return the words, case folded, that another's name has in common with subjects' names, as "Star Trek" has one.
-
-    None where it holds a subject's whole name, or nothing but their words: then it may be the subject itself.
-    """
-    words, *of_subjects = (
-        frozenset(match.group().casefold() for match in word_matches(text)) for text in (name, *subjects)
-    )
-    theirs = frozenset[str]().union(*of_subjects)
-    return words & theirs if not words <= theirs and not any(map(words.issuperset, of_subjects)) else frozenset()
+def others_of(base: Base, subject: str, names: Facts, seed: int, listed_at_least: int = 1) -> list[str]:
+    """Return others of a subject's kind, those that the base lists most often beside it first."""
+    (samples,) = continued_lists(base, [[subject]], count=_LISTS, max_new_tokens=16, seed=seed)
+    listed = Counter(entries[0] for entries in samples if entries)
+    often = [text for text, count in listed.most_common() if count >= listed_at_least]
+    usable = (text for text in often if any(word_matches(text)) and not names.ends_in(text))
+    return list(islice(usable, _OTHERS))
