@@ -40,6 +40,7 @@ from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.training.adapter_config import linear_within
 from unlearn_peft.training.checkpoints import to_cpu
 from unlearn_peft.training.examples import build
+from unlearn_peft.training.finish import measure_rows
 from unlearn_peft.training.save import save_adapter
 from unlearn_peft.training.trainer import Job, Trained, Training
 
@@ -197,7 +198,7 @@ def train_from(base, recipe, sets, deltas, path, at_once):
                 save_adapter(path, trained, base, recipe, {}, b"")
 
             if at_once:
-                trainer.measure_rows(training.runner)
+                measure_rows(trainer, training.runner)
                 finished(Trained(0, training.model, "default", trainer.progress, 0.0, True, *trainer.sizes))
             else:
                 training.loop(finished, [])

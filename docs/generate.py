@@ -137,7 +137,7 @@ def recipe_page():
         parts += [f"### kind: {model.model_fields['kind'].default}", inspect.getdoc(model), table(model, {"kind"})]
     parts += [
         "## objective",
-        "A string is short for the name: `objective: npo`. All have the two guards. What each does, with its source: "
+        "A string is short for the name: `objective: npo`. All have these guards. What each does, with its source: "
         "[design](../design.md#other-objectives).",
         table(objective_settings.ObjectiveSettings, {"name"}),
         "### stop_when",
@@ -146,11 +146,12 @@ def recipe_page():
     ]
     for name, model in objective_settings.SETTINGS.items():
         also = [f"`{alias}`" for alias, full_name in objective_settings.ALIASES.items() if full_name == name]
-        budget = model.model_fields["retain_budget"].default
+        defaults = [(name, model.model_fields[name].default) for name in ("retain_budget", "scale_back")]
+        given = " and ".join(f"`{name}` is {value}" for name, value in defaults if value is not None)
         parts += [
             f"### name: {name}",
             inspect.getdoc(model) + (f" Also called {', '.join(also)}." if also else ""),
-            f"`retain_budget` is {budget} unless given.",
+            f"{given} unless given.",
             table(model, {"name", *shared}),
         ]
     parts += ["### name: module:function", inspect.getdoc(custom)]

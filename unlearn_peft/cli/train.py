@@ -76,9 +76,10 @@ def train(
         if not quiet and len(adapters) == 1:
             print(curve_lines(adapter.progress.evaluations, adapter.progress.best_step))
         m = adapter.metrics
+        scaled = f" at {m['scaled_to']:g} of its delta" if m.get("scaled_to", 1) != 1 else ""
         print(
             f"forget loss {m['forget_loss_base']:.3f} -> {m['forget_loss']:.3f} nats/token "
-            f"({m['forget_loss_change_percent']:+.0f}%), step {m['best_step']} kept, "
+            f"({m['forget_loss_change_percent']:+.0f}%), step {m['best_step']} kept{scaled}, "
             f"{m['training_seconds']:.0f} s of training"
         )
         if "forgotten_rows" in m:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from ..data.refusals import REFUSALS
 from ..errors import did_you_mean
@@ -33,6 +33,13 @@ class ObjectiveSettings(Settings):
         None,
         gt=0,
         description="nats/token of KL on a held-out part of the retain set; the best step within it is kept",
+    )
+    scale_back: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="scale the kept step's delta down, to 0.7 at least, as far as this share of the rows that it has "
+        "forgotten stays forgotten: less harm; null, or where stop_when ended the run: it is saved as trained",
     )
 
 
@@ -77,8 +84,15 @@ class GaKlSettings(_BuiltIn):
     refusals: bool | list[str] = Field(
         False,
         description="abstain: teach the forget rows' questions a refusal as well; true: the package's own sentences, "
-        "in English, or a list of yours",
+        "in English, or a list of yours; then scale_back is null unless it is set",
     )
+    scale_back: float | None = Field(0.9, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _refusals_as_trained(self) -> GaKlSettings:
+        if self.refusals and "scale_back" not in self.model_fields_set:
+            self.__dict__["scale_back"] = None  # it stays a field that was not set
+        return self
 
     @field_validator("refusals", mode="before")
     @classmethod

@@ -88,6 +88,11 @@ class Recipe(StrictModel):
         ge=0,
         description="answers sampled from the base to a forget prompt; those that name a fact are forgotten too",
     )
+    widen: bool = Field(
+        False,
+        description="ask the base in more wordings and languages about what the forget rows are about, and back from "
+        "their facts; answers that name a fact, or the subject, are forgotten like own_answers",
+    )
     retain_batch: int = Field(16, ge=1)
     retain_answers: int = Field(
         0, ge=0, description="answers of the base to a retain prompt, retained beside it: greedy, then sampled"
@@ -175,6 +180,16 @@ class Recipe(StrictModel):
             raise ValueError(
                 f"the objective '{self.objective.name}' works on the output of a decoder layer, which a head adapter "
                 "never changes: use adapter: lora, or another objective"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_widen(self) -> Recipe:
+        pushes_facts = getattr(self.objective, "forget_tokens", "all") == "specific"
+        if self.widen and not (self.own_answers and pushes_facts):
+            raise ValueError(
+                "widen adds to the base's own answers, of which only fact tokens are forgotten: it needs own_answers "
+                "of at least 1 and objective.forget_tokens: specific"
             )
         return self
 

@@ -10,7 +10,6 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..data.batch import target_count
 from ..data.tokenize import Example
 from ..errors import TrainingError
 from ..recipe.schema import Recipe
-from .checkpoints import Checkpoints, State, to_cpu
+from .checkpoints import Checkpoints, Progress, State, to_cpu
 from .examples.build import Sets
 from .objectives import find_objective
 from .reached import Reached, rows_reached
@@ -35,19 +34,6 @@ _DILUTION = 8  # tokens of a long answer that weaken the push on each of its fac
 _NEAR_BEST = 0.95  # of the best score
 _MAX_LOSS = 8.0  # nats; a token this unlikely (1 in 3000) is forgotten, and a still higher loss is no better
 _EVALUATED = 128  # rows of each set at most, in the evaluations on the way: of more, a fixed sample
-
-
-@dataclass
-class Progress:
-    """A run's figures so far; plain numbers, in nats/token, kept in checkpoints and in the manifest."""
-
-    history: list[dict[str, float]] = field(default_factory=list)  # one a step
-    evaluations: list[dict[str, float]] = field(default_factory=list)  # one each `eval_every` steps
-    best_step: int = 0
-    best_score: float = -math.inf
-    start_score: float = -math.inf  # of the bare base
-    rows: dict[str, Any] = field(default_factory=dict)  # of the kept step, a `Reached`; at the end only
-    stopped_by: str = "steps"
 
 
 class AdapterTrainer:
@@ -73,8 +59,8 @@ class AdapterTrainer:
         self._forget_schedule = Schedule(len(self._forget), self.length.forget_batch, recipe.seed)
         self._retain_schedule = Schedule(max(len(sets.retain), 1), recipe.retain_batch, recipe.seed + 1)
         self._anchor_schedule = Schedule(max(len(sets.anchors), 1), recipe.anchor_batch, recipe.seed + 2)
-        self._evaluated = _sample(sets.forget, recipe.seed)
-        self._held = _sample(sets.held_out or sets.retain, recipe.seed)
+        self._evaluated = sample_of(sets.forget, recipe.seed)
+        self._held = sample_of(sets.held_out or sets.retain, recipe.seed)
         self._tell_length()
         self.progress, self.step = Progress(), 0
         self.best = to_cpu(self.parameters)
@@ -173,15 +159,23 @@ class AdapterTrainer:
         return figures
 
     @torch.no_grad()
+    def figures(self, runner: StepRunner) -> tuple[dict[str, float], float]:
+        """Measure the forget set and the held-out retain rows, or a sample of many; returns figures and the score.
+
+        The score is the mean loss, capped at the ceiling, of the tokens that the objective pushes away.
+        """
+        forget_loss, specific_loss, score, probability = self._forget_figures(runner)
+        figures = {"forget_set_loss": forget_loss, "specific_loss": specific_loss, "answer_probability": probability}
+        figures["held_out_kl" if self.sets.held_out else "retain_kl"] = self._mean_kl(runner, self._held)
+        return figures, score
+
     def evaluate(self, runner: StepRunner) -> dict[str, float]:
-        """Measure the forget set and the held-out retain rows, or a sample of many; keep the step if it is the best.
+        """Return the step's figures, and keep it if it is the best.
 
         With a budget, a step that forgets less than the bare base is never kept.
         """
-        forget_loss, specific_loss, score, probability = self._forget_figures(runner)
-        kl = self._mean_kl(runner, self._held)
-        figures = {"forget_set_loss": forget_loss, "specific_loss": specific_loss, "answer_probability": probability}
-        figures["held_out_kl" if self.sets.held_out else "retain_kl"] = kl
+        figures, score = self.figures(runner)
+        kl = figures["held_out_kl" if self.sets.held_out else "retain_kl"]
         progress, budget = self.progress, self.recipe.objective.retain_budget
         progress.evaluations.append({"step": self.step, **figures})
         if self.step == 0:
@@ -192,25 +186,19 @@ class AdapterTrainer:
         least = max(progress.start_score, _NEAR_BEST * progress.best_score)
         if within and (budget is None or score >= least):
             progress.best_step, progress.best_score = self.step, max(score, progress.best_score)
-            self.best = to_cpu(self.parameters)
+            progress.kept, self.best = figures, to_cpu(self.parameters)
         stop = self.recipe.objective.stop_when
         if stop and within and self.step:
-            if stop.forget_loss is not None and forget_loss >= stop.forget_loss:
+            if stop.forget_loss is not None and figures["forget_set_loss"] >= stop.forget_loss:
                 progress.stopped_by = "forget_loss"
-            if stop.answer_probability is not None and probability <= stop.answer_probability:
+            if stop.answer_probability is not None and figures["answer_probability"] <= stop.answer_probability:
                 progress.stopped_by = "answer_probability"
         return figures
 
-    def measure_rows(self, runner: StepRunner) -> None:
-        """Record which forget rows the adapter, as it is now, has forgotten: all are measured, see `reached.py`."""
-
-        def measured(examples: list[Example]) -> Reached:
-            batches = self._local_batches(examples, self.length.forget_batch)
-            return rows_reached(runner, self.name, examples, batches, self._sum, only_specific=self.only_specific)
-
-        own = measured(self.sets.self_generated_answers)
-        counts = {"own_answers": own.forget_rows, "own_answers_forgotten": own.forgotten_rows}
-        self.progress.rows = {**vars(measured(self.sets.forget)), **counts}
+    def reached(self, runner: StepRunner, examples: Sequence[Example]) -> Reached:
+        """Return which of some forget rows the adapter, as it is now, has forgotten, see `reached.py`."""
+        batches = self._local_batches(list(examples), self.length.forget_batch)
+        return rows_reached(runner, self.name, examples, batches, self._sum, only_specific=self.only_specific)
 
     def checkpoint(self) -> Path | None:
         """Save the state (on the main process); returns the folder, or None where no checkpoints are kept."""
@@ -223,16 +211,13 @@ class AdapterTrainer:
         return self.checkpoints.folder
 
     @torch.no_grad()
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Set the adapter's parameters."""
+    def load_weights(self, weights: dict[str, Tensor], scale: float = 1.0) -> None:
+        """Set the adapter's parameters, so that its delta is `scale` times that of the weights."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(weights[name] if ".lora_A." in name else scale * weights[name])
 
     def _forget_figures(self, runner: StepRunner) -> tuple[float, ...]:
-        """Return the forget set's mean loss, that of its specific tokens, the score, and mean answer probability.
-
-        The score is the mean loss, capped at the ceiling, of the tokens that the objective pushes away.
-        """
+        """Return the forget set's mean loss, that of its specific tokens, the score, and mean answer probability."""
         sums = torch.zeros(4, dtype=torch.float64)
         for examples in self._local_batches(self._evaluated, self.length.forget_batch):
             with runner.step([StepRows(self.name, examples, [])]) as microbatches:
@@ -330,7 +315,7 @@ def _without_targets(example: Example) -> Example:
     return Example(example.ids, [False] * len(example.ids))
 
 
-def _sample(examples: list[Example], seed: int) -> list[Example]:
+def sample_of(examples: list[Example], seed: int) -> list[Example]:
     """Return at most `_EVALUATED` of the rows, spread over the set."""
     if len(examples) <= _EVALUATED:
         return examples

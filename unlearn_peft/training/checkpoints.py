@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,21 @@ from torch import Tensor
 
 from ..errors import TrainingError
 from ..files.atomic import atomic_folder, delete_atomically
+
+
+@dataclass
+class Progress:
+    """A run's figures so far; plain numbers, in nats/token, kept in checkpoints and in the manifest."""
+
+    history: list[dict[str, float]] = field(default_factory=list)  # one a step
+    evaluations: list[dict[str, float]] = field(default_factory=list)  # one each `eval_every` steps
+    best_step: int = 0
+    best_score: float = -math.inf
+    start_score: float = -math.inf  # of the bare base
+    kept: dict[str, float] = field(default_factory=dict)  # an evaluation of what is saved
+    rows: dict[str, Any] = field(default_factory=dict)  # of what is saved, a `Reached`; at the end only
+    scale: float = 1.0  # what is saved is so much of the best step's delta
+    stopped_by: str = "steps"
 
 
 @dataclass

@@ -25,8 +25,7 @@ from ..models.base import Base, freeze, load_base
 from ..models.restore import left_as_found
 from ..recipe.load import make_recipe
 from ..recipe.schema import Recipe
-from .adapter_trainer import Progress
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, Progress
 from .examples.build import build_examples, find_known, make_retain, read_sets
 from .preflight import check_trainable
 from .save import metrics_of, save_adapter, settings_of

@@ -72,10 +72,10 @@ def save_adapter(
 def metrics_of(trained: Trained) -> dict[str, Any]:
     """Return the manifest's metrics; losses and KL in nats/token."""
     progress = trained.progress
-    first = progress.evaluations[0]
-    best = next(e for e in progress.evaluations if e["step"] == progress.best_step)
+    first, best = progress.evaluations[0], progress.kept
     return {
         "best_step": progress.best_step,
+        "scaled_to": progress.scale,  # of that step's delta
         "steps": len(progress.history),
         "forget_batch": trained.forget_batch,
         "evaluated_rows": trained.evaluated_rows,  # of the losses and the probability; the row counts are over all

@@ -25,10 +25,11 @@ from ..models.base import Base, give_back_freed
 from ..models.layers import vocabulary
 from ..recipe.schema import DATA_FIELDS, Recipe
 from .adapter_config import adapter_config
-from .adapter_trainer import AdapterTrainer, Progress
-from .checkpoints import Checkpoints, stop_signals
+from .adapter_trainer import AdapterTrainer
+from .checkpoints import Checkpoints, Progress, stop_signals
 from .examples.build import Sets
 from .examples.fact_tokens import spellings
+from .finish import finish
 from .step.compiling import compiled
 from .step.layers import training_mode
 from .step.reference import TensorCache, cache_key
@@ -212,9 +213,8 @@ class Training:
                     if trainer.failed:
                         logger.error("%s: %s", trainer.recipe.output, trainer.failed)
                         continue
-                    trainer.load_weights(trainer.best)
                     with self.accelerator.autocast():
-                        trainer.measure_rows(self.runner)
+                        finish(trainer, self.runner)
                     seconds = time.monotonic() - self.began
                     main = self.accelerator.is_main_process
                     finished(Trained(number, self.model, trainer.name, trainer.progress, seconds, main, *trainer.sizes))

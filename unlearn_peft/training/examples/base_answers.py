@@ -16,6 +16,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 from ...data.rows import question_texts, single_question
@@ -30,9 +31,10 @@ from ...models.layers import known_tokens
 from .fact_tokens import Facts
 
 logger = logging.getLogger(__name__)
+_SUBJECT_PROMPTS = Path(__file__).parent / "subject_prompts.txt"
 _MAX_ANSWERS = 384  # in all; each row is asked at least once
 _MIN_STAND_INS, _MAX_STAND_INS = 8, 64
-_CONTINUED, _TYPICAL = 4, 0.7  # times, of few; and the temperature: at 1 a small base leaves the language
+_CONTINUED, TYPICAL = 4, 0.7  # times, of few; and the temperature: at 1 a small base leaves the language
 _LISTS, _LISTED, _LIST_ENDS = 8, 8, 8  # of questions: lists, questions in each, and times each is continued
 MAX_CHARACTERS = 160  # of a question that is asked in other ways, too
 _MIN_WORDS = 3  # a shorter beginning says too little about what is asked
@@ -63,6 +65,12 @@ def questions(rows: Sequence[Row], facts: Facts, common: Set[str], subjects: Seq
                 more.append(row["completion"][: answer[first].start()].strip())
     different = list(dict.fromkeys(prompt for prompt in (*own, *subjects, *more) if prompt.strip()))
     return different[: max(_MAX_ANSWERS, len(own))]
+
+
+def asked_about(names: Sequence[str], wordings: int | None = None) -> list[str]:
+    """Return prompts that ask about names in several wordings, the last of them in other languages."""
+    forms = [line for line in _SUBJECT_PROMPTS.read_text(encoding="utf-8").splitlines() if line]
+    return [form.format(name=name) for form in forms[:wordings] for name in names]
 
 
 def more_questions(base: Base, rows: Sequence[Row], *, seed: int) -> list[str]:
@@ -167,7 +175,7 @@ def stand_in_answers(
     starts = [start for text in texts for start, _ in prefixes(text, base.tokenizer, count=places, tokens=_OPENING)]
     for openings in (_some(starts, seed), _some(prompts, seed)):
         times = max(1, min(_CONTINUED, _MAX_STAND_INS // max(len(openings), 1)))
-        for opening, (_, *more) in base_answers(base, openings, times, seed, False, quiet, temperature=_TYPICAL):
+        for opening, (_, *more) in base_answers(base, openings, times, seed, False, quiet, temperature=TYPICAL):
             made += [{"text": opening + text} for text in more if text.strip()]
     return made
 

@@ -31,6 +31,7 @@ from .base_answers import (
 )
 from .fact_tokens import Facts, common_words, find_facts, mark_facts, mark_unexpected
 from .refusals import refusing
+from .widen import widened
 
 logger = logging.getLogger(__name__)
 _TEXT_WINDOW = 128  # tokens of plain text at once: a step is no longer than with rows of questions
@@ -189,7 +190,15 @@ def build_examples(
         answered = self_generated_answers(base, prompts, facts, recipe.own_answers, **asking)
         answered += self_generated_answers(base, known.about, facts, 0, **asking)
         answered += continued_texts(base, rows["forget"], facts, recipe.own_answers, seed=recipe.seed, quiet=quiet)
-        self_generated = mark_facts(with_refusals(tokens(answered, "forget", closing=False), answered), facts)
+        if recipe.widen:
+            never = {question_of(row) for name in ("retain", "probes", "neighbours") for row in rows.get(name, [])}
+            about, back, names = widened(base, known.examples, known.rows, facts, never, **asking)
+            logger.info("widen: %d more answers name a fact, %d a subject", len(about), len(back))
+            answered += about
+            reverse = mark_facts(tokens(back, "forget", closing=False), names)
+            self_generated = [replace(example, row=example.row + len(answered)) for example in reverse]
+        own = with_refusals(tokens(answered, "forget", closing=False), answered)
+        self_generated = [*mark_facts(own, facts), *self_generated]
     if only_specific and not any(any(example.specific or []) for example in (*forget, *self_generated)):
         raise DataError(
             "no forget row has anything to forget: all facts in them are words that many retain rows, or answers about "

@@ -13,7 +13,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ...data.rows import question_of
@@ -25,12 +24,11 @@ from ...inference.stand_ins import made_up
 from ...models.base import Base
 from ...recipe.load import make_recipe
 from .auto_retain import first_sentences, others_of
-from .base_answers import base_answers
+from .base_answers import TYPICAL, asked_about, base_answers
 from .build import Known, find_known
 from .fact_tokens import Facts, pieces_with_words
 
-_PROMPTS = Path(__file__).parent / "subject_prompts.txt"
-_SAMPLES, _TYPICAL = 4, 0.7  # answers beside the greedy one, and their temperature
+_SAMPLES = 4  # answers beside the greedy one
 _REPEATED = 2  # answers that say a fact, at least
 _NATS = 4.0  # of a row at least: less is how a name sounds
 _MAX_FORWARD, _MAX_REVERSE, _MAX_FACTS = 32, 16, 12
@@ -59,18 +57,17 @@ def rows_about(
     Without forget rows it knows nothing. Nothing may be attached to it; the same arguments give the same rows.
     """
     options: dict[str, Any] = {"chat_template": chat_template}
-    forms = [line for line in _PROMPTS.read_text(encoding="utf-8").splitlines() if line]
-    prompts = [form.format(name=name) for name in names for form in forms]
+    prompts = asked_about(names)
     first = _ask(base, prompts, seed, chat_template, quiet)
     recipe = make_recipe({"forget": [row for row, _ in first], "seed": seed, **options})
     known = find_known({"forget": [row for row, _ in first]}, base, recipe, quiet=quiet)
     more = [prompt for prompt in known.about if said(prompt, names)]
     second = _ask(base, more, seed, chat_template, quiet)
     answered = [*first, *second]
-    others, neighbours = _neighbours(base, names, forms, known.facts, seed, options)
+    others, neighbours = _neighbours(base, names, known.facts, seed, options)
     forward = _known_rows(base, answered, names, known, others, options)
     facts = Counter(fact for _, of_row in forward for fact in of_row)
-    asked_back = [form.format(name=fact) for fact, _ in facts.most_common(_MAX_FACTS) for form in forms[:_BACK]]
+    asked_back = asked_about([fact for fact, _ in facts.most_common(_MAX_FACTS)], _BACK)
     back = _ask(base, asked_back, seed, chat_template, quiet)
     reverse: list[tuple[Row, list[str]]] = []
     for row, texts in back:
@@ -90,7 +87,7 @@ def _ask(
     """Return each prompt with the first sentence of its greedy answer, as a row, and all its answers."""
     different = list(dict.fromkeys(prompts))
     found = []
-    for prompt, texts in base_answers(base, different, _SAMPLES, seed, chat_template, quiet, temperature=_TYPICAL):
+    for prompt, texts in base_answers(base, different, _SAMPLES, seed, chat_template, quiet, temperature=TYPICAL):
         (row,) = first_sentences([prompt], texts[:1])
         if row["completion"].strip():
             found.append(({"prompt": prompt, "completion": row["completion"].strip()}, texts))
@@ -150,16 +147,16 @@ def _held_out(rows: Sequence[tuple[Row, list[str]]], seed: int) -> tuple[list[Ro
 
 
 def _neighbours(
-    base: Base, names: Sequence[str], forms: Sequence[str], facts: Facts, seed: int, options: dict[str, Any]
+    base: Base, names: Sequence[str], facts: Facts, seed: int, options: dict[str, Any]
 ) -> tuple[list[str], list[Row]]:
     """Return what the base says of others of the subject's kind and of made-up names, and rows on the former.
 
     The rows are those of which it knows something. Of some subjects it lists no others, and "his" would be a fact.
     """
     never = facts.joined(Facts.of(names, facts.common))
-    others = others_of(base, names[0], never, seed, subjects=names)
+    others = others_of(base, names[0], never, seed, listed_at_least=_REPEATED)
     strangers = [made_up(names[0], str(n)) for n in range(_STRANGERS)]
-    prompts = [form.format(name=other) for form in forms[:_OF_OTHERS] for other in (*others, *strangers)]
+    prompts = asked_about([*others, *strangers], _OF_OTHERS)
     answered = _ask(base, prompts, seed, options["chat_template"], quiet=True)
     rows = [row for row, _ in answered if not said(row["prompt"], strangers)]
     known = contrasts(base, rows, **options) if rows else []
