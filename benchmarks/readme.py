@@ -22,6 +22,8 @@ README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
 CLI = ["-m", "unlearn_peft.cli"]
 DATA = "recipes/data/harry_potter_"
 NEAR = ["--output", "out/readme.near", "--neighbours"]
+KEPT = ["benchmarks/ways.py", "--kept", "--dtype", "bfloat16", "--only"]
+ONE_WAY = ["--ways", "ga_kl", "--picture", "out/ways.png"]
 BLOCKS = {
     "demo": [
         [*CLI, "train", "recipes/harry_potter.yaml", "--output", "out/readme"],
@@ -38,7 +40,11 @@ BLOCKS = {
     "auto_retain": [["benchmarks/auto_retain.py", "harry_potter", "apple"]],
     "tofu": [["benchmarks/tofu_smollm2.py", "--kept"]],
     "frontier": [["benchmarks/frontier.py", "--kept"]],
-    "ways": [["benchmarks/ways.py", "--kept", "--only", "star_wars", "gandhi", "--dtype", "bfloat16"]],
+    "ways": [
+        [*KEPT, "star_wars", "gandhi"],
+        [*KEPT, "star_wars", "gandhi", "titanic", "sherlock_holmes", *ONE_WAY],
+        [*KEPT, "amazon_river", "berlin_wall", "mozart", "python_language", *ONE_WAY],
+    ],
 }
 
 
@@ -86,7 +92,10 @@ def markdown(name, printed):
     if name == "changed":
         return quoted("neighbours whose answer", printed[0][1])
     if name in ("tipped", "passage", "auto_retain", "tofu", "frontier", "ways"):
-        return "\n".join(line for _, text in printed for line in text.splitlines() if line.startswith("|"))
+        tables = ["\n".join(line for line in text.splitlines() if line.startswith("|")) for _, text in printed]
+        if len(tables) == 1:
+            return tables[0]
+        return "\n\n".join(f"`python {line}`:\n\n{table}" for (line, _), table in zip(printed, tables, strict=True))
     return "```\n" + "\n".join(f"$ {line}\n{text}\n" for line, text in printed) + "```"
 
 
