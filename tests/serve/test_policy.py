@@ -61,8 +61,6 @@ def test_what_a_policy_says():
     assert policy.forget_of("plain") == {}
     assert policy.tenant_of(KEY) == "acme"
     assert policy.tenant_of(DIGEST) is policy.tenant_of("") is policy.tenant_of("\ud800é") is None
-    with pytest.raises(ValueError, match="frozen"):
-        policy.tenants = {}
 
 
 def test_a_request_adds_and_never_takes_away():
@@ -147,7 +145,7 @@ def test_all_that_is_wrong_is_told_at_once_and_no_key_is():
 
 def test_versions_are_equal_if_and_only_if_the_content_is():
     policy = policy_of(GOOD)
-    rewritten = json.dumps({name: dict(reversed(part.items())) for name, part in policy.model_dump().items()})
+    rewritten = json.dumps({name: dict(reversed(part.items())) for name, part in policy.dump().items()})
     assert policy_of(rewritten) == policy and policy_of(rewritten).version == policy.version
     others = [policy_of(GOOD.replace(*change)) for change in (
         ("[hp]", "[news]"), ("hp: 0.5", "hp: 0.25"), (DIGEST, "c" * 64), ("AB" * 32, "AC" * 32), ("plain", "plainer"),

@@ -354,7 +354,7 @@ def test_a_store_of_the_version_before_is_read_and_brought_up_to_date(pems, tmp_
     store.forget("globex", "news", **ME)
     assert version() == 1 and serving_.current().forget_of("globex") == {"news": 1.0}
     store.trust("acme", {"alice": pems["alice"]}, **ME)
-    assert version() == tables.SCHEMA_VERSION == 2
+    assert version() == tables.SCHEMA_VERSION == 3
     assert serving_.current().tenants["acme"].trusted_keys == {"alice": pems["alice"]}
     assert serving_.current().forget_of("acme") == {"hp": 0.5}
     store.trust("globex", pems, **ME)

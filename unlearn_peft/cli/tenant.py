@@ -74,10 +74,11 @@ def list_(store: StoreOption = _STORE, as_json: JsonOption = False) -> None:
     """
     from ..serve.policy.edits import summary
 
-    policy = _open(store).current()
+    policy = _open(store).read_all()
     if as_json:
-        tenants = {name: summary(entry.model_dump()) for name, entry in policy.tenants.items()}
-        print(json.dumps({**policy.model_dump(mode="json"), "tenants": tenants, "version": policy.version}))
+        content = policy.dump()
+        tenants = {name: summary(entry) for name, entry in content["tenants"].items()}
+        print(json.dumps({**content, "tenants": tenants, "version": policy.version}))
         return
     for name, entry in policy.tenants.items():
         print(f"tenant {name}: forgets {_strengths(entry.forget)}; keys: {len(entry.keys)}")
@@ -91,9 +92,9 @@ def show(name: TenantArgument, store: StoreOption = _STORE, as_json: JsonOption 
 
     unlearn-peft tenant show acme
     """
-    from ..serve.policy.edits import get_entry, summary
+    from ..serve.policy.edits import summary
 
-    facts = {"tenant": name, **summary(get_entry(_open(store).current().model_dump(), "tenant", name))}
+    facts = {"tenant": name, **summary(_open(store).tenant(name))}
     if as_json:
         print(json.dumps(facts))
         return
@@ -285,7 +286,7 @@ def export(
     from ..files.atomic import atomic_file
     from ..serve.policy.yaml_file import dump_policy
 
-    text = dump_policy(_open(store).current())
+    text = dump_policy(_open(store).read_all())
     if output is None:
         print(text, end="")
         return

@@ -99,7 +99,11 @@ def parse_policy(data: bytes, origin: str, folder: Path) -> Policy:
 
 def dump_policy(policy: Policy) -> str:
     """Return a policy as YAML that reads back to the same version."""
-    return yaml.dump(policy.model_dump(mode="json", exclude_none=True), Dumper=_Dumper, sort_keys=False)
+    content = policy.dump()
+    for entries in content.values():
+        for name, entry in entries.items():
+            entries[name] = {field: value for field, value in entry.items() if value is not None}
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
 class _Dumper(yaml.SafeDumper):
