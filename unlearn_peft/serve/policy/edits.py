@@ -1,6 +1,7 @@
 """Edits of a policy: each changes the plain mapping that a policy's YAML has, and returns what the history records.
 
-Of a store the mapping holds only what the edit names and what that refers to (`tables.read_part`). An API key is recorded by the first digits of its sha256 only.
+Of a store the mapping holds only what the edit names and what that refers to (`tables.read_part`). An API key is
+recorded by the first digits of its sha256 only.
 """
 
 from __future__ import annotations

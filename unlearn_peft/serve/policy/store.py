@@ -186,8 +186,8 @@ class PolicyStore:
                 tables.write(connection, before, make_policy(after, "the changed policy").dump())
                 at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
                 row = {"at": at, "who": who, "action": action, "what": what, "why": why}
-                changed = (tenant, None) if tenant is not None else (None, adapter)  # `forget` changes its tenant alone
-                tables.note_change(connection, state, *changed, row)
+                adapter = adapter if tenant is None else None  # `forget` changes its tenant alone
+                tables.note_change(connection, state, tenant, adapter, row)
         except (SQLAlchemyError, OSError) as error:
             raise PolicyError(
                 f"the store {self._name} did not confirm the change: {engines.reason(error)}. It is made wholly or not "
@@ -233,9 +233,10 @@ class PolicyStore:
         revision = self._cache.revision
         if revision is None or revision.state != state:
             raise PolicyError(f"the policy stays as it was, and this tenant is not known of that: {self._refused}")
-        name = tenant if digest is None else tables.owner_of(connection, digest)
-        if name is None or name not in (rows := tables.read_tenants(connection, state, [name])):
+        rows = tables.read_tenants(connection, state, None if tenant is None else [tenant], digest)
+        if not rows:
             return None
+        (name,) = rows
         adapters = {each: revision.adapters[each] for each in rows[name]["forget"] if each in revision.adapters}
         content = {"adapters": {each: entry.model_dump() for each, entry in adapters.items()}, "tenants": rows}
         policy = make_policy(content, f"revision {state.revision} of the store {self._name}")

@@ -7,13 +7,16 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 from ...errors import PolicyError
 
 try:
-    import sqlalchemy as sql
-    from sqlalchemy import Column, Connection, Engine, ForeignKey, Integer, String, Table, Text
+    import sqlalchemy
+    from sqlalchemy import Column, ForeignKey, Integer, String, Table, Text
+    from sqlalchemy import Connection as Connection
+    from sqlalchemy import Engine as Engine
     from sqlalchemy.exc import ArgumentError as ArgumentError
     from sqlalchemy.exc import SQLAlchemyError as SQLAlchemyError
 except ModuleNotFoundError:
@@ -22,7 +25,9 @@ except ModuleNotFoundError:
     ) from None
 
 
+sql = sqlalchemy
 SCHEMA_VERSION = 3  # 2 has no changes and no indexes, 1 no trusted keys either; the first edit adds what is missing
+_CELLS = ("tenant", "name", "strength", "pem")
 _TRIES = 5
 _MAX_CHANGES = 1000  # a reader that missed more reads everything anew
 _NEAR = 20  # names that are read for "did you mean"
@@ -93,6 +98,9 @@ _KEEP_HISTORY = {  # the database itself refuses to change what is there
 }
 
 
+_STATE = sql.select(STATE.c.schema_version, STATE.c.revision, STATE.c.token)
+
+
 class State(NamedTuple):
     """Which version of the store this is; `token` tells a backup that was put back and changed otherwise."""
 
@@ -138,7 +146,7 @@ def read_state(connection: Connection) -> State:
     Raises:
         PolicyError: its tables are of a newer version of this package.
     """
-    row = connection.execute(sql.select(STATE.c.schema_version, STATE.c.revision, STATE.c.token)).one()
+    row = connection.execute(_STATE).one()
     if not 1 <= row.schema_version <= SCHEMA_VERSION:
         raise PolicyError(
             f"the store has schema version {row.schema_version}, expected at most {SCHEMA_VERSION}: update unlearn_peft"
@@ -187,11 +195,6 @@ def read_history(connection: Connection, limit: int | None) -> list[dict[str, An
     return [dict(row) for row in rows.mappings()]
 
 
-def owner_of(connection: Connection, digest: str) -> str | None:
-    """Return the tenant of an API key, by the key's sha256 in hex."""
-    return connection.scalar(sql.select(KEYS.c.tenant).where(KEYS.c.digest == digest))
-
-
 def tenant_names(connection: Connection) -> list[str]:
     """Return all tenants' names, sorted by the database."""
     return list(connection.scalars(sql.select(TENANTS.c.name).order_by(TENANTS.c.name)))
@@ -229,29 +232,32 @@ def read_part(connection: Connection, state: State, tenant: str | None, adapter:
 
 def read_adapters(connection: Connection, names: Iterable[str] | None = None) -> dict[str, Any]:
     """Return adapters by name; None: all."""
-    rows = _select(connection, ADAPTERS, ADAPTERS.c.name, names)
+    query = sql.select(ADAPTERS).order_by(ADAPTERS.c.name)
+    rows = connection.execute(query if names is None else query.where(ADAPTERS.c.name.in_(list(names))))
     return {row.name: {"path": row.path, "sha256": row.sha256} for row in rows}
 
 
-def read_tenants(connection: Connection, state: State, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """Return tenants by name; None: all.
+def read_tenants(
+    connection: Connection, state: State, names: Iterable[str] | None = None, digest: str | None = None
+) -> dict[str, Any]:
+    """Return tenants by name; with `digest`, the sha256 of a key in hex, that key's tenant; None of both: all.
 
     Raises:
         PolicyError: a row refers to no tenant, which the database should have refused.
     """
-    names = None if names is None else list(names)
-    tenants: dict[str, Any] = {
-        row.name: {"forget": {}, "keys": []} for row in _select(connection, TENANTS, TENANTS.c.name, names)
-    }
-    if not tenants:
-        return tenants
+    some: dict[str, Any] = {} if names is None else {"names": list(names)}
+    some |= {} if digest is None else {"digest": digest}
+    tenants: dict[str, Any] = {}
     try:
-        for row in _select(connection, FORGETS, FORGETS.c.tenant, names):
-            tenants[row.tenant]["forget"][row.adapter] = row.strength
-        for row in _select(connection, KEYS, KEYS.c.tenant, names):
-            tenants[row.tenant]["keys"].append(row.digest)
-        for row in _select(connection, TRUSTED, TRUSTED.c.tenant, names) if state.schema_version > 1 else ():
-            tenants[row.tenant].setdefault("trusted_keys", {})[row.name] = row.pem
+        for row in connection.execute(_tenant_rows(next(iter(some), None), state.schema_version > 1), some):
+            if row.kind == 0:
+                tenants[row.tenant] = {"forget": {}, "keys": []}
+            elif row.kind == 1:
+                tenants[row.tenant]["forget"][row.name] = row.strength
+            elif row.kind == 2:
+                tenants[row.tenant]["keys"].append(row.name)
+            else:
+                tenants[row.tenant].setdefault("trusted_keys", {})[row.name] = row.pem
     except KeyError as error:
         raise PolicyError(f"the store is damaged: it holds rows of a tenant {error} that is not there") from None
     return tenants
@@ -273,9 +279,27 @@ def write(connection: Connection, before: Mapping[str, Any], after: Mapping[str,
             connection.execute(sql.delete(table).where(*_by_key(table, key)))
 
 
-def _select(connection: Connection, table: Table, column: Any, names: Iterable[str] | None) -> Iterable[Any]:
-    query = sql.select(table).order_by(*table.primary_key.columns)
-    return connection.execute(query if names is None else query.where(column.in_(list(names))))
+@cache
+def _tenant_rows(some: str | None, trusted: bool) -> Any:
+    """Return one query for tenants, their sets, keys and trusted keys; of "names", of the one of a "digest", or of all.
+
+    One, since each takes longer on its way than in the database.
+    """
+    columns = [
+        (TENANTS.c.name, sql.null(), sql.null(), sql.null()),
+        (FORGETS.c.tenant, FORGETS.c.adapter, FORGETS.c.strength, sql.null()),
+        (KEYS.c.tenant, KEYS.c.digest, sql.null(), sql.null()),
+        (TRUSTED.c.tenant, TRUSTED.c.name, sql.null(), TRUSTED.c.pem),
+    ]
+    types = (String, String, sql.Double, Text)
+    owner = sql.select(KEYS.c.tenant).where(KEYS.c.digest == sql.bindparam("digest"))
+    wanted: Any = owner if some == "digest" else sql.bindparam("names", expanding=True)
+    parts = []
+    for kind, row in enumerate(columns[: 4 if trusted else 3]):
+        cells = [sql.cast(cell, type_).label(name) for cell, type_, name in zip(row, types, _CELLS, strict=True)]
+        part = sql.select(sql.literal_column(str(kind)).label("kind"), *cells)
+        parts.append(part.where(row[0].in_(wanted)) if some else part)
+    return sql.union_all(*parts).order_by("kind", "tenant", "name")
 
 
 def _near(connection: Connection, table: Table, name: str) -> list[str]:
