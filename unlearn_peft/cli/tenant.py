@@ -290,7 +290,7 @@ def export(
     if output is None:
         print(text, end="")
         return
-    with atomic_file(output) as temporary:
+    with atomic_file(output, mode=0o600) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
