@@ -62,7 +62,9 @@ def serve(
     adapter_memory_gb: Annotated[
         float | None, typer.Option(min=0, help="Memory for adapters; those not in use are evicted. Default: no limit.")
     ] = None,
-    audit: Annotated[Path | None, typer.Option(help="Record each request in this file (JSON lines); SIGHUP reopens it.")] = None,
+    audit: Annotated[
+        Path | None, typer.Option(help="Record each request in this file (JSON lines); SIGHUP reopens it.")
+    ] = None,
     audit_fsync: Annotated[bool, typer.Option(help="Call fsync after each line of it.")] = False,
     audit_prompts: Annotated[bool, typer.Option(help="Also record prompts and answers.")] = False,
     audit_optional: Annotated[bool, typer.Option(help="Answer even if the audit log cannot be written.")] = False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import AdapterError, PolicyError
+from ..errors import AdapterError, PolicyError, printable
 from .options import JsonOption
 
 if TYPE_CHECKING:
@@ -255,7 +255,8 @@ def history(
             print(json.dumps(vars(change)))
         else:
             why = f" # {change.why}" if change.why else ""
-            print(f"{change.revision} {change.at} {change.who}: {change.action} {json.dumps(change.what)}{why}")
+            line = f"{change.revision} {change.at} {change.who}: {change.action} {json.dumps(change.what)}{why}"
+            print(printable(line, lines=False))
 
 
 @app.command("import")
