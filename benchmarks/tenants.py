@@ -6,8 +6,8 @@
 A server and whoever changes the policy are two stores on one database. Each figure is the median of 50 tries and,
 behind it, the 95th of 100, in ms: `known`, a look-up of a key in the cache, with the question whether anything has changed;
 `new`, of one that must be read; `unknown`, of a key that nobody has; `change`, a tenant's set is changed (one
-transaction, on the disk); `after`, that tenant's next request at the server; `others`, one of another tenant then. MiB
-is what the server's process takes at its end. Tables are filled by rows, not through edits, which would take hours.
+transaction, on the disk); `cpu`, what of that is not waiting; `fsync`, 4 kB written to that disk; `after`, that tenant's next request at the server; `others`, one of another tenant then. MiB
+is what the process of both takes at its end. Tables are filled by rows, not through edits, which would take hours.
 Not to be run against a store that is in use: its tables must be empty.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import resource
 import statistics
@@ -85,21 +86,31 @@ def measure(where: str, count: int) -> dict[str, object]:
         "unknown": timed(lambda: server.current().tenant_of("uf-nobody")),
     }
     pairs = [(next(changed), next(other)) for _ in range(_TRIES)]
-    seconds: dict[str, list[float]] = {"change": [], "after": [], "others": []}
+    seconds: dict[str, list[float]] = {"change": [], "cpu": [], "fsync": [], "after": [], "others": []}
     for number, another in pairs:
         ask(number), ask(another)
         for name, act in (
             ("change", lambda n=number: writer.forget(f"t{n}", "a7", 0.5, who="benchmark")),
+            ("fsync", sync),
             ("after", lambda n=number: ask(n)),
             ("others", lambda n=another: ask(n)),
         ):
-            began = time.perf_counter()
+            began, began_cpu = time.perf_counter(), time.process_time()
             act()
             seconds[name].append(time.perf_counter() - began)
+            if name == "change":
+                seconds["cpu"].append(time.process_time() - began_cpu)
     figures |= {name: spread(values) for name, values in seconds.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     server.close(), writer.close()
     return {"tenants": f"{count:,}", **figures, "MiB": peak}
+
+
+def sync() -> None:
+    """Write 4 kB to the disk of temporary files."""
+    with tempfile.TemporaryFile(buffering=0) as stream:
+        stream.write(bytes(4096))
+        os.fsync(stream.fileno())
 
 
 def fill(store: PolicyStore, count: int) -> None:

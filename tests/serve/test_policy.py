@@ -241,6 +241,33 @@ def test_a_changed_file_is_read_again_and_a_bad_one_is_not_taken(file, caplog):
     assert source.current() == first and source.problem is None
 
 
+def test_a_file_that_is_gone_fails_closed(file, monkeypatch):
+    """As a store that cannot be reached: the last policy for the grace, then nobody."""
+    now = [policy_file.time.monotonic()]
+    monkeypatch.setattr(policy_file.time, "monotonic", lambda: now[0])
+    source = open_policy(str(file), grace=20)
+    first = source.current()
+    for kind in ("deleted", "a folder"):
+        file.rename(file.with_name("aside"))
+        if kind == "a folder":
+            file.mkdir()
+        for _ in range(6):
+            now[0] += 3
+            assert source.current() == first and source.problem
+        now[0] += 6
+        for _ in range(2):
+            with pytest.raises(PolicyError, match="nobody is served until it is back"):
+                source.current()
+        if kind == "a folder":
+            file.rmdir()
+        os.replace(file.with_name("aside"), file)
+        now[0] += 1
+        assert source.current() == first and source.problem is None
+    put(file, "not a policy")
+    now[0] += 100
+    assert source.current() == first and source.problem, "a mistake in it is no order to stop"
+
+
 def test_a_file_that_cannot_be_used_at_first(tmp_path):
     for name, text, told in (("none.yaml", None, "No such file"), ("bad.yaml", "x", "holds a str")):
         if text:

@@ -323,7 +323,7 @@ def open_policy(where: str, *, grace: float = 30.0) -> PolicySource:
         PolicyError: it is none of these, or cannot be used.
     """
     if "://" not in where and where.endswith((".yaml", ".yml")):
-        return PolicyFile(where)
+        return PolicyFile(where, grace=grace)
     if "://" in where or where.endswith((".db", ".sqlite", ".sqlite3")):
         store = PolicyStore(where, grace=grace)
         store.current()

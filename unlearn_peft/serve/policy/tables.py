@@ -296,7 +296,9 @@ def _tenant_rows(some: str | None, trusted: bool) -> Any:
     wanted: Any = owner if some == "digest" else sql.bindparam("names", expanding=True)
     parts = []
     for kind, row in enumerate(columns[: 4 if trusted else 3]):
-        cells = [sql.cast(cell, type_).label(name) for cell, type_, name in zip(row, types, _CELLS, strict=True)]
+        cells: list[Any] = [
+            sql.cast(cell, type_).label(name) for cell, type_, name in zip(row, types, _CELLS, strict=True)
+        ]
         part = sql.select(sql.literal_column(str(kind)).label("kind"), *cells)
         parts.append(part.where(row[0].in_(wanted)) if some else part)
     return sql.union_all(*parts).order_by("kind", "tenant", "name")
