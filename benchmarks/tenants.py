@@ -4,10 +4,18 @@
     python benchmarks/tenants.py --tenants 1000 100000
 
 A server and whoever changes the policy are two stores on one database. Each figure is the median of 50 tries and,
-behind it, the 95th of 100, in ms: `known`, a look-up of a key in the cache, with the question whether anything has changed;
-`new`, of one that must be read; `unknown`, of a key that nobody has; `change`, a tenant's set is changed (one
-transaction, on the disk); `cpu`, what of that is not waiting; `fsync`, 4 kB written to that disk; `after`, that tenant's next request at the server; `others`, one of another tenant then. MiB
-is what the process of both takes at its end. Tables are filled by rows, not through edits, which would take hours.
+behind it, the 95th of 100, in ms:
+
+    known     a look-up of a key in the cache, with the question whether anything has changed
+    new       a look-up of one that must be read
+    unknown   a look-up of a key that nobody has
+    change    a tenant's set is changed: one transaction, on the disk
+    cpu       what of the change is computing
+    fsync     4 kB written to the disk of temporary files, where SQLite's file is too
+    after     that tenant's next request at the server
+    others    one of another tenant then
+
+MiB is what the process of both takes at its end. Tables are filled by rows, not through edits, which would take hours.
 Not to be run against a store that is in use: its tables must be empty.
 """
 

@@ -89,7 +89,7 @@ def safe_repr(value: object, limit: int = 80) -> str:
 
 
 def printable(text: str, *, lines: bool = True) -> str:
-    """Return a text of others with what could steer a terminal written as JSON writes it, an escape as `u001b` behind a backslash.
+    """Return a text of others with what could steer a terminal written as JSON escapes it.
 
     So are characters that reverse the direction of others, since they show a text other than it is; without `lines`
     also the ends of lines, so that one field cannot look like several.

@@ -318,13 +318,13 @@ def test_changes_of_a_store_and_their_history(pems, tmp_path):
     assert store.current().tenants["acme"].trusted_keys == {"bob": pems["bob"]}
     with pytest.raises(PolicyError, match="the last key that tenant 'acme' trusts"):
         store.untrust("acme", "bob", **ME)
-    whole = store.current()
+    whole = store.read_all()
     store.untrust("acme", None, **ME)
     assert store.current().tenants["acme"].trusted_keys is None
     with pytest.raises(PolicyError, match="has no trusted keys"):
         store.untrust("acme", None, **ME)
     store.replace(whole, **ME)
-    assert store.current() == whole
+    assert store.read_all() == whole
     store.remove("acme", **ME)
     entry = {"forget": {}, "keys": [], "trusted_keys": {"bob": marks["bob"]}}
     assert [(change.action, change.what) for change in reversed(store.history())][1:] == [
