@@ -21,6 +21,7 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 _MAX_ALIKE = 5  # problems of one kind that are listed
+_STEERING = re.compile("[\0-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all but the tab
 _VARIABLE_PART = re.compile(r"'[^']*'|\d+")  # names and numbers: problems that differ in these only are of one kind
 
 
@@ -85,6 +86,15 @@ def safe_repr(value: object, limit: int = 80) -> str:
     except ValueError:  # a number of thousands of digits
         return f"a very long {type(value).__name__}"
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def printable(text: str, *, lines: bool = True) -> str:
+    """Return a text of others with what could steer a terminal written as JSON escapes it.
+
+    So are characters that reverse the direction of others, since they show a text other than it is; without `lines`
+    also the ends of lines, so that one field cannot look like several.
+    """
+    return _STEERING.sub(lambda found: found[0] if lines and found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 
 def refuse(subject: str, problems: Sequence[str], advice: str = "") -> NoReturn:

@@ -1,7 +1,6 @@
 """A policy in YAML: what is taken, what is refused and how it is told; the file under changes; keys and sets."""
 
 import hashlib
-import hmac
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from unlearn_peft.errors import PolicyError
 from unlearn_peft.serve.policy import yaml_file as policy_file
-from unlearn_peft.serve.policy.policy import key_digest, make_policy, new_key
+from unlearn_peft.serve.policy.policy import Policy, key_digest, make_policy, new_key
 from unlearn_peft.serve.policy.store import open_policy
 from unlearn_peft.serve.policy.yaml_file import PolicyFile, dump_policy, parse_policy, read_policy
 
@@ -61,8 +60,6 @@ def test_what_a_policy_says():
     assert policy.forget_of("plain") == {}
     assert policy.tenant_of(KEY) == "acme"
     assert policy.tenant_of(DIGEST) is policy.tenant_of("") is policy.tenant_of("\ud800é") is None
-    with pytest.raises(ValueError, match="frozen"):
-        policy.tenants = {}
 
 
 def test_a_request_adds_and_never_takes_away():
@@ -147,7 +144,7 @@ def test_all_that_is_wrong_is_told_at_once_and_no_key_is():
 
 def test_versions_are_equal_if_and_only_if_the_content_is():
     policy = policy_of(GOOD)
-    rewritten = json.dumps({name: dict(reversed(part.items())) for name, part in policy.model_dump().items()})
+    rewritten = json.dumps({name: dict(reversed(part.items())) for name, part in policy.dump().items()})
     assert policy_of(rewritten) == policy and policy_of(rewritten).version == policy.version
     others = [policy_of(GOOD.replace(*change)) for change in (
         ("[hp]", "[news]"), ("hp: 0.5", "hp: 0.25"), (DIGEST, "c" * 64), ("AB" * 32, "AC" * 32), ("plain", "plainer"),
@@ -197,19 +194,26 @@ def test_a_key_in_the_place_of_a_name_is_not_quoted(secret, tenants):
     assert secret not in str(refused.value)
 
 
-def test_every_key_is_compared_in_constant_time(monkeypatch):
+def test_a_key_is_found_by_its_digest_and_not_by_trying_all():
+    """All keys compared one by one took 142 ms of a server's event loop with 100,000 of them."""
     keys = [new_key() for _ in range(20)]
     assert len(set(keys)) == 20 and all(key.startswith("uf-") and len(key) == 46 for key in keys)
     tenants = {f"t{n}": {"forget": {}, "keys": [key_digest(k) for k in keys[2 * n : 2 * n + 2]]} for n in range(10)}
     policy = make_policy({"adapters": {}, "tenants": tenants}, "x")
-    compared = []
-    honest = hmac.compare_digest
-    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or honest(a, b))
-    digests = {key_digest(key) for key in keys}
-    for key, tenant in (*zip(keys, [f"t{n // 2}" for n in range(20)], strict=True), ("uf-other", None)):
-        compared.clear()
-        assert policy.tenant_of(key) == tenant
-        assert {a for a, _ in compared} == digests and {b for _, b in compared} == {key_digest(key)}
+    assert [policy.tenant_of(key) for key in keys] == [f"t{n // 2}" for n in range(20)]
+
+    class Digests(str):
+        compared = 0
+
+        def __eq__(self, other):
+            Digests.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    many = Policy({}, {}, "", {Digests(f"{n:064x}"): "t" for n in range(10_000)} | {key_digest("uf-known"): "known"})
+    Digests.compared = 0
+    assert many.tenant_of("uf-known") == "known" and many.tenant_of("uf-other") is None and Digests.compared < 10
 
 
 def test_a_changed_file_is_read_again_and_a_bad_one_is_not_taken(file, caplog):
@@ -235,6 +239,33 @@ def test_a_changed_file_is_read_again_and_a_bad_one_is_not_taken(file, caplog):
     assert DIGEST not in caplog.text
     file.write_text(GOOD)
     assert source.current() == first and source.problem is None
+
+
+def test_a_file_that_is_gone_fails_closed(file, monkeypatch):
+    """As a store that cannot be reached: the last policy for the grace, then nobody."""
+    now = [policy_file.time.monotonic()]
+    monkeypatch.setattr(policy_file.time, "monotonic", lambda: now[0])
+    source = open_policy(str(file), grace=20)
+    first = source.current()
+    for kind in ("deleted", "a folder"):
+        file.rename(file.with_name("aside"))
+        if kind == "a folder":
+            file.mkdir()
+        for _ in range(6):
+            now[0] += 3
+            assert source.current() == first and source.problem
+        now[0] += 6
+        for _ in range(2):
+            with pytest.raises(PolicyError, match="nobody is served until it is back"):
+                source.current()
+        if kind == "a folder":
+            file.rmdir()
+        os.replace(file.with_name("aside"), file)
+        now[0] += 1
+        assert source.current() == first and source.problem is None
+    put(file, "not a policy")
+    now[0] += 100
+    assert source.current() == first and source.problem, "a mistake in it is no order to stop"
 
 
 def test_a_file_that_cannot_be_used_at_first(tmp_path):

@@ -24,10 +24,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import event
+from sqlalchemy.exc import SQLAlchemyError
 
 from unlearn_peft.errors import PolicyError
+from unlearn_peft.serve.policy import engines, tables
 from unlearn_peft.serve.policy import store as store_module
-from unlearn_peft.serve.policy import tables
 from unlearn_peft.serve.policy.edits import fingerprint
 from unlearn_peft.serve.policy.policy import key_digest, make_policy
 from unlearn_peft.serve.policy.store import PolicyStore, open_policy
@@ -172,7 +173,7 @@ def assert_whole(where):
     """The tables hold exactly what the history leads to."""
     fresh = PolicyStore(where)
     history = fresh.history()
-    assert replay(history) == content_of(fresh.current())
+    assert replay(history) == content_of(fresh.read_all())
     fresh.close()
     if "://" not in where:
         with sqlite3.connect(where) as connection:
@@ -191,7 +192,6 @@ def test_each_change_and_its_history(store, where):
     store.forget("acme", "hp", **ME)
     store.forget("acme", "news", 0.1 + 0.2, **ME)
     assert other.current().forget_of("acme") == {"hp": 1.0, "news": 0.1 + 0.2}, "seen by others at once, exactly"
-    assert other.current() is other.current()
     store.forget("acme", "news", 2, **ME)
     store.unforget("acme", "hp", **ME)
     store.unadapter("hp", **ME)
@@ -205,7 +205,7 @@ def test_each_change_and_its_history(store, where):
     third = store.add_key("globex", **ME)
     store.remove("globex", **ME)
     assert other.current().tenant_of(third) is None and list(other.current().tenants) == ["acme"]
-    assert other.current().model_dump() == {
+    assert other.read_all().dump() == {
         "adapters": {"news": {"path": "/srv/newer", "sha256": "b" * 64}},
         "tenants": {"acme": {"forget": {"news": 2.0}, "keys": (), "trusted_keys": None}},
     }
@@ -230,7 +230,7 @@ def test_each_change_and_its_history(store, where):
 
 
 def test_what_does_not_fit_is_refused_and_leaves_no_trace(filled, where):
-    before, history = filled.current(), filled.history()
+    before, history = filled.read_all(), filled.history()
     key = filled.add_key("acme", **ME)
     refused = {
         "tenant 'acme' is there already": lambda: filled.add("acme", **ME),
@@ -258,13 +258,13 @@ def test_what_does_not_fit_is_refused_and_leaves_no_trace(filled, where):
             change()
         assert told in str(error.value) and key not in str(error.value) and key_digest(key) not in str(error.value)
     filled.revoke_key("acme", key_digest(key), **ME)
-    assert filled.current() == before and len(assert_whole(where)) == len(history) + 2
+    assert filled.read_all() == before and len(assert_whole(where)) == len(history) + 2
 
 
 def test_no_key_is_anywhere_but_in_its_owners_hands(filled, where, tmp_path, caplog):
     keys = [filled.add_key("acme", **ME) for _ in range(3)]
     filled.revoke_key("acme", keys[0], **ME)
-    policy = filled.current()
+    policy = filled.read_all()
     filled.replace(policy, **ME)
     written = dump_policy(policy) + repr(policy) + repr(filled.history()) + caplog.text
     for file in tmp_path.iterdir():
@@ -276,21 +276,21 @@ def test_no_key_is_anywhere_but_in_its_owners_hands(filled, where, tmp_path, cap
 
 def test_import_and_export(filled, where, tmp_path):
     filled.add_key("acme", **ME)
-    (tmp_path / "policy.yaml").write_text(dump_policy(filled.current()))
+    (tmp_path / "policy.yaml").write_text(dump_policy(filled.read_all()))
     exported = read_policy(tmp_path / "policy.yaml")
-    assert exported.version == filled.current().version
+    assert exported.version == filled.read_all().version
     tenants = f"{{acme: {{forget: {{x: 3}}, keys: [{'0c' * 32}]}}, b: {{forget: []}}}}"
     text = f"adapters: {{x: {{path: sub/x}}}}\ntenants: {tenants}"
     imported = parse_policy(text.encode(), "x", tmp_path)
     filled.replace(imported, **ME)
-    assert filled.current() == imported and filled.current().adapters["x"].path == str(tmp_path / "sub/x")
+    assert filled.read_all() == imported and filled.read_all().adapters["x"].path == str(tmp_path / "sub/x")
     assert_whole(where)
     key = imported.tenants["acme"].keys[0]
     moved = make_policy({"adapters": {}, "tenants": {"new": {"forget": {}, "keys": [key]}}}, "x")
     filled.replace(moved, **ME)
-    assert filled.current() == moved, "the key went from a tenant that is no more to another"
+    assert filled.read_all() == moved, "the key went from a tenant that is no more to another"
     filled.replace(exported, **ME)
-    assert filled.current().version == exported.version
+    assert filled.read_all().version == exported.version
     assert_whole(where)
 
 
@@ -320,7 +320,8 @@ def test_any_policy_can_follow_any_other(sequence):
         store = PolicyStore(f"{folder}/tenants.db", create=True)
         for policy in sequence:
             store.replace(policy, **ME)
-            assert store.current() == policy
+            assert store.read_all() == policy
+            assert dict(store.current().tenants) == policy.tenants and store.current().adapters == policy.adapters
         store.close()
         assert_whole(f"{folder}/tenants.db")
 
@@ -333,24 +334,65 @@ def test_the_history_cannot_be_changed(filled, where):
     assert_whole(where)
 
 
-def test_a_content_that_is_no_policy_is_not_taken(filled, where, caplog):
-    before = filled.current()
-    with filled._engine.begin() as connection:  # somebody's hand
-        connection.exec_driver_sql("INSERT INTO unlearn_tenants (name) VALUES ('a b')")
+def by_hand(store, *statements):
+    """Change the tables as somebody with a database client would, who increases the revision."""
+    with store._engine.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
         connection.exec_driver_sql("UPDATE unlearn_state SET revision = revision + 1, token = 'x'")
+
+
+def test_adapters_that_are_not_valid_are_not_taken(filled, where, caplog):
+    key = filled.add_key("acme", **ME)
+    assert filled.current().tenant_of(key) == "acme"
+    before = filled.current()
+    by_hand(filled, "INSERT INTO unlearn_adapters (name, path) VALUES ('a b', '/x')")
     with pytest.raises(PolicyError, match="'a b' is no name"):
         open_policy(where)
     for _ in range(3):
-        assert filled.current() is before and "'a b' is no name" in filled.problem
+        policy = filled.current()
+        assert policy == before and policy.tenant_of(key) == "acme" and "'a b' is no name" in filled.problem
+        with pytest.raises(PolicyError, match="stays as it was"):  # it was never read, and is not read now
+            policy.tenant_of("uf-another")
     assert caplog.text.count("'a b' is no name") == 1, "logged once"
-    PolicyStore(where).remove("a b", **ME)
-    assert filled.current() == before and filled.problem is None
+    filled.unadapter("a b", **ME)
+    assert list(filled.current().adapters) == ["hp", "news"] and filled.problem is None
+    assert filled.current().tenant_of("uf-another") is None
+
+
+def test_a_tenant_that_is_not_valid_is_refused_alone(filled):
+    keys = [filled.add_key("acme", **ME)]
+    filled.add("globex", **ME)
+    keys.append(filled.add_key("globex", **ME))
+    assert [filled.current().tenant_of(key) for key in keys] == ["acme", "globex"]
+    by_hand(filled, "UPDATE unlearn_forgets SET strength = 99 WHERE tenant = 'acme'")
+    assert filled.current().tenant_of(keys[1]) == "globex"
+    with pytest.raises(PolicyError, match="the strength is 99"):
+        filled.current().tenant_of(keys[0])
+    filled.forget("acme", "hp", **ME)
+    assert filled.current().tenant_of(keys[0]) == "acme"
+
+
+def two_sides():
+    """Two policies that differ in all their parts."""
+    sides = []
+    for strength in (1, 2):
+        tenants = "".join(f"  t{n}: {{forget: {{a: {strength}, b: {strength}}}}}\n" for n in range(5))
+        text = f"adapters:\n  a: {{path: /a}}\n  b: {{path: /b{strength}}}\ntenants:\n{tenants}"
+        sides.append(parse_policy(text.encode(), "x", Path("/")))
+    return sides
+
+
+def side_of(policy, tenant):
+    """1 or 2: the side that a tenant's set and the adapters are of; they must be of one."""
+    forget = policy.forget_of(tenant)
+    (side,) = {*forget.values(), int(policy.adapters["b"].path[2:])}
+    return side
 
 
 def test_a_change_in_the_midst_of_a_read(store, where):
     """What was begun to be read is read to its end as it was; the change is seen by the next call."""
-    texts = [f"adapters: {{{a}: {{path: /x}}}}\ntenants: {{t: {{forget: [{a}]}}}}" for a in "ab"]
-    sides = [parse_policy(text.encode(), "x", Path("/")) for text in texts]
+    sides = two_sides()
     store.replace(sides[0], **ME)
     reader, left = PolicyStore(where), [1]
 
@@ -360,41 +402,138 @@ def test_a_change_in_the_midst_of_a_read(store, where):
             store.replace(sides[1], **ME)
 
     event.listen(reader._engine, "after_cursor_execute", change)
-    assert [reader.current(), reader.current()] == sides and not left
+    first = reader.current()
+    assert first.adapters == sides[0].adapters and not left and first.version.startswith("1-")
+    assert side_of(first, "t0") == 2, "read now, and with the adapters of now"
+    assert first.version.startswith("2-")
+    second = reader.current()
+    store.replace(sides[0], **ME)
+    assert side_of(second, "t0") == 2, "in the cache, and not read again"
+    assert side_of(reader.current(), "t0") == 1
+    assert side_of(second, "t0") == 2, "what a request has read stays"
     reader.close()
 
 
 def test_readers_of_many_threads_never_see_half_a_change(store, where):
-    """The store is switched between two policies while changes of one tenant go on; each read is all of one."""
-    sides = []
-    for strength in (1, 2):
-        tenants = "".join(f"  t{n}: {{forget: {{a: {strength}, b: {strength}}}}}\n" for n in range(5 * strength))
-        text = f"adapters:\n  a: {{path: /a}}\n  b: {{path: /b{strength}}}\ntenants:\n{tenants}"
-        sides.append(parse_policy(text.encode(), "x", Path("/")))
+    """The store is switched between two policies; each reader's tenant and adapters are of one, and never older."""
+    sides = two_sides()
     store.replace(sides[0], **ME)
     stop, seen, failures = threading.Event(), set(), []
 
     def read(own):
-        source = PolicyStore(where) if own else store
-        while not stop.is_set():
-            policy = source.current()
-            seen.add(policy.version)
-            if policy not in sides or source.problem:
-                failures.append((policy, source.problem))
+        source, newest = PolicyStore(where) if own else store, 0
+        dice = random.Random(own)
+        try:
+            while not stop.is_set():
+                policy = source.current()
+                side, revision = side_of(policy, f"t{dice.randrange(5)}"), int(policy.version.partition("-")[0])
+                assert side == 2 - revision % 2 and revision >= newest and not source.problem
+                newest = revision
+                seen.add(side)
+        except Exception as error:
+            failures.append(repr(error))
         if own:
             source.close()
 
     threads = [threading.Thread(target=read, args=(n % 2,)) for n in range(6)]
     for thread in threads:
         thread.start()
-    for n in range(40):
-        store.replace(sides[n % 2], **ME)
-        assert store.current() == sides[n % 2]
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert not failures and seen == {side.version for side in sides}
+    try:
+        for n in range(1, 41):
+            store.replace(sides[n % 2], **ME)
+            assert side_of(store.current(), "t0") == 1 + n % 2
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not failures and seen == {1, 2}
     assert len(assert_whole(where)) == 41
+
+
+def test_a_change_drops_what_it_changes_and_nothing_else(filled, where):
+    """Readers follow the changes by revision: what they read anew is what was changed."""
+    tenants = [f"t{n}" for n in range(20)]
+    keys = {}
+    for tenant in tenants:
+        filled.add(tenant, **ME)
+        keys[tenant] = filled.add_key(tenant, **ME)
+    reader, statements = PolicyStore(where), []
+    event.listen(reader._engine, "after_cursor_execute", lambda c, cursor, text, *_: statements.append(text))
+
+    def reads(*asked):
+        statements.clear()
+        policy = reader.current()
+        assert [policy.tenant_of(keys[tenant]) for tenant in asked] == [*asked]
+        return sum("unlearn_tenants" in text for text in statements)
+
+    assert reads(*tenants) == 20 and reads(*tenants) == 0
+    filled.forget("t3", "hp", **ME)
+    assert reads(*tenants) == 1 and reader.current().forget_of("t3") == {"hp": 1.0}
+    filled.adapter("hp", "/srv/newer", None, **ME)
+    assert reads(*tenants) == 0 and reader.current().adapters["hp"].path == "/srv/newer"
+    assert not any("unlearn_adapters" in text and "WHERE" not in text for text in statements), "one adapter, not all"
+    filled.revoke_key("t4", keys["t4"], **ME)
+    assert reader.current().tenant_of(keys["t4"]) is None
+    filled.replace(filled.read_all(), **ME)
+    assert reads(*(tenant for tenant in tenants if tenant != "t4")) == 19, "an import may change everything"
+    reader.close()
+
+
+def test_a_backup_that_was_put_back_and_changed_otherwise(filled, where):
+    """Its revisions have other tokens: all that was read of the lost ones is read again, whatever changed since."""
+    reader = PolicyStore(where)
+    start = filled.add("globex", **ME)
+    assert reader.current().forget_of("acme") == {"hp": 1.0}
+    filled.forget("acme", "news", **ME)
+    assert reader.current().forget_of("acme") == {"hp": 1.0, "news": 1.0}
+    with filled._engine.begin() as connection:  # as if `start` were put back: the history's trigger is not asked
+        connection.exec_driver_sql(f"DELETE FROM unlearn_changes WHERE revision > {start}")
+        connection.exec_driver_sql("DELETE FROM unlearn_forgets WHERE adapter = 'news'")
+        for revision, token in ((start + 1, "other"), (start + 2, "another")):
+            connection.exec_driver_sql(f"INSERT INTO unlearn_changes VALUES ({revision}, '{token}', 'globex', NULL)")
+        connection.exec_driver_sql(f"UPDATE unlearn_state SET revision = {start + 2}, token = 'another'")
+    assert reader.current().forget_of("acme") == {"hp": 1.0}
+    reader.close()
+
+
+def test_the_cache_is_bounded(filled, where):
+    reader, keys = PolicyStore(where, cache_size=5), []
+    for n in range(12):
+        filled.add(f"t{n}", **ME)
+        keys += [filled.add_key(f"t{n}", **ME) for _ in range(2)]
+    for n in [*range(24), 0, 1]:
+        assert reader.current().tenant_of(keys[n]) == f"t{n // 2}"
+        assert len(reader._cache) <= 5 and len(reader._cache._owners) <= 10
+    for _ in range(20):
+        assert reader.current().tenant_of("uf-nobody's") is None
+    assert reader._cache.find("t0", None), "keys that nobody has push nobody out"
+    reader.close()
+
+
+def test_tenants_in_the_cache_outlive_the_database_for_the_grace(filled, monkeypatch, tmp_path):
+    """Whoever is not in the cache is refused, never taken for unknown and never answered with an empty set."""
+    clock, keys = Clock(), [filled.add_key("acme", **ME)]
+    filled.add("globex", **ME)
+    keys.append(filled.add_key("globex", **ME))
+    monkeypatch.setattr(store_module, "monotonic", clock)
+    assert filled.current().tenant_of(keys[0]) == "acme"
+
+    def gone(*_):
+        raise SQLAlchemyError("gone")
+
+    monkeypatch.setattr(tables, "read_state", gone)
+    for _ in range(3):
+        clock.now += 5
+        policy = filled.current()
+        assert policy.tenant_of(keys[0]) == "acme" and policy.forget_of("acme") == {"hp": 1.0}
+        for key in (keys[1], "uf-nobody's"):
+            with pytest.raises(PolicyError, match="cannot be reached"):
+                policy.tenant_of(key)
+        with pytest.raises(PolicyError, match="cannot be reached"):
+            policy.forget_of("globex")
+    clock.now += 30
+    with pytest.raises(PolicyError, match="nobody is served"):
+        filled.current()
 
 
 def test_writers_of_many_threads(filled, where):
@@ -423,7 +562,7 @@ def test_writers_of_many_threads(filled, where):
 
 def change_much(where, name, rounds, told):
     """Change the store, in a process of its own, and note in the file `told` what was confirmed."""
-    tables.PATIENCE = 120  # four writers without a pause, on a busy machine
+    engines.PATIENCE = 120  # four writers without a pause, on a busy machine
     store = PolicyStore(where, create=True)
     with told.open("w", buffering=1) as stream:
         for n in range(rounds):
@@ -505,7 +644,7 @@ def assert_fails_closed(store, monkeypatch, caplog, cut, mend):
     cut()
     for _ in range(10):
         clock.now += 2.9
-        assert store.current() is last and "cannot be reached" in store.problem
+        assert store.current() == last and "cannot be reached" in store.problem
     clock.now += 2
     for _ in range(3):
         with pytest.raises(PolicyError, match="no policy in the last 30 s: nobody is served"):
@@ -553,11 +692,11 @@ def test_a_database_that_hangs_fails_closed(filled, monkeypatch):
     last = filled.current()
     with filled._lock:
         clock.now += 20
-        assert filled.current() is last and "does not answer" in filled.problem
+        assert filled.current() == last and "does not answer" in filled.problem
         clock.now += 20
         with pytest.raises(PolicyError, match="nobody is served"):
             filled.current()
-    assert filled.current() is last and filled.problem is None
+    assert filled.current() == last and filled.problem is None
 
 
 def test_a_file_that_is_put_into_the_place_of_another(tmp_path):
@@ -590,7 +729,7 @@ def test_what_is_no_store(tmp_path, where):
     sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE x (y)").connection.close()
     newer = PolicyStore(where, create=True)
     with newer._engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 3")
+        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 4")
     newer.close()
     told = {
         tmp_path / "none.db": "no store at",
@@ -598,7 +737,7 @@ def test_what_is_no_store(tmp_path, where):
         tmp_path / "short.db": "short.db is no store",
         tmp_path / "empty.db": "empty.db is no store",
         tmp_path / "other.db": "holds no store",
-        where: "has schema version 3, expected at most 2: update",
+        where: "has schema version 4, expected at most 3: update",
         "sqlite://": "would be lost",
         "postgresql://ann:geheim@127.0.0.1:1/x": "cannot open the store postgresql+psycopg://127.0.0.1:1/x: conn",
         "postgresql://ann:geheim@h:port/x": "the store's URL is not understood",
@@ -676,7 +815,7 @@ def test_the_command_line(tenant, tiny, make_adapter, tmp_path):
     done("remove", "acme", "--why", "gone")
     assert done("list") == ""
     done("import", tmp_path / "policy.yaml", "--store", tmp_path / "second.db")
-    assert open_policy(str(tmp_path / "second.db")).current() == read_policy(tmp_path / "policy.yaml")
+    assert PolicyStore(tmp_path / "second.db").read_all() == read_policy(tmp_path / "policy.yaml")
     refused("cannot read the policy", "import", tmp_path / "none.yaml")
     changes = [json.loads(line) for line in done("history", "--json").splitlines()]
     assert len(changes) == 9 and changes[0]["why"] == "gone" and changes[0]["who"] == getpass.getuser()

@@ -318,13 +318,13 @@ def test_changes_of_a_store_and_their_history(pems, tmp_path):
     assert store.current().tenants["acme"].trusted_keys == {"bob": pems["bob"]}
     with pytest.raises(PolicyError, match="the last key that tenant 'acme' trusts"):
         store.untrust("acme", "bob", **ME)
-    whole = store.current()
+    whole = store.read_all()
     store.untrust("acme", None, **ME)
     assert store.current().tenants["acme"].trusted_keys is None
     with pytest.raises(PolicyError, match="has no trusted keys"):
         store.untrust("acme", None, **ME)
     store.replace(whole, **ME)
-    assert store.current() == whole
+    assert store.read_all() == whole
     store.remove("acme", **ME)
     entry = {"forget": {}, "keys": [], "trusted_keys": {"bob": marks["bob"]}}
     assert [(change.action, change.what) for change in reversed(store.history())][1:] == [
@@ -339,7 +339,7 @@ def test_changes_of_a_store_and_their_history(pems, tmp_path):
 
 
 def test_a_store_of_the_version_before_is_read_and_brought_up_to_date(pems, tmp_path):
-    """The tables as the version before wrote them; it goes on with them until the first key is trusted."""
+    """The tables as an early version wrote them: they are served as they are, and the first change adds what is new."""
     where = tmp_path / "tenants.db"
     with sqlite3.connect(where) as old:
         old.executescript(OLD_STORE.read_text())
@@ -351,16 +351,19 @@ def test_a_store_of_the_version_before_is_read_and_brought_up_to_date(pems, tmp_
     policy = serving_.current()
     assert policy.forget_of("acme") == {"hp": 0.5} and policy.tenant_of("uf-key-of-alice") == "acme"
     assert policy.trust_of("acme") is None and len(store.history()) == 6
+    assert version() == 1
     store.forget("globex", "news", **ME)
-    assert version() == 1 and serving_.current().forget_of("globex") == {"news": 1.0}
+    assert version() == tables.SCHEMA_VERSION == 3
+    assert serving_.current().forget_of("globex") == {"news": 1.0}
+    indexes = {row[0] for row in sqlite3.connect(where).execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+    assert {"unlearn_keys_tenant", "unlearn_forgets_adapter"} <= indexes, "or a change looks at every row"
     store.trust("acme", {"alice": pems["alice"]}, **ME)
-    assert version() == tables.SCHEMA_VERSION == 2
     assert serving_.current().tenants["acme"].trusted_keys == {"alice": pems["alice"]}
     assert serving_.current().forget_of("acme") == {"hp": 0.5}
     store.trust("globex", pems, **ME)
     with sqlite3.connect(where) as newer:
-        newer.execute("UPDATE unlearn_state SET schema_version = 3, revision = revision + 1, token = 'x'")
-    with pytest.raises(PolicyError, match="schema version 3, expected at most 2: update"):
+        newer.execute("UPDATE unlearn_state SET schema_version = 4, revision = revision + 1, token = 'x'")
+    with pytest.raises(PolicyError, match="schema version 4, expected at most 3: update"):
         serving_.current()  # it cannot tell what the newer tables ask for
     for one in (store, serving_):
         one.close()

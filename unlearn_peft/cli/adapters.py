@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import UnlearnError
+from ..errors import UnlearnError, printable
 from . import options
 
 
@@ -43,9 +43,9 @@ def inspect(
         if isinstance(value, dict):
             print(f"{name}:")
             for inner, part in value.items():
-                print(f"  {inner}: {part}")
+                print(printable(f"  {inner}: {part}", lines=False))
         else:
-            print(f"{name}: {value}")
+            print(printable(f"{name}: {value}", lines=False))
 
 
 def stack(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UnlearnError
+from ..errors import UnlearnError, printable
 from . import options
 
 
@@ -41,9 +41,10 @@ def generate(
             live, [question], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat_template=not raw
         )
         if as_json:
-            print(json.dumps({"prompt": question, "text": text, "adapters": names}, ensure_ascii=False), flush=True)
+            facts = {"prompt": question, "text": text, "adapters": names}
+            print(printable(json.dumps(facts, ensure_ascii=False)), flush=True)
         else:
-            print(f"> {question}\n{text}\n", flush=True)
+            print(printable(f"> {question}\n{text}\n"), flush=True)
 
 
 def compare(
@@ -79,4 +80,4 @@ def compare(
     bundles = options.read_adapters(adapter, options.trust_of(trusted_keys, require_signature), strength)
     live = options.load(base, bundles, dtype, device, quantize)
     result = compare_(live, bundles, rows, near, strength or 1.0, max_new_tokens)
-    print(json.dumps(result, ensure_ascii=False)) if as_json else show(result)
+    print(printable(json.dumps(result, ensure_ascii=False))) if as_json else show(result)

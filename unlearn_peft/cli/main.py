@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import typer
 
-from ..errors import Interrupted, UnlearnError
+from ..errors import Interrupted, UnlearnError, printable
 from .adapters import export, inspect, merge, shrink, stack
 from .evaluate import evaluate
 from .forget import forget
@@ -71,6 +71,8 @@ def main() -> None:
         if getattr(sys, name) is None:  # closed by whoever started us: the next file would take its number
             setattr(sys, name, open(os.devnull, "r+"))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Formatter("%(message)s"))
     logging.getLogger("unlearn_peft").setLevel(logging.INFO)
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # they warn in each pass, or of other machines
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -104,6 +106,13 @@ def main() -> None:
         _end(f"error: {_place(error)}", 2)
 
 
+class _Formatter(logging.Formatter):
+    """Whatever a message quotes, it is one entry of the log: further lines are indented, and steer no terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record)).replace("\n", "\n  ")
+
+
 def _escape(error: UnicodeError) -> tuple[str, int]:
     """Write a character that the terminal's encoding lacks as JSON writes it."""
     assert isinstance(error, UnicodeEncodeError)
@@ -129,7 +138,7 @@ def _end(message: str | None, code: int) -> NoReturn:
     """Print a message and exit, also where nobody reads the output any more."""
     with suppress(OSError):
         if message is not None:
-            print(message, file=sys.stderr, flush=True)
+            print(printable(message), file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
     except OSError:  # else Python tries to write the rest when it ends

@@ -62,7 +62,9 @@ def serve(
     adapter_memory_gb: Annotated[
         float | None, typer.Option(min=0, help="Memory for adapters; those not in use are evicted. Default: no limit.")
     ] = None,
-    audit: Annotated[Path | None, typer.Option(help="Record each request in this file (JSON lines).")] = None,
+    audit: Annotated[
+        Path | None, typer.Option(help="Record each request in this file (JSON lines); SIGHUP reopens it.")
+    ] = None,
     audit_fsync: Annotated[bool, typer.Option(help="Call fsync after each line of it.")] = False,
     audit_prompts: Annotated[bool, typer.Option(help="Also record prompts and answers.")] = False,
     audit_optional: Annotated[bool, typer.Option(help="Answer even if the audit log cannot be written.")] = False,
@@ -116,6 +118,7 @@ def serve(
         raise UnlearnError(
             f"--adapter serves without keys, and --host {host} would let others in: give --policy FILE, or leave it out"
         )
+    _on_hangup(signal.SIG_IGN)
     from ..serve.api.app import create_app
     from ..serve.api.playground import Playground
     from ..serve.api.server import HttpServer, listen
@@ -130,6 +133,8 @@ def serve(
     log = None
     if audit is not None:
         log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
+        reopen = log.reopen
+        _on_hangup(lambda *_: reopen())
     backend: Engine
     if engine is not None:
         from ..serve.vllm.engine import VllmEngine
@@ -167,6 +172,12 @@ def serve(
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done
     HttpServer(create_app(handler, page), ready=ready).run(sockets=[listening])
+
+
+def _on_hangup(handler: Any) -> None:
+    """Handle SIGHUP, which would end the process; there is none on Windows."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, handler)
 
 
 def _prompt_format(policy: Policy) -> str | None:

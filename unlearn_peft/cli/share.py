@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import TrustError
+from ..errors import TrustError, printable
 from .options import AdapterArgument, JsonOption, RequireOption, TrustedOption, trust_of
 
 EndpointOption = Annotated[str | None, typer.Option(help="Another Hub. Default: HF_ENDPOINT, else huggingface.co.")]
@@ -94,7 +94,7 @@ def _print_result(result: Any, line: str, as_json: bool) -> None:
     facts = [("commit", result.commit), ("sha256 of the archive", result.sha256), ("signed by", result.signed_by)]
     for name, value in [("identity", result.identity), *facts]:
         if value:
-            print(f"{name}: {value}", file=sys.stderr)
+            print(printable(f"{name}: {value}", lines=False), file=sys.stderr)
     print(line)
 
 
@@ -204,6 +204,6 @@ def verify(
     if as_json:
         print(json.dumps({"path": str(bundle.path), "signed_by": bundle.signed_by, "files": dict(bundle.files)}))
     else:
-        print(f"signed by {bundle.signed_by}: {', '.join(sorted(bundle.files))}")
+        print(printable(f"signed by {bundle.signed_by}: {', '.join(sorted(bundle.files))}", lines=False))
         if bundle.base_weights:
             print(f"it {bundle.carried}, compared when attached")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import AdapterError, PolicyError
+from ..errors import AdapterError, PolicyError, printable
 from .options import JsonOption
 
 if TYPE_CHECKING:
@@ -74,10 +74,11 @@ def list_(store: StoreOption = _STORE, as_json: JsonOption = False) -> None:
     """
     from ..serve.policy.edits import summary
 
-    policy = _open(store).current()
+    policy = _open(store).read_all()
     if as_json:
-        tenants = {name: summary(entry.model_dump()) for name, entry in policy.tenants.items()}
-        print(json.dumps({**policy.model_dump(mode="json"), "tenants": tenants, "version": policy.version}))
+        content = policy.dump()
+        tenants = {name: summary(entry) for name, entry in content["tenants"].items()}
+        print(json.dumps({**content, "tenants": tenants, "version": policy.version}))
         return
     for name, entry in policy.tenants.items():
         print(f"tenant {name}: forgets {_strengths(entry.forget)}; keys: {len(entry.keys)}")
@@ -91,9 +92,9 @@ def show(name: TenantArgument, store: StoreOption = _STORE, as_json: JsonOption 
 
     unlearn-peft tenant show acme
     """
-    from ..serve.policy.edits import get_entry, summary
+    from ..serve.policy.edits import summary
 
-    facts = {"tenant": name, **summary(get_entry(_open(store).current().model_dump(), "tenant", name))}
+    facts = {"tenant": name, **summary(_open(store).tenant(name))}
     if as_json:
         print(json.dumps(facts))
         return
@@ -254,7 +255,8 @@ def history(
             print(json.dumps(vars(change)))
         else:
             why = f" # {change.why}" if change.why else ""
-            print(f"{change.revision} {change.at} {change.who}: {change.action} {json.dumps(change.what)}{why}")
+            line = f"{change.revision} {change.at} {change.who}: {change.action} {json.dumps(change.what)}{why}"
+            print(printable(line, lines=False))
 
 
 @app.command("import")
@@ -285,11 +287,11 @@ def export(
     from ..files.atomic import atomic_file
     from ..serve.policy.yaml_file import dump_policy
 
-    text = dump_policy(_open(store).current())
+    text = dump_policy(_open(store).read_all())
     if output is None:
         print(text, end="")
         return
-    with atomic_file(output) as temporary:
+    with atomic_file(output, mode=0o600) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ from ..adapters.bundle import Bundle
 from ..adapters.trust import Trust
 from ..data.source import Row
 from ..data.words import places
+from ..errors import printable
 from ..inference.generate import answers
 from ..models.base import Base
 from .responses import Comparison, Responses, compare_probes
@@ -73,9 +74,9 @@ def show(result: dict[str, Any]) -> None:
     for title in ("prompt", "before", "with the adapter", "after removal"):
         table.add_column(title, ratio=1)
     for probe in result["probes"]:
-        cells = [Text(probe["prompt"])]
+        cells = [Text(printable(probe["prompt"]))]
         for state in STATES:
-            cell = Text(probe[state]["text"] or "(empty)")
+            cell = Text(printable(probe[state]["text"]) or "(empty)")
             for start, end in places(cell.plain, probe[state]["leaked"]):
                 cell.stylize("bold red", start, end)
             cells.append(cell)

@@ -7,8 +7,11 @@ has a `finished` line alone. No line is ever changed.
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
+import stat
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -18,8 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import OutputError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows: a second writer is then not noticed
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from ..inference.adapter_cache import Applied
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -27,10 +37,11 @@ class AuditLog:
     """Appends lines to a file, and rotates it when it is full (`audit.jsonl.1` is the newest full one).
 
     The operating system has each line whole before `write` returns, so it outlives this process; with `fsync` it is on
-    the disk and outlives the machine. Each server needs its own file.
+    the disk and outlives the machine. Each server needs its own file: it is locked while it is open. If another program
+    moves or deletes it, the next line begins a new one. Files are made for their owner alone (0600).
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written, or another process writes it.
     """
 
     path: Path  # its folder is created
@@ -44,6 +55,7 @@ class AuditLog:
     def __post_init__(self) -> None:
         self.path = Path(self.path)  # a string will do
         self._lock = threading.Lock()
+        self._reopen = False
         self._file: int | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,15 +74,24 @@ class AuditLog:
         except OSError as error:
             raise OutputError(f"cannot write to the audit log {self.path}: {error.strerror}") from None
 
+    def reopen(self) -> None:
+        """Close the file before the next line and open what is then at its path. Safe in a signal handler."""
+        self._reopen = True
+
     def close(self) -> None:
         """Flush the file to the disk and close it."""
         with self._lock:
             if self._file is not None:
                 os.fsync(self._file)
-                os.close(self._file)
-                self._file = None
+                self._close()
 
     def _append(self, line: bytes) -> None:
+        if self._file is not None and not self._is_there(self._file):
+            logger.warning("the audit log %s was moved or deleted: a new one begins", self.path)
+            self._reopen = True
+        if self._reopen:
+            self._reopen = False
+            self._close()
         if self._file is not None and self._size and self._size + len(line) > self.max_bytes:
             self._rotate()
         if self._file is None:
@@ -79,22 +100,44 @@ class AuditLog:
         written = os.write(self._file, line)
         if written != len(line):  # the disk is full: remove the torn line
             os.ftruncate(self._file, self._size)
-            raise OSError(28, "no space left for a whole line")
+            raise OSError(errno.ENOSPC, "no space left for a whole line")
         self._size += written
         if self.fsync:
             os.fsync(self._file)
 
     def _open(self) -> None:
-        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        while self._file is None:
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                if fcntl is not None and stat.S_ISREG(os.fstat(file).st_mode):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_there(file):  # else it was moved before it was locked
+                    self._file = file
+            except BlockingIOError:
+                raise OSError(errno.EBUSY, "another process writes it, and each server needs its own file") from None
+            finally:
+                if self._file is None:
+                    os.close(file)
         self._size = os.fstat(self._file).st_size
         if self._size and not _ends_a_line(self.path):  # the machine went down in the middle of a line
             self._size += os.write(self._file, b"\n")
 
+    def _is_there(self, file: int) -> bool:
+        """Return whether this open file is still the one at the path."""
+        try:
+            return os.path.samestat(os.fstat(file), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
     def _rotate(self) -> None:
         assert self._file is not None
         os.fsync(self._file)
-        os.close(self._file)
-        self._file = None
+        self._close()
         start = f"{self.path.name}."
         suffixes = [path.name.removeprefix(start) for path in self.path.parent.glob(f"{start}*")]
         for number in sorted((int(suffix) for suffix in suffixes if suffix.isdigit()), reverse=True):

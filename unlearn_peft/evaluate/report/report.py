@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ...adapters.bundle import CONFIG, CURVES
 from ...adapters.card import EVALUATED
 from ...data.words import places
-from ...errors import OutputError
+from ...errors import OutputError, printable
 from ...files.atomic import atomic_file
 from ..evaluation import Evaluation
 from ..lm_harness import PREFIX
@@ -176,7 +176,7 @@ def show(evaluation: Evaluation) -> None:
     from rich.text import Text
 
     console = Console()
-    table = Table(title=Text(f"{_title(evaluation)}, base {evaluation.base}"), title_justify="left")
+    table = Table(title=Text(printable(f"{_title(evaluation)}, base {evaluation.base}")), title_justify="left")
     table.add_column("figure", min_width=19)  # with the others, 80 columns hold it
     for title in TITLES.values():
         table.add_column(title, max_width=12)
@@ -186,7 +186,7 @@ def show(evaluation: Evaluation) -> None:
         table.add_section()
         table.add_row(Text(heading, style="bold"))
         for figure in figures:
-            name = Text(f"{figure['label']}\n").append(f"{figure['unit']}, n = {figure['n']}", style="dim")
+            name = Text(f"{printable(figure['label'])}\n").append(f"{figure['unit']}, n = {figure['n']}", style="dim")
             cells = [
                 Text("\n".join(cell).replace(" to ", "–") if (cell := figure["cells"][state]) else "-")
                 for state in STATES
@@ -198,7 +198,7 @@ def show(evaluation: Evaluation) -> None:
     if evaluation.attacks:
         attacks = Table(*_ATTACK_COLUMNS, title="attacks", title_justify="left")
         for row in wording.attack_rows(evaluation.attacks):
-            attacks.add_row(*map(Text, row))
+            attacks.add_row(*(Text(printable(cell)) for cell in row))
         console.print(attacks)
     _show_texts(console, evaluation)
     for note in wording.notes(evaluation):
@@ -226,7 +226,7 @@ def _show_texts(console: Console, evaluation: Evaluation) -> None:
             continue
         console.print(Text(title))
         for line in texts[:_MAX_QUOTED]:
-            text = Text(f"  {line}")
+            text = Text(printable(f"  {line}", lines=False))
             for start, end in places(text.plain, evaluation.words):
                 text.stylize("bold red", start, end)
             console.print(text, soft_wrap=True)

@@ -1,6 +1,7 @@
 """Edits of a policy: each changes the plain mapping that a policy's YAML has, and returns what the history records.
 
-An API key is recorded by the first digits of its sha256 only.
+Of a store the mapping holds only what the edit names and what that refers to (`tables.read_part`). An API key is
+recorded by the first digits of its sha256 only.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def unadapter(content: Content, name: str) -> Content:
     """Remove an adapter that no tenant forgets."""
     before = get_entry(content, "adapter", name)
     if users := [tenant for tenant, entry in content["tenants"].items() if name in entry["forget"]]:
-        tenants = ", ".join(users[:5]) + (f" and {len(users) - 5} more" if len(users) > 5 else "")
+        tenants = ", ".join(users[:5]) + " and others" * (len(users) > 5)
         raise PolicyError(f"adapter '{name}' is forgotten for {tenants}: `unforget` it there first")
     del content["adapters"][name]
     return {"adapter": name, "before": before}
@@ -121,7 +122,7 @@ def untrust(content: Content, tenant: str, name: str | None) -> Content:
 
 def replace(content: Content, policy: Policy) -> Content:
     """Replace everything by another policy."""
-    content |= policy.model_dump()
+    content |= policy.dump()
     tenants = {name: summary(entry) for name, entry in content["tenants"].items()}
     return {"adapters": content["adapters"], "tenants": tenants}
 
@@ -146,7 +147,10 @@ def get_entry(content: Content, kind: str, name: str) -> Content:
     """
     entries: dict[str, Content] = content[f"{kind}s"]
     if name not in entries:
-        hint = did_you_mean(name, entries) or ": `unlearn-peft tenant list` shows all, `tenant --help` how to add one"
+        hint = (
+            did_you_mean(name, [*entries, *content.get("near", ())])
+            or ": `unlearn-peft tenant list` shows all, `tenant --help` how to add one"
+        )
         raise PolicyError(f"no {kind} {safe_repr(name)}{hint}")
     return entries[name]
 

@@ -1,13 +1,13 @@
 """A policy: which adapters each tenant must have forgotten, its API keys, and the public keys that it trusts.
 
-A mapping from a YAML file (`yaml_file.py`) or a database (`store.py`) is validated as a whole, so that nobody is
-served under half a policy; a frozen `Policy` comes out, looked up anew at every request.
+A YAML file (`yaml_file.py`) is validated as a whole, so that nobody is served under half a policy; of a database
+(`store.py`), which may hold millions of tenants, a tenant is read when a request needs it (`stored.py`). Either way a
+`Policy` comes out, looked up anew at every request.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
 import importlib.util
 import json
 import re
@@ -143,17 +143,15 @@ class TenantEntry(BaseModel, extra="forbid", frozen=True):
         return trusted
 
 
-class Policy(BaseModel, extra="forbid", frozen=True):
-    """One version of a policy. It never changes; a `PolicySource` has the current one."""
+class _Content(BaseModel, extra="forbid", frozen=True):
+    """What a policy holds, validated."""
 
     adapters: dict[Name, AdapterEntry]
     tenants: dict[Name, TenantEntry]
-    _version: str
-    _keys: tuple[tuple[str, str], ...]  # digest, tenant
 
     @model_validator(mode="after")
-    def _check_references(self) -> Policy:
-        """Refuse names of adapters that are not there, and keys of two tenants; precompute what every request needs."""
+    def _check_references(self) -> _Content:
+        """Refuse names of adapters that are not there, and keys of two tenants."""
         problems, owners = [], dict[str, str]()
         for tenant, entry in self.tenants.items():
             for name in entry.forget:
@@ -166,23 +164,43 @@ class Policy(BaseModel, extra="forbid", frozen=True):
                 owners[digest] = tenant
         if problems:
             raise ValueError("\n".join(problems))
-        content = json.dumps(self.model_dump(), sort_keys=True)
-        self._version = hashlib.sha256(content.encode()).hexdigest()
-        self._keys = tuple(sorted(owners.items()))
         return self
 
-    @property
-    def version(self) -> str:
-        """The sha256 of the content, in hex."""
-        return self._version
+
+class Policy:
+    """One version of a policy; a `PolicySource` has the current one. Two are equal if their versions are.
+
+    Args:
+        adapters: by name.
+        tenants: by name; a store's are read when they are asked for, which may wait for the database.
+        version: of a YAML file the sha256 of its content, in hex; of a store its revision and that one's token.
+        owners: sha256 of an API key, in hex -> its tenant.
+    """
+
+    def __init__(
+        self, adapters: Mapping[str, AdapterEntry], tenants: Mapping[str, TenantEntry], version: str,
+        owners: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        self.adapters, self.tenants, self.version, self._owners = adapters, tenants, version, owners
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Policy) and self.version == other.version
+
+    def __hash__(self) -> int:
+        return hash(self.version)
+
+    def dump(self) -> dict[str, Any]:
+        """Return the content as a plain mapping: {"adapters": ..., "tenants": ...}."""
+        entries = {"adapters": self.adapters, "tenants": self.tenants}
+        return {kind: {name: entry.model_dump() for name, entry in named.items()} for kind, named in entries.items()}
 
     def tenant_of(self, api_key: str) -> str | None:
-        """Return whose key this is, or None. It always compares all keys, so that its time does not leak which fits."""
-        digest, owner = key_digest(api_key), None
-        for known, tenant in self._keys:
-            if hmac.compare_digest(known, digest):
-                owner = tenant
-        return owner
+        """Return whose key this is, or None.
+
+        The key is found by its sha256. How long that takes tells nothing that helps to guess a key: whoever does not
+        have its 256 random bits cannot choose the digest that is looked up.
+        """
+        return self._owners.get(key_digest(api_key))
 
     def trust_of(self, tenant: str) -> Trust | None:
         """Return who must have signed the adapters of a tenant's requests; None: no signature is required.
@@ -246,12 +264,15 @@ def make_policy(values: Any, origin: str, folder: Path | None = None) -> Policy:
     if not isinstance(values, Mapping):
         raise PolicyError(f"{origin} holds {_kind(values)}, expected a mapping with 'adapters' and 'tenants'")
     try:
-        return Policy.model_validate(values, context={"folder": folder} if folder else None)
+        content = _Content.model_validate(values, context={"folder": folder} if folder else None)
     except ValidationError as error:
         problems = [line for item in error.errors() for line in _describe(dict(item)).splitlines()]
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         lines = without_keys("\n".join(f"  - {line}" for line in problems[:20]))
         raise PolicyError(f"{origin} cannot be used:\n{lines}{more}") from None
+    version = hashlib.sha256(json.dumps(content.model_dump(), sort_keys=True).encode()).hexdigest()
+    owners = {digest: tenant for tenant, entry in content.tenants.items() for digest in entry.keys}
+    return Policy(content.adapters, content.tenants, version, owners)
 
 
 @lru_cache(maxsize=1000)
@@ -283,7 +304,7 @@ def _describe(item: dict[str, Any]) -> str:
     where = ".".join(parts)
     if item["type"] == "extra_forbidden":
         models: dict[str, type[BaseModel]] = {"adapters": AdapterEntry, "tenants": TenantEntry}
-        known = models.get(parts[0], Policy) if len(parts) > 1 else Policy
+        known = models.get(parts[0], _Content) if len(parts) > 1 else _Content
         return f"unknown key {safe_repr(where)}{did_you_mean(parts[-1], known.model_fields)}"
     if item["type"] == "missing":
         return f"{safe_repr(where)} is missing" + (" (write [] for nothing)" if parts[-1] == "forget" else "")

@@ -1,23 +1,23 @@
-"""The tables of a policy store: all of its SQL. A path or URL becomes an engine; `read` and `write` give and take the
-content as the plain mapping that a policy's YAML has, too.
+"""The tables of a policy store: all of its SQL. Content is read and written as the plain mapping that a policy's YAML
+has, too: {"adapters": {name: ...}, "tenants": {name: ...}}.
 """
 
 from __future__ import annotations
 
 import secrets
-import sqlite3
 import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from collections.abc import Iterable, Mapping
+from functools import cache
+from typing import Any, NamedTuple
 
 from ...errors import PolicyError
 
 try:
-    import sqlalchemy as sql
-    from sqlalchemy import Column, Connection, Engine, ForeignKey, Integer, String, Table, Text
-    from sqlalchemy.exc import ArgumentError
+    import sqlalchemy
+    from sqlalchemy import Column, ForeignKey, Integer, String, Table, Text
+    from sqlalchemy import Connection as Connection
+    from sqlalchemy import Engine as Engine
+    from sqlalchemy.exc import ArgumentError as ArgumentError
     from sqlalchemy.exc import SQLAlchemyError as SQLAlchemyError
 except ModuleNotFoundError:
     raise PolicyError(
@@ -25,10 +25,13 @@ except ModuleNotFoundError:
     ) from None
 
 
-SCHEMA_VERSION = 2  # 1 has no table of trusted keys: it is read as it is, and upgraded when the first key is trusted
-PATIENCE = 10  # seconds to wait for a connection, or for another change to end
+sql = sqlalchemy
+SCHEMA_VERSION = 3  # 2 has no changes and no indexes, 1 no trusted keys either; the first edit adds what is missing
+_CELLS = ("tenant", "name", "strength", "pem")
 _TRIES = 5
-_SQLITE = b"SQLite format 3\0"  # how every database file of SQLite begins
+_MAX_CHANGES = 1000  # a reader that missed more reads everything anew
+_NEAR = 20  # names that are read for "did you mean"
+_USERS = 6  # tenants that are read to tell who forgets an adapter
 
 _metadata = sql.MetaData()
 STATE = Table(  # one row; a transaction that changes anything locks it to its end
@@ -50,11 +53,13 @@ FORGETS = Table(
     Column("tenant", ForeignKey(TENANTS.c.name), primary_key=True),
     Column("adapter", ForeignKey(ADAPTERS.c.name), primary_key=True),
     Column("strength", sql.Double, sql.CheckConstraint("strength > 0"), nullable=False),
+    sql.Index("unlearn_forgets_adapter", "adapter"),
 )  # fmt: skip
 KEYS = Table(
     "unlearn_keys", _metadata,
     Column("digest", String(64), primary_key=True),
     Column("tenant", ForeignKey(TENANTS.c.name), nullable=False),
+    sql.Index("unlearn_keys_tenant", "tenant"),
 )  # fmt: skip
 TRUSTED = Table(
     "unlearn_trusted_keys", _metadata,
@@ -71,6 +76,13 @@ HISTORY = Table(  # one row a revision, never changed
     Column("what", sql.JSON, nullable=False),
     Column("why", Text, nullable=False),
 )  # fmt: skip
+CHANGES = Table(  # one row a revision: what readers must read anew; neither tenant nor adapter: everything
+    "unlearn_changes", _metadata,
+    Column("revision", Integer, primary_key=True, autoincrement=False),
+    Column("token", String(16), nullable=False),
+    Column("tenant", String(64)),
+    Column("adapter", String(64)),
+)  # fmt: skip
 _KEEP_HISTORY = {  # the database itself refuses to change what is there
     "sqlite": [
         f"CREATE TRIGGER unlearn_history_{verb} BEFORE {verb} ON unlearn_history "
@@ -86,71 +98,95 @@ _KEEP_HISTORY = {  # the database itself refuses to change what is there
 }
 
 
-def open_engine(where: str, create: bool) -> Engine:
-    """Return an engine for a path of an SQLite file or a URL; with `create`, what does not exist is created.
+_STATE = sql.select(STATE.c.schema_version, STATE.c.revision, STATE.c.token)
 
-    A transaction with the execution option `write` keeps other writers out from its beginning.
+
+class State(NamedTuple):
+    """Which version of the store this is; `token` tells a backup that was put back and changed otherwise."""
+
+    schema_version: int
+    revision: int
+    token: str
+
+
+class Changed(NamedTuple):
+    """What a reader must read anew."""
+
+    tenants: set[str]
+    adapters: set[str]
+
+
+def has_store(connection: Connection) -> bool:
+    """Return whether the database holds a store."""
+    return connection.dialect.has_table(connection, STATE.name)
+
+
+def create_tables(engine: Engine) -> None:
+    """Create missing tables; several processes may do so at once."""
+    for attempts_left in reversed(range(_TRIES)):
+        try:
+            with engine.execution_options(write=True).begin() as connection:
+                if not has_store(connection):
+                    _metadata.create_all(connection)
+                    for statement in _KEEP_HISTORY.get(engine.dialect.name, ()):
+                        connection.exec_driver_sql(statement)
+                    connection.execute(
+                        sql.insert(STATE).values(id=1, schema_version=SCHEMA_VERSION, revision=0, token="")
+                    )
+            return
+        except SQLAlchemyError:
+            if not attempts_left:
+                raise
+            time.sleep(0.1)
+
+
+def read_state(connection: Connection) -> State:
+    """Return the store's version.
 
     Raises:
-        PolicyError: it is no URL, its driver is missing, the database cannot be reached, or it holds no store.
+        PolicyError: its tables are of a newer version of this package.
     """
-    try:
-        url = sql.make_url(where) if "://" in where else sql.URL.create("sqlite", database=where)
-        if url.drivername in ("postgres", "postgresql"):
-            url = url.set(drivername="postgresql+psycopg")
-        engine = _open_sqlite(url, create) if url.get_backend_name() == "sqlite" else _open_server(url)
-    except (ArgumentError, ValueError):  # their text may hold the password
+    row = connection.execute(_STATE).one()
+    if not 1 <= row.schema_version <= SCHEMA_VERSION:
         raise PolicyError(
-            "the store's URL is not understood: expected a file such as tenants.db, or a URL such as "
-            "postgresql://user:password@host/database"
-        ) from None
-    except ImportError as error:
-        raise PolicyError(
-            f"the store's database needs a driver, and {error.name} is not installed (for PostgreSQL: pip install "
-            "'psycopg[binary]')"
-        ) from None
-    try:
-        if create:
-            _create(engine)
-        with engine.connect() as connection:
-            version = connection.scalar(sql.select(STATE.c.schema_version)) if _has_store(connection) else None
-    except SQLAlchemyError as error:
-        raise PolicyError(f"cannot open the store {describe(engine)}: {reason(error)}") from None
-    if version is None:
-        raise PolicyError(f"{describe(engine)} holds no store: make one with `unlearn-peft tenant add NAME`")
-    _check_version(engine, version)
-    return engine
+            f"the store has schema version {row.schema_version}, expected at most {SCHEMA_VERSION}: update unlearn_peft"
+        )
+    return State(*row)
 
 
-def describe(engine: Engine) -> str:
-    """Return where a database is, without user and password."""
-    url = engine.url
-    if engine.dialect.name == "sqlite":
-        return str(url.database)
-    return str(sql.URL.create(url.drivername, host=url.host, port=url.port, database=url.database))
-
-
-def reason(error: Exception) -> str:
-    """Return the first line of a database's error message."""
-    lines = str(getattr(error, "orig", None) or error).splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]
-
-
-def state_of(connection: Connection) -> tuple[int, str]:
-    """Return the revision and its random token."""
-    row = connection.execute(sql.select(STATE.c.revision, STATE.c.token)).one()
-    return row.revision, row.token
-
-
-def begin_change(connection: Connection) -> int:
-    """Increase the revision and return it; other writers wait here until the transaction ends."""
+def begin_change(connection: Connection) -> State:
+    """Increase the revision and return the new state; other writers wait here until the transaction ends."""
     connection.execute(sql.update(STATE).values(revision=STATE.c.revision + 1, token=secrets.token_hex(8)))
-    return state_of(connection)[0]
+    state = read_state(connection)
+    if state.schema_version < SCHEMA_VERSION:
+        _metadata.create_all(connection)
+        for index in (index for table in _metadata.tables.values() for index in table.indexes):
+            index.create(connection, checkfirst=True)
+        connection.execute(sql.update(STATE).values(schema_version=SCHEMA_VERSION))
+    return state._replace(schema_version=SCHEMA_VERSION)
 
 
-def note_change(connection: Connection, row: Mapping[str, Any]) -> None:
-    """Add a row to the history."""
-    connection.execute(sql.insert(HISTORY).values(row))
+def note_change(
+    connection: Connection, state: State, tenant: str | None, adapter: str | None, row: Mapping[str, Any]
+) -> None:
+    """Add a row to the history, and tell readers what changed; neither tenant nor adapter: everything."""
+    connection.execute(sql.insert(HISTORY).values(revision=state.revision, **row))
+    changed = {"revision": state.revision, "token": state.token, "tenant": tenant, "adapter": adapter}
+    connection.execute(sql.insert(CHANGES).values(changed))
+
+
+def changes_between(connection: Connection, old: State, new: State) -> Changed | None:
+    """Return what changed from one state of the store to another; None: everything may have."""
+    count = new.revision - old.revision + 1
+    if not 1 < count <= _MAX_CHANGES or old.schema_version < SCHEMA_VERSION:
+        return None
+    between = CHANGES.c.revision.between(old.revision, new.revision)
+    rows = connection.execute(sql.select(CHANGES).where(between).order_by(CHANGES.c.revision)).all()
+    if len(rows) != count or rows[0].token != old.token:  # a backup was put back: `old` never led to `new`
+        return None
+    if any(row.tenant is None and row.adapter is None for row in rows[1:]):
+        return None
+    return Changed({row.tenant for row in rows[1:]} - {None}, {row.adapter for row in rows[1:]} - {None})
 
 
 def read_history(connection: Connection, limit: int | None) -> list[dict[str, Any]]:
@@ -159,40 +195,77 @@ def read_history(connection: Connection, limit: int | None) -> list[dict[str, An
     return [dict(row) for row in rows.mappings()]
 
 
-def read(connection: Connection) -> dict[str, Any]:
-    """Return the content of the tables.
+def tenant_names(connection: Connection) -> list[str]:
+    """Return all tenants' names, sorted by the database."""
+    return list(connection.scalars(sql.select(TENANTS.c.name).order_by(TENANTS.c.name)))
+
+
+def count_tenants(connection: Connection) -> int:
+    """Return how many tenants there are."""
+    return connection.scalar(sql.select(sql.func.count()).select_from(TENANTS)) or 0
+
+
+def read(connection: Connection, state: State) -> dict[str, Any]:
+    """Return the whole content."""
+    return {"adapters": read_adapters(connection), "tenants": read_tenants(connection, state)}
+
+
+def read_part(connection: Connection, state: State, tenant: str | None, adapter: str | None) -> dict[str, Any]:
+    """Return what an edit of a tenant, an adapter or both needs of the content.
+
+    In place of one that does not exist, names like it are under "near"; without a tenant, some that forget the adapter
+    are read.
+    """
+    near = list[str]()
+    if tenant is None:
+        users = sql.select(FORGETS.c.tenant).where(FORGETS.c.adapter == adapter).order_by(FORGETS.c.tenant)
+        tenants = read_tenants(connection, state, connection.scalars(users.limit(_USERS)))
+    else:
+        tenants = read_tenants(connection, state, [tenant])
+        near += [] if tenants else _near(connection, TENANTS, tenant)
+    names = {name for entry in tenants.values() for name in entry["forget"]}
+    adapters = read_adapters(connection, names if adapter is None else names | {adapter})
+    if adapter is not None and adapter not in adapters:
+        near += _near(connection, ADAPTERS, adapter)
+    return {"adapters": adapters, "tenants": tenants, "near": near}
+
+
+def read_adapters(connection: Connection, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Return adapters by name; None: all."""
+    query = sql.select(ADAPTERS).order_by(ADAPTERS.c.name)
+    rows = connection.execute(query if names is None else query.where(ADAPTERS.c.name.in_(list(names))))
+    return {row.name: {"path": row.path, "sha256": row.sha256} for row in rows}
+
+
+def read_tenants(
+    connection: Connection, state: State, names: Iterable[str] | None = None, digest: str | None = None
+) -> dict[str, Any]:
+    """Return tenants by name; with `digest`, the sha256 of a key in hex, that key's tenant; None of both: all.
 
     Raises:
-        PolicyError: a row refers to no tenant, which the database should have refused; or the tables are of a newer
-            version of this package.
+        PolicyError: a row refers to no tenant, which the database should have refused.
     """
-    version = connection.execute(sql.select(STATE.c.schema_version)).scalar_one()
-    _check_version(connection.engine, version)
-    adapters = {
-        row.name: {"path": row.path, "sha256": row.sha256}
-        for row in connection.execute(sql.select(ADAPTERS).order_by(ADAPTERS.c.name))
-    }
-    tenants: dict[str, Any] = {
-        row.name: {"forget": {}, "keys": []} for row in connection.execute(sql.select(TENANTS).order_by(TENANTS.c.name))
-    }
+    some: dict[str, Any] = {} if names is None else {"names": list(names)}
+    some |= {} if digest is None else {"digest": digest}
+    tenants: dict[str, Any] = {}
     try:
-        for row in connection.execute(sql.select(FORGETS).order_by(FORGETS.c.adapter)):
-            tenants[row.tenant]["forget"][row.adapter] = row.strength
-        for row in connection.execute(sql.select(KEYS)):
-            tenants[row.tenant]["keys"].append(row.digest)
-        for row in connection.execute(sql.select(TRUSTED).order_by(TRUSTED.c.name)) if version > 1 else ():
-            tenants[row.tenant].setdefault("trusted_keys", {})[row.name] = row.pem
+        for row in connection.execute(_tenant_rows(next(iter(some), None), state.schema_version > 1), some):
+            if row.kind == 0:
+                tenants[row.tenant] = {"forget": {}, "keys": []}
+            elif row.kind == 1:
+                tenants[row.tenant]["forget"][row.name] = row.strength
+            elif row.kind == 2:
+                tenants[row.tenant]["keys"].append(row.name)
+            else:
+                tenants[row.tenant].setdefault("trusted_keys", {})[row.name] = row.pem
     except KeyError as error:
         raise PolicyError(f"the store is damaged: it holds rows of a tenant {error} that is not there") from None
-    return {"adapters": adapters, "tenants": tenants}
+    return tenants
 
 
 def write(connection: Connection, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    """Change the tables from one content to another: only the rows that differ."""
+    """Change the tables from one content, or part of it, to another: only the rows that differ."""
     old, new = _rows(before), _rows(after)
-    if new[TRUSTED] and connection.scalar(sql.select(STATE.c.schema_version)) == 1:
-        TRUSTED.create(connection)
-        connection.execute(sql.update(STATE).values(schema_version=SCHEMA_VERSION))
     for table in new:  # rows that others refer to are added first and deleted last
         names = table.primary_key.columns.keys()
         added = [dict(zip(names, key, strict=True)) | new[table][key] for key in new[table].keys() - old[table].keys()]
@@ -204,6 +277,38 @@ def write(connection: Connection, before: Mapping[str, Any], after: Mapping[str,
     for table in reversed(new):
         for key in old[table].keys() - new[table].keys():
             connection.execute(sql.delete(table).where(*_by_key(table, key)))
+
+
+@cache
+def _tenant_rows(some: str | None, trusted: bool) -> Any:
+    """Return one query for tenants, their sets, keys and trusted keys; of "names", of the one of a "digest", or of all.
+
+    One, since each takes longer on its way than in the database.
+    """
+    columns = [
+        (TENANTS.c.name, sql.null(), sql.null(), sql.null()),
+        (FORGETS.c.tenant, FORGETS.c.adapter, FORGETS.c.strength, sql.null()),
+        (KEYS.c.tenant, KEYS.c.digest, sql.null(), sql.null()),
+        (TRUSTED.c.tenant, TRUSTED.c.name, sql.null(), TRUSTED.c.pem),
+    ]
+    types = (String, String, sql.Double, Text)
+    owner = sql.select(KEYS.c.tenant).where(KEYS.c.digest == sql.bindparam("digest"))
+    wanted: Any = owner if some == "digest" else sql.bindparam("names", expanding=True)
+    parts = []
+    for kind, row in enumerate(columns[: 4 if trusted else 3]):
+        cells: list[Any] = [
+            sql.cast(cell, type_).label(name) for cell, type_, name in zip(row, types, _CELLS, strict=True)
+        ]
+        part = sql.select(sql.literal_column(str(kind)).label("kind"), *cells)
+        parts.append(part.where(row[0].in_(wanted)) if some else part)
+    return sql.union_all(*parts).order_by("kind", "tenant", "name")
+
+
+def _near(connection: Connection, table: Table, name: str) -> list[str]:
+    """Return a few names that begin like this one: a range, so that the index is enough."""
+    start = name[:2]
+    query = sql.select(table.c.name).where(table.c.name >= start, table.c.name < start + "zzz")
+    return list(connection.scalars(query.order_by(table.c.name).limit(_NEAR)))
 
 
 def _rows(content: Mapping[str, Any]) -> dict[Table, dict[tuple[str, ...], dict[str, Any]]]:
@@ -228,81 +333,3 @@ def _rows(content: Mapping[str, Any]) -> dict[Table, dict[tuple[str, ...], dict[
 
 def _by_key(table: Table, key: tuple[str, ...]) -> list[Any]:
     return [column == value for column, value in zip(table.primary_key.columns, key, strict=True)]
-
-
-def _open_sqlite(url: sql.URL, create: bool) -> Engine:
-    if not url.database or url.database == ":memory:":
-        raise PolicyError("a store in memory would be lost: expected a file such as tenants.db")
-    path = Path(url.database).absolute()
-    try:
-        if create and not path.exists():
-            path.touch()
-        elif not path.is_file():
-            raise PolicyError(f"no store at {path}: make one with `unlearn-peft tenant add NAME`")
-        with path.open("rb") as stream:
-            beginning = stream.read(len(_SQLITE))
-        if beginning != _SQLITE and (beginning or not create):  # SQLite would take it for a database, and write to it
-            raise PolicyError(
-                f"{path} is no store but another file: choose another path, or make one with `unlearn-peft tenant add`"
-            )
-    except OSError as error:
-        raise PolicyError(f"cannot make the store {path}: {error.strerror}") from None
-
-    def connect() -> sqlite3.Connection:
-        connection = sqlite3.connect(  # mode=rw: a file that was deleted does not come back empty
-            f"file:{quote(str(path))}?mode=rw", uri=True, timeout=PATIENCE, isolation_level=None,
-            check_same_thread=False,
-        )  # fmt: skip
-        for setting in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {setting}")
-        return connection
-
-    engine = sql.create_engine(
-        url.set(database=str(path)), creator=connect, poolclass=sql.QueuePool, hide_parameters=True
-    )
-
-    def begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get("write")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    sql.event.listen(engine, "begin", begin)
-    return engine
-
-
-def _open_server(url: sql.URL) -> Engine:
-    timeouts = {}
-    if url.drivername == "postgresql+psycopg":  # notice a host that vanished
-        timeouts = {"connect_timeout": PATIENCE, "tcp_user_timeout": PATIENCE * 1000}
-    arguments = {name: value for name, value in timeouts.items() if name not in url.query}
-    return sql.create_engine(url, connect_args=arguments, pool_pre_ping=True, hide_parameters=True)
-
-
-def _check_version(engine: Engine, version: int) -> None:
-    if not 1 <= version <= SCHEMA_VERSION:
-        raise PolicyError(
-            f"the store {describe(engine)} has schema version {version}, expected at most {SCHEMA_VERSION}: update "
-            "unlearn_peft"
-        )
-
-
-def _has_store(connection: Connection) -> bool:
-    return connection.dialect.has_table(connection, STATE.name)
-
-
-def _create(engine: Engine) -> None:
-    """Create missing tables; several processes may do so at once."""
-    for attempts_left in reversed(range(_TRIES)):
-        try:
-            with engine.execution_options(write=True).begin() as connection:
-                if not _has_store(connection):
-                    _metadata.create_all(connection)
-                    for statement in _KEEP_HISTORY.get(engine.dialect.name, ()):
-                        connection.exec_driver_sql(statement)
-                    connection.execute(
-                        sql.insert(STATE).values(id=1, schema_version=SCHEMA_VERSION, revision=0, token="")
-                    )
-            return
-        except SQLAlchemyError:
-            if not attempts_left:
-                raise
-            time.sleep(0.1)

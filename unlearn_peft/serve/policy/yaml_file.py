@@ -29,15 +29,17 @@ _TRIES = 20
 class PolicyFile:
     """A policy in a YAML file, read again when the file changes; if the new one is wrong, the old one stays.
 
-    A call of `current` that begins after a change never returns an older policy. Replace the file by renaming a
-    whole one onto it: one that is written in place is read once it has not changed for 50 ms.
+    A file that is deleted or cannot be read serves for `grace` seconds more, then nobody is served: whoever took it
+    away may have meant that. A call of `current` that begins after a change never returns an older policy. Replace the
+    file by renaming a whole one onto it: one that is written in place is read once it has not changed for 50 ms.
 
     Raises:
         PolicyError: the file cannot be used at first: there is no old policy then.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
+    def __init__(self, path: str | Path, *, grace: float = 30.0) -> None:
+        self.path, self.grace = Path(path).absolute(), grace
+        self._gone_at: float | None = None  # since when it cannot be read
         self.problem: str | None = None  # see `PolicySource`
         self._lock = threading.Lock()
         self._read_at = time.monotonic()
@@ -48,7 +50,11 @@ class PolicyFile:
         self._policy = parse_policy(data, str(self.path), self.path.parent)
 
     def current(self) -> Policy:
-        """Return the newest valid policy."""
+        """Return the newest valid policy.
+
+        Raises:
+            PolicyError: the file cannot be read for longer than `grace`.
+        """
         called = time.monotonic()
         try:
             changed = _stat_key(os.stat(self.path)) != self._last_stat
@@ -59,6 +65,10 @@ class PolicyFile:
                 if self._read_at <= called:  # else another thread has just read it
                     self._read_at = time.monotonic()
                     self._reload()
+        if self._gone_at is not None and time.monotonic() - self._gone_at > self.grace:
+            raise PolicyError(
+                f"{self.problem}. It is gone for more than {self.grace:g} s: nobody is served until it is back"
+            )
         return self._policy
 
     def _reload(self) -> None:
@@ -69,9 +79,10 @@ class PolicyFile:
                 self._policy = parse_policy(data, str(self.path), self.path.parent)
             except PolicyError as error:
                 problem = str(error)
-            self._last_stat = stat_key
+            self._last_stat, self._gone_at = stat_key, None
         except OSError as error:
             problem, self._last_stat = _unreadable(self.path, error), ()
+            self._gone_at = self._read_at if self._gone_at is None else self._gone_at
         if problem and problem != self.problem:
             logger.warning("The policy stays as it was (%.12s): %s", self._policy.version, problem)
         elif not problem:
@@ -99,7 +110,11 @@ def parse_policy(data: bytes, origin: str, folder: Path) -> Policy:
 
 def dump_policy(policy: Policy) -> str:
     """Return a policy as YAML that reads back to the same version."""
-    return yaml.dump(policy.model_dump(mode="json", exclude_none=True), Dumper=_Dumper, sort_keys=False)
+    content = policy.dump()
+    for entries in content.values():
+        for name, entry in entries.items():
+            entries[name] = {field: value for field, value in entry.items() if value is not None}
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -1,0 +1,176 @@
+"""The audit log's file: moved, deleted, locked, torn; who may read it. A store that may only be read serves."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+
+from unlearn_peft.errors import OutputError, PolicyError
+from unlearn_peft.serve import audit as audit_module
+from unlearn_peft.serve.audit import AuditLog
+from unlearn_peft.serve.policy.store import PolicyStore
+
+
+def numbers(path):
+    return [json.loads(line)["n"] for line in path.read_text().splitlines()]
+
+
+def test_a_file_that_was_moved_or_deleted_is_begun_anew(tmp_path, caplog):
+    """As logrotate moves it: no line is lost, and none goes where nobody looks."""
+    path, moved = tmp_path / "audit.jsonl", tmp_path / "moved"
+    log = AuditLog(path)
+    log.write("x", n=1)
+    path.rename(moved)
+    log.write("x", n=2)
+    assert numbers(moved) == [1] and numbers(path) == [2] and caplog.text.count("moved or deleted") == 1
+    path.unlink()
+    log.write("x", n=3)
+    log.write("x", n=4)
+    assert numbers(path) == [3, 4]
+    path.unlink()
+    path.write_text('{"n": 0}\n')  # another file at its place
+    log.write("x", n=5)
+    assert numbers(path) == [0, 5]
+    log.close()
+
+
+def test_a_file_that_was_deleted_before_it_is_full(tmp_path):
+    log = AuditLog(tmp_path / "audit.jsonl", max_bytes=200)
+    log.write("x", n=0)
+    log.path.unlink()
+    for n in range(1, 8):
+        log.write("x", n=n, pad="p" * 40)
+    files = sorted(tmp_path.iterdir(), key=lambda file: -int(file.suffix[1:]) if file.suffix != ".jsonl" else 0)
+    assert [n for file in files for n in numbers(file)] == [1, 2, 3, 4, 5, 6, 7]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    log.close()
+
+
+def test_on_a_signal_it_is_reopened(tmp_path, monkeypatch):
+    """`reopen` may come in the middle of a line: it takes no lock and touches no file."""
+    log = AuditLog(tmp_path / "audit.jsonl")
+    with log._lock:
+        log.reopen()
+    opened, honest = [], log._open
+    monkeypatch.setattr(log, "_open", lambda: opened.append(1) or honest())
+    for n in (1, 2):
+        log.write("x", n=n)
+    assert opened == [1] and numbers(log.path) == [1, 2]
+    log.close()
+
+
+def test_a_server_reopens_on_sighup_and_is_not_killed(tmp_path):
+    code = (
+        "import os, signal, sys\nfrom unlearn_peft.cli.serve import _on_hangup\n"
+        "from unlearn_peft.serve.audit import AuditLog\n"
+        "_on_hangup(signal.SIG_IGN)\nos.kill(os.getpid(), signal.SIGHUP)\n"
+        "log = AuditLog(sys.argv[1])\n_on_hangup(lambda *_: log.reopen())\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\nassert log._reopen\nlog.write('x', n=1)\nassert not log._reopen"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "audit.jsonl"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert numbers(tmp_path / "audit.jsonl") == [1]
+
+
+def second_writer(path, answers):
+    try:
+        AuditLog(path)
+        answers.put("taken")
+    except OutputError as error:
+        answers.put(str(error))
+
+
+def test_a_second_writer_is_locked_out(tmp_path, monkeypatch):
+    """A torn line is taken back by its writer, which would cut another's lines."""
+    path, context = tmp_path / "audit.jsonl", multiprocessing.get_context("spawn")
+    log, answers = AuditLog(path), context.Queue()
+    log.write("x", n=1)
+    child = context.Process(target=second_writer, args=(path, answers))
+    child.start()
+    assert "another process writes it" in answers.get(timeout=60)
+    child.join()
+    with pytest.raises(OutputError, match="each server needs its own file"):
+        AuditLog(path)
+    path.rename(tmp_path / "moved")
+    other = AuditLog(path)  # the place is free, and then not for the first one
+    other.write("x", n=2)
+    with pytest.raises(OutputError, match="another process writes it"):
+        log.write("x", n=3)
+    other.close()
+    log.write("x", n=4)
+    assert numbers(path) == [2, 4] and numbers(tmp_path / "moved") == [1]
+    real = os.write
+    monkeypatch.setattr(audit_module.os, "write", lambda file, line: real(file, line[:10]))
+    with pytest.raises(OutputError):
+        log.write("x", n=5)
+    monkeypatch.undo()
+    assert numbers(path) == [2, 4]
+    log.close()
+
+
+def as_nobody(act, answers):
+    try:
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        answers.put(act())
+    except Exception as error:
+        answers.put(f"{type(error).__name__}: {error}")
+
+
+def ask_as_nobody(act):
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=as_nobody, args=(act, answers))
+    child.start()
+    answer = answers.get(timeout=60)
+    child.join()
+    return answer
+
+
+@pytest.mark.parametrize("open_still", [True, False])
+def test_whoever_may_only_read_a_store_can_serve(tmp_path, open_still):
+    if os.getuid() != 0:
+        pytest.skip("needs another user")
+    for folder in (tmp_path, *tmp_path.parents[:-1]):
+        if folder.stat().st_uid == 0 and folder != folder.parent:
+            folder.chmod(0o755)
+    where = tmp_path / "tenants.db"
+    store = PolicyStore(where, create=True)
+    assert where.stat().st_mode & 0o777 == 0o600
+    store.add("acme", who="me")
+    key = store.add_key("acme", who="me")
+    for file in tmp_path.glob("tenants.db*"):
+        assert file.stat().st_mode & 0o777 == 0o600
+        file.chmod(0o644)
+    if not open_still:
+        store.close()
+
+    def serve():
+        reader = PolicyStore(where)
+        return reader.current().tenant_of(key), reader.current().tenant_of("uf-other")
+
+    assert ask_as_nobody(serve) == ("acme", None)
+    assert "did not confirm the change" in ask_as_nobody(lambda: PolicyStore(where).add("x", who="nobody"))
+    where.chmod(0o600)
+    with pytest.raises(AssertionError):
+        assert "acme" in ask_as_nobody(serve)
+    store.close()
+
+
+def test_a_store_that_is_closed_is_whole_in_its_one_file(tmp_path):
+    """SQLite's other files stay beside it for those who may only read, but a copy of the one has everything."""
+    store = PolicyStore(tmp_path / "tenants.db", create=True)
+    for n in range(20):
+        store.add(f"t{n}", who="me")
+    store.close()
+    assert (tmp_path / "tenants.db-wal").exists()
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "tenants.db").write_bytes((tmp_path / "tenants.db").read_bytes())
+    assert len(PolicyStore(tmp_path / "copy" / "tenants.db").current().tenants) == 20
+    with pytest.raises(PolicyError):
+        PolicyStore(tmp_path / "copy")
