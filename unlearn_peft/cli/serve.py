@@ -52,12 +52,20 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Answers generated at once.")] = 8,
     max_queue: Annotated[int, typer.Option(min=0, help="Answers that may wait; more get 429.")] = 64,
     per_tenant: Annotated[
-        int | None, typer.Option(min=1, help="Answers running and waiting that one tenant may have.")
+        int | None,
+        typer.Option(min=1, help="Answers of one tenant that may run, wait or be on their way. Default: half of all."),
+    ] = None,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Connections open at once. Fewer where `ulimit -n` allows fewer files.")
+    ] = 1024,
+    per_address: Annotated[
+        int | None,
+        typer.Option(min=1, help="Connections of one address. Default: a quarter of all; more behind a proxy."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Limit on the tokens of an answer.")] = 1024,
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 8192,
     max_body_bytes: Annotated[int, typer.Option(min=1)] = 1_000_000,
-    max_seconds: Annotated[float, typer.Option(min=0.001, help="From a request's arrival to its end.")] = 300,
+    max_seconds: Annotated[float, typer.Option(min=0.001, help="From a request's arrival until all is sent.")] = 300,
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time that running requests get after SIGTERM.")] = 30,
     adapter_memory_gb: Annotated[
         float | None, typer.Option(min=0, help="Memory for adapters; those not in use are evicted. Default: no limit.")
@@ -117,6 +125,7 @@ def serve(
             f"--adapter serves without keys, and --host {host} would let others in: give --policy FILE, or leave it out"
         )
     from ..serve.api.app import create_app
+    from ..serve.api.loading import answering
     from ..serve.api.playground import Playground
     from ..serve.api.server import HttpServer, listen
     from ..serve.audit import AuditLog
@@ -124,31 +133,33 @@ def serve(
     from ..serve.handler import RequestHandler
 
     listening = listen(host, port)
-    bundles = options.read_adapters(adapter, trust)
-    source = _policy_source(policy, bundles)
-    now = source.current()
-    log = None
-    if audit is not None:
-        log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
-    backend: Engine
-    if engine is not None:
-        from ..serve.vllm.engine import VllmEngine
+    with answering(listening):
+        bundles = options.read_adapters(adapter, trust)
+        source = _policy_source(policy, bundles)
+        now = source.current()
+        log = None
+        if audit is not None:
+            log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
+        backend: Engine
+        if engine is not None:
+            from ..serve.vllm.engine import VllmEngine
 
-        backend = VllmEngine(
-            engine.split(","), options.base_of(base), name=model_name, seconds=max_seconds, trust=trust,
-            prompt_format=_prompt_format(now),
-        )  # fmt: skip
-    else:
-        budget = None if adapter_memory_gb is None else int(adapter_memory_gb * 1e9)
-        live = options.load(base, bundles, dtype, device, quantize)
-        live.prompt_format = live.prompt_format or _prompt_format(now)
-        backend = LocalEngine(
-            live, name=model_name, max_batch=max_batch, budget_bytes=budget, trust=trust,
-            allow_different_base=allow_different_base,
-        )  # fmt: skip
+            backend = VllmEngine(
+                engine.split(","), options.base_of(base), name=model_name, seconds=max_seconds, trust=trust,
+                prompt_format=_prompt_format(now),
+            )  # fmt: skip
+        else:
+            budget = None if adapter_memory_gb is None else int(adapter_memory_gb * 1e9)
+            live = options.load(base, bundles, dtype, device, quantize)
+            live.prompt_format = live.prompt_format or _prompt_format(now)
+            backend = LocalEngine(
+                live, name=model_name, max_batch=max_batch, budget_bytes=budget, trust=trust,
+                allow_different_base=allow_different_base,
+            )  # fmt: skip
     limits = Limits(
         batch=max_batch, queue=max_queue, per_tenant=per_tenant, body_bytes=max_body_bytes,
         prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=max_seconds, drain_seconds=drain_seconds,
+        connections=max_connections, per_address=per_address,
     )  # fmt: skip
     open_tenant = _TENANT if policy is None else None
     page = Playground(playground_base, tuple(playground_offer or ())) if playground else None
