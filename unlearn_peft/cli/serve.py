@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +28,7 @@ _TENANT = "local"  # the only tenant, where there is no policy
 
 
 def serve(
+    context: typer.Context,
     base: options.BaseOption = None,
     policy: Annotated[
         str | None,
@@ -133,29 +134,30 @@ def serve(
     from ..serve.handler import RequestHandler
 
     listening = listen(host, port)
-    with answering(listening):
-        bundles = options.read_adapters(adapter, trust)
-        source = _policy_source(policy, bundles)
-        now = source.current()
-        log = None
-        if audit is not None:
-            log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
-        backend: Engine
-        if engine is not None:
-            from ..serve.vllm.engine import VllmEngine
+    loading = context.with_resource(ExitStack())
+    loading.enter_context(answering(listening))
+    bundles = options.read_adapters(adapter, trust)
+    source = _policy_source(policy, bundles)
+    now = source.current()
+    log = None
+    if audit is not None:
+        log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
+    backend: Engine
+    if engine is not None:
+        from ..serve.vllm.engine import VllmEngine
 
-            backend = VllmEngine(
-                engine.split(","), options.base_of(base), name=model_name, seconds=max_seconds, trust=trust,
-                prompt_format=_prompt_format(now),
-            )  # fmt: skip
-        else:
-            budget = None if adapter_memory_gb is None else int(adapter_memory_gb * 1e9)
-            live = options.load(base, bundles, dtype, device, quantize)
-            live.prompt_format = live.prompt_format or _prompt_format(now)
-            backend = LocalEngine(
-                live, name=model_name, max_batch=max_batch, budget_bytes=budget, trust=trust,
-                allow_different_base=allow_different_base,
-            )  # fmt: skip
+        backend = VllmEngine(
+            engine.split(","), options.base_of(base), name=model_name, seconds=max_seconds, trust=trust,
+            prompt_format=_prompt_format(now),
+        )  # fmt: skip
+    else:
+        budget = None if adapter_memory_gb is None else int(adapter_memory_gb * 1e9)
+        live = options.load(base, bundles, dtype, device, quantize)
+        live.prompt_format = live.prompt_format or _prompt_format(now)
+        backend = LocalEngine(
+            live, name=model_name, max_batch=max_batch, budget_bytes=budget, trust=trust,
+            allow_different_base=allow_different_base,
+        )  # fmt: skip
     limits = Limits(
         batch=max_batch, queue=max_queue, per_tenant=per_tenant, body_bytes=max_body_bytes,
         prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=max_seconds, drain_seconds=drain_seconds,
@@ -177,6 +179,7 @@ def serve(
         print(f"adapters: {', '.join(list(now.adapters)[:8])}{' ...' if len(now.adapters) > 8 else ''}", flush=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done
+    loading.close()
     HttpServer(create_app(handler, page), ready=ready).run(sockets=[listening])
 
 

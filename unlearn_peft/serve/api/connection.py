@@ -86,7 +86,8 @@ class Connection(H11Protocol):
     def _is_one_too_many(self) -> bool:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         limit = min(self._limits.connections, max(files - _OTHER_FILES, 8))
-        addresses = [one.client and one.client[0] for one in self.connections]
+        clients = [getattr(one, "client", None) for one in self.connections]
+        addresses = [client and client[0] for client in clients]
         of_this = 0 if self.client is None else addresses.count(self.client[0])
         per_address = self._limits.per_address
         return len(addresses) > limit or of_this > (limit // 4 if per_address is None else per_address)
