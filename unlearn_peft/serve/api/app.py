@@ -218,6 +218,7 @@ async def _events(
     try:
         async for number, chunk in rest:
             yield chunk_event(number, chunk)
+            await asyncio.sleep(0)  # or a client that has gone is not noticed while there is more to send
     except ApiError as error:  # the status is sent already
         yield _event(error.body)
         return
