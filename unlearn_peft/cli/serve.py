@@ -125,17 +125,18 @@ def serve(
         raise UnlearnError(
             f"--adapter serves without keys, and --host {host} would let others in: give --policy FILE, or leave it out"
         )
-    from ..serve.api.app import create_app
     from ..serve.api.loading import answering
-    from ..serve.api.playground import Playground
     from ..serve.api.server import HttpServer, listen
-    from ..serve.audit import AuditLog
-    from ..serve.engine.local import LocalEngine
-    from ..serve.handler import RequestHandler
 
     listening = listen(host, port)
     loading = context.with_resource(ExitStack())
     loading.enter_context(answering(listening))
+    from ..serve.api.app import create_app  # after that: these take seconds
+    from ..serve.api.playground import Playground
+    from ..serve.audit import AuditLog
+    from ..serve.engine.local import LocalEngine
+    from ..serve.handler import RequestHandler
+
     bundles = options.read_adapters(adapter, trust)
     source = _policy_source(policy, bundles)
     now = source.current()
