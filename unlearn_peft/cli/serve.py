@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +28,7 @@ _TENANT = "local"  # the only tenant, where there is no policy
 
 
 def serve(
+    context: typer.Context,
     base: options.BaseOption = None,
     policy: Annotated[
         str | None,
@@ -52,12 +53,20 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Answers generated at once.")] = 8,
     max_queue: Annotated[int, typer.Option(min=0, help="Answers that may wait; more get 429.")] = 64,
     per_tenant: Annotated[
-        int | None, typer.Option(min=1, help="Answers running and waiting that one tenant may have.")
+        int | None,
+        typer.Option(min=1, help="Answers of one tenant that may run, wait or be on their way. Default: half of all."),
+    ] = None,
+    max_connections: Annotated[
+        int, typer.Option(min=1, help="Connections open at once. Fewer where `ulimit -n` allows fewer files.")
+    ] = 1024,
+    per_address: Annotated[
+        int | None,
+        typer.Option(min=1, help="Connections of one address. Default: a quarter of all; more behind a proxy."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Limit on the tokens of an answer.")] = 1024,
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 8192,
     max_body_bytes: Annotated[int, typer.Option(min=1)] = 1_000_000,
-    max_seconds: Annotated[float, typer.Option(min=0.001, help="From a request's arrival to its end.")] = 300,
+    max_seconds: Annotated[float, typer.Option(min=0.001, help="From a request's arrival until all is sent.")] = 300,
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time that running requests get after SIGTERM.")] = 30,
     adapter_memory_gb: Annotated[
         float | None, typer.Option(min=0, help="Memory for adapters; those not in use are evicted. Default: no limit.")
@@ -119,14 +128,18 @@ def serve(
             f"--adapter serves without keys, and --host {host} would let others in: give --policy FILE, or leave it out"
         )
     _on_hangup(signal.SIG_IGN)
-    from ..serve.api.app import create_app
-    from ..serve.api.playground import Playground
+    from ..serve.api.loading import answering
     from ..serve.api.server import HttpServer, listen
+
+    listening = listen(host, port)
+    loading = context.with_resource(ExitStack())
+    loading.enter_context(answering(listening))
+    from ..serve.api.app import create_app  # after that: these take seconds
+    from ..serve.api.playground import Playground
     from ..serve.audit import AuditLog
     from ..serve.engine.local import LocalEngine
     from ..serve.handler import RequestHandler
 
-    listening = listen(host, port)
     bundles = options.read_adapters(adapter, trust)
     source = _policy_source(policy, bundles)
     now = source.current()
@@ -154,6 +167,7 @@ def serve(
     limits = Limits(
         batch=max_batch, queue=max_queue, per_tenant=per_tenant, body_bytes=max_body_bytes,
         prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=max_seconds, drain_seconds=drain_seconds,
+        connections=max_connections, per_address=per_address,
     )  # fmt: skip
     open_tenant = _TENANT if policy is None else None
     page = Playground(playground_base, tuple(playground_offer or ())) if playground else None
@@ -171,6 +185,7 @@ def serve(
         print(f"adapters: {', '.join(list(now.adapters)[:8])}{' ...' if len(now.adapters) > 8 else ''}", flush=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done
+    loading.close()
     HttpServer(create_app(handler, page), ready=ready).run(sockets=[listening])
 
 

@@ -222,11 +222,10 @@ def _accepted(messages: Sequence[Row], tokenizer: Any, name: str, /, **settings:
     for turns in tries:
         try:
             text = _apply(turns, tokenizer, **settings)
-            omitted = [
-                i
-                for i, turn in enumerate(turns)
-                if turn["role"] != "assistant" and _MARK not in _apply(_marked(turns, i), tokenizer, **settings)
-            ]
+            marks = {i: f"{_MARK}{i}{_MARK}" for i, turn in enumerate(turns) if turn["role"] != "assistant"}
+            marked = [{**turn, "content": marks[i]} if i in marks else turn for i, turn in enumerate(turns)]
+            seen = _apply(marked, tokenizer, **settings)  # all at once: one by one takes the square of their number
+            omitted = [i for i, mark in marks.items() if mark not in seen]
         except Exception as error:  # a template refuses with whatever error it likes; its text may quote the row
             problem = type(error).__name__
             continue

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from ..errors import OutputError, PolicyError
+from .admission import Places, check_size, is_chat, too_long
 from .audit import AuditLog, describe
 from .engine.base import AdapterLease, Engine, EngineStats, Generation, GenerationError, TextChunk, Unavailable
+from .fair_queue import FairQueue
 from .limits import Limits
 from .metrics import Metrics
-from .policy.policy import PolicySource
+from .policy.policy import Policy, PolicySource
 from .request import ApiError, Call, ParsedRequest, as_api_error
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-_AHEAD = 2  # requests beyond a full batch that have their adapters already, so that a free place is taken at once
+_AHEAD = 2  # answers beyond a full batch that have their adapters already, so that a free place is taken at once
+_PREPARING = 4  # bodies and prompts that are read at once, each of another tenant
 _Chunks = asyncio.Queue[tuple[int, TextChunk | Exception]]  # each with the number of its answer
 
 
@@ -45,16 +47,19 @@ class RequestHandler:
         self.metrics = Metrics(self._stats)
         self.draining = False
         self.shows_base = False  # set by the playground alone, if it was started so
-        # of requests with a lease: those that wait have none, so that memory is for those that run
-        self._slots = asyncio.Semaphore(self.limits.batch + _AHEAD)
+        self.metrics.active.set_function(lambda: self.active)
+        self._preparing = FairQueue(_PREPARING, per_tenant=1)
+        # of requests with a lease: those that wait have none, so that memory is for those that run. One tenant cannot
+        # have all, so that another's answer waits for a place in the batch alone
+        self._leases = FairQueue(self.limits.batch + 2 * _AHEAD, per_tenant=self.limits.batch + _AHEAD)
+        self._rows = FairQueue(self.limits.batch + _AHEAD)
         self._cleanups = set[asyncio.Future[None]]()
-        self._active = Counter[str]()  # answers running and waiting, by tenant
-        self._mean_seconds = 1.0  # moving average of a request's duration
+        self._places = Places()
 
     @property
     def active(self) -> int:
         """Answers that run or wait."""
-        return self._active.total()
+        return self._places.active
 
     async def identify(self, authorization: str | None) -> Call:
         """Find out whose request this is, under the current policy.
@@ -62,47 +67,51 @@ class RequestHandler:
         Raises:
             ApiError: 401 without a known key, 503 if there is no policy.
         """
+        scheme, _, key = (authorization or "").partition(" ")
+        key = key.strip() if scheme.lower() == "bearer" else ""
         try:
-            policy = await asyncio.to_thread(self.policies.current)
+            policy, tenant = await asyncio.to_thread(self._look_up, key)
         except PolicyError as error:
             logger.error("no policy, all requests are refused: %s", error)
             raise self._refused(ApiError(503, "there is no policy to serve under", code="policy_unavailable")) from None
         self.metrics.policy_problem.set(self.policies.problem is not None)
-        if self.open_tenant is not None:
-            return Call(self.open_tenant, policy)
-        scheme, _, key = (authorization or "").partition(" ")
-        tenant = policy.tenant_of(key.strip()) if scheme.lower() == "bearer" and key.strip() else None
         if tenant is None:
             message = "this API key is not known" if key else "an API key is needed: Authorization: Bearer KEY"
             headers = {"WWW-Authenticate": "Bearer"}
             raise self._refused(ApiError(401, message, code="invalid_api_key", headers=headers))
         return Call(tenant, policy)
 
+    def enter(self, call: Call) -> None:
+        """Count a request as under way while its body is still to be read; `answer` and `leave` end that.
+
+        Raises:
+            ApiError: 429 if there is no room, 503 while shutting down.
+        """
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", code="draining")
+        self._claim(call, 1)
+
+    def leave(self, call: Call) -> None:
+        """Count a request as under way no longer. A second call does nothing."""
+        self._places.leave(call)
+
     async def answer(self, call: Call, request: ParsedRequest) -> AsyncGenerator[tuple[int, TextChunk], None]:
         """Generate all answers of a request; yields chunks, each with the number of its answer.
 
-        Closing it early cancels what still runs.
+        Closing it early cancels what still runs. Where chunks are fetched slowly, they are kept: nobody else waits.
 
         Raises:
             ApiError: whatever refused the request or ended it.
         """
-        count, tasks = len(request.prompts) * request.n, list[asyncio.Task[None]]()
-        taken, recorded, client_gone = ExitStack(), False, False  # what is taken is given back, the last first
+        producer: asyncio.Task[None] | None = None
+        recorded, client_gone = False, False
         try:
-            self._check_limits(call, request, count)
-            self._active[call.tenant] += count
-            taken.callback(self._count_out, call, count)
-            generations = await self._encode(call, request)
-            await self.in_time(call, self._slots.acquire())
-            taken.callback(self._slots.release)
-            lease = await self._hold(call, request)
-            taken.callback(lease.release)
-            await self._record("admitted", call, **({"asked": request.prompts} if self._records_text else {}))
-            chunks = _Chunks()
-            tasks = [asyncio.create_task(self._generate(n, g, lease, chunks)) for n, g in enumerate(generations)]
+            count = self._check_limits(call, request)
+            generations, chunks = await self._encode(call, request), _Chunks()
+            producer = asyncio.create_task(self._produce(call, request, generations, chunks))
             running, texts = count, [""] * count
             while running:
-                number, chunk = await self.in_time(call, chunks.get())
+                number, chunk = await chunks.get()
                 if isinstance(chunk, Exception):
                     raise chunk
                 if call.completion_tokens == 0:
@@ -124,10 +133,26 @@ class RequestHandler:
             raise refusal from error
         finally:
             # in its own task, since a client that goes away cancels each wait in here again
-            cleanup = asyncio.ensure_future(self._clean_up(call, tasks, taken, client_gone))
+            cleanup = asyncio.ensure_future(self._clean_up(call, producer, client_gone))
             self._cleanups.add(cleanup)
             cleanup.add_done_callback(self._cleanups.discard)
             await asyncio.shield(cleanup)
+
+    async def in_turn(self, call: Call, work: Callable[[], Awaitable[T]]) -> T:
+        """Do something that takes a processor's time, when it is its tenant's turn, and as `in_time`.
+
+        Its place is free when it has ended, which may be long after its client has gone.
+        """
+        await self.in_time(call, self._preparing.acquire(call.tenant))
+        task = asyncio.ensure_future(work())
+
+        def ended(done: asyncio.Future[T]) -> None:
+            self._preparing.release(call.tenant)
+            if not done.cancelled():
+                done.exception()  # it was seen, where somebody still waits
+
+        task.add_done_callback(ended)
+        return await self.in_time(call, asyncio.shield(task))
 
     async def in_time(self, call: Call, awaitable: Awaitable[T]) -> T:
         """Await something for as long as the request may still take.
@@ -140,6 +165,7 @@ class RequestHandler:
 
     async def refuse(self, call: Call, error: ApiError) -> None:
         """Record a request that was refused before `answer`."""
+        self.leave(call)
         await self._finish(call, self._refused(error).status, error.code)
 
     async def close(self) -> None:
@@ -148,45 +174,73 @@ class RequestHandler:
         if self.audit is not None:
             self.audit.close()
 
-    def _check_limits(self, call: Call, request: ParsedRequest, count: int) -> None:
-        limits = self.limits
-        if self.draining:
-            raise ApiError(503, "the server is shutting down", code="draining", headers={"Retry-After": "5"})
+    def _look_up(self, key: str) -> tuple[Policy, str | None]:
+        policy = self.policies.current()
+        return policy, self.open_tenant or (policy.tenant_of(key) if key else None)
+
+    def _check_limits(self, call: Call, request: ParsedRequest) -> int:
+        """Return how many answers a request has, all of which are under way from now on."""
+        limits, count = self.limits, len(request.prompts) * request.n
         if request.model != self.engine.model:
             message = f"there is no model '{request.model[:100]}' here: expected '{self.engine.model}'"
             raise ApiError(404, message, code="model_not_found", param="model")
         if count > limits.answers:
             message = f"{count} answers in one request: at most {limits.answers}"
             raise ApiError(400, message, code="too_many_answers", param="n")
-        room = limits.batch + limits.queue
-        share = room if limits.per_tenant is None else limits.per_tenant
-        if self.active + count > room or self._active[call.tenant] + count > share:
-            wait = math.ceil(self._mean_seconds * max(1.0, self.active / limits.batch))
-            message = "the queue is full" if self.active + count > room else "too many requests of yours are under way"
-            raise ApiError(429, message, code="queue_full", headers={"Retry-After": str(min(max(wait, 1), 60))})
+        self._claim(call, count)
+        return count
+
+    def _claim(self, call: Call, count: int) -> None:
+        self._places.claim(call, count, self.limits, only_tenant=self.open_tenant is not None)
 
     async def _encode(self, call: Call, request: ParsedRequest) -> list[Generation]:
         limits, generations = self.limits, []
+        longest = min(limits.prompt_tokens, self.engine.context - 1)
         for prompt in request.prompts:
-            ids = await self.in_time(call, self.engine.encode(prompt, request.variables))
+            check_size(prompt, request.variables, longest)
+        for prompt in request.prompts:
+            ids = await self.in_turn(call, partial(self.engine.encode, prompt, request.variables))
             call.prompt_tokens += len(ids)
             room = self.engine.context - len(ids)
             max_tokens = request.max_tokens or min(limits.max_tokens, room)
-            if len(ids) > limits.prompt_tokens or room < 1:
-                limit = min(limits.prompt_tokens, self.engine.context - 1)
-                message = f"the prompt has {len(ids)} tokens: at most {limit}"
-                raise ApiError(400, message, code="context_length_exceeded")
+            if len(ids) > longest:
+                raise too_long(f"{len(ids)} tokens: at most {longest}")
             if max_tokens > limits.max_tokens or max_tokens > room:
                 message = f"max_tokens is {max_tokens}: at most {min(limits.max_tokens, room)} for this prompt"
                 raise ApiError(400, message, code="context_length_exceeded", param="max_tokens")
             settings = dict(request.settings)
-            if not isinstance(prompt, str) and prompt and not isinstance(prompt[0], int):
+            if is_chat(prompt):
                 settings["stop"] += self.engine.chat_ends
             for n in range(request.n):
                 if settings["seed"] is not None:  # n different answers, the same ones each time
                     settings["seed"] = (request.settings["seed"] + n) % 2**63
                 generations.append(Generation(ids, max_tokens, **settings))
         return generations
+
+    async def _produce(
+        self, call: Call, request: ParsedRequest, generations: Sequence[Generation], chunks: _Chunks
+    ) -> None:
+        """Generate all answers into `chunks`. Rows, adapters and places are free when that ends, sent or not."""
+        try:
+            await self.in_time(call, self._generate_all(call, request, generations, chunks))
+        except Exception as error:
+            chunks.put_nowait((0, error))
+        finally:
+            self._places.generated(call)
+
+    async def _generate_all(
+        self, call: Call, request: ParsedRequest, generations: Sequence[Generation], chunks: _Chunks
+    ) -> None:
+        async with self._leases.place(call.tenant):
+            lease = await self._hold(call, request)
+            try:
+                await self._record("admitted", call, **({"asked": request.prompts} if self._records_text else {}))
+                await asyncio.gather(
+                    *(self._generate(call, number, one, lease, chunks) for number, one in enumerate(generations))
+                )
+            finally:
+                lease.release()
+        self._places.took(time.monotonic() - call.began)
 
     async def _hold(self, call: Call, request: ParsedRequest) -> AdapterLease:
         for name in request.forget:
@@ -196,7 +250,7 @@ class RequestHandler:
             raise ApiError(403, "this server does not show the base alone", code="base_not_shown")
         forget = {} if call.base_only else call.policy.forget_of(call.tenant, request.forget)
         trust = call.policy.trust_of(call.tenant)
-        lease = await self.in_time(call, self.engine.hold(forget, call.policy, trust))
+        lease = await self.engine.hold(forget, call.policy, trust)
         unsigned = trust is not None and any(adapter.signed_by not in trust.signers for adapter in lease.applied)
         if unsigned or {adapter.name: adapter.strength for adapter in lease.applied} != forget:
             lease.release()
@@ -204,9 +258,11 @@ class RequestHandler:
         call.applied, call.set_digest = describe(lease.applied), lease.digest
         return lease
 
-    async def _generate(self, number: int, generation: Generation, lease: AdapterLease, chunks: _Chunks) -> None:
+    async def _generate(
+        self, call: Call, number: int, generation: Generation, lease: AdapterLease, chunks: _Chunks
+    ) -> None:
         try:
-            async with aclosing(self.engine.stream(generation, lease)) as stream:
+            async with self._rows.place(call.tenant), aclosing(self.engine.stream(generation, lease)) as stream:
                 async for chunk in stream:
                     chunks.put_nowait((number, chunk))
                     if chunk.finish_reason is not None:
@@ -215,16 +271,11 @@ class RequestHandler:
         except Exception as error:
             chunks.put_nowait((number, error))
 
-    def _count_out(self, call: Call, count: int) -> None:
-        self._active[call.tenant] -= count
-        self._mean_seconds += (time.monotonic() - call.began - self._mean_seconds) / 16
-
-    async def _clean_up(self, call: Call, tasks: list[asyncio.Task[None]], taken: ExitStack, client_gone: bool) -> None:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        taken.close()
-        self.metrics.active.set(self.active)
+    async def _clean_up(self, call: Call, producer: asyncio.Task[None] | None, client_gone: bool) -> None:
+        if producer is not None:
+            producer.cancel()
+            await asyncio.gather(producer, return_exceptions=True)
+        self.leave(call)
         if client_gone:
             await self._finish(call, 499, "client_gone")
 

@@ -27,6 +27,8 @@ class ApiError(Exception):
     ) -> None:  # fmt: skip
         super().__init__(message)
         self.status, self.code, self.headers = status, code, dict(headers or {})
+        if status == 503:  # each of its causes may be mended by then
+            self.headers.setdefault("Retry-After", "5")
         kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(status)
         kind = kind or ("server_error" if status >= 500 else "invalid_request_error")
         self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
@@ -90,6 +92,8 @@ class Call:
     applied: list[Mapping[str, Any]] | None = None  # None: refused before it had a lease
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    claimed: int = 0  # its answers under way, see `RequestHandler.enter`
+    unfinished: int = 0  # of these, what is not wholly generated
     base_only: bool = False  # asks for the base alone; only where `RequestHandler.shows_base`
 
     @property

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -16,7 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from ..engine.base import TextChunk
 from ..handler import RequestHandler
-from ..limits import LOOPBACK
+from ..limits import LOOPBACK, Limits
 from ..request import ApiError, Call, ParsedRequest, as_api_error
 from .playground import Playground, add_playground
 from .requests import read_request
@@ -34,7 +35,10 @@ def create_app(handler: RequestHandler, playground: Playground | None = None) ->
         yield
         await handler.close()
 
-    app = FastAPI(title="unlearn-peft", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="unlearn-peft", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
+        redirect_slashes=False,  # a redirected POST would go where the Host header says, key and all
+    )  # fmt: skip
     app.state.handler = handler
     if handler.open_tenant is not None:  # without keys, a web page could get in by DNS rebinding
         hosts = [f"[{name}]" if ":" in name else name for name in LOOPBACK]
@@ -101,12 +105,16 @@ def create_app(handler: RequestHandler, playground: Playground | None = None) ->
 
 
 async def _respond(handler: RequestHandler, request: Request, *, chat: bool, base_only: bool = False) -> Response:
+    if handler.open_tenant is not None:
+        _refuse_other_pages(request)
     call = await handler.identify(request.headers.get("authorization"))
     call.base_only = base_only
     try:
         try:
-            body = await handler.in_time(call, _read_body(request, handler.limits.body_bytes))
-            parsed = read_request(body, chat=chat)
+            handler.enter(call)
+            body = await handler.in_time(call, _read_body(request, handler.limits))
+            parsed = await handler.in_turn(call, partial(asyncio.to_thread, read_request, body, chat=chat))
+            del body
         except Exception as error:
             refusal = as_api_error(error)
             await handler.refuse(call, refusal)
@@ -115,9 +123,11 @@ async def _respond(handler: RequestHandler, request: Request, *, chat: bool, bas
         if parsed.stream:
             first = await _while_connected(request, anext(chunks))
         else:
-            answers = await _while_connected(request, _collect(chunks, len(parsed.prompts) * parsed.n))
-    except ApiError as error:
-        error.headers["x-request-id"] = call.id
+            answers = await _while_connected(request, _collect(chunks))
+    except BaseException as error:
+        handler.leave(call)
+        if isinstance(error, ApiError):
+            error.headers["x-request-id"] = call.id
         raise
     fingerprint = f"fp_{call.set_digest[:16] or 'base'}"
     response = ResponseFormat(
@@ -130,15 +140,34 @@ async def _respond(handler: RequestHandler, request: Request, *, chat: bool, bas
     return JSONResponse(response.body(answers, call.usage), headers=headers)
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+def _refuse_other_pages(request: Request) -> None:
+    """Without keys, refuse what pages of other servers send: a browser asks nobody before a simple POST.
+
+    Raises:
+        ApiError: the request's `Origin` is another than this server.
+    """
+    origin, host = request.headers.get("origin"), request.headers.get("host")
+    if origin not in (None, f"http://{host}", f"https://{host}"):
+        message = "a web page of another server sent this, and this one has no keys: expected its own page, or no page"
+        raise ApiError(403, message, code="cross_origin")
+
+
+async def _read_body(request: Request, limits: Limits) -> bytes:
     body = bytearray()
-    try:
+
+    async def read() -> None:
         async for part in request.stream():
-            body += part
-            if len(body) > max_bytes:
-                raise ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
+            body.extend(part)
+            if len(body) > limits.body_bytes:
+                raise ApiError(413, f"the body is larger than {limits.body_bytes} bytes", code="body_too_large")
+
+    try:
+        await asyncio.wait_for(read(), limits.body_seconds)
     except ClientDisconnect:
         raise ApiError(499, "the client has gone", code="client_gone") from None
+    except asyncio.TimeoutError:
+        message = f"the body did not arrive within {limits.body_seconds:g} s: {len(body)} bytes of it did"
+        raise ApiError(408, message, code="body_timeout", headers={"Connection": "close"}) from None
     return bytes(body)
 
 
@@ -161,15 +190,15 @@ async def _while_connected(request: Request, awaitable: Awaitable[T]) -> T:
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def _collect(chunks: Chunks, count: int) -> list[Answer]:
-    answers = [Answer(n) for n in range(count)]
+async def _collect(chunks: Chunks) -> list[Answer]:
+    answers = dict[int, Answer]()
     async with aclosing(chunks):
         async for number, chunk in chunks:
-            answer = answers[number]
+            answer = answers.setdefault(number, Answer(number))
             answer.text += chunk.text
             answer.logprobs += chunk.logprobs
             answer.finish_reason = chunk.finish_reason
-    return answers
+    return [answers[number] for number in sorted(answers)]
 
 
 async def _events(
@@ -189,6 +218,7 @@ async def _events(
     try:
         async for number, chunk in rest:
             yield chunk_event(number, chunk)
+            await asyncio.sleep(0)  # or a client that has gone is not noticed while there is more to send
     except ApiError as error:  # the status is sent already
         yield _event(error.body)
         return

@@ -11,11 +11,15 @@ import json
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from ...errors import safe_repr
 from ..request import ApiError, ParsedRequest, Prompt
 
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 256
+# beyond what any model takes: so that a body is refused before something is built of each of its parts
+_MAX_FIELDS, _MAX_FORGET, _MAX_MESSAGES, _MAX_PROMPTS, _MAX_IDS = 64, 256, 4096, 1024, 1 << 20
+_MAX_NAME = 64  # characters of a name that an error repeats
 # about the caller, or for features of the service that do not change the answer
 _IGNORED = {
     "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
@@ -29,15 +33,23 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-class _Text(BaseModel):
+class _Text(BaseModel, extra="forbid"):
     type: Literal["text"]
     text: str
 
 
-class _Message(BaseModel):
+class _Message(BaseModel, extra="forbid"):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_Text]
+    content: str | Annotated[list[_Text], Field(fail_fast=True, max_length=_MAX_MESSAGES)]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_fields(cls, values: Any) -> Any:
+        """Leave out what clients send back with an answer of this server: `refusal: null`, `tool_calls: []`."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None and value != []}
 
     def plain(self) -> dict[str, str]:
         """Return role and text, as chat templates take them."""
@@ -45,18 +57,22 @@ class _Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class _StreamOptions(BaseModel):
+class _StreamOptions(BaseModel, extra="forbid"):
     include_usage: bool = False
+    include_obfuscation: bool = False  # without effect: there is none
 
 
 class _Common(BaseModel, extra="allow"):
     model: str
-    n: int = Field(1, ge=1)
+    n: int = Field(1, ge=1, le=10_000)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1)  # an extension, as vLLM has it; 0 and -1: all
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: list[Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]] = Field([], max_length=_MAX_STOPS)
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]],
+        Field(fail_fast=True, max_length=_MAX_STOPS),
+    ] = []
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     ignore_eos: bool = False  # an extension, as vLLM has it
@@ -72,13 +88,15 @@ class _Common(BaseModel, extra="allow"):
     @field_validator("forget", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
+        if isinstance(value, (list, dict)) and len(value) > _MAX_FORGET:
+            raise ValueError(f"{len(value)} adapters: at most {_MAX_FORGET}")
         if isinstance(value, list) and all(isinstance(name, str) for name in value):
             return dict.fromkeys(value, 1.0)
         return value
 
 
 class _ChatRequest(_Common):  # /v1/chat/completions
-    messages: list[_Message] = Field(min_length=1)
+    messages: Annotated[list[_Message], Field(fail_fast=True, min_length=1, max_length=_MAX_MESSAGES)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -93,8 +111,15 @@ class _ChatRequest(_Common):  # /v1/chat/completions
         return values
 
 
+_Ids = Annotated[
+    list[Annotated[int, Field(ge=-(2**63), lt=2**63)]], Field(fail_fast=True, min_length=1, max_length=_MAX_IDS)
+]
+_Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=_MAX_PROMPTS)]
+_ManyIds = Annotated[list[_Ids], Field(fail_fast=True, min_length=1, max_length=_MAX_PROMPTS)]
+
+
 class _CompletionRequest(_Common):  # /v1/completions
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(min_length=1)
+    prompt: Annotated[str, Field(min_length=1)] | _Ids | _Texts | _ManyIds
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -109,13 +134,19 @@ def read_request(body: bytes, *, chat: bool) -> ParsedRequest:
     try:
         request = kind.model_validate(_without_nulls(body))
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ApiError(400, f"{where}: {first['msg']}", param=where, code="invalid_value") from None
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        where, message = ".".join(_short(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        if first["loc"][0] == "prompt" and len(first["loc"]) > 1:  # pydantic says what each of the kinds would need
+            where, message = (
+                "prompt",
+                f"expected a text, or a list of texts or token ids; {_MAX_PROMPTS} prompts at most",
+            )
+        if first["type"] == "extra_forbidden":
+            raise _unsupported(where) from None
+        raise ApiError(400, f"{where}: {message}", param=where, code="invalid_value") from None
     for name, value in (request.model_extra or {}).items():
         if name not in _IGNORED and value not in _NEUTRAL.get(name, ()):
-            message = f"this server does not support this value of '{name}': leave it out"
-            raise ApiError(400, message, param=name, code="unsupported_parameter")
+            raise _unsupported(_short(name))
     prompts: tuple[Prompt, ...]
     variables: dict[str, Any] = {}
     if isinstance(request, _ChatRequest):
@@ -148,17 +179,30 @@ def _without_nulls(body: bytes) -> dict[str, Any]:
         raise ApiError(400, "the body is not JSON", code="invalid_json") from None
     if not isinstance(values, dict):
         raise ApiError(400, "the body is not a JSON object", code="invalid_json")
+    if len(values) > _MAX_FIELDS:
+        raise ApiError(400, f"the body has {len(values)} parameters: at most {_MAX_FIELDS}", code="invalid_value")
     for name, value in values.items():  # "\\ud83d" alone is JSON, and no text that any model or log could hold
         try:
             json.dumps([name, value], ensure_ascii=False).encode()
         except RecursionError:
             raise ApiError(400, "the body is not JSON", code="invalid_json") from None
         except UnicodeEncodeError:
-            param = name if name.isascii() else None
+            param = _short(name) if name.isascii() else None
             raise ApiError(
                 400, "a text holds half of a character, a lone surrogate", param=param, code="invalid_value"
             ) from None
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _unsupported(where: str) -> ApiError:
+    message = f"this server does not support this value of '{where}': leave it out"
+    return ApiError(400, message, param=where, code="unsupported_parameter")
+
+
+def _short(name: object) -> str:
+    """Return a name that a client gave, as an error may repeat it."""
+    text = str(name)
+    return text if len(text) <= _MAX_NAME and text.isprintable() else safe_repr(text[:_MAX_NAME]) + "..."
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import time
@@ -12,23 +13,26 @@ from fastapi import FastAPI
 
 from ...errors import UnlearnError
 from ..handler import RequestHandler
+from .connection import Connection
 
 logger = logging.getLogger(__name__)
+_SEND_SECONDS = 2.0  # for what is generated already, after SIGTERM
 
 
 class HttpServer(uvicorn.Server):
     """A server that drains: after SIGTERM, new requests get 503 with Retry-After and /readyz says so.
 
-    It ends when no answer runs any more, or after `limits.drain_seconds`; a second Ctrl-C ends it at once.
+    It ends when no answer runs any more, or after `limits.drain_seconds`, and then cuts off who does not read; a second
+    Ctrl-C ends it at once.
     """
 
     def __init__(self, app: FastAPI, *, ready: Callable[[str], None] = lambda url: None) -> None:
-        # keep alive for longer than clients (httpx: 5 s) and proxies (60 s), or a request meets a closed connection
-        config = uvicorn.Config(
-            app, log_level="warning", timeout_graceful_shutdown=2, timeout_keep_alive=75, lifespan="on"
-        )
-        super().__init__(config)
         self.handler: RequestHandler = app.state.handler
+        config = uvicorn.Config(
+            app, log_level="warning", http=Connection, ws="none", lifespan="on", timeout_graceful_shutdown=2,
+            timeout_keep_alive=self.handler.limits.idle_seconds,
+        )  # fmt: skip
+        super().__init__(config)
         self._ready, self._announced, self._deadline = ready, False, 0.0
 
     async def on_tick(self, counter: int) -> bool:
@@ -44,6 +48,18 @@ class HttpServer(uvicorn.Server):
             self._deadline = time.monotonic() + self.handler.limits.drain_seconds
             logger.warning("shutting down: %d answers are still under way", self.handler.active)
         return self.handler.active == 0 or time.monotonic() > self._deadline
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn when nothing is generated any more: send what is left, to those that take it."""
+        deadline = time.monotonic() + _SEND_SECONDS
+        while (busy := self._busy()) and time.monotonic() < deadline and not self.force_exit:
+            await asyncio.sleep(0.05)
+        for connection in busy:
+            connection.transport.abort()  # uvicorn would cancel its task, and log that as a crash
+        await super().shutdown(sockets)
+
+    def _busy(self) -> list[Connection]:
+        return [one for one in self.server_state.connections if isinstance(one, Connection) and one.busy]
 
     @property
     def url(self) -> str:

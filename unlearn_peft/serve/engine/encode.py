@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import secrets
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +23,10 @@ class Prompts:
     def __init__(self, tokenizer: Any, vocab_size: int, name: str) -> None:
         self._tokenizer, self._vocab_size, self._name, self._lock = tokenizer, vocab_size, name, threading.Lock()
 
+        marks = {str(token): int(id) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = {token: id for token, id in marks.items() if token}
+        longest_first = sorted(self._special_ids, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         form = format_of(tokenizer)
         self.ends = tuple(form.ends) if form else ()  # of answers to messages
 
@@ -40,10 +47,35 @@ class Prompts:
         return tuple(ids)
 
     def _encode(self, messages: Sequence[Any], variables: Mapping[str, Any] | None) -> list[int]:
+        """Encode messages, in whose texts the names of special tokens are words and no tokens."""
+        if self._special.search(json.dumps(variables or {}, ensure_ascii=False)):
+            raise PromptError("a variable of the chat template holds a special token of this base: leave it out")
+        nonce, words = secrets.token_hex(8), list[str]()
+
+        def hide(match: re.Match[str]) -> str:
+            words.append(match[0])
+            return f"\ue002{nonce}{len(words) - 1}\ue003"
+
+        hidden = [{**message, "content": self._special.sub(hide, message["content"])} for message in messages]
         try:
-            text = ask(messages, self._tokenizer, variables=variables)
-            return encode_text(text, self._tokenizer, templated=has_template(self._tokenizer))
+            text = ask(hidden, self._tokenizer, variables=variables)
         except DataError as error:  # it quotes nothing
             raise PromptError(str(error)) from None
         except Exception as error:  # jinja's TemplateError, or whatever the template's own code raises
             raise PromptError(f"the chat template refuses these messages ({type(error).__name__})") from None
+        templated = has_template(self._tokenizer)
+        if not words:
+            return encode_text(text, self._tokenizer, templated=templated)
+        ids, place = encode_text("", self._tokenizer, templated=templated), 0
+        for token in self._special.finditer(text):  # the template's own
+            ids += [*self._plain(text[place : token.start()], nonce, words), self._special_ids[token[0]]]
+            place = token.end()
+        return ids + self._plain(text[place:], nonce, words)
+
+    def _plain(self, text: str, nonce: str, words: Sequence[str]) -> list[int]:
+        """Encode a part of a rendered text with what `_encode` hid in it, all as words."""
+        text = re.sub(f"\ue002{nonce}([0-9]+)\ue003", lambda match: words[int(match[1])], text)
+        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if nonce in text or not set(self._special_ids.values()).isdisjoint(ids):
+            raise PromptError("a message holds a special token of this base, which cannot be told apart: leave it out")
+        return list(ids)

@@ -1,0 +1,71 @@
+"""Tenants get places in turn, however many of one wait."""
+
+import asyncio
+
+import pytest
+
+from unlearn_peft.serve.fair_queue import FairQueue
+
+
+async def flood(queue, tenants, order):
+    """One task for each: takes a place, notes whose it was, and gives it back two steps later."""
+
+    async def one(tenant):
+        async with queue.place(tenant):
+            order.append(tenant)
+            await asyncio.sleep(0)
+
+    tasks = []
+    for tenant in tenants:
+        tasks.append(asyncio.create_task(one(tenant)))
+        await asyncio.sleep(0)
+    return tasks
+
+
+def test_waiting_tenants_get_places_in_turn():
+    async def run():
+        queue, order = FairQueue(1), []
+        await queue.acquire("other")
+        tasks = await flood(queue, "aaaaaabbc", order)
+        queue.release("other")
+        await asyncio.gather(*tasks)
+        return "".join(order)
+
+    assert asyncio.run(run()) == "abcabaaaa"
+
+
+def test_one_tenant_cannot_have_all_places():
+    async def run():
+        queue = FairQueue(3, per_tenant=2)
+        for tenant in "aab":
+            await asyncio.wait_for(queue.acquire(tenant), 1)
+        queue.release("b")
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(queue.acquire("a"), 0.05)
+        await asyncio.wait_for(queue.acquire("b"), 1)
+        queue.release("a")
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.gather(queue.acquire("a"), queue.acquire("a")), 0.05)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("granted", [False, True])
+def test_who_goes_away_while_waiting_holds_no_place(granted):
+    async def run():
+        queue = FairQueue(1)
+        await queue.acquire("a")
+        gone = asyncio.create_task(queue.acquire("a"))
+        await asyncio.sleep(0)
+        if granted:  # its place is given, and the task has not seen it yet
+            queue.release("a")
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        if not granted:
+            queue.release("a")
+        for _ in range(2):
+            await asyncio.wait_for(queue.acquire("b"), 1)
+            queue.release("b")
+        assert not queue._waiting and not queue._taken and queue._free == 1
+
+    asyncio.run(run())

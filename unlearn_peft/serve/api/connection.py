@@ -1,0 +1,127 @@
+"""One client's connection: how long each part of a request and its response may take, and how many may be open.
+
+uvicorn bounds the time between two requests alone. A head or a body that never ends, a response that nobody reads, and
+sockets that say nothing would each hold a file and memory for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+from typing import Any
+
+import h11
+from starlette.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..limits import Limits
+from ..request import ApiError
+
+_OTHER_FILES = 64  # of all that the process may have open: adapters, the store, logs
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\nretry-after: 5\r\n\r\n"
+_GRACE = 2.0  # seconds, beyond those in which the app itself refuses in plain words
+
+
+class Connection(H11Protocol):
+    """uvicorn's HTTP/1.1, with the bounds of the app's `Limits`; what exceeds them is cut off."""
+
+    def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
+        super().__init__(config, *args, **settings)
+        self._limits: Limits = config.app.state.handler.limits
+        self._respond, self.app = self.app, self._within_limits
+        self._reading: str | None = None  # "head" or "body", while one of them is under way
+        self._timers = dict[str, asyncio.TimerHandle]()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a response is under way, or not wholly sent."""
+        sending = self.cycle is not None and not self.cycle.response_complete
+        return sending or self.transport.get_write_buffer_size() > 0
+
+    def connection_made(self, transport: Any) -> None:
+        """Called by asyncio."""
+        super().connection_made(transport)
+        if (sock := transport.get_extra_info("socket")) is not None and sock.family != getattr(socket, "AF_UNIX", None):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or each small answer waits for 40 ms
+        if self._is_one_too_many():
+            transport.write(_FULL)
+            transport.close()
+            return
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Called by asyncio."""
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        """Called when a response was written; the next request begins with its head's first byte."""
+        super().on_response_complete()
+        if self.conn.their_state is h11.IDLE:
+            self._set_reading(None)
+
+    def pause_writing(self) -> None:
+        """Called by asyncio: the client takes less than is sent."""
+        super().pause_writing()
+        self._start("stall", self._limits.stall_seconds)
+
+    def resume_writing(self) -> None:
+        """Called by asyncio."""
+        super().resume_writing()
+        self._stop("stall")
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Called where no further request comes; `close` would wait for a client that does not read."""
+        if self.busy:
+            self.transport.abort()
+        super().timeout_keep_alive_handler()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by asyncio."""
+        for name in list(self._timers):
+            self._stop(name)
+        super().connection_lost(exc)
+
+    def _is_one_too_many(self) -> bool:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        limit = min(self._limits.connections, max(files - _OTHER_FILES, 8))
+        clients = [getattr(one, "client", None) for one in self.connections]
+        addresses = [client and client[0] for client in clients]
+        of_this = 0 if self.client is None else addresses.count(self.client[0])
+        per_address = self._limits.per_address
+        return len(addresses) > limit or of_this > (limit // 4 if per_address is None else per_address)
+
+    def _watch(self) -> None:
+        """Bound the time of a head or body that is under way; more bytes of it give no more time."""
+        if not self.transport.is_closing():
+            self._set_reading({h11.IDLE: "head", h11.SEND_BODY: "body"}.get(self.conn.their_state))
+
+    def _set_reading(self, part: str | None) -> None:
+        if part != self._reading:
+            self._stop("reading")
+            self._reading = part
+            if part is not None:
+                limits = self._limits
+                self._start("reading", limits.header_seconds if part == "head" else limits.body_seconds + _GRACE)
+
+    def _start(self, name: str, seconds: float) -> None:
+        self._stop(name)
+        self._timers[name] = self.loop.call_later(seconds, self.transport.abort)
+
+    def _stop(self, name: str) -> None:
+        if (timer := self._timers.pop(name, None)) is not None:
+            timer.cancel()
+
+    async def _within_limits(self, scope: Any, receive: Any, send: Any) -> None:
+        """The app, which may take `Limits.seconds` for everything from a request's head to the last byte sent."""
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+            message = "a request has Content-Length and Transfer-Encoding: expected one of them"
+            body = ApiError(400, message, code="invalid_framing").body
+            await JSONResponse(body, 400, {"connection": "close"})(scope, receive, send)
+            return
+        timer = self.loop.call_later(self._limits.seconds + _GRACE, self.transport.abort)
+        try:
+            await self._respond(scope, receive, send)
+        finally:
+            timer.cancel()
