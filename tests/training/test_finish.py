@@ -36,18 +36,22 @@ def test_a_delta_that_goes_too_far_is_scaled_back_and_measured_as_it_is_saved(tr
     assert whole.metrics["forget_loss"] == at_the_step["forget_set_loss"]  # the same run, but for its end
     (harm,) = at_the_step.keys() & {"retain_kl", "held_out_kl"}
     assert scaled.metrics[harm] < whole.metrics[harm]
-    assert scaled.metrics["forgotten_rows"] >= 0.9 * whole.metrics["forgotten_rows"] > 0
+    assert scaled.metrics["forgotten_rows"] == whole.metrics["forgotten_rows"] > 0
 
 
 def test_no_further_than_the_rows_stay_forgotten(trained, monkeypatch):
     from unlearn_peft.training.adapter_trainer import AdapterTrainer
     from unlearn_peft.training.reached import Reached
 
-    counts = iter([10, 0, 8, 0, 9, 0, 10, 0, 10, 0])  # own answers are the 0: whole, 0.7, 0.8, and as it is saved
-    monkeypatch.setattr(AdapterTrainer, "reached", lambda self, runner, rows: Reached(10, next(counts)))
-    assert trained("some").metrics["scaled_to"] == 0.8
-    counts = iter([10, 0, 8, 0, 8, 0, 8, 0, 10, 0])
-    assert trained("none").metrics["scaled_to"] == 1
+    def scaled_to(*pairs):
+        """Each pair: forget rows and own answers that are forgotten by the whole delta, 0.7, 0.8, 0.9 of it."""
+        counts = iter([count for pair in pairs for count in pair])
+        monkeypatch.setattr(AdapterTrainer, "reached", lambda self, runner, rows: Reached(10, next(counts, 0)))
+        return trained("out").metrics["scaled_to"]
+
+    assert scaled_to((3, 10), (3, 9)) == 0.7
+    assert scaled_to((3, 10), (2, 10), (3, 8), (3, 10)) == 0.9  # no row of the user's is given up
+    assert scaled_to((3, 10), (3, 8), (3, 8), (2, 10)) == 1
 
 
 def test_what_the_user_ends_is_saved_as_trained(trained):

@@ -38,8 +38,9 @@ class ObjectiveSettings(Settings):
         None,
         gt=0,
         le=1,
-        description="scale the kept step's delta down, to 0.7 at least, as far as this share of the rows that it has "
-        "forgotten stays forgotten: less harm; null, or where stop_when ended the run: it is saved as trained",
+        description="for less harm, scale the kept step's delta down, to 0.7 at least, as far as all forget rows that "
+        "it has forgotten stay forgotten, and this share of the base's own answers; null, or where stop_when ended the "
+        "run: it is saved as trained",
     )
 
 

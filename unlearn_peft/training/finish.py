@@ -19,14 +19,19 @@ def finish(trainer: AdapterTrainer, runner: StepRunner) -> None:
     sets = (trainer.sets.forget, trainer.sets.self_generated_answers)
     samples = [sample_of(rows, trainer.recipe.seed) for rows in sets]
 
-    def forgotten(scale: float = 1.0) -> int:
+    def forgotten(scale: float = 1.0) -> list[int]:
         trainer.load_weights(trainer.best, scale)
-        return sum(trainer.reached(runner, rows).forgotten_rows for rows in samples)
+        return [trainer.reached(runner, rows).forgotten_rows for rows in samples]
 
     trainer.load_weights(trainer.best)
     if share is not None and progress.best_step and progress.stopped_by == "steps":
-        least = share * forgotten()
-        progress.scale = next((scale for scale in _SCALES if forgotten(scale) >= least), 1.0)
+        rows, own = forgotten()
+
+        def enough(scale: float) -> bool:
+            still, of_own = forgotten(scale)
+            return still >= rows and of_own >= share * own
+
+        progress.scale = next(filter(enough, _SCALES), 1.0)
         trainer.load_weights(trainer.best, progress.scale)
         progress.kept, _ = trainer.figures(runner)
     measure_rows(trainer, runner)
