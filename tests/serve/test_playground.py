@@ -51,7 +51,7 @@ class Scripted:
         self.asked.append(prompt)
         return (1, 2, 3)
 
-    async def hold(self, forget, policy, trust=None):
+    async def hold(self, forget, policy, trust=None, added=()):
         if self.broken in forget:
             raise Unavailable("it is damaged", self.broken)
         return Held(forget)

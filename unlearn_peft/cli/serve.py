@@ -69,7 +69,8 @@ def serve(
     max_seconds: Annotated[float, typer.Option(min=0.001, help="From a request's arrival until all is sent.")] = 300,
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time that running requests get after SIGTERM.")] = 30,
     adapter_memory_gb: Annotated[
-        float | None, typer.Option(min=0, help="Memory for adapters; those not in use are evicted. Default: no limit.")
+        float | None,
+        typer.Option(min=0, help="Memory for adapters, at most half for what requests add. Default: no limit."),
     ] = None,
     audit: Annotated[
         Path | None, typer.Option(help="Record each request in this file (JSON lines); SIGHUP reopens it.")

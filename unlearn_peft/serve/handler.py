@@ -247,7 +247,8 @@ class RequestHandler:
 
     async def _hold(self, call: Call) -> AdapterLease:
         trust = call.policy.trust_of(call.tenant)
-        lease = await self.engine.hold(call.forget, call.policy, trust)
+        own = call.forget if self.open_tenant is not None else call.policy.tenants[call.tenant].forget
+        lease = await self.engine.hold(call.forget, call.policy, trust, call.forget.keys() - own.keys())
         unsigned = trust is not None and any(adapter.signed_by not in trust.signers for adapter in lease.applied)
         if unsigned or {adapter.name: adapter.strength for adapter in lease.applied} != call.forget:
             lease.release()
