@@ -181,7 +181,7 @@ def test_an_engine_that_does_not_look_is_found_out(adapters, pems, tiny_folder, 
     """The handler looks once more at who is said to have signed."""
     with served("local", tiny_folder, tmp_path, trusting(adapters, carol={"alice": pems["alice"]})) as (handler, url):
         hold = handler.engine.hold
-        handler.engine.hold = lambda forget, policy, trust=None: hold(forget, policy)
+        handler.engine.hold = lambda forget, policy, trust=None, added=(): hold(forget, policy)
         refused(url, "carol", "c")
         assert ask(url, "bob")
 
