@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sqlalchemy as sql  # noqa: E402
 
-from unlearn_peft.serve.policy import tables  # noqa: E402
+from unlearn_peft.serve.policy import schema, tables  # noqa: E402
 from unlearn_peft.serve.policy.policy import key_digest  # noqa: E402
 from unlearn_peft.serve.policy.store import PolicyStore  # noqa: E402
 
@@ -124,13 +124,13 @@ def sync() -> None:
 def fill(store: PolicyStore, count: int) -> None:
     """Add tenants t0, t1, ... with one key (uf-0, ...) and one of 100 adapters each."""
     with store._writes.begin() as connection:
-        state = tables.begin_change(connection)
+        state = schema.begin_change(connection)
         names = [{"name": f"a{n}", "path": f"/srv/a{n}", "sha256": "0" * 64} for n in range(_ADAPTERS)]
-        connection.execute(sql.insert(tables.ADAPTERS), names)
+        connection.execute(sql.insert(schema.ADAPTERS), names)
         for table, rows in (
-            (tables.TENANTS, ({"name": f"t{n}"} for n in range(count))),
-            (tables.FORGETS, ({"tenant": f"t{n}", "adapter": f"a{n % 100}", "strength": 1.0} for n in range(count))),
-            (tables.KEYS, ({"digest": key_digest(f"uf-{n}"), "tenant": f"t{n}"} for n in range(count))),
+            (schema.TENANTS, ({"name": f"t{n}"} for n in range(count))),
+            (schema.FORGETS, ({"tenant": f"t{n}", "adapter": f"a{n % 100}", "strength": 1.0} for n in range(count))),
+            (schema.KEYS, ({"digest": key_digest(f"uf-{n}"), "tenant": f"t{n}"} for n in range(count))),
         ):
             for chunk in chunks(rows):
                 connection.execute(sql.insert(table), chunk)

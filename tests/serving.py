@@ -13,12 +13,12 @@ from unlearn_peft.serve.policy.policy import key_digest, make_policy
 KEYS = {name: f"uf-key-of-{name}" for name in ("alice", "bob", "carol", "dave")}
 
 
-def make_policy_values(adapters, forget):
+def make_policy_values(adapters, forget, may_add=None):
     """A policy as YAML holds it: adapters' folders by name, sets by tenant; each tenant has its key of KEYS."""
-    return {
-        "adapters": {name: {"path": str(path)} for name, path in adapters.items()},
-        "tenants": {name: {"forget": set_, "keys": [key_digest(KEYS[name])]} for name, set_ in forget.items()},
-    }
+    tenants = {name: {"forget": set_, "keys": [key_digest(KEYS[name])]} for name, set_ in forget.items()}
+    for name, set_ in (may_add or {}).items():
+        tenants[name]["may_add"] = set_
+    return {"adapters": {name: {"path": str(path)} for name, path in adapters.items()}, "tenants": tenants}
 
 
 class Fixed:

@@ -273,7 +273,7 @@ def test_the_python_of_the_how_to_pages_runs(name, folder, tiny, tiny_folder, mo
 def client_here(folder, tiny_folder):
     """A server as the page has it: one tenant that forgets `hp`."""
     values = make_policy_values(
-        {"hp": folder / "out/harry_potter", "mine": folder / "out/mine"}, {"alice": {"hp": 1.0}}
+        {"hp": folder / "out/harry_potter", "mine": folder / "out/mine"}, {"alice": {"hp": 1.0}}, {"alice": ["mine"]}
     )
     with running(LocalEngine(load_base(str(tiny_folder))), make_policy(values, "test")) as (_, url):
         yield url

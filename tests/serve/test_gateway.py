@@ -29,7 +29,7 @@ def world(tmp_path, tiny_folder, adapters, monkeypatch):
     """A policy, a stand-in with our resolver, and an engine before it, made on demand."""
     install_vllm(monkeypatch)
     copies = {name: shutil.copytree(path, tmp_path / "copies" / name) for name, path in adapters.items()}
-    world = World(Fixed(make_policy_values(copies, SETS)), copies, tiny_folder, tmp_path)
+    world = World(Fixed(make_policy_values(copies, SETS, {"alice": {"c": 0.5}})), copies, tiny_folder, tmp_path)
     yield world
     for context in world.open:
         context.__exit__(None, None, None)

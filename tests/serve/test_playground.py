@@ -19,7 +19,7 @@ from unlearn_peft.inference.adapter_cache import Applied
 from unlearn_peft.serve.api.playground import Playground, card
 from unlearn_peft.serve.audit import AuditLog
 from unlearn_peft.serve.engine.base import Candidate, EngineStats, TextChunk, TokenLogprobs, Unavailable
-from unlearn_peft.serve.policy.policy import AdapterEntry
+from unlearn_peft.serve.policy.policy import MAX_STRENGTH, AdapterEntry
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\0" * 40
 PICTURE = Path(__file__).parents[2] / "docs" / "curves.png"
@@ -51,7 +51,7 @@ class Scripted:
         self.asked.append(prompt)
         return (1, 2, 3)
 
-    async def hold(self, forget, policy, trust=None):
+    async def hold(self, forget, policy, trust=None, added=()):
         if self.broken in forget:
             raise Unavailable("it is damaged", self.broken)
         return Held(forget)
@@ -95,13 +95,13 @@ def plain_adapters(folder, *names):
 
 
 @contextmanager
-def scripted(tmp_path, forget=None, engine=None, names=("hp", "news", "secret"), **settings):
+def scripted(tmp_path, forget=None, engine=None, names=("hp", "news", "secret"), may_add=None, **settings):
     """A server whose answers are scripted; without `forget` (tenant -> set), one that needs no keys."""
     engine = engine or Scripted(books)
     adapters = {n: tmp_path / n for n in names} if (tmp_path / names[0]).exists() else plain_adapters(tmp_path, *names)
-    values = make_policy_values(adapters, forget or {})
+    values = make_policy_values(adapters, forget or {}, may_add)
     if forget is None:
-        values["tenants"] = {"local": {"forget": []}}
+        values["tenants"] = {"local": {"forget": [], "may_add": dict.fromkeys(names, MAX_STRENGTH)}}
         settings["open_tenant"] = "local"
     audit = AuditLog(tmp_path / "audit.jsonl")
     with running(engine, Fixed(values), audit=audit, **{"playground": Playground(), **settings}) as (handler, url):
@@ -183,6 +183,19 @@ def test_a_tenant_sees_its_own_adapters_and_those_offered_and_no_others(tmp_path
         unknown, others = get("/nothing/curves.png"), get("/secret/curves.png")
         assert unknown.status_code == others.status_code == 404 and unknown.json() == others.json()
         assert get("/hp/curves.png", "bob").status_code == 404
+
+
+def test_the_page_says_what_may_be_added_and_an_offer_shows_a_card_alone(tmp_path):
+    settings = {"may_add": {"alice": {"secret": 0.5}}, "playground": Playground(offer=("news",))}
+    with scripted(tmp_path, {"alice": {"hp": 0.5}, "bob": []}, **settings) as (_, url, _handler):
+        told = httpx.get(f"{url}/playground/api/adapters", headers=as_tenant("alice")).json()
+        assert [one["name"] for one in told["adapters"]] == ["hp", "secret", "news"]
+        assert told["own"] == {"hp": 0.5} and told["may_add"] == {"secret": 0.5}
+        assert ask(url, "v1/chat/completions", forget={"secret": 0.5}).status_code == 200
+        for forget in ({"secret": 0.6}, {"news": 0.1}, {"hp": 0.6}):
+            refused = ask(url, "v1/chat/completions", forget=forget)
+            assert refused.status_code == 403 and refused.json()["error"]["code"] == "adapter_not_allowed"
+    assert applied(tmp_path) == [{"hp": 0.5, "secret": 0.5}]
 
 
 def test_an_offer_must_be_in_the_policy(tmp_path):
@@ -315,7 +328,7 @@ def real(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("real")
     adapters = make_adapters(folder, tiny_folder, seeds=(1, 2), scale=1.5)
     (adapters["a"] / "curves.png").write_bytes(PICTURE.read_bytes())
-    values = {**make_policy_values(adapters, {}), "tenants": {"local": {"forget": []}}}
+    values = {**make_policy_values(adapters, {}), "tenants": {"local": {"forget": [], "may_add": {"a": 1.5, "b": 1.5}}}}
     engine = LocalEngine(load_base(str(tiny_folder), device="cpu"), name="tiny")
     audit = AuditLog(folder / "audit.jsonl")
     with running(engine, values, audit=audit, open_tenant="local", playground=Playground()) as (_, url):
@@ -433,8 +446,9 @@ def test_a_script_in_an_answer_stays_text(page, tmp_path):
 
 
 def test_keys_wrong_and_right_and_a_tenants_own_set(page, tmp_path):
-    forget = {"alice": {"hp": 0.5}, "bob": []}
-    with scripted(tmp_path, forget, playground=Playground(offer=("news",))) as (_, url, _handler):
+    forget, may_add = {"alice": {"hp": 0.5}, "bob": []}, {"alice": {"news": 0.75}}
+    playground = Playground(offer=("secret",))
+    with scripted(tmp_path, forget, may_add=may_add, playground=playground) as (_, url, _handler):
         page.open(f"{url}/playground")
         assert not page.errors and not page.run(READY)
         for wrong, told in (("uf-wrong", "This key is not known here."), ("schlüssel", "This is no API key")):
@@ -446,7 +460,9 @@ def test_keys_wrong_and_right_and_a_tenants_own_set(page, tmp_path):
         page.click("#keys button")
         page.wait(READY)
         assert page.text("#about") == "scripted, asked as “alice”: hp is always forgotten."
-        assert page.texts("h3")[:2] == ["Your set", "Set 1"] and "secret" not in page.run("document.body.innerText")
+        assert page.texts("h3")[:2] == ["Your set", "Set 1"]
+        limits = "[...document.querySelectorAll('.column.first input')].map(e => [e.min, e.max, e.disabled].join(' '))"
+        assert page.run(limits) == ["0.5 0.5 true", "0 0.75 false", "0 0 true"]
         page.click("#go")
         page.wait(DONE)
         slide(page, 0, 0)  # cannot go below what must be
@@ -460,7 +476,7 @@ def test_keys_wrong_and_right_and_a_tenants_own_set(page, tmp_path):
         page.wait("document.getElementById('about').textContent.includes('bob')")
         assert page.texts("h3")[0] == "Base alone"
         assert KEYS["bob"] not in page.run("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
-    assert applied(tmp_path)[:2] == [{"hp": 0.5}, {"hp": 0.5, "news": 1.0}]
+    assert applied(tmp_path)[:2] == [{"hp": 0.5}, {"hp": 0.5, "news": 0.75}]
     assert all(one["hp"] >= 0.5 for one in applied(tmp_path))
 
 

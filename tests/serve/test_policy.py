@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from unlearn_peft.errors import PolicyError
 from unlearn_peft.serve.policy import yaml_file as policy_file
-from unlearn_peft.serve.policy.policy import Policy, key_digest, make_policy, new_key
+from unlearn_peft.serve.policy.policy import NotAllowed, Policy, key_digest, make_policy, new_key
 from unlearn_peft.serve.policy.store import open_policy
 from unlearn_peft.serve.policy.yaml_file import PolicyFile, dump_policy, parse_policy, read_policy
 
@@ -63,16 +63,20 @@ def test_what_a_policy_says():
 
 
 def test_a_request_adds_and_never_takes_away():
-    policy = policy_of(GOOD)
+    policy = policy_of(GOOD.replace("forget: [hp]", "forget: [hp], may_add: [news]"))
     assert policy.forget_of("acme", ["news"]) == {"hp": 1.0, "news": 1.0}
-    assert policy.forget_of("globex", {"hp": 0.1, "news": 3}) == {"hp": 0.5, "news": 3.0}
-    assert policy.forget_of("globex", ["hp"]) == {"hp": 1.0, "news": 2.0}
+    assert policy.forget_of("acme", {"news": 0.25, "hp": 0.1}) == {"hp": 1.0, "news": 0.25}
+    assert policy.forget_of("globex", {"hp": 0.1, "news": 2}) == {"hp": 0.5, "news": 2.0}, "nothing is added by that"
     assert policy.forget_of("globex") == {"hp": 0.5, "news": 2.0}, "what requests add does not stay"
     for extra in ({"hp": 0}, {"hp": -1}, {"hp": float("nan")}, {"hp": float("inf")}, {"hp": 10**400}, {"hp": True},
                   {"hp": "1"}, {"hp": None}, ["nws"], [1], [["hp"]], "hp", 5, None):  # fmt: skip
         with pytest.raises(PolicyError) as told:
             policy.forget_of("acme", extra)
-        assert "news" not in str(told.value), "the adapters of others are not told"
+    for tenant, extra in (("acme", {"news": 1.01}), ("acme", {"hp": 1.01}), ("globex", ["hp"]), ("plain", ["hp"]),
+                          ("plain", ["nws"])):  # fmt: skip
+        with pytest.raises(NotAllowed, match=f"requests of tenant '{tenant}' may add ") as told:
+            policy.forget_of(tenant, extra)
+        assert ("'news'" in str(told.value)) == (tenant == "acme"), "the adapters of others are not told"
     with pytest.raises(PolicyError, match="unknown tenant 'acm'"):
         policy.forget_of("acm")
 
@@ -86,6 +90,7 @@ def test_a_request_adds_and_never_takes_away():
         ("tenants: {}", "'adapters' is missing"),
         ("adapters: {}\ntenant: {}", "unknown key 'tenant' (did you mean 'tenants'?)"),
         ("adapters: {}\ntenants: {acme: {forgt: []}}", "unknown key 'tenants.acme.forgt' (did you mean 'forget'?)"),
+        ("adapters: {}\ntenants: {acme: {forget: [], may_add: [hp]}}", "tenant 'acme' may add 'hp', which is not"),
         ("adapters: {}\ntenants: {acme: {keys: []}}", "'tenants.acme.forget' is missing (write [] for nothing)"),
         ("adapters: {}\ntenants: {acme: {forget: }}", "'tenants.acme.forget': expected adapters as [hp, news]"),
         ("adapters: {}\ntenants: {acme: }", "'tenants.acme': expected a mapping, found nothing"),

@@ -1,6 +1,7 @@
 """The server, asked by the official client over a real socket: answers, refusals, limits, metrics, audit log."""
 
 import json
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +17,7 @@ from unlearn_peft.serve.engine.local import LocalEngine
 from unlearn_peft.serve.limits import Limits
 
 FORGET = {"alice": {"a": 1.0}, "bob": {"b": 1.0, "c": 0.5}, "carol": {}, "dave": {"a": 1.0, "b": 1.0, "c": 1.0}}
+MAY_ADD = {"alice": {"c": 2.0}, "bob": {"a": 2.0}, "carol": {"b": 0.5}}
 PROMPTS = ["who wrote the blue book", "green stars ?", "it was by Zorblax Quintel in a small town near sea", "I like"]
 MODEL = "tiny"
 
@@ -27,7 +29,7 @@ def adapters(tmp_path_factory, tiny_folder):
 
 @pytest.fixture(scope="module")
 def values(adapters):
-    return make_policy_values(adapters, FORGET)
+    return make_policy_values(adapters, FORGET, MAY_ADD)
 
 
 @pytest.fixture
@@ -108,9 +110,43 @@ def test_a_request_can_add_but_never_take_away(shared, tiny_folder, adapters):
             complete(ask, PROMPTS[0], extra_body={"forget": forget})
     added = complete(ask, PROMPTS[0], extra_body={"forget": ["c"]}).choices[0].text
     assert same(added, expected(tiny_folder, adapters, PROMPTS[0], {"a": 1.0, "c": 1.0}))
-    with pytest.raises(openai.BadRequestError, match="no adapter 'zzz'") as told:
-        complete(ask, PROMPTS[0], extra_body={"forget": ["zzz"]})
-    assert told.value.code == "unknown_adapter" and "'b'" not in str(told.value)
+
+
+def test_a_request_adds_nothing_but_what_its_tenant_is_allowed(shared):
+    """Another adapter can oppose the tenant's own, and so can the own one where it is too strong."""
+    handler, url = shared
+    loads = handler.engine.bank.stats.loads
+    told = {}
+    for tenant, forget in {"alice": ["b", "zzz", {"c": 2.5}, {"a": 1.5}], "dave": ["c", {"c": 1.01}, "zzz"]}.items():
+        for one in forget:
+            body = {"forget": [one] if isinstance(one, str) else one}
+            if (tenant, one) == ("dave", "c"):  # its own, as strong as it is anyway
+                complete(client(url, tenant), PROMPTS[0], extra_body=body)
+                continue
+            with pytest.raises(openai.PermissionDeniedError, match="or ask the operator to allow it") as error:
+                complete(client(url, tenant), PROMPTS[0], extra_body=body)
+            assert error.value.code == "adapter_not_allowed" and error.value.param == "forget"
+            told[tenant, str(one)] = str(error.value)
+    assert "may add 'c' up to strength 2, found 'a' at strength 1.5" in told["alice", "{'a': 1.5}"]
+    assert "may add no adapters, found 'zzz' at strength 1:" in told["dave", "zzz"]
+    assert told["alice", "b"] == told["alice", "zzz"].replace("'zzz'", "'b'"), "whether it exists is not told"
+    assert handler.engine.bank.stats.loads <= loads + 3 and handler.active == 0
+
+
+def test_an_adapter_that_brings_a_fact_back_is_not_added(tiny_folder, adapters, tmp_path):
+    """One with a negated scale cancels the tenant's own: whoever may add it gets the base's answer."""
+    against = shutil.copytree(adapters["a"], tmp_path / "against")
+    config = json.loads((against / "adapter_config.json").read_text())
+    (against / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": -config["lora_alpha"]}))
+    values = make_policy_values({**adapters, "against": against}, {"alice": ["a"], "bob": ["a"]}, {"bob": ["against"]})
+    base, own = (expected(tiny_folder, adapters, PROMPTS[0], forget) for forget in ({}, {"a": 1.0}))
+    engine = LocalEngine(load_base(str(tiny_folder), device="cpu"), name=MODEL)
+    with running(engine, values) as (_, url):
+        with pytest.raises(openai.PermissionDeniedError):
+            complete(client(url, "alice"), PROMPTS[0], extra_body={"forget": ["against"]})
+        assert same(complete(client(url, "alice"), PROMPTS[0]).choices[0].text, own)
+        added = complete(client(url, "bob"), PROMPTS[0], extra_body={"forget": ["against"]})
+        assert same(added.choices[0].text, base) and base != own, "the fault itself, where the operator lets it in"
 
 
 def test_chat_streams_what_it_answers(shared):
@@ -360,7 +396,7 @@ def test_no_policy_no_answer(serve, values):
 
 
 def test_without_a_policy_anyone_is_the_local_tenant(serve, values):
-    tenants = {"local": {"forget": []}}
+    tenants = {"local": {"forget": [], "may_add": ["a"]}}
     _, url = serve(policy=changed(values, tenants=tenants), open_tenant="local")
     assert complete(client(url, "anything"), "green", extra_body={"forget": ["a"]}).system_fingerprint != "fp_base"
     for name, status in (("localhost:1", 200), ("[::1]", 200), ("evil.example", 400)):  # a page's own name, rebound
@@ -481,7 +517,7 @@ def test_the_audit_log_says_what_was_applied_and_no_prompt(serve, tmp_path, adap
     lines = lines_of(log.path)
     assert [(line["event"], line["tenant"], line.get("status")) for line in lines] == [
         ("admitted", "bob", None), ("finished", "bob", 200), ("admitted", "carol", None), ("finished", "carol", 200),
-        ("finished", "bob", 400), ("finished", "bob", 400),
+        ("finished", "bob", 400), ("finished", "bob", 403),
     ]  # fmt: skip
     want = {"b": (1.0, "b"), "c": (0.5, "c"), "a": (2.0, "a")}
     assert {a["name"]: (a["strength"], a["sha256"]) for a in lines[0]["adapters"]} == {

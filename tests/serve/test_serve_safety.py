@@ -174,7 +174,9 @@ def bytes_of(folder, adapters):
 def test_an_adapter_of_another_base_or_kind_is_refused(tmp_path, tiny_folder, adapters):
     (tmp_path / "empty").mkdir()
     bad = {"a": adapters["a"], "other": make_wide(tmp_path), "empty": tmp_path / "empty", "gone": tmp_path / "gone"}
-    values = make_policy_values(bad, {"alice": ["a", "other"], "bob": ["gone"], "carol": [], "dave": ["empty"]})
+    values = make_policy_values(
+        bad, {"alice": ["a", "other"], "bob": ["gone"], "carol": [], "dave": ["empty"]}, {"carol": ["gone"]}
+    )
     with running(make_engine(tiny_folder), values) as (handler, url):
         for tenant, name in (("alice", "other"), ("bob", "gone"), ("dave", "empty")):
             for stream in (False, True):

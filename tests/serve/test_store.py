@@ -27,10 +27,10 @@ from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 
 from unlearn_peft.errors import PolicyError
-from unlearn_peft.serve.policy import engines, tables
+from unlearn_peft.serve.policy import engines, schema
 from unlearn_peft.serve.policy import store as store_module
 from unlearn_peft.serve.policy.edits import fingerprint
-from unlearn_peft.serve.policy.policy import key_digest, make_policy
+from unlearn_peft.serve.policy.policy import NotAllowed, key_digest, make_policy
 from unlearn_peft.serve.policy.store import PolicyStore, open_policy
 from unlearn_peft.serve.policy.yaml_file import dump_policy, parse_policy, read_policy
 
@@ -119,6 +119,7 @@ def content_of(policy):
     """What the history must lead to: of each key the first digits of its digest."""
     tenants = {
         name: {"forget": entry.forget, "keys": sorted(key[:12] for key in entry.keys)}
+        | ({"may_add": entry.may_add} if entry.may_add else {})
         | (
             {"trusted_keys": {n: fingerprint(pem) for n, pem in trusted.items()}}
             if (trusted := entry.trusted_keys)
@@ -145,6 +146,14 @@ def replay(history):
                 tenants[what["tenant"]]["forget"][what["adapter"]] = what["strength"]
             case "unforget":
                 assert tenants[what["tenant"]]["forget"].pop(what["adapter"]) == what["before"]
+            case "allow":
+                allowed = tenants[what["tenant"]].setdefault("may_add", {})
+                assert allowed.get(what["adapter"]) == what["before"]
+                allowed[what["adapter"]] = what["strength"]
+            case "disallow":
+                assert tenants[what["tenant"]]["may_add"].pop(what["adapter"]) == what["before"]
+                if not tenants[what["tenant"]]["may_add"]:
+                    del tenants[what["tenant"]]["may_add"]
             case "adapter":
                 adapters[what["adapter"]] = {"path": what["path"], "sha256": what["sha256"]}
             case "unadapter":
@@ -207,7 +216,7 @@ def test_each_change_and_its_history(store, where):
     assert other.current().tenant_of(third) is None and list(other.current().tenants) == ["acme"]
     assert other.read_all().dump() == {
         "adapters": {"news": {"path": "/srv/newer", "sha256": "b" * 64}},
-        "tenants": {"acme": {"forget": {"news": 2.0}, "keys": (), "trusted_keys": None}},
+        "tenants": {"acme": {"forget": {"news": 2.0}, "keys": (), "trusted_keys": None, "may_add": {}}},
     }
     store.trust("acme", {"x": PEMS[0], "y": PEMS[1]}, **ME)
     assert other.current().tenants["acme"].trusted_keys == {"x": PEMS[0], "y": PEMS[1]}
@@ -227,6 +236,58 @@ def test_each_change_and_its_history(store, where):
     assert history[9].what == {"tenant": "acme", "adapter": "news", "strength": 2, "before": 0.1 + 0.2}
     assert [c.revision for c in store.history(3)] == [19, 18, 17]
     other.close()
+
+
+def test_what_requests_may_add_changes_like_the_set(filled, where):
+    other = open_policy(where)
+    for extra in (["news"], {"hp": 1.5}):
+        with pytest.raises(NotAllowed):
+            other.current().forget_of("acme", extra)
+    filled.allow("acme", "news", **ME)
+    filled.allow("acme", "hp", 1.5, **ME)
+    assert other.current().forget_of("acme", {"news": 0.5, "hp": 1.5}) == {"hp": 1.5, "news": 0.5}
+    assert other.current().forget_of("acme") == {"hp": 1.0}
+    filled.allow("acme", "hp", 2, **ME)
+    filled.add("globex", **ME)
+    filled.allow("globex", "news", **ME)
+    assert other.current().tenants["acme"].may_add == {"hp": 2.0, "news": 1.0}
+    for told, change in {
+        "adapter 'news' is allowed to acme, globex: `disallow`": lambda: filled.unadapter("news", **ME),
+        "no adapter 'new' (did you mean 'news'?)": lambda: filled.allow("acme", "new", **ME),
+        "may not add 'hq' anyway (did you mean 'hp'?)": lambda: filled.disallow("acme", "hq", **ME),
+        "requests of tenant 'globex' may not add 'hp' anyway": lambda: filled.disallow("globex", "hp", **ME),
+        "the strength is 17": lambda: filled.allow("acme", "hp", 17, **ME),
+    }.items():
+        with pytest.raises(PolicyError) as error:
+            change()
+        assert told in str(error.value)
+    exported = parse_policy(dump_policy(filled.read_all()).encode(), "x", Path("/"))
+    assert exported == filled.read_all() and exported.tenants["acme"].may_add == {"hp": 2.0, "news": 1.0}
+    assert [change.what for change in filled.history()[:3]] == [
+        {"tenant": "globex", "adapter": "news", "strength": 1.0, "before": None},
+        {"tenant": "globex"},
+        {"tenant": "acme", "adapter": "hp", "strength": 2, "before": 1.5},
+    ]
+    filled.disallow("acme", "news", **ME)
+    filled.disallow("globex", "news", **ME)
+    filled.unadapter("news", **ME)
+    assert other.current().tenants["acme"].may_add == {"hp": 2.0}
+    filled.remove("acme", **ME)
+    assert_whole(where)
+    other.close()
+
+
+def test_a_store_without_what_may_be_added_is_served_and_gets_it_at_the_first_change(filled, where):
+    """Schema version 3: the same tables but one."""
+    with filled._engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE unlearn_may_add")
+        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 3")
+    old = PolicyStore(where)
+    assert old.current().forget_of("acme") == {"hp": 1.0} and old.current().tenants["acme"].may_add == {}
+    filled.allow("acme", "news", **ME)
+    assert old.current().forget_of("acme", ["news"]) == {"hp": 1.0, "news": 1.0}
+    old.close()
+    assert_whole(where)
 
 
 def test_what_does_not_fit_is_refused_and_leaves_no_trace(filled, where):
@@ -306,7 +367,7 @@ def policies(draw):
     values = {
         "adapters": {name: {"path": path} for name, path in adapters.items()},
         "tenants": {
-            name: {"forget": forget, "keys": keys[name], "trusted_keys": draw(signers)}
+            name: {"forget": forget, "keys": keys[name], "trusted_keys": draw(signers), "may_add": draw(sets)}
             for name, forget in tenants.items()
         },
     }
@@ -521,7 +582,7 @@ def test_tenants_in_the_cache_outlive_the_database_for_the_grace(filled, monkeyp
     def gone(*_):
         raise SQLAlchemyError("gone")
 
-    monkeypatch.setattr(tables, "read_state", gone)
+    monkeypatch.setattr(schema, "read_state", gone)
     for _ in range(3):
         clock.now += 5
         policy = filled.current()
@@ -729,7 +790,7 @@ def test_what_is_no_store(tmp_path, where):
     sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE x (y)").connection.close()
     newer = PolicyStore(where, create=True)
     with newer._engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 4")
+        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 5")
     newer.close()
     told = {
         tmp_path / "none.db": "no store at",
@@ -737,7 +798,7 @@ def test_what_is_no_store(tmp_path, where):
         tmp_path / "short.db": "short.db is no store",
         tmp_path / "empty.db": "empty.db is no store",
         tmp_path / "other.db": "holds no store",
-        where: "has schema version 4, expected at most 3: update",
+        where: "has schema version 5, expected at most 4: update",
         "sqlite://": "would be lost",
         "postgresql://ann:geheim@127.0.0.1:1/x": "cannot open the store postgresql+psycopg://127.0.0.1:1/x: conn",
         "postgresql://ann:geheim@h:port/x": "the store's URL is not understood",
@@ -805,6 +866,12 @@ def test_the_command_line(tenant, tiny, make_adapter, tmp_path):
     assert shown == {"tenant": "acme", "forget": {"hp": 0.5}, "keys": [key_digest(key)[:12]]}
     assert "tenant acme forgets hp=0.5" in done("show", "acme")
     refused("did you mean 'acme'?", "show", "acne")
+    refused("the strength 'x' is no number", "allow", "acme", "hp=x")
+    assert "requests of tenant 'acme' may add 'hp' up to strength 1.5" in done("allow", "acme", "hp=1.5")
+    assert json.loads(done("show", "acme", "--json"))["may_add"] == {"hp": 1.5}
+    assert "its requests may add hp=1.5 at most" in done("show", "acme") and "; may add hp=1.5;" in done("list")
+    assert "may_add" in done("export") and "may no longer add 'hp'" in done("disallow", "acme", "hp")
+    assert "may_add" not in done("export")
     listed = json.loads(done("list", "--json"))
     assert listed["tenants"] == {"acme": {"forget": {"hp": 0.5}, "keys": [key_digest(key)[:12]]}}
     assert f"adapter hp: {adapter} ({digest})" in done("list")
@@ -818,7 +885,7 @@ def test_the_command_line(tenant, tiny, make_adapter, tmp_path):
     assert PolicyStore(tmp_path / "second.db").read_all() == read_policy(tmp_path / "policy.yaml")
     refused("cannot read the policy", "import", tmp_path / "none.yaml")
     changes = [json.loads(line) for line in done("history", "--json").splitlines()]
-    assert len(changes) == 9 and changes[0]["why"] == "gone" and changes[0]["who"] == getpass.getuser()
+    assert len(changes) == 11 and changes[0]["why"] == "gone" and changes[0]["who"] == getpass.getuser()
     assert changes[-2]["who"] == "ann" and changes[-1]["what"]["sha256"] == digest
     assert len(done("history", "--limit", 1).splitlines()) == 1
     text = done("history")

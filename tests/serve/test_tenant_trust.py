@@ -23,7 +23,7 @@ from unlearn_peft.adapters.trust import SIGNATURE, Trust
 from unlearn_peft.errors import AdapterError, PolicyError, TrustError
 from unlearn_peft.serve.audit import AuditLog
 from unlearn_peft.serve.engine.local import LocalEngine
-from unlearn_peft.serve.policy import tables
+from unlearn_peft.serve.policy import schema
 from unlearn_peft.serve.policy.policy import make_policy
 from unlearn_peft.serve.policy.store import PolicyStore
 from unlearn_peft.serve.policy.yaml_file import PolicyFile, dump_policy, parse_policy
@@ -58,7 +58,7 @@ def adapters(tmp_path, tiny_folder, keys):
 
 def trusting(adapters, **trusted):
     """A policy as YAML has it; tenants that are named trust these keys."""
-    values = make_policy_values(adapters, SETS)
+    values = make_policy_values(adapters, SETS, {"alice": ["b", "c"]})
     for tenant, pems in trusted.items():
         values["tenants"][tenant]["trusted_keys"] = pems
     return values
@@ -181,7 +181,7 @@ def test_an_engine_that_does_not_look_is_found_out(adapters, pems, tiny_folder, 
     """The handler looks once more at who is said to have signed."""
     with served("local", tiny_folder, tmp_path, trusting(adapters, carol={"alice": pems["alice"]})) as (handler, url):
         hold = handler.engine.hold
-        handler.engine.hold = lambda forget, policy, trust=None: hold(forget, policy)
+        handler.engine.hold = lambda forget, policy, trust=None, added=(): hold(forget, policy)
         refused(url, "carol", "c")
         assert ask(url, "bob")
 
@@ -353,17 +353,19 @@ def test_a_store_of_the_version_before_is_read_and_brought_up_to_date(pems, tmp_
     assert policy.trust_of("acme") is None and len(store.history()) == 6
     assert version() == 1
     store.forget("globex", "news", **ME)
-    assert version() == tables.SCHEMA_VERSION == 3
+    assert version() == schema.SCHEMA_VERSION == 4
     assert serving_.current().forget_of("globex") == {"news": 1.0}
     indexes = {row[0] for row in sqlite3.connect(where).execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
     assert {"unlearn_keys_tenant", "unlearn_forgets_adapter"} <= indexes, "or a change looks at every row"
     store.trust("acme", {"alice": pems["alice"]}, **ME)
     assert serving_.current().tenants["acme"].trusted_keys == {"alice": pems["alice"]}
     assert serving_.current().forget_of("acme") == {"hp": 0.5}
+    store.allow("acme", "news", 2.0, **ME)
+    assert serving_.current().forget_of("acme", {"news": 1.5}) == {"hp": 0.5, "news": 1.5}
     store.trust("globex", pems, **ME)
     with sqlite3.connect(where) as newer:
-        newer.execute("UPDATE unlearn_state SET schema_version = 4, revision = revision + 1, token = 'x'")
-    with pytest.raises(PolicyError, match="schema version 4, expected at most 3: update"):
+        newer.execute("UPDATE unlearn_state SET schema_version = 5, revision = revision + 1, token = 'x'")
+    with pytest.raises(PolicyError, match="schema version 5, expected at most 4: update"):
         serving_.current()  # it cannot tell what the newer tables ask for
     for one in (store, serving_):
         one.close()

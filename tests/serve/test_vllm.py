@@ -333,6 +333,7 @@ def test_the_whole_server_before_vllm(engine, smol, adapters, policy_path):
     values = yaml.safe_load(policy_path.read_text())
     for name, entry in values["tenants"].items():
         entry["keys"] = [key_digest(f"uf-{name}")]
+    values["tenants"]["nothing"]["may_add"] = ["a2"]
     sets = {name: entry["forget"] for name, entry in values["tenants"].items()}
     temporary = policy_path.with_suffix(".new")
     temporary.write_text(yaml.safe_dump(values))

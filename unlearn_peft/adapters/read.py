@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ..errors import AdapterError, refuse, safe_repr
 from ..files.untrusted import list_files, read_file, sha256_of, strict_json
-from ..files.weights import LARGEST, Weights, read_weights
+from ..files.weights import LARGEST, Weights, read_header, read_weights
 from .bundle import CONFIG, MANIFEST, WEIGHTS, Bundle, Delta
 from .names import factor_of, is_base_weight, why_not_lora
 from .quantized import floats
@@ -88,6 +90,20 @@ def read_bundle(
     if problems:
         refuse(f"the adapter {path} is refused", [*problems, *(also(bundle) if also else ())], _COPY_AGAIN)
     return bundle
+
+
+def count_numbers(path: str | Path) -> int:
+    """Return how many numbers an adapter's deltas hold once unpacked, by the header of its weights alone.
+
+    Raises:
+        AdapterError: the header cannot be read.
+    """
+    sizes = {torch.int8: 1, torch.uint8: 2}  # of packed weights: values a byte; their scales are not kept
+    return sum(
+        math.prod(shape) * sizes.get(dtype, 1)
+        for name, (dtype, shape) in read_header(Path(path) / WEIGHTS).items()
+        if not is_base_weight(name) and not name.endswith(".scales")
+    )
 
 
 def identity_of(weights: str, config: str | None) -> str:

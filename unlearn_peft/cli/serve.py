@@ -69,7 +69,8 @@ def serve(
     max_seconds: Annotated[float, typer.Option(min=0.001, help="From a request's arrival until all is sent.")] = 300,
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time that running requests get after SIGTERM.")] = 30,
     adapter_memory_gb: Annotated[
-        float | None, typer.Option(min=0, help="Memory for adapters; those not in use are evicted. Default: no limit.")
+        float | None,
+        typer.Option(min=0, help="Memory for adapters, at most half for what requests add. Default: no limit."),
     ] = None,
     audit: Annotated[
         Path | None, typer.Option(help="Record each request in this file (JSON lines); SIGHUP reopens it.")
@@ -79,7 +80,8 @@ def serve(
     audit_optional: Annotated[bool, typer.Option(help="Answer even if the audit log cannot be written.")] = False,
     playground: Annotated[bool, typer.Option(help="A page to try it out, at /playground.")] = True,
     playground_offer: Annotated[
-        list[str] | None, typer.Option(help="An adapter that every tenant's page offers, beside its own; repeatable.")
+        list[str] | None,
+        typer.Option(help="An adapter whose card each tenant's page shows (to try it: `tenant allow`); repeatable."),
     ] = None,
     playground_base: Annotated[
         bool, typer.Option("--playground-base", help="Let EVERY key see the base's answers there: nothing forgotten.")
@@ -99,7 +101,7 @@ def serve(
 
       unlearn-peft serve --base demo --policy policy.yaml --audit audit.jsonl
 
-    A request may forget more ("forget": {"acme": 1} in its body), never less.
+    A request may forget more ("forget": {"acme": 1} in its body) if its tenant is allowed that, never less.
     If an adapter that it needs cannot be loaded and verified, it is refused
     (503), not answered without it. To try it out, without keys:
 
@@ -230,8 +232,8 @@ class FixedPolicy:
 
 
 def _policy_source(policy: str | None, bundles: Sequence[Bundle]) -> PolicySource:
-    """Open the policy, or make one of a tenant without keys who may name these adapters."""
-    from ..serve.policy.policy import make_policy
+    """Open the policy, or make one of a tenant without keys who may add these adapters."""
+    from ..serve.policy.policy import MAX_STRENGTH, make_policy
     from ..serve.policy.store import open_policy
 
     if policy is not None:
@@ -241,5 +243,6 @@ def _policy_source(policy: str | None, bundles: Sequence[Bundle]) -> PolicySourc
         if bundle.name in entries:
             raise UnlearnError(f"two adapters are called '{bundle.name}': rename one's folder")
         entries[bundle.name] = {"path": str(bundle.path.absolute())}
-    values = {"adapters": entries, "tenants": {_TENANT: {"forget": []}}}
+    may_add = dict.fromkeys(entries, MAX_STRENGTH)
+    values = {"adapters": entries, "tenants": {_TENANT: {"forget": [], "may_add": may_add}}}
     return FixedPolicy(make_policy(values, "--adapter"))

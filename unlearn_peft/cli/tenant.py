@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..errors import AdapterError, PolicyError, printable
 from .options import JsonOption
-
-if TYPE_CHECKING:
-    from ..serve.policy.store import PolicyStore
-
+from .tenant_store import (
+    STORE,
+    StoreOption,
+    TenantArgument,
+    WhoOption,
+    WhyOption,
+    edit,
+    format_strengths,
+    open_store,
+    parse_strength,
+    user_name,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,76 +37,67 @@ app = typer.Typer(
     "  unlearn-peft tenant history",
 )
 
-StoreOption = Annotated[
-    str,
-    typer.Option(
-        envvar="UNLEARN_PEFT_STORE",
-        help="SQLite file, or URL such as postgresql://user@host/db; one with a password, better in the variable.",
-    ),
-]
-WhoOption = Annotated[str | None, typer.Option(help="Who makes the change. Default: your user name.")]
-WhyOption = Annotated[str, typer.Option(help="The reason, for the history.")]
-TenantArgument = Annotated[str, typer.Argument(metavar="NAME", help="The tenant's name.")]
-_STORE = "tenants.db"
-
 
 @app.command()
 def add(
-    name: TenantArgument, store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "",
+    name: TenantArgument, store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "",
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Add a tenant that forgets nothing and has no key yet. The store is made if it does not exist.
 
     unlearn-peft tenant add acme --why 'contract 12'
     """
-    _edit("add", name, done=f"tenant '{name}' added", store=store, who=who, why=why, as_json=as_json, create=True)
+    edit("add", name, done=f"tenant '{name}' added", store=store, who=who, why=why, as_json=as_json, create=True)
 
 
 @app.command()
 def remove(
-    name: TenantArgument, store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "",
+    name: TenantArgument, store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "",
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Remove a tenant and its keys: they are refused from now on.
 
     unlearn-peft tenant remove acme --why 'contract ended'
     """
-    _edit("remove", name, done=f"tenant '{name}' removed", store=store, who=who, why=why, as_json=as_json)
+    edit("remove", name, done=f"tenant '{name}' removed", store=store, who=who, why=why, as_json=as_json)
 
 
 @app.command("list")
-def list_(store: StoreOption = _STORE, as_json: JsonOption = False) -> None:
+def list_(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
     """List tenants and adapters.
 
     unlearn-peft tenant list --json
     """
     from ..serve.policy.edits import summary
 
-    policy = _open(store).read_all()
+    policy = open_store(store).read_all()
     if as_json:
         content = policy.dump()
         tenants = {name: summary(entry) for name, entry in content["tenants"].items()}
         print(json.dumps({**content, "tenants": tenants, "version": policy.version}))
         return
     for name, entry in policy.tenants.items():
-        print(f"tenant {name}: forgets {_strengths(entry.forget)}; keys: {len(entry.keys)}")
+        may_add = f"; may add {format_strengths(entry.may_add)}" if entry.may_add else ""
+        print(f"tenant {name}: forgets {format_strengths(entry.forget)}{may_add}; keys: {len(entry.keys)}")
     for name, adapter in policy.adapters.items():
         print(f"adapter {name}: {adapter.path} ({adapter.sha256 or 'any content'})")
 
 
 @app.command()
-def show(name: TenantArgument, store: StoreOption = _STORE, as_json: JsonOption = False) -> None:
-    """Show a tenant: what it forgets, the keys that it trusts, and the first digits of its API keys' sha256.
+def show(name: TenantArgument, store: StoreOption = STORE, as_json: JsonOption = False) -> None:
+    """Show a tenant: what it forgets and may add, the keys that it trusts, the first digits of its API keys' sha256.
 
     unlearn-peft tenant show acme
     """
     from ..serve.policy.edits import summary
 
-    facts = {"tenant": name, **summary(_open(store).tenant(name))}
+    facts = {"tenant": name, **summary(open_store(store).tenant(name))}
     if as_json:
         print(json.dumps(facts))
         return
-    print(f"tenant {name} forgets {_strengths(facts['forget'])}")
+    print(f"tenant {name} forgets {format_strengths(facts['forget'])}")
+    if may_add := facts.get("may_add"):
+        print(f"its requests may add {format_strengths(may_add)} at most")
     for key in facts["keys"]:
         print(f"key {key}...")
     for key, digest in facts.get("trusted_keys", {}).items():
@@ -109,7 +108,7 @@ def show(name: TenantArgument, store: StoreOption = _STORE, as_json: JsonOption 
 def forget(
     name: TenantArgument,
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER[=STRENGTH]", help="1 is as trained.")],
-    store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
+    store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Make a tenant forget an adapter, or change the strength.
 
@@ -117,18 +116,14 @@ def forget(
 
     unlearn-peft tenant forget acme news=0.5
     """
-    adapter, equals, text = adapter.partition("=")
-    try:
-        strength = float(text) if equals else 1.0
-    except ValueError:
-        raise PolicyError(f"the strength '{text}' is no number: write ADAPTER=0.5, or ADAPTER alone for 1") from None
+    adapter, strength = parse_strength(adapter)
     done = f"tenant '{name}' forgets '{adapter}' at strength {strength:g}"
-    _edit("forget", name, adapter, strength, done=done, store=store, who=who, why=why, as_json=as_json)
+    edit("forget", name, adapter, strength, done=done, store=store, who=who, why=why, as_json=as_json)
 
 
 @app.command()
 def unforget(
-    name: TenantArgument, adapter: str, store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "",
+    name: TenantArgument, adapter: str, store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "",
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Stop forgetting an adapter for a tenant.
@@ -136,7 +131,41 @@ def unforget(
     unlearn-peft tenant unforget acme news --why 'withdrawn'
     """
     done = f"tenant '{name}' no longer forgets '{adapter}'"
-    _edit("unforget", name, adapter, done=done, store=store, who=who, why=why, as_json=as_json)
+    edit("unforget", name, adapter, done=done, store=store, who=who, why=why, as_json=as_json)
+
+
+@app.command()
+def allow(
+    name: TenantArgument,
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER[=STRENGTH]", help="With the greatest strength, 1 is as trained.")
+    ],
+    store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Let a tenant's requests add an adapter to its set, up to a strength; they may add nothing else.
+
+    Allow only what you have tried with this tenant's set: an adapter that was trained to oppose can bring a fact back.
+
+      unlearn-peft tenant allow acme news
+
+      unlearn-peft tenant allow acme hp=1.5 --why 'may be stronger'
+    """
+    adapter, strength = parse_strength(adapter)
+    done = f"requests of tenant '{name}' may add '{adapter}' up to strength {strength:g}"
+    edit("allow", name, adapter, strength, done=done, store=store, who=who, why=why, as_json=as_json)
+
+
+@app.command()
+def disallow(
+    name: TenantArgument, adapter: str, store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "",
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Let a tenant's requests add an adapter no longer.
+
+    unlearn-peft tenant disallow acme news
+    """
+    done = f"requests of tenant '{name}' may no longer add '{adapter}'"
+    edit("disallow", name, adapter, done=done, store=store, who=who, why=why, as_json=as_json)
 
 
 @app.command("adapter")
@@ -144,7 +173,7 @@ def adapter_(
     name: Annotated[str, typer.Argument(help="Its name in the policy.")],
     path: Annotated[Path, typer.Argument(help="Its directory, the same on every server.")],
     sha256: Annotated[str | None, typer.Option(help="The expected one, as `inspect` prints it.")] = None,
-    store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
+    store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Register an adapter under a name, or replace the one of that name.
 
@@ -159,18 +188,18 @@ def adapter_(
     if sha256 is not None and sha256.lower() != digest:
         raise AdapterError(f"the adapter {path} has the sha256 {digest}, not the one given: copy it again")
     done = f"adapter '{name}' is {path.absolute()} ({digest})"
-    _edit("adapter", name, path, digest, done=done, store=store, who=who, why=why, as_json=as_json, create=True)
+    edit("adapter", name, path, digest, done=done, store=store, who=who, why=why, as_json=as_json, create=True)
 
 
 @app.command()
 def unadapter(
-    name: str, store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False
+    name: str, store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False
 ) -> None:
-    """Remove an adapter from the policy, but not its files; refused while a tenant forgets it.
+    """Remove an adapter from the policy, but not its files; refused while a tenant forgets or may add it.
 
     unlearn-peft tenant unadapter hp
     """
-    _edit("unadapter", name, done=f"adapter '{name}' removed", store=store, who=who, why=why, as_json=as_json)
+    edit("unadapter", name, done=f"adapter '{name}' removed", store=store, who=who, why=why, as_json=as_json)
 
 
 @app.command()
@@ -179,7 +208,7 @@ def key(
     revoke: Annotated[
         str | None, typer.Option(metavar="KEY", help="Revoke this key: itself, or 8 or more digits of its sha256.")
     ] = None,
-    store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
+    store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Make an API key for a tenant and print it, once: the store has only its sha256.
 
@@ -189,10 +218,10 @@ def key(
     """
     if revoke is not None:
         done = f"a key of tenant '{name}' revoked"
-        return _edit("revoke_key", name, revoke, done=done, store=store, who=who, why=why, as_json=as_json)
+        return edit("revoke_key", name, revoke, done=done, store=store, who=who, why=why, as_json=as_json)
     from ..serve.policy.policy import key_digest
 
-    api_key = _open(store).add_key(name, who=_user(who), why=why)
+    api_key = open_store(store).add_key(name, who=user_name(who), why=why)
     print(json.dumps({"tenant": name, "key": api_key, "sha256": key_digest(api_key)}) if as_json else api_key)
     if not as_json:
         print(f"this key is not shown again; its sha256 begins with {key_digest(api_key)[:12]}", file=sys.stderr)
@@ -202,7 +231,7 @@ def key(
 def trust(
     name: TenantArgument,
     keys: Annotated[list[Path], typer.Argument(help="Public keys: .pub files, folders, or YAML (NAME: KEY.pub).")],
-    store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
+    store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Apply adapters for a tenant only if one of these keys has signed them; other requests are refused (503).
 
@@ -217,7 +246,7 @@ def trust(
     if other := [key for key in signers if key not in pems]:
         raise PolicyError(f"'{other[0]}' is an identity of Sigstore: a policy takes public keys only")
     done = f"tenant '{name}' trusts {', '.join(pems)}"
-    _edit("trust", name, pems, done=done, store=store, who=who, why=why, as_json=as_json)
+    edit("trust", name, pems, done=done, store=store, who=who, why=why, as_json=as_json)
 
 
 @app.command()
@@ -227,7 +256,7 @@ def untrust(
     every: Annotated[
         bool, typer.Option("--all", help="Remove all keys: this tenant's adapters then need no signature.")
     ] = False,
-    store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
+    store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Remove a key that a tenant trusts; the last one only with --all.
 
@@ -236,13 +265,13 @@ def untrust(
     if (key is None) != every:
         raise PolicyError("which key? Give its name, or --all to ask for no signatures any more")
     done = f"tenant '{name}' " + ("asks for no signatures" if every else f"no longer trusts '{key}'")
-    _edit("untrust", name, key, done=done, store=store, who=who, why=why, as_json=as_json)
+    edit("untrust", name, key, done=done, store=store, who=who, why=why, as_json=as_json)
 
 
 @app.command()
 def history(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the newest.")] = None,
-    store: StoreOption = _STORE, as_json: JsonOption = False,
+    store: StoreOption = STORE, as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Show every change, the newest first: who, when (UTC), what, why.
 
@@ -250,7 +279,7 @@ def history(
 
     unlearn-peft tenant history --json | jq 'select(.what.tenant == "acme")'
     """
-    for change in _open(store).history(limit):
+    for change in open_store(store).history(limit):
         if as_json:
             print(json.dumps(vars(change)))
         else:
@@ -262,7 +291,7 @@ def history(
 @app.command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="A policy in YAML.")],
-    store: StoreOption = _STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
+    store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Replace EVERYTHING in the store by a YAML policy, in one change.
 
@@ -272,13 +301,13 @@ def import_(
 
     policy = read_policy(file)
     done = f"{len(policy.tenants)} tenants and {len(policy.adapters)} adapters imported"
-    _edit("replace", policy, done=done, store=store, who=who, why=why, as_json=as_json, create=True)
+    edit("replace", policy, done=done, store=store, who=who, why=why, as_json=as_json, create=True)
 
 
 @app.command()
 def export(
     output: Annotated[Path | None, typer.Option(help="Write it to this file instead of printing it.")] = None,
-    store: StoreOption = _STORE,
+    store: StoreOption = STORE,
 ) -> None:
     """Print the store as YAML, for `import` and `serve --policy`. Of API keys it has only the sha256.
 
@@ -287,39 +316,9 @@ def export(
     from ..files.atomic import atomic_file
     from ..serve.policy.yaml_file import dump_policy
 
-    text = dump_policy(_open(store).read_all())
+    text = dump_policy(open_store(store).read_all())
     if output is None:
         print(text, end="")
         return
     with atomic_file(output, mode=0o600) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _open(store: str, create: bool = False) -> PolicyStore:
-    from ..serve.policy.store import PolicyStore
-
-    return PolicyStore(store, create=create)
-
-
-def _edit(
-    name: str, *arguments: object, done: str, store: str, who: str | None, why: str, as_json: bool, create: bool = False
-) -> None:
-    """Call a method of `PolicyStore` that edits it, and print what was done."""
-    revision = getattr(_open(store, create), name)(*arguments, who=_user(who), why=why)
-    print(json.dumps({"done": done, "revision": revision}) if as_json else f"{done} (revision {revision})")
-
-
-def _user(who: str | None) -> str:
-    if who is not None:
-        return who
-    import getpass
-    import os
-
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return f"uid {os.getuid()}"
-
-
-def _strengths(forget: dict[str, float]) -> str:
-    return ", ".join(f"{name}={strength:g}" for name, strength in forget.items()) or "nothing"

@@ -78,15 +78,8 @@ def read_weights(path: Path, problems: list[str], compare_only: Callable[[str], 
         AdapterError: if it cannot be read at all, see `opened`.
     """
     with opened(path, MAX_WEIGHT_BYTES) as (stream, size):
-        head = stream.read(8)
-        length = int.from_bytes(head, "little")
         try:
-            if len(head) < 8 or not 0 < length <= size - 8:
-                raise ValueError(f"truncated or no safetensors file ({size} bytes)")
-            if length > _MAX_HEADER_BYTES:
-                raise ValueError(f"it has a header of {length:,} bytes, expected at most {_MAX_HEADER_BYTES:,}")
-            head += stream.read(length)
-            header = _parse_header(head[8:], size - 8 - length)
+            head, header = _read_header(stream, size)
         except ValueError as error:
             problems.append(f"{path.name}: {error}")
             stream.seek(0)
@@ -105,6 +98,31 @@ def read_weights(path: Path, problems: list[str], compare_only: Callable[[str], 
             number = f"a number of size {largest:.3g}, expected at most {LARGEST:g}"
             problems.append(f"tensor '{key}' holds {number if math.isfinite(largest) else 'NaN or infinity'}")
     return Weights(tensors, digest.hexdigest(), digests)
+
+
+def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return the dtypes and shapes of a safetensors file's tensors; nothing but its header is read.
+
+    Raises:
+        AdapterError: if it cannot be read at all, see `opened`, or its header is damaged.
+    """
+    with opened(path, MAX_WEIGHT_BYTES) as (stream, size):
+        try:
+            return _read_header(stream, size)[1]
+        except ValueError as error:
+            raise AdapterError(f"{path.name}: {error}") from None
+
+
+def _read_header(stream: IO[bytes], size: int) -> tuple[bytes, _Header]:
+    """Return the first bytes of a file of `size` bytes, up to its tensors, and what they say; ValueError if damaged."""
+    head = stream.read(8)
+    length = int.from_bytes(head, "little")
+    if len(head) < 8 or not 0 < length <= size - 8:
+        raise ValueError(f"truncated or no safetensors file ({size} bytes)")
+    if length > _MAX_HEADER_BYTES:
+        raise ValueError(f"it has a header of {length:,} bytes, expected at most {_MAX_HEADER_BYTES:,}")
+    head += stream.read(length)
+    return head, _parse_header(head[8:], size - 8 - length)
 
 
 def _read_block(path: Path, stream: IO[bytes], size: int, digest: Any) -> bytearray:

@@ -8,7 +8,7 @@ logits, and a tied `lm_head` gets its delta without the input embeddings seeing 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.bundle import Bundle
-from ..adapters.read import read_bundle
+from ..adapters.read import count_numbers, read_bundle
 from ..adapters.trust import Trust
 from ..adapters.validate import check_strengths
 from ..errors import AdapterError, did_you_mean
@@ -54,7 +54,7 @@ class Bank:
         trust: Trust | None = None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.trust = model, tokenizer, trust
-        self.cache = AdapterCache(self._load, self._on_first_use, self._on_last_use, budget_bytes)
+        self.cache = AdapterCache(self._load, self._measure, self._on_first_use, self._on_last_use, budget_bytes)
         self.adapters: dict[str, WeightedAdapter] = {}  # attached to all rows, by name
         self._default: AdapterBatch | None = None  # of these
         self._batches: OrderedDict[tuple[tuple[WeightedAdapter, ...], ...], AdapterBatch] = OrderedDict()
@@ -130,20 +130,22 @@ class Bank:
         """
         self.cache.remove(name)
 
-    def hold(self, forget: Forget) -> AdapterLease:
+    def hold(self, forget: Forget, added: Collection[str] = ()) -> AdapterLease:
         """Lease a set of adapters for one request; what is not in memory is loaded.
 
         Args:
             forget: names of known (or attached) adapters, or names and strengths; 1 is as trained.
+            added: those that the request itself adds: they may take half of the budget, and push no others out.
 
         Raises:
             AdapterError: naming (in `.adapter`, too) the one that is unknown or refused, or finds no room in the
-                budget; then none is held.
+                budget; then none is held. What cannot find room, by the headers of the files, is not read.
         """
         if isinstance(forget, str):
             raise AdapterError(f"expected a list of adapters' names, found the text '{forget}': write ['{forget}']")
         strengths = forget if isinstance(forget, Mapping) else dict.fromkeys(forget, 1.0)
         parts: dict[str, WeightedAdapter] = {}
+        self.cache.check_room(strengths, added)
         try:
             for name, strength in strengths.items():
                 try:
@@ -257,6 +259,11 @@ class Bank:
                 "is not the one that was registered. Copy that one again, or register this one anew"
             )
         return self._fit(bundle, entry.allow_different_base)
+
+    def _measure(self, entry: RegisteredAdapter) -> int:
+        """Return the bytes that an adapter takes in memory, or somewhat fewer, by the header of its file."""
+        widths = [p.element_size() for p in self.model.parameters() if p.is_floating_point()]
+        return count_numbers(entry.path) * min(widths, default=4)
 
     def _fit(self, bundle: Bundle, allow_different_base: bool) -> LoadedAdapter:
         with torch.inference_mode(False), torch.no_grad():

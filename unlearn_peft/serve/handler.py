@@ -179,11 +179,14 @@ class RequestHandler:
         return policy, self.open_tenant or (policy.tenant_of(key) if key else None)
 
     def _check_limits(self, call: Call, request: ParsedRequest) -> int:
-        """Return how many answers a request has, all of which are under way from now on."""
+        """Return how many answers a request has, all of which are under way from now on; sets what it forgets."""
         limits, count = self.limits, len(request.prompts) * request.n
         if request.model != self.engine.model:
             message = f"there is no model '{request.model[:100]}' here: expected '{self.engine.model}'"
             raise ApiError(404, message, code="model_not_found", param="model")
+        if call.base_only and (request.forget or not self.shows_base):
+            raise ApiError(403, "this server does not show the base alone", code="base_not_shown")
+        call.forget = {} if call.base_only else call.policy.forget_of(call.tenant, request.forget)
         if count > limits.answers:
             message = f"{count} answers in one request: at most {limits.answers}"
             raise ApiError(400, message, code="too_many_answers", param="n")
@@ -232,7 +235,7 @@ class RequestHandler:
         self, call: Call, request: ParsedRequest, generations: Sequence[Generation], chunks: _Chunks
     ) -> None:
         async with self._leases.place(call.tenant):
-            lease = await self._hold(call, request)
+            lease = await self._hold(call)
             try:
                 await self._record("admitted", call, **({"asked": request.prompts} if self._records_text else {}))
                 await asyncio.gather(
@@ -242,19 +245,14 @@ class RequestHandler:
                 lease.release()
         self._places.took(time.monotonic() - call.began)
 
-    async def _hold(self, call: Call, request: ParsedRequest) -> AdapterLease:
-        for name in request.forget:
-            if name not in call.policy.adapters:
-                raise ApiError(400, f"there is no adapter '{name[:100]}'", code="unknown_adapter", param="forget")
-        if call.base_only and (request.forget or not self.shows_base):
-            raise ApiError(403, "this server does not show the base alone", code="base_not_shown")
-        forget = {} if call.base_only else call.policy.forget_of(call.tenant, request.forget)
+    async def _hold(self, call: Call) -> AdapterLease:
         trust = call.policy.trust_of(call.tenant)
-        lease = await self.engine.hold(forget, call.policy, trust)
+        own = call.forget if self.open_tenant is not None else call.policy.tenants[call.tenant].forget
+        lease = await self.engine.hold(call.forget, call.policy, trust, call.forget.keys() - own.keys())
         unsigned = trust is not None and any(adapter.signed_by not in trust.signers for adapter in lease.applied)
-        if unsigned or {adapter.name: adapter.strength for adapter in lease.applied} != forget:
+        if unsigned or {adapter.name: adapter.strength for adapter in lease.applied} != call.forget:
             lease.release()
-            raise Unavailable("the engine has other adapters than the policy requires", ", ".join(forget))
+            raise Unavailable("the engine has other adapters than the policy requires", ", ".join(call.forget))
         call.applied, call.set_digest = describe(lease.applied), lease.digest
         return lease
 

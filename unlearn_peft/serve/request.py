@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import OutputError, PolicyError
 from .engine.base import Busy, GenerationError, PromptError, Unavailable
-from .policy.policy import Policy
+from .policy.policy import NotAllowed, Policy
 
 logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -54,6 +54,8 @@ def as_api_error(error: Exception) -> ApiError:
         name = f"the adapter '{error.adapter}'" if error.adapter else "something that must be forgotten"
         message = f"{name} cannot be applied now, so this request is refused"
         return ApiError(503, message, code="adapter_unavailable", adapter=error.adapter)
+    if isinstance(error, NotAllowed):
+        return ApiError(403, str(error), code="adapter_not_allowed", param="forget")
     if isinstance(error, PolicyError):
         logger.error("refused: %s", error)
         return ApiError(503, "the policy cannot be applied now, so this request is refused", code="policy_unavailable")
@@ -88,6 +90,7 @@ class Call:
     id: str = field(default_factory=lambda: f"req-{uuid.uuid4().hex}")
     began: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
+    forget: Mapping[str, float] = field(default_factory=dict)  # adapter -> strength: of the policy and the request
     set_digest: str = ""
     applied: list[Mapping[str, Any]] | None = None  # None: refused before it had a lease
     prompt_tokens: int = 0

@@ -4,8 +4,8 @@ The page gets nothing that the API would not give to the same key: its answers c
 adapters always apply. It shows the base alone in two cases only: to a tenant that has nothing to forget, or if the
 server was started with `--playground-base`, where the audit log marks each such request.
 
-It shows the adapters that the tenant forgets, and those that are offered to all: the names of others would reveal what
-other tenants forget. Everything that is read from an adapter's folder is untrusted.
+It shows the adapters that the tenant forgets or may add, and the cards of those that are offered to all: the names of
+others would reveal what other tenants forget. Everything that is read from an adapter's folder is untrusted.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Playground:
     """What the page shows beyond a tenant's own adapters."""
 
     base: bool = False  # every key may see the base's own answers: for demonstrations only
-    offer: tuple[str, ...] = ()  # adapters that every key may see and try; without keys, all
+    offer: tuple[str, ...] = ()  # adapters whose cards every key may see
 
 
 def add_playground(app: FastAPI, handler: RequestHandler, playground: Playground, respond: Respond) -> None:
@@ -71,13 +71,13 @@ def add_playground(app: FastAPI, handler: RequestHandler, playground: Playground
 
     @app.get("/playground/api/adapters")
     async def adapters(request: Request) -> JSONResponse:
-        """What this key may see: its tenant, what that forgets in any case, the adapters' cards."""
+        """What this key may see: its tenant, what that forgets in any case and may add, the adapters' cards."""
         call = await handler.identify(request.headers.get("authorization"))
-        own = dict(call.policy.tenants[call.tenant].forget)
-        visible = _visible(handler, playground, call)
+        own, may_add = call.policy.tenants[call.tenant].forget, call.policy.tenants[call.tenant].may_add
+        visible = _visible(playground, call)
         cards = await asyncio.gather(*(asyncio.to_thread(card, name, entry) for name, entry in visible.items()))
         body = {
-            "model": handler.engine.model, "tenant": call.tenant, "own": own, "adapters": cards,
+            "model": handler.engine.model, "tenant": call.tenant, "own": own, "may_add": may_add, "adapters": cards,
             "base": "v1" if not own else "playground/api/base" if playground.base else None,
             "max_tokens": handler.limits.max_tokens,
         }  # fmt: skip
@@ -86,7 +86,7 @@ def add_playground(app: FastAPI, handler: RequestHandler, playground: Playground
     @app.get("/playground/api/adapters/{name}/{picture}")
     async def picture(request: Request, name: str, picture: str) -> Response:
         call = await handler.identify(request.headers.get("authorization"))
-        entry = _visible(handler, playground, call).get(name)
+        entry = _visible(playground, call).get(name)
         data = None if entry is None else await asyncio.to_thread(read_picture, Path(entry.path), picture)
         if data is None:
             raise ApiError(404, "there is no such picture", code="not_found")
@@ -144,11 +144,10 @@ def read_picture(folder: Path, name: str) -> bytes | None:
     return None
 
 
-def _visible(handler: RequestHandler, playground: Playground, call: Call) -> dict[str, AdapterEntry]:
+def _visible(playground: Playground, call: Call) -> dict[str, AdapterEntry]:
     """Return the adapters that the caller may see, its own first."""
-    known = call.policy.adapters
-    offered = known if handler.open_tenant is not None else playground.offer
-    names = dict.fromkeys((*call.policy.tenants[call.tenant].forget, *offered))
+    known, tenant = call.policy.adapters, call.policy.tenants[call.tenant]
+    names = dict.fromkeys((*tenant.forget, *tenant.may_add, *playground.offer))
     return {name: known[name] for name in names if name in known}
 
 

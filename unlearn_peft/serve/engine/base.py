@@ -6,7 +6,7 @@ answer, `release` the lease. An engine fails closed: it answers with exactly wha
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -143,8 +143,12 @@ class Engine(Protocol):
             PromptError: if there is no such token, or the template refuses the messages.
         """
 
-    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> AdapterLease:
+    async def hold(
+        self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None, added: Collection[str] = ()
+    ) -> AdapterLease:
         """Load, verify and keep everything in `forget` (names of `policy.adapters` -> strength).
+
+        What the request itself `added` takes no memory from the adapters that tenants must have forgotten.
 
         With `trust`, the tenant's own, all of it must also be signed so; `applied` then names who signed.
 

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -73,9 +73,11 @@ class LocalEngine:
         """See `Engine.encode`."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._prompts, prompt, variables)
 
-    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> AdapterLease:
+    async def hold(
+        self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None, added: Collection[str] = ()
+    ) -> AdapterLease:
         """See `Engine.hold`; adapters are read in a thread, so that nobody else waits."""
-        future = asyncio.get_running_loop().run_in_executor(self._threads, self._hold, forget, policy, trust)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, self._hold, forget, policy, trust, added)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:  # the client has gone; the thread goes on, and nobody else would let go
@@ -121,11 +123,14 @@ class LocalEngine:
         await asyncio.to_thread(self.scheduler.close)
         self._threads.shutdown(wait=False)
 
-    def _hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None) -> AdapterLease:
+    def _hold(
+        self, forget: Mapping[str, float], policy: Policy, trust: Trust | None, added: Collection[str]
+    ) -> AdapterLease:
         keys = {_key(name, policy): name for name in forget}
         try:
             self._register(policy)
-            lease = self.bank.hold({key: forget[name] for key, name in keys.items()})
+            strengths = {key: forget[name] for key, name in keys.items()}
+            lease = self.bank.hold(strengths, [key for key, name in keys.items() if name in added])
         except Exception as error:  # also what a folder that vanishes while it is read may raise
             key = getattr(error, "adapter", None) or ""
             name = keys.get(key, ", ".join(forget))

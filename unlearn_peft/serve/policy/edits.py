@@ -36,10 +36,7 @@ def remove(content: Content, tenant: str) -> Content:
 
 def forget(content: Content, tenant: str, adapter: str, strength: float = 1.0) -> Content:
     """Make a tenant forget an adapter, or change the strength."""
-    strengths = get_entry(content, "tenant", tenant)["forget"]
-    get_entry(content, "adapter", adapter)
-    before, strengths[adapter] = strengths.get(adapter), strength
-    return {"tenant": tenant, "adapter": adapter, "strength": strength, "before": before}
+    return _set_strength(content, "forget", tenant, adapter, strength)
 
 
 def unforget(content: Content, tenant: str, adapter: str) -> Content:
@@ -48,6 +45,20 @@ def unforget(content: Content, tenant: str, adapter: str) -> Content:
     if adapter not in strengths:
         near = did_you_mean(adapter, strengths)
         raise PolicyError(f"tenant '{tenant}' does not have {safe_repr(adapter)} forgotten{near}")
+    return {"tenant": tenant, "adapter": adapter, "before": strengths.pop(adapter)}
+
+
+def allow(content: Content, tenant: str, adapter: str, strength: float = 1.0) -> Content:
+    """Let a tenant's requests add an adapter, up to a strength."""
+    return _set_strength(content, "may_add", tenant, adapter, strength)
+
+
+def disallow(content: Content, tenant: str, adapter: str) -> Content:
+    """Let a tenant's requests add an adapter no longer."""
+    strengths = get_entry(content, "tenant", tenant).get("may_add", {})
+    if adapter not in strengths:
+        near = did_you_mean(adapter, strengths)
+        raise PolicyError(f"requests of tenant '{tenant}' may not add {safe_repr(adapter)} anyway{near}")
     return {"tenant": tenant, "adapter": adapter, "before": strengths.pop(adapter)}
 
 
@@ -60,11 +71,12 @@ def adapter(content: Content, name: str, path: str | Path, sha256: str | None) -
 
 
 def unadapter(content: Content, name: str) -> Content:
-    """Remove an adapter that no tenant forgets."""
+    """Remove an adapter that no tenant forgets or may add."""
     before = get_entry(content, "adapter", name)
-    if users := [tenant for tenant, entry in content["tenants"].items() if name in entry["forget"]]:
-        tenants = ", ".join(users[:5]) + " and others" * (len(users) > 5)
-        raise PolicyError(f"adapter '{name}' is forgotten for {tenants}: `unforget` it there first")
+    for field, said, undo in (("forget", "forgotten for", "unforget"), ("may_add", "allowed to", "disallow")):
+        if users := [tenant for tenant, entry in content["tenants"].items() if name in entry.get(field, {})]:
+            tenants = ", ".join(users[:5]) + " and others" * (len(users) > 5)
+            raise PolicyError(f"adapter '{name}' is {said} {tenants}: `{undo}` it there first")
     del content["adapters"][name]
     return {"adapter": name, "before": before}
 
@@ -131,6 +143,7 @@ def summary(entry: Content) -> Content:
     """Return a tenant's entry with prefixes of digests in place of its keys."""
     trusted = entry.get("trusted_keys")
     more = {"trusted_keys": _fingerprints(trusted)} if trusted else {}
+    more |= {"may_add": entry["may_add"]} if entry.get("may_add") else {}
     return {"forget": entry["forget"], "keys": _prefixes(entry["keys"]), **more}
 
 
@@ -153,6 +166,13 @@ def get_entry(content: Content, kind: str, name: str) -> Content:
         )
         raise PolicyError(f"no {kind} {safe_repr(name)}{hint}")
     return entries[name]
+
+
+def _set_strength(content: Content, field: str, tenant: str, adapter: str, strength: float) -> Content:
+    strengths = get_entry(content, "tenant", tenant).setdefault(field, {})
+    get_entry(content, "adapter", adapter)
+    before, strengths[adapter] = strengths.get(adapter), strength
+    return {"tenant": tenant, "adapter": adapter, "strength": strength, "before": before}
 
 
 def _checked(name: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ...errors import PolicyError
-from .tables import ArgumentError, Connection, Engine, SQLAlchemyError, create_tables, has_store, read_state, sql
+from .schema import ArgumentError, Connection, Engine, SQLAlchemyError, create_tables, has_store, read_state, sql
 
 PATIENCE = 10  # seconds to wait for a connection, or for another change to end
 _SQLITE = b"SQLite format 3\0"  # how every database file of SQLite begins

@@ -1,4 +1,5 @@
-"""A policy: which adapters each tenant must have forgotten, its API keys, and the public keys that it trusts.
+"""A policy: which adapters each tenant must have forgotten, which its requests may add, its API keys, and the public
+keys that it trusts.
 
 A YAML file (`yaml_file.py`) is validated as a whole, so that nobody is served under half a policy; of a database
 (`store.py`), which may hold millions of tenants, a tenant is read when a request needs it (`stored.py`). Either way a
@@ -94,6 +95,10 @@ Digest = Annotated[str, AfterValidator(_check_digest)]
 PublicKey = Annotated[str, AfterValidator(_check_public_key)]
 
 
+class NotAllowed(PolicyError):
+    """A request adds what its tenant's requests may not add: the client's fault (403)."""
+
+
 class AdapterEntry(BaseModel, extra="forbid", frozen=True):
     """An adapter's directory, and the `Bundle.identity` that it must have; None: any."""
 
@@ -111,14 +116,16 @@ class AdapterEntry(BaseModel, extra="forbid", frozen=True):
 class TenantEntry(BaseModel, extra="forbid", frozen=True):
     """What a tenant must have forgotten (adapter -> strength), and the sha256 of each of its API keys.
 
-    With `trusted_keys` (name -> PEM), an adapter is applied for this tenant only if one of them has signed it.
+    Its requests may add what is in `may_add` (adapter -> greatest strength), and nothing else. With `trusted_keys`
+    (name -> PEM), an adapter is applied for this tenant only if one of them has signed it.
     """
 
     forget: dict[Name, Strength]
     keys: tuple[Digest, ...] = ()
     trusted_keys: dict[Name, PublicKey] | None = None
+    may_add: dict[Name, Strength] = {}
 
-    @field_validator("forget", mode="before")
+    @field_validator("forget", "may_add", mode="before")
     @classmethod
     def _as_mapping(cls, value: Any) -> Any:
         """A list of names stands for strength 1 each."""
@@ -154,10 +161,11 @@ class _Content(BaseModel, extra="forbid", frozen=True):
         """Refuse names of adapters that are not there, and keys of two tenants."""
         problems, owners = [], dict[str, str]()
         for tenant, entry in self.tenants.items():
-            for name in entry.forget:
+            named = [("forgets", name) for name in entry.forget] + [("may add", name) for name in entry.may_add]
+            for verb, name in named:
                 if name not in self.adapters:
                     near = did_you_mean(name, self.adapters)
-                    problems.append(f"tenant '{tenant}' forgets '{name}', which is not among the adapters{near}")
+                    problems.append(f"tenant '{tenant}' {verb} '{name}', which is not among the adapters{near}")
             for digest in entry.keys:
                 if digest in owners:
                     problems.append(f"tenants '{owners[digest]}' and '{tenant}' have the same key: one key, one tenant")
@@ -219,19 +227,24 @@ class Policy:
             extra: what the request adds: an adapter, or a greater strength. A smaller one has no effect.
 
         Raises:
-            PolicyError: unknown tenant or adapter, or no valid strength. Adapters of others are not suggested.
+            NotAllowed: the tenant's requests may not add that. Whether there is such an adapter is not told.
+            PolicyError: unknown tenant, or no valid strength.
         """
         entry = self._entry(tenant)
         if isinstance(extra, str) or not isinstance(extra, (Mapping, Sequence)):
             raise PolicyError("expected a list of adapters, or a mapping of adapters to strengths")
         forget = dict(entry.forget)
         for name, strength in extra.items() if isinstance(extra, Mapping) else [(name, 1.0) for name in extra]:
-            if not isinstance(name, str) or name not in self.adapters:
-                raise PolicyError(f"unknown adapter {safe_repr(name)}")
             try:
-                forget[name] = max(forget.get(name, 0.0), _check_strength(strength))
+                added = _check_strength(strength)
             except ValueError as error:
-                raise PolicyError(f"adapter '{name}': {error}") from None
+                raise PolicyError(f"adapter {safe_repr(name)}: {error}") from None
+            if not isinstance(name, str) or added > max(entry.forget.get(name, 0.0), entry.may_add.get(name, 0.0)):
+                raise NotAllowed(
+                    f"requests of tenant '{tenant}' may add {_listed(entry.may_add)}, found {safe_repr(name)} at "
+                    f"strength {added:g}: leave it out, or ask the operator to allow it (`unlearn-peft tenant allow`)"
+                )
+            forget[name] = max(forget.get(name, 0.0), added)
         return forget
 
     def _entry(self, tenant: str) -> TenantEntry:
@@ -273,6 +286,12 @@ def make_policy(values: Any, origin: str, folder: Path | None = None) -> Policy:
     version = hashlib.sha256(json.dumps(content.model_dump(), sort_keys=True).encode()).hexdigest()
     owners = {digest: tenant for tenant, entry in content.tenants.items() for digest in entry.keys}
     return Policy(content.adapters, content.tenants, version, owners)
+
+
+def _listed(strengths: Mapping[str, float], limit: int = 20) -> str:
+    """Return adapters and their greatest strengths in words."""
+    named = [f"'{name}' up to strength {strength:g}" for name, strength in list(strengths.items())[:limit]]
+    return ", ".join(named) + ", and others" * (len(strengths) > limit) or "no adapters"
 
 
 @lru_cache(maxsize=1000)

@@ -22,12 +22,12 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from ...errors import PolicyError, safe_repr
-from . import edits, engines, tables
+from . import edits, engines, schema, tables
 from .edits import Content
 from .engines import PATIENCE
 from .policy import AdapterEntry, Policy, PolicySource, key_digest, make_policy, new_key
+from .schema import Connection, SQLAlchemyError, State
 from .stored import Found, Revision, StoredPolicy, TenantCache
-from .tables import Connection, SQLAlchemyError, State
 from .yaml_file import PolicyFile
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ class PolicyStore:
             with self._lock:
                 self._follow_file()
             with self._writes.begin() as connection:
-                state = tables.begin_change(connection)
+                state = schema.begin_change(connection)
                 before = (
                     tables.read_part(connection, state, tenant, adapter) if named else tables.read(connection, state)
                 )
@@ -186,7 +186,7 @@ class PolicyStore:
                 tables.write(connection, before, make_policy(after, "the changed policy").dump())
                 at = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
                 row = {"at": at, "who": who, "action": action, "what": what, "why": why}
-                adapter = adapter if tenant is None else None  # `forget` changes its tenant alone
+                adapter = adapter if tenant is None else None  # `forget` and `allow` change their tenant alone
                 tables.note_change(connection, state, tenant, adapter, row)
         except (SQLAlchemyError, OSError) as error:
             raise PolicyError(
@@ -200,6 +200,8 @@ class PolicyStore:
     remove = partialmethod(edit, "remove", edits.remove, names=("tenant",))
     forget = partialmethod(edit, "forget", edits.forget, names=("tenant", "adapter"))
     unforget = partialmethod(edit, "unforget", edits.unforget, names=("tenant",))
+    allow = partialmethod(edit, "allow", edits.allow, names=("tenant", "adapter"))
+    disallow = partialmethod(edit, "disallow", edits.disallow, names=("tenant",))
     adapter = partialmethod(edit, "adapter", edits.adapter, names=("adapter",))
     unadapter = partialmethod(edit, "unadapter", edits.unadapter, names=("adapter",))
     revoke_key = partialmethod(edit, "revoke", edits.revoke_key, names=("tenant",))
@@ -237,7 +239,8 @@ class PolicyStore:
         if not rows:
             return None
         (name,) = rows
-        adapters = {each: revision.adapters[each] for each in rows[name]["forget"] if each in revision.adapters}
+        named = tables.adapters_of(rows[name])
+        adapters = {each: revision.adapters[each] for each in named if each in revision.adapters}
         content = {"adapters": {each: entry.model_dump() for each, entry in adapters.items()}, "tenants": rows}
         policy = make_policy(content, f"revision {state.revision} of the store {self._name}")
         found = Found(revision, name, policy.tenants[name])
@@ -254,7 +257,7 @@ class PolicyStore:
         try:
             self._follow_file()
             with self._reads.connect() as connection:
-                state = tables.read_state(connection)
+                state = schema.read_state(connection)
                 self._go_on(connection, state)
                 self._read_at = self._confirmed_at = read_at
                 result = then(connection, state)
@@ -293,7 +296,7 @@ class PolicyStore:
             with self._lock:
                 self._follow_file()
             with self._reads.connect() as connection:
-                return then(connection, tables.read_state(connection))
+                return then(connection, schema.read_state(connection))
         except (SQLAlchemyError, OSError) as error:
             raise PolicyError(f"cannot read the store {self._name}: {engines.reason(error)}") from None
 

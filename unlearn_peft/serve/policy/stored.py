@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from .policy import AdapterEntry, Policy, TenantEntry, key_digest
-from .tables import Changed, State
+from .schema import State
+from .tables import Changed
 
 
 class Revision(NamedTuple):

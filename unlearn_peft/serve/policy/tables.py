@@ -1,112 +1,21 @@
-"""The tables of a policy store: all of its SQL. Content is read and written as the plain mapping that a policy's YAML
-has, too: {"adapters": {name: ...}, "tenants": {name: ...}}.
+"""What is read from and written to the tables of a policy store. Content is the plain mapping that a policy's YAML has,
+too: {"adapters": {name: ...}, "tenants": {name: ...}}.
 """
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
 from ...errors import PolicyError
+from .schema import ADAPTERS, CHANGES, FORGETS, HISTORY, KEYS, MAY_ADD, TENANTS, TRUSTED, Connection, State, Table, sql
 
-try:
-    import sqlalchemy
-    from sqlalchemy import Column, ForeignKey, Integer, String, Table, Text
-    from sqlalchemy import Connection as Connection
-    from sqlalchemy import Engine as Engine
-    from sqlalchemy.exc import ArgumentError as ArgumentError
-    from sqlalchemy.exc import SQLAlchemyError as SQLAlchemyError
-except ModuleNotFoundError:
-    raise PolicyError(
-        "a policy store needs SQLAlchemy, which is not installed: pip install 'unlearn-peft[serve]'"
-    ) from None
-
-
-sql = sqlalchemy
-SCHEMA_VERSION = 3  # 2 has no changes and no indexes, 1 no trusted keys either; the first edit adds what is missing
 _CELLS = ("tenant", "name", "strength", "pem")
-_TRIES = 5
+_KINDS = {1: 3, 2: 4, 3: 4}  # of rows of tenants in older schema versions, see `_tenant_rows`
 _MAX_CHANGES = 1000  # a reader that missed more reads everything anew
 _NEAR = 20  # names that are read for "did you mean"
-_USERS = 6  # tenants that are read to tell who forgets an adapter
-
-_metadata = sql.MetaData()
-STATE = Table(  # one row; a transaction that changes anything locks it to its end
-    "unlearn_state", _metadata,
-    Column("id", Integer, sql.CheckConstraint("id = 1"), primary_key=True, autoincrement=False),
-    Column("schema_version", Integer, nullable=False),
-    Column("revision", Integer, nullable=False),
-    Column("token", String(16), nullable=False),  # random: tells a backup that was put back and changed otherwise
-)  # fmt: skip
-ADAPTERS = Table(
-    "unlearn_adapters", _metadata,
-    Column("name", String(64), primary_key=True),
-    Column("path", Text, nullable=False),
-    Column("sha256", String(64)),
-)  # fmt: skip
-TENANTS = Table("unlearn_tenants", _metadata, Column("name", String(64), primary_key=True))
-FORGETS = Table(
-    "unlearn_forgets", _metadata,
-    Column("tenant", ForeignKey(TENANTS.c.name), primary_key=True),
-    Column("adapter", ForeignKey(ADAPTERS.c.name), primary_key=True),
-    Column("strength", sql.Double, sql.CheckConstraint("strength > 0"), nullable=False),
-    sql.Index("unlearn_forgets_adapter", "adapter"),
-)  # fmt: skip
-KEYS = Table(
-    "unlearn_keys", _metadata,
-    Column("digest", String(64), primary_key=True),
-    Column("tenant", ForeignKey(TENANTS.c.name), nullable=False),
-    sql.Index("unlearn_keys_tenant", "tenant"),
-)  # fmt: skip
-TRUSTED = Table(
-    "unlearn_trusted_keys", _metadata,
-    Column("tenant", ForeignKey(TENANTS.c.name), primary_key=True),
-    Column("name", String(64), primary_key=True),
-    Column("pem", Text, nullable=False),
-)  # fmt: skip
-HISTORY = Table(  # one row a revision, never changed
-    "unlearn_history", _metadata,
-    Column("revision", Integer, primary_key=True, autoincrement=False),
-    Column("at", String(32), nullable=False),  # UTC, ISO 8601
-    Column("who", Text, nullable=False),
-    Column("action", String(16), nullable=False),
-    Column("what", sql.JSON, nullable=False),
-    Column("why", Text, nullable=False),
-)  # fmt: skip
-CHANGES = Table(  # one row a revision: what readers must read anew; neither tenant nor adapter: everything
-    "unlearn_changes", _metadata,
-    Column("revision", Integer, primary_key=True, autoincrement=False),
-    Column("token", String(16), nullable=False),
-    Column("tenant", String(64)),
-    Column("adapter", String(64)),
-)  # fmt: skip
-_KEEP_HISTORY = {  # the database itself refuses to change what is there
-    "sqlite": [
-        f"CREATE TRIGGER unlearn_history_{verb} BEFORE {verb} ON unlearn_history "
-        "BEGIN SELECT RAISE(ABORT, 'the history is only added to'); END"
-        for verb in ("UPDATE", "DELETE")
-    ],
-    "postgresql": [
-        "CREATE OR REPLACE FUNCTION unlearn_history_stays() RETURNS trigger LANGUAGE plpgsql AS "
-        "$$ BEGIN RAISE EXCEPTION 'the history is only added to'; END $$",
-        "CREATE TRIGGER unlearn_history_stays BEFORE UPDATE OR DELETE OR TRUNCATE ON unlearn_history "
-        "FOR EACH STATEMENT EXECUTE FUNCTION unlearn_history_stays()",
-    ],
-}
-
-
-_STATE = sql.select(STATE.c.schema_version, STATE.c.revision, STATE.c.token)
-
-
-class State(NamedTuple):
-    """Which version of the store this is; `token` tells a backup that was put back and changed otherwise."""
-
-    schema_version: int
-    revision: int
-    token: str
+_USERS = 6  # tenants that are read to tell who forgets an adapter, and as many who may add it
 
 
 class Changed(NamedTuple):
@@ -114,56 +23,6 @@ class Changed(NamedTuple):
 
     tenants: set[str]
     adapters: set[str]
-
-
-def has_store(connection: Connection) -> bool:
-    """Return whether the database holds a store."""
-    return connection.dialect.has_table(connection, STATE.name)
-
-
-def create_tables(engine: Engine) -> None:
-    """Create missing tables; several processes may do so at once."""
-    for attempts_left in reversed(range(_TRIES)):
-        try:
-            with engine.execution_options(write=True).begin() as connection:
-                if not has_store(connection):
-                    _metadata.create_all(connection)
-                    for statement in _KEEP_HISTORY.get(engine.dialect.name, ()):
-                        connection.exec_driver_sql(statement)
-                    connection.execute(
-                        sql.insert(STATE).values(id=1, schema_version=SCHEMA_VERSION, revision=0, token="")
-                    )
-            return
-        except SQLAlchemyError:
-            if not attempts_left:
-                raise
-            time.sleep(0.1)
-
-
-def read_state(connection: Connection) -> State:
-    """Return the store's version.
-
-    Raises:
-        PolicyError: its tables are of a newer version of this package.
-    """
-    row = connection.execute(_STATE).one()
-    if not 1 <= row.schema_version <= SCHEMA_VERSION:
-        raise PolicyError(
-            f"the store has schema version {row.schema_version}, expected at most {SCHEMA_VERSION}: update unlearn_peft"
-        )
-    return State(*row)
-
-
-def begin_change(connection: Connection) -> State:
-    """Increase the revision and return the new state; other writers wait here until the transaction ends."""
-    connection.execute(sql.update(STATE).values(revision=STATE.c.revision + 1, token=secrets.token_hex(8)))
-    state = read_state(connection)
-    if state.schema_version < SCHEMA_VERSION:
-        _metadata.create_all(connection)
-        for index in (index for table in _metadata.tables.values() for index in table.indexes):
-            index.create(connection, checkfirst=True)
-        connection.execute(sql.update(STATE).values(schema_version=SCHEMA_VERSION))
-    return state._replace(schema_version=SCHEMA_VERSION)
 
 
 def note_change(
@@ -178,7 +37,7 @@ def note_change(
 def changes_between(connection: Connection, old: State, new: State) -> Changed | None:
     """Return what changed from one state of the store to another; None: everything may have."""
     count = new.revision - old.revision + 1
-    if not 1 < count <= _MAX_CHANGES or old.schema_version < SCHEMA_VERSION:
+    if not 1 < count <= _MAX_CHANGES or old.schema_version < 3:
         return None
     between = CHANGES.c.revision.between(old.revision, new.revision)
     rows = connection.execute(sql.select(CHANGES).where(between).order_by(CHANGES.c.revision)).all()
@@ -214,20 +73,28 @@ def read_part(connection: Connection, state: State, tenant: str | None, adapter:
     """Return what an edit of a tenant, an adapter or both needs of the content.
 
     In place of one that does not exist, names like it are under "near"; without a tenant, some that forget the adapter
-    are read.
+    or may add it are read.
     """
     near = list[str]()
     if tenant is None:
-        users = sql.select(FORGETS.c.tenant).where(FORGETS.c.adapter == adapter).order_by(FORGETS.c.tenant)
-        tenants = read_tenants(connection, state, connection.scalars(users.limit(_USERS)))
+        users = list[str]()
+        for table in (FORGETS, MAY_ADD):  # an edit has made both
+            query = sql.select(table.c.tenant).where(table.c.adapter == adapter).order_by(table.c.tenant)
+            users += connection.scalars(query.limit(_USERS))
+        tenants = read_tenants(connection, state, set(users))
     else:
         tenants = read_tenants(connection, state, [tenant])
         near += [] if tenants else _near(connection, TENANTS, tenant)
-    names = {name for entry in tenants.values() for name in entry["forget"]}
+    names = {name for entry in tenants.values() for name in adapters_of(entry)}
     adapters = read_adapters(connection, names if adapter is None else names | {adapter})
     if adapter is not None and adapter not in adapters:
         near += _near(connection, ADAPTERS, adapter)
     return {"adapters": adapters, "tenants": tenants, "near": near}
+
+
+def adapters_of(entry: Mapping[str, Any]) -> set[str]:
+    """Return the adapters that a tenant's entry names."""
+    return {*entry["forget"], *entry.get("may_add", {})}
 
 
 def read_adapters(connection: Connection, names: Iterable[str] | None = None) -> dict[str, Any]:
@@ -249,15 +116,17 @@ def read_tenants(
     some |= {} if digest is None else {"digest": digest}
     tenants: dict[str, Any] = {}
     try:
-        for row in connection.execute(_tenant_rows(next(iter(some), None), state.schema_version > 1), some):
+        for row in connection.execute(_tenant_rows(next(iter(some), None), _KINDS.get(state.schema_version)), some):
             if row.kind == 0:
                 tenants[row.tenant] = {"forget": {}, "keys": []}
             elif row.kind == 1:
                 tenants[row.tenant]["forget"][row.name] = row.strength
             elif row.kind == 2:
                 tenants[row.tenant]["keys"].append(row.name)
-            else:
+            elif row.kind == 3:
                 tenants[row.tenant].setdefault("trusted_keys", {})[row.name] = row.pem
+            else:
+                tenants[row.tenant].setdefault("may_add", {})[row.name] = row.strength
     except KeyError as error:
         raise PolicyError(f"the store is damaged: it holds rows of a tenant {error} that is not there") from None
     return tenants
@@ -280,22 +149,23 @@ def write(connection: Connection, before: Mapping[str, Any], after: Mapping[str,
 
 
 @cache
-def _tenant_rows(some: str | None, trusted: bool) -> Any:
-    """Return one query for tenants, their sets, keys and trusted keys; of "names", of the one of a "digest", or of all.
+def _tenant_rows(some: str | None, kinds: int | None) -> Any:
+    """Return one query for tenants, their sets, keys and so on; of "names", of the one of a "digest", or of all.
 
-    One, since each takes longer on its way than in the database.
+    One, since each takes longer on its way than in the database. `kinds` of rows are there, None: all.
     """
     columns = [
         (TENANTS.c.name, sql.null(), sql.null(), sql.null()),
         (FORGETS.c.tenant, FORGETS.c.adapter, FORGETS.c.strength, sql.null()),
         (KEYS.c.tenant, KEYS.c.digest, sql.null(), sql.null()),
         (TRUSTED.c.tenant, TRUSTED.c.name, sql.null(), TRUSTED.c.pem),
+        (MAY_ADD.c.tenant, MAY_ADD.c.adapter, MAY_ADD.c.strength, sql.null()),
     ]
-    types = (String, String, sql.Double, Text)
+    types = (sql.String, sql.String, sql.Double, sql.Text)
     owner = sql.select(KEYS.c.tenant).where(KEYS.c.digest == sql.bindparam("digest"))
     wanted: Any = owner if some == "digest" else sql.bindparam("names", expanding=True)
     parts = []
-    for kind, row in enumerate(columns[: 4 if trusted else 3]):
+    for kind, row in enumerate(columns[:kinds]):
         cells: list[Any] = [
             sql.cast(cell, type_).label(name) for cell, type_, name in zip(row, types, _CELLS, strict=True)
         ]
@@ -317,17 +187,22 @@ def _rows(content: Mapping[str, Any]) -> dict[Table, dict[tuple[str, ...], dict[
     return {
         ADAPTERS: {(name,): entry for name, entry in content["adapters"].items()},
         TENANTS: {(name,): {} for name in tenants},
-        FORGETS: {
-            (tenant, name): {"strength": strength}
-            for tenant, entry in tenants.items()
-            for name, strength in entry["forget"].items()
-        },
+        FORGETS: _strengths(tenants, "forget"),
+        MAY_ADD: _strengths(tenants, "may_add"),
         KEYS: {(digest,): {"tenant": tenant} for tenant, entry in tenants.items() for digest in entry["keys"]},
         TRUSTED: {
             (tenant, name): {"pem": pem}
             for tenant, entry in tenants.items()
             for name, pem in (entry.get("trusted_keys") or {}).items()
         },
+    }
+
+
+def _strengths(tenants: Mapping[str, Any], field: str) -> dict[tuple[str, ...], dict[str, Any]]:
+    return {
+        (tenant, name): {"strength": strength}
+        for tenant, entry in tenants.items()
+        for name, strength in entry.get(field, {}).items()
     }
 
 

@@ -14,6 +14,7 @@ import stat
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -113,7 +114,8 @@ def dump_policy(policy: Policy) -> str:
     content = policy.dump()
     for entries in content.values():
         for name, entry in entries.items():
-            entries[name] = {field: value for field, value in entry.items() if value is not None}
+            defaults: dict[str, Any] = {"sha256": None, "trusted_keys": None, "may_add": {}}
+            entries[name] = {field: value for field, value in entry.items() if value != defaults.get(field, ...)}
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
 

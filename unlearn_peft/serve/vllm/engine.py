@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -103,8 +103,10 @@ class VllmEngine:
         """See `Engine.encode`."""
         return await asyncio.to_thread(self._prompts, prompt, variables)
 
-    async def hold(self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None) -> VllmLease:
-        """See `Engine.hold`; a server makes and loads the set before this returns."""
+    async def hold(
+        self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None, added: Collection[str] = ()
+    ) -> VllmLease:
+        """See `Engine.hold`; a server makes and loads the set before this returns, and has memory for each alike."""
         trusts = [required for required in (self._trust, trust) if required is not None]
         try:
             applied = await asyncio.to_thread(contents_of, forget, policy, trusts)

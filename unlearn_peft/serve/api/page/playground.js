@@ -35,7 +35,7 @@ async function enter() {
   $("columns").replaceChildren();
   if (base) addColumn("Base alone", null);
   if (names.length || !base) addColumn(names.length ? "Your set" : `Set ${++state.sets}`, new Map(Object.entries(own)));
-  if (adapters.length > names.length && state.columns.length < 2) addSet();
+  if (addable().length && state.columns.length < 2) addSet();
   $("more").hidden = !adapters.length;
   $("adapters").replaceChildren(...adapters.map(card));
   $("cards").parentElement.hidden = !adapters.length;
@@ -44,11 +44,14 @@ async function enter() {
 
 // ---- columns: one set each; the first is what the others are compared with ----
 
+const addable = () => Object.keys(state.info.may_add).filter((name) => !(name in state.info.own));
+
 function addSet() {
-  const { own, adapters } = state.info;
+  const { own, may_add } = state.info;
   const strengths = new Map(Object.entries(own));
-  const offered = adapters.filter(({ name }) => !(name in own));
-  if (offered.length) strengths.set(offered[Math.max(0, state.made - 1 - (Object.keys(own).length > 0)) % offered.length].name, 1);
+  const names = addable();
+  const name = names[Math.max(0, state.made - 1 - (Object.keys(own).length > 0)) % names.length];
+  if (names.length) strengths.set(name, Math.min(1, may_add[name]));
   return addColumn(`Set ${++state.sets}`, strengths);
 }
 
@@ -93,12 +96,13 @@ function addColumn(title, strengths) {
 
 function sliders(column, number) {
   const box = make("fieldset", {}, make("legend", {}, "Strength of forgetting"));
-  const { own, adapters } = state.info;
+  const { own, may_add, adapters } = state.info;
   for (const [n, { name }] of adapters.entries()) {
     const least = own[name] || 0;
+    const greatest = Math.max(least, Math.min(1.5, may_add[name] || 0));
     const id = `strength${number}-${n}`;
     const value = column.strengths.get(name) || 0;
-    const input = make("input", { type: "range", id, min: least, max: Math.max(1.5, least), step: 0.05, value });
+    const input = make("input", { type: "range", id, min: least, max: greatest, step: 0.05, value, disabled: greatest === least });
     const output = make("output", { for: id });
     const show = () => {
       const now = Number(input.value);
