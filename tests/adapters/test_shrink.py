@@ -231,6 +231,7 @@ def test_what_the_base_has_no_place_for_is_refused_by_its_header(tmp_path, modul
 
 def test_an_unpacked_adapter_for_another_base_is_refused_by_its_header(adapter, monkeypatch):
     read = []
+    monkeypatch.setattr("unlearn_peft.adapters.read._SMALL", 0)
     monkeypatch.setattr("unlearn_peft.files.weights._read_block", lambda *a: read.append(a))
     with pytest.raises(AdapterError, match="does not match this base.*trained on"):
         attach(torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4)}), adapter)

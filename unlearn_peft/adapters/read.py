@@ -21,6 +21,7 @@ from .validate import DENSE, check_config, check_manifest, of_module
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
+_SMALL = 16_000_000  # bytes of tensors that are read for any base, so that all that is wrong is told at once
 _COPY_AGAIN = "If it was damaged, copy it again from where it came from"
 T = TypeVar("T")
 
@@ -42,7 +43,8 @@ def read_bundle(
         path: the directory.
         trust: the accepted signers, and whether a signature is required; None: signatures are not checked.
         also: called if there are problems, with as much as could be read; returns further ones.
-        model: the base, where it is at hand: a file with a delta that it has no place for is refused by its header.
+        model: the base, where it is at hand: a large file with a delta that it has no place for is refused by its
+            header.
 
     Raises:
         AdapterError: naming everything that is wrong with it.
@@ -64,9 +66,12 @@ def read_bundle(
     def usable(header: dict[str, Tensor]) -> bool:
         if config is None or in_config:
             return True
-        too_large = _too_large(config, header)
-        problems.extend(too_large)
-        unusable.extend([] if model is None else misplaced(model, deltas_of(config, header, [])))
+        if too_large := _too_large(config, header):
+            problems.append(too_large)
+        elif model is not None and sum(tensor.nbytes for tensor in header.values()) > _SMALL:
+            further: list[str] = []
+            unusable.extend(misplaced(model, deltas_of(config, header, further)))
+            problems.extend(further if unusable else ())
         return not too_large and not unusable
 
     weights = _or_problem(path / WEIGHTS, lambda file: read_weights(file, problems, is_base_weight, usable), problems)
@@ -156,11 +161,11 @@ def _or_problem(path: Path, read: Callable[[Path], T], problems: list[str]) -> T
     return None
 
 
-def _too_large(config: Mapping[str, Any], header: Mapping[str, Tensor]) -> list[str]:
+def _too_large(config: Mapping[str, Any], header: Mapping[str, Tensor]) -> str | None:
     size = sum(tensor.nbytes for tensor in header.values())
     if config["peft_type"].endswith(QUANTIZED) and size > MAX_BYTES:
-        return [f"it holds {size:,} bytes of packed weights, expected at most {MAX_BYTES:,}: leave them unpacked"]
-    return []
+        return f"it holds {size:,} bytes of packed weights, expected at most {MAX_BYTES:,}: leave them unpacked"
+    return None
 
 
 def deltas_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
