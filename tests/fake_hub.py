@@ -1,5 +1,6 @@
 """A local stand-in of the Hub's HTTP API, and of a mirror: honest unless told otherwise."""
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -8,7 +9,7 @@ import time
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
 
 def git_digest(data):
@@ -45,6 +46,10 @@ class Hub:
             begin = int(asked.removeprefix("bytes=").partition("-")[0])
             headers, status = {"content-range": f"bytes {begin}-{len(data) - 1}/{len(data)}"}, 206
         body = data[begin:]
+        if "status" in self.lies:
+            return Response(status_code=self.lies["status"])
+        if "drip" in self.lies:
+            return StreamingResponse(_dripping(body, self.lies["drip"]), status, headers)
         if cut := self.lies.pop("cut once", None) or self.lies.get("cut"):
             return Cut(body, cut, status, headers)
         return Response(body, status, {**headers, **self.lies.get("headers", {})}, "application/octet-stream")
@@ -91,7 +96,7 @@ class Hub:
         @app.get("/mirror/{file}")
         def mirror(file: str, request: Request):
             if "redirect" in self.lies:
-                return RedirectResponse(self.lies["redirect"], 302)
+                return Response(status_code=302, headers={"location": self.lies["redirect"]})
             return self.served(self.mirror[file], request) if file in self.mirror else Response(status_code=404)
 
         @app.post("/api/repos/create")
@@ -121,6 +126,13 @@ class Hub:
                     files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             oid = self.commit(f"{owner}/{name}", files, revision)
             return {"success": True, "commitOid": oid, "commitUrl": f"{request.base_url}{owner}/{name}/commit/{oid}"}
+
+
+async def _dripping(body, seconds):
+    """A byte now and then."""
+    for byte in body:
+        yield bytes([byte])
+        await asyncio.sleep(seconds)
 
 
 class Cut(Response):

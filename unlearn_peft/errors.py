@@ -60,7 +60,12 @@ class OutputError(UnlearnError):
 
 
 class PolicyError(UnlearnError):
-    """A policy that cannot be read or changed, or that does not know a tenant or an adapter."""
+    """A policy that cannot be read or changed, or that does not know a tenant or an adapter.
+
+    `public` is what those outside are told: no paths, no hosts.
+    """
+
+    public: str = "there is no valid policy"
 
 
 class TrainingError(UnlearnError):

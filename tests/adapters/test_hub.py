@@ -1,13 +1,16 @@
 """Adapters to and from a stand-in of the Hub, mirrors, archives: pinned, resumed, checked, and hostile ones refused."""
 
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
+import threading
 
 import pytest
 from fake_hub import Running
@@ -303,6 +306,65 @@ def test_mirrors_that_are_not_to_be_had(hub, adapter, tmp_path):
     hub.lies.clear()
     assert nothing_left(tmp_path)
     assert pull(url, insecure=True).sha256 == digest
+
+
+ODD_REDIRECTS = {
+    "file:///etc/passwd": "no address of a web server", "data:,x": "no address",
+    "ftp://127.0.0.1/x": "no address of a web server", "http://169.254.169.254/x": "is not HTTPS",
+    "http://a:b@127.0.0.1/x": "password", "http://[": "no address", "http://127.0.0.1:99999/": "no address",
+    "http://127.0.0.1/%0d%0aX: y\x7f": "no address|cannot be reached", "": "names no address",
+    "https://": "no address of a web server", "http://\xff.example/": "is not HTTPS",
+    "https://xn--a.example/": "is no address",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("location", ODD_REDIRECTS)
+def test_odd_redirects_are_told(hub, adapter, tmp_path, location):
+    url, digest = mirrored(hub, adapter, tmp_path)
+    hub.lies["redirect"] = location
+    with pytest.raises(AdapterError, match=ODD_REDIRECTS[location]):
+        pull(f"{url}#sha256={digest}")
+    assert nothing_left(tmp_path)
+
+
+def test_a_range_that_is_refused_ends_in_an_error(hub, adapter, tmp_path):
+    url, digest = mirrored(hub, adapter, tmp_path)
+    hub.lies["status"] = 416
+    with pytest.raises(AdapterError, match="status 416, expected a file"):
+        pull(f"{url}#sha256={digest}")
+    hub.lies.clear()
+    assert pull(f"{url}#sha256={digest}").sha256 == digest
+
+
+def test_a_server_that_drips_is_given_up_and_gone_on_with(hub, adapter, monkeypatch):
+    monkeypatch.setattr("unlearn_peft.adapters.hub.download._WINDOW_SECONDS", 0.5)
+    hub.commit(NAME, files_of(adapter))
+    hub.lies["drip"] = 0.05
+    with pytest.raises(AdapterError, match=r"sends \d+ bytes/s, expected at least 1,000 over 0.5 s: stopped"):
+        pull(f"hub:{NAME}")
+    hub.lies.clear()
+    hub.asked.clear()
+    assert files_of(pull(f"hub:{NAME}").path) == files_of(adapter)
+    assert any(asked for _, _, asked, _ in hub.asked)  # it went on where it was
+
+
+def test_a_head_that_drips_is_given_up(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("unlearn_peft.adapters.hub.download._HEAD_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nx: ")
+                while not done.wait(0.1):
+                    connection.sendall(b"y")
+
+        done = threading.Event()
+        threading.Thread(target=drip, daemon=True).start()
+        with pytest.raises(AdapterError, match="no whole head of a response within 0.5 s"):
+            pull(f"http://127.0.0.1:{server.getsockname()[1]}/x.tar.gz#sha256={'0' * 64}")
+        done.set()
 
 
 def tar(entries, path, mode="w"):

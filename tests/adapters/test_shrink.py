@@ -1,6 +1,8 @@
 """Smaller adapters: what they lose, who can read them, and packed weights that lie."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from conftest import logits
 from safetensors.torch import load_file, save_file
 
 from unlearn_peft import attach, detach, read_bundle, unlearn
-from unlearn_peft.adapters.quantized import pack, unpack
+from unlearn_peft.adapters.quantized import pack, packed_matrices
 from unlearn_peft.adapters.transform.export_vllm import export_vllm
 from unlearn_peft.adapters.transform.shrink import shrink
 from unlearn_peft.errors import AdapterError
@@ -43,13 +45,12 @@ def test_a_packed_matrix_comes_back_nearly(bits, most, shape, side):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     problems = []
     stored = pack(f"m.{side}", matrix.T if side == "lora_B" else matrix, bits)
-    found = unpack(stored, problems)[f"m.{side}.weight"]
+    found = packed_matrices(stored, problems)[f"m.{side}.weight"].unpack()
     assert not problems and found.is_contiguous()
     assert (found - (matrix.T if side == "lora_B" else matrix)).norm() / matrix.norm() < most
     assert sum(t.numel() * t.element_size() for t in stored.values()) <= matrix.numel() + 2 * sum(shape) * 2
-    assert torch.equal(
-        unpack(pack(f"m.{side}", torch.zeros(2, 64), bits), [])[f"m.{side}.weight"].abs().max(), torch.tensor(0.0)
-    )
+    zeros = packed_matrices(pack(f"m.{side}", torch.zeros(2, 64), bits), [])[f"m.{side}.weight"]
+    assert zeros.unpack().abs().max() == zeros.largest == 0
 
 
 @pytest.mark.parametrize("how", [{"bits": 8}, {"bits": 4}, {"rank": 4}, {"rank": 2, "bits": 8}, {"rank": 1, "bits": 4}])
@@ -174,6 +175,80 @@ def test_packed_weights_that_lie_are_refused(adapter, tmp_path, name):
 
 def test_too_much_to_unpack_is_refused(adapter, tmp_path, monkeypatch):
     path = shrink(adapter, tmp_path / "small", bits=4).path
-    monkeypatch.setattr("unlearn_peft.adapters.quantized.MAX_BYTES", 100)
+    monkeypatch.setattr("unlearn_peft.adapters.read.MAX_BYTES", 100)
     with pytest.raises(AdapterError, match="bytes of packed weights"):
         read_bundle(path)
+
+
+# --- packed weights that grow -----------------------------------------------------------------------------------------
+
+
+def grown(folder, module, shape, rank):
+    """An adapter of zeros in 4 bits for `module`, in a sparse file of 8 kB on the disk."""
+    name, entries, end = f"base_model.model.{module}", {}, 0
+    for side, size in zip("BA", shape, strict=True):
+        for kind, dtype, columns, width in (("int4", "U8", size // 2, 1), ("scales", "F16", -(-size // 64), 2)):
+            span = [end, end := end + rank * columns * width]
+            entries[f"{name}.lora_{side}.{kind}"] = {"dtype": dtype, "shape": [rank, columns], "data_offsets": span}
+    folder.mkdir()
+    header = json.dumps(entries).encode()
+    with (folder / WEIGHTS).open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + end)
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA_QUANTIZED", "r": rank, "lora_alpha": rank}))
+    return folder
+
+
+def peak(code, *arguments):
+    """The bytes by which a process grows while it runs `code`, which prints what it gives."""
+    code = (
+        "import resource, sys, torch\nfrom unlearn_peft.adapters.read import read_bundle\n"
+        "from unlearn_peft.errors import AdapterError\nfrom unlearn_peft.inference.bank import Bank\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\nbefore = peak()\n"
+        f"{code}\nprint(peak() - before)"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    *said, growth = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return "\n".join(said), int(growth)
+
+
+def test_reading_a_packed_adapter_allocates_its_packed_size(tmp_path):
+    path = grown(tmp_path / "a", "a", (64, 1 << 21), 64)  # 68 MB packed, 537 in float32
+    said, growth = peak("print(read_bundle(sys.argv[1]).deltas['a'].shape)", path)
+    assert said == "(64, 2097152)" and growth < 120e6
+
+
+@pytest.mark.parametrize("module, told", [("a", "'a' has shape (64, 64) in the base"), ("b", "'b' does not exist")])
+def test_what_the_base_has_no_place_for_is_refused_by_its_header(tmp_path, module, told):
+    path = grown(tmp_path / "a", module, (64, 1 << 21), 64)
+    said, growth = peak(
+        "try: Bank(torch.nn.ModuleDict({'a': torch.nn.Linear(64, 64)})).load('it', sys.argv[1])\n"
+        "except AdapterError as error: print(error)",
+        path,
+    )
+    assert told in said and "does not match this base" in said and growth < 20e6
+
+
+def test_an_unpacked_adapter_for_another_base_is_refused_by_its_header(adapter, monkeypatch):
+    read = []
+    monkeypatch.setattr("unlearn_peft.adapters.read._SMALL", 0)
+    monkeypatch.setattr("unlearn_peft.files.weights._read_block", lambda *a: read.append(a))
+    with pytest.raises(AdapterError, match="does not match this base.*trained on"):
+        attach(torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4)}), adapter)
+    assert not read
+
+
+def test_a_packed_rank_beyond_what_a_matrix_can_have_is_refused(tmp_path):
+    with pytest.raises(AdapterError, match=r"rank 65536 and shape \(64, 64\): expected a rank of at most the smaller"):
+        read_bundle(grown(tmp_path / "a", "a", (64, 64), 1 << 16))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("side", ["lora_A", "lora_B"])
+def test_blocks_make_the_same_matrix(bits, side, monkeypatch):
+    matrix = torch.randn((5, 200) if side == "lora_A" else (200, 5), generator=torch.Generator().manual_seed(1))
+    (packed,) = packed_matrices(pack(f"m.{side}", matrix, bits), []).values()
+    whole, largest = packed.unpack(), packed.largest
+    for block in (64, 128, 512):
+        monkeypatch.setattr("unlearn_peft.adapters.quantized._BLOCK", block)
+        assert torch.equal(packed.unpack(), whole) and packed.largest == largest == whole.abs().max()

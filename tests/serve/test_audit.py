@@ -5,12 +5,17 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 
 import pytest
+from fastapi.testclient import TestClient
 
 from unlearn_peft.errors import OutputError, PolicyError
 from unlearn_peft.serve import audit as audit_module
+from unlearn_peft.serve.api.app import create_app
 from unlearn_peft.serve.audit import AuditLog
+from unlearn_peft.serve.engine.base import EngineStats
+from unlearn_peft.serve.handler import RequestHandler
 from unlearn_peft.serve.policy.store import PolicyStore
 
 
@@ -109,6 +114,86 @@ def test_a_second_writer_is_locked_out(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert numbers(path) == [2, 4]
     log.close()
+
+
+class Engine:
+    """As much of an engine as /readyz asks for."""
+
+    trouble = None
+
+    async def problem(self):
+        return self.trouble
+
+    def stats(self):
+        return EngineStats()
+
+    async def close(self):
+        pass
+
+
+@pytest.fixture
+def ready(tmp_path):
+    """A handler whose policy is in a store, and what its /readyz says."""
+    with TestClient(create_app(handler := handler_of(tmp_path))) as web:
+
+        def ask():
+            answer = web.get("/readyz")
+            assert (answer.status_code == 200) == (answer.json()["problem"] is None)
+            assert str(tmp_path) not in answer.text
+            return answer.json()["problem"]
+
+        yield handler, ask
+
+
+def handler_of(folder):
+    store = PolicyStore(folder / "tenants.db", create=True, grace=0.0)
+    store.add("acme", who="me")
+    return RequestHandler(Engine(), store, audit=AuditLog(folder / "audit" / "audit.jsonl"))
+
+
+def test_not_ready_while_the_audit_log_cannot_be_written(ready, monkeypatch):
+    handler, ask = ready
+    assert ask() is None
+    path = handler.audit.path
+    path.unlink()
+    path.mkdir()
+    assert ask() == "the audit log cannot be written (Is a directory)"
+    path.rmdir()
+    assert ask() is None and path.read_bytes() == b""
+    handler.audit.write("x", n=1)
+    real = os.write
+    for failing in (lambda file, line: real(file, line[:10]), lambda *_: os.read(-1, 1)):
+        monkeypatch.setattr(audit_module.os, "write", failing)
+        with pytest.raises(OutputError):
+            handler.audit.write("x", n=2)
+        assert ask().startswith("the audit log cannot be written (") and ask()
+        monkeypatch.undo()
+        assert ask() is None and numbers(path) == [1], "without a request, and with no line of its own"
+    handler.audit.required = False
+    path.unlink()
+    path.mkdir()
+    assert ask() is None, "requests are answered without a line"
+
+
+def test_not_ready_where_the_disk_is_full(ready, monkeypatch):
+    _, ask = ready
+    full = os.statvfs_result((4096, 4096, 1000, 0, 0, 9, 9, 9, 0, 255))
+    monkeypatch.setattr(audit_module.os, "statvfs", lambda _: full)
+    assert ask() == "the audit log cannot be written (No space left on device)"
+
+
+def test_not_ready_while_the_store_cannot_be_reached(ready, tmp_path):
+    handler, ask = ready
+    assert ask() is None
+    (tmp_path / "tenants.db").rename(tmp_path / "away.db")
+    deadline = time.monotonic() + 20
+    while ask() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ask() == "the policy store cannot be reached"
+    handler.engine.trouble = "no vLLM server answers"
+    assert ask() == "no vLLM server answers"
+    handler.draining = True
+    assert ask() == "the server is shutting down"
 
 
 def as_nobody(act, answers):

@@ -392,7 +392,8 @@ def test_no_policy_no_answer(serve, values):
     with pytest.raises(openai.InternalServerError) as told:
         complete(client(url), "x")
     assert told.value.status_code == 503 and told.value.code == "policy_unavailable" and "/etc" not in str(told.value)
-    assert httpx.get(f"{url}/readyz").status_code == 503
+    ready = httpx.get(f"{url}/readyz")
+    assert ready.status_code == 503 and ready.json()["problem"] == "there is no valid policy"
 
 
 def test_without_a_policy_anyone_is_the_local_tenant(serve, values):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from ..files.weights import TensorDigest
 from ..models.fingerprint import fingerprint, mismatches
 from ..models.layers import is_transposed, submodule
 from .names import weight_name
+from .quantized import PackedMatrix
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "forget.json"
 CARD, CURVES = "README.md", "curves.png"
@@ -44,8 +45,39 @@ class Delta:
 
     def matrix(self) -> Tensor:
         """Return the whole delta (out, in), multiplied out in float32."""
-        up = self.up.float()
-        return up * self.scale if self.down is None else (self.scale * up) @ self.down.float()
+        up, down = self.up.float(), self.down
+        return up * self.scale if down is None else (self.scale * up) @ down.float()
+
+
+class PackedDelta(Delta):
+    """A delta that stays packed: `up` and `down` are unpacked each time that they are read."""
+
+    def __init__(self, up: PackedMatrix, down: PackedMatrix | None, scale: float = 1.0) -> None:
+        for name, value in (("_up", up), ("_down", down), ("scale", scale)):
+            object.__setattr__(self, name, value)
+
+    _up: PackedMatrix
+    _down: PackedMatrix | None
+
+    @property
+    def up(self) -> Tensor:
+        """See `Delta`; a new tensor in float32."""
+        return self._up.unpack()
+
+    @property
+    def down(self) -> Tensor | None:
+        """See `Delta`; a new tensor in float32."""
+        return None if self._down is None else self._down.unpack()
+
+    @property
+    def rank(self) -> int | None:
+        """See `Delta`."""
+        return None if self._down is None else self._down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """See `Delta`."""
+        return self._up.shape[0], (self._down or self._up).shape[1]
 
 
 @dataclass(frozen=True)
@@ -96,24 +128,31 @@ class Bundle:
                 fingerprint that differs.
         """
         problems, different = self.misfits(model, tokenizer, allow_different_base, known)
-        trained_on = safe_repr(self.manifest.get("base", {}).get("name") or self.config.get("base_model_name_or_path"))
         if problems:
-            refuse(
-                f"the adapter {self.path} does not match this base (it was trained on {trained_on})",
-                problems,
-                "Load the base that it was trained on, or train an adapter for this one",
-            )
+            self.refuse_for_base(problems)
         if different:
             logger.warning(
                 "UNSAFE: the adapter %s was trained on %s, and this base differs in its %s. It is attached, because "
                 "different bases were allowed. What it forgets here, and what else it harms, was never measured",
                 self.path,
-                trained_on,
+                self._trained_on,
                 " and ".join(different),
             )
         if self.base_weights:
             logger.info("the adapter %s %s: equal to this base's, and left out", self.path, self.carried)
         return different
+
+    def refuse_for_base(self, problems: Sequence[str]) -> NoReturn:
+        """Raise an AdapterError that says why the adapter does not match a base."""
+        refuse(
+            f"the adapter {self.path} does not match this base (it was trained on {self._trained_on})",
+            problems,
+            "Load the base that it was trained on, or train an adapter for this one",
+        )
+
+    @property
+    def _trained_on(self) -> str:
+        return safe_repr(self.manifest.get("base", {}).get("name") or self.config.get("base_model_name_or_path"))
 
     @property
     def carried(self) -> str:
@@ -135,26 +174,32 @@ class Bundle:
         self, model: Any, tokenizer: Any | None, allow_different_base: bool, known: Mapping[str, Any] | None
     ) -> tuple[list[str], tuple[str, ...]]:
         """Return the problems that `check_fits` would raise, and what it would return."""
-        problems = []
-        for name, delta in self.deltas.items():
-            module = submodule(model, name)
-            weight = getattr(module, "weight", None)
-            if module is None or weight is None or isinstance(module, nn.Embedding):
-                what = "does not exist" if module is None else "is no linear layer"
-                problems.append(f"module '{name}' {what} in the base")
-                continue
-            if isinstance(module, nn.Linear):  # a quantised one stores its weight in another shape
-                expected = module.out_features, module.in_features
-            else:
-                expected = tuple(weight.T.shape if is_transposed(module) else weight.shape)
-            if delta.shape != expected:
-                problems.append(f"'{name}' has shape {expected} in the base, the adapter was made for {delta.shape}")
+        problems = misplaced(model, self.deltas)
         noted = self.manifest.get("base", {}).get("fingerprint", {})
         different = tuple(mismatches(noted, known or fingerprint(model, tokenizer))) if noted else ()
         if not allow_different_base:
             problems += [f"the base's {part} is not the one that the adapter was trained on" for part in different]
         problems += filter(None, (_unlike(model, key, kept) for key, kept in self.base_weights.items()))
         return problems, different
+
+
+def misplaced(model: Any, deltas: Mapping[str, Delta]) -> list[str]:
+    """Return which deltas a base has no place for, by their shapes alone."""
+    problems = []
+    for name, delta in deltas.items():
+        module = submodule(model, name)
+        weight = getattr(module, "weight", None)
+        if module is None or weight is None or isinstance(module, nn.Embedding):
+            what = "does not exist" if module is None else "is no linear layer"
+            problems.append(f"module '{name}' {what} in the base")
+            continue
+        if isinstance(module, nn.Linear):  # a quantised one stores its weight in another shape
+            expected = module.out_features, module.in_features
+        else:
+            expected = tuple(weight.T.shape if is_transposed(module) else weight.shape)
+        if delta.shape != expected:
+            problems.append(f"'{name}' has shape {expected} in the base, the adapter was made for {delta.shape}")
+    return problems
 
 
 def prompt_format_of(manifest: Mapping[str, Any]) -> str | None:

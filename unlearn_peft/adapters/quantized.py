@@ -1,12 +1,14 @@
 """A quantised adapter's tensors: 8 or 4 bits a value, with one scale for each group of `GROUP` values of a row.
 
-`pack` makes two tensors of a safetensors file from a matrix; `unpack` makes matrices from all tensors of such a file.
-Factors are packed along their long side, so that a row is one rank: `lora_B` is stored transposed.
+`pack` makes two tensors of a safetensors file from a matrix; `packed_matrices` finds the matrices among all tensors of
+such a file. They stay packed until one is used, since they grow eightfold. Factors are packed along their long side, so
+that a row is one rank: `lora_B` is stored transposed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,11 +17,62 @@ from ..files.weights import FLOATS, LARGEST, largest_of
 
 GROUP = 64  # values that share a scale
 QUANTIZED = "_QUANTIZED"  # suffix of peft_type: PEFT refuses such a type instead of ignoring the tensors
-MAX_BYTES = 1 << 29  # packed; unpacked it is up to eight times as much
+MAX_BYTES = 1 << 29  # of a file, packed
 _SMALLEST = 6e-5  # the smallest normal number in float16, for scales
 # of a group's largest value: a smaller step may fit the other values better
 _CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 _TRANSPOSED = "lora_B"
+_BLOCK = 1 << 20  # values that are unpacked at once
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix in its packed form; its values are checked by nobody, see `largest`."""
+
+    values: Tensor  # (rows, columns) of int8, or (rows, columns / 2) of uint8
+    scales: Tensor  # (rows, groups) of float16
+    transposed: bool  # the matrix is (columns, rows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The matrix's own shape."""
+        rows, columns = self.values.shape
+        columns *= 2 if self.values.dtype == torch.uint8 else 1
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude of its numbers, NaN if one is."""
+        return max(map(largest_of, (block for _, _, block in self._blocks())), key=lambda x: (x != x, x))
+
+    def dim(self) -> int:
+        """As of a tensor: 2."""
+        return 2
+
+    def unpack(self) -> Tensor:
+        """Return the matrix in float32; nothing else of its size is allocated."""
+        matrix = torch.empty(self.shape)
+        rows = matrix.T if self.transposed else matrix
+        for row, column, block in self._blocks():
+            rows[row : row + block.shape[0], column : column + block.shape[1]] = block
+        return matrix
+
+    def _blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the matrix as stored in blocks of float32, each with its first row and column."""
+        a_byte = 2 if self.values.dtype == torch.uint8 else 1
+        width = min(self.values.shape[1] * a_byte, _BLOCK)
+        height = max(_BLOCK // width, 1)
+        for row in range(0, len(self.values), height):
+            for column in range(0, self.values.shape[1] * a_byte, width):
+                values = self.values[row : row + height, column // a_byte : (column + width) // a_byte]
+                if a_byte == 2:
+                    values = torch.stack([(values & 15).to(torch.int8) - 8, (values >> 4).to(torch.int8) - 8], -1)
+                block = values.flatten(1).float()
+                groups = self.scales[row : row + height, column // GROUP : -(-(column + width) // GROUP)].float()
+                yield row, column, block.mul_(groups.repeat_interleave(GROUP, 1)[:, : block.shape[1]])
+
+
+Matrix = Tensor | PackedMatrix
 
 
 def pack(name: str, matrix: Tensor, bits: int) -> dict[str, Tensor]:
@@ -45,17 +98,17 @@ def pack(name: str, matrix: Tensor, bits: int) -> dict[str, Tensor]:
     return {f"{name}.int4": (low | high << 4).contiguous(), **packed}
 
 
-def floats(kind: str, tensors: Mapping[str, Tensor], problems: list[str]) -> Mapping[str, Tensor]:
-    """Return the float tensors of a weights file, unpacked if `kind`, its peft_type, is a quantised one.
+def floats(kind: str, tensors: Mapping[str, Tensor], problems: list[str]) -> Mapping[str, Matrix]:
+    """Return the matrices of a weights file, still packed if `kind`, its peft_type, is a quantised one.
 
-    What is wrong is added to `problems`.
+    What is wrong is added to `problems`. On the device `meta`, where tensors have shapes only, numbers are not checked.
     """
     if kind.endswith(QUANTIZED):
-        unpacked = unpack(tensors, problems)
-        for key, tensor in unpacked.items():
-            if (largest := largest_of(tensor)) > LARGEST:
+        matrices = packed_matrices(tensors, problems)
+        for key, matrix in matrices.items():
+            if not matrix.values.is_meta and not (largest := matrix.largest) <= LARGEST:
                 problems.append(f"'{key}' unpacks to {largest:.3g}")
-        return unpacked
+        return matrices
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             dtype = "I8" if tensor.dtype == torch.int8 else "U8"
@@ -63,12 +116,9 @@ def floats(kind: str, tensors: Mapping[str, Tensor], problems: list[str]) -> Map
     return {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
 
 
-def unpack(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Tensor]:
-    """Return the matrices in float32, by the names of a plain adapter's; what is wrong is added to `problems`."""
-    if (size := sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())) > MAX_BYTES:
-        problems.append(f"it holds {size:,} bytes of packed weights, expected at most {MAX_BYTES:,}")
-        return {}
-    unpacked: dict[str, Tensor] = {}
+def packed_matrices(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, PackedMatrix]:
+    """Return the packed matrices by the names of a plain adapter's; what is wrong is added to `problems`."""
+    matrices: dict[str, PackedMatrix] = {}
     for key in sorted(tensors):
         name, _, kind = key.rpartition(".")
         if kind == "scales":
@@ -88,11 +138,7 @@ def unpack(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Tens
         if scales.dtype != torch.float16:
             problems.append(f"'{name}.scales' has another dtype than F16")
             continue
-        if f"{name}.weight" in unpacked:
+        if f"{name}.weight" in matrices:
             problems.append(f"'{name}' is packed twice")
-        if kind == "int4":
-            values = torch.stack([(values & 15).to(torch.int8) - 8, (values >> 4).to(torch.int8) - 8], -1)
-        matrix = values.view(len(values), columns).float()
-        matrix *= scales.float().repeat_interleave(GROUP, 1)[:, :columns]
-        unpacked[f"{name}.weight"] = matrix.T.contiguous() if name.endswith(_TRANSPOSED) else matrix
-    return unpacked
+        matrices[f"{name}.weight"] = PackedMatrix(values, scales, name.endswith(_TRANSPOSED))
+    return matrices

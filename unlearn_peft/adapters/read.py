@@ -15,20 +15,25 @@ from torch import Tensor
 from ..errors import AdapterError, refuse, safe_repr
 from ..files.untrusted import list_files, read_file, sha256_of, strict_json
 from ..files.weights import LARGEST, Weights, read_header, read_weights
-from .bundle import CONFIG, MANIFEST, WEIGHTS, Bundle, Delta
+from .bundle import CONFIG, MANIFEST, WEIGHTS, Bundle, Delta, PackedDelta, misplaced
 from .names import factor_of, is_base_weight, why_not_lora
-from .quantized import floats
+from .quantized import MAX_BYTES, QUANTIZED, Matrix, PackedMatrix, floats
 from .trust import SIGNATURE, UNSIGNED, Trust
 from .validate import DENSE, check_config, check_manifest, of_module
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
+_SMALL = 16_000_000  # bytes of tensors that are read for any base, so that all that is wrong is told at once
 _COPY_AGAIN = "If it was damaged, copy it again from where it came from"
 T = TypeVar("T")
 
 
 def read_bundle(
-    path: str | Path, *, trust: Trust | None = None, also: Callable[[Bundle], Sequence[str]] | None = None
+    path: str | Path,
+    *,
+    trust: Trust | None = None,
+    also: Callable[[Bundle], Sequence[str]] | None = None,
+    model: Any = None,
 ) -> Bundle:
     """Read and check an adapter directory: safetensors only, sizes before allocation, all problems in one error.
 
@@ -40,6 +45,8 @@ def read_bundle(
         path: the directory.
         trust: the accepted signers, and whether a signature is required; None: signatures are not checked.
         also: called if there are problems, with as much as could be read; returns further ones.
+        model: the base, where it is at hand: a large file with a delta that it has no place for is refused by its
+            header.
 
     Raises:
         AdapterError: naming everything that is wrong with it.
@@ -54,16 +61,29 @@ def read_bundle(
         for name in pickles
         if name.startswith("adapter_model")
     ]
-    weights = _or_problem(path / WEIGHTS, lambda file: read_weights(file, problems, is_base_weight), problems)
+    files, in_config, unusable = {WEIGHTS: "unread"}, list[str](), list[str]()
+    if (config := read_json(path / CONFIG, files, in_config)) is not None:
+        in_config += check_config(config)
+
+    def usable(header: dict[str, Tensor]) -> bool:
+        if config is None or in_config:
+            return True
+        if too_large := _too_large(config, header):
+            problems.append(too_large)
+        elif model is not None and sum(tensor.nbytes for tensor in header.values()) > _SMALL:
+            further: list[str] = []
+            unusable.extend(misplaced(model, deltas_of(config, header, further)))
+            problems.extend(further if unusable else ())
+        return not too_large and not unusable
+
+    weights = _or_problem(path / WEIGHTS, lambda file: read_weights(file, problems, is_base_weight, usable), problems)
     weights = weights or Weights({}, "unread", {})
-    files = {WEIGHTS: weights.sha256}
-    config = read_json(path / CONFIG, files, problems)
+    files[WEIGHTS] = weights.sha256
+    problems += in_config
     manifest = read_json(path / MANIFEST, files, problems) if MANIFEST in names else None
     deltas: dict[str, Delta] = {}
-    if config is not None:
-        problems += (wrong := check_config(config))
-        if weights.tensors and not wrong:
-            deltas = deltas_of(config, weights.tensors, problems)
+    if config is not None and weights.tensors and not in_config:
+        deltas = deltas_of(config, weights.tensors, problems)
     if manifest is not None and (wrong := check_manifest(manifest)):
         problems, manifest = problems + wrong, None
     manifest = manifest or {}
@@ -85,10 +105,13 @@ def read_bundle(
     bundle = Bundle(
         path, config or {}, deltas, manifest, files[WEIGHTS], identity, files, signature, signed_by, weights.digests
     )
-    if weights.digests and not deltas and not problems:
+    if weights.digests and not deltas and not problems and not unusable:
         problems.append("it holds weights of a base and no LoRA")
-    if problems:
-        refuse(f"the adapter {path} is refused", [*problems, *(also(bundle) if also else ())], _COPY_AGAIN)
+    if problems or unusable:
+        further = [*unusable, *(also(bundle) if also else ())]
+        if not problems:
+            bundle.refuse_for_base(further)
+        refuse(f"the adapter {path} is refused", [*problems, *further], _COPY_AGAIN)
     return bundle
 
 
@@ -154,13 +177,20 @@ def _or_problem(path: Path, read: Callable[[Path], T], problems: list[str]) -> T
     return None
 
 
+def _too_large(config: Mapping[str, Any], header: Mapping[str, Tensor]) -> str | None:
+    size = sum(tensor.nbytes for tensor in header.values())
+    if config["peft_type"].endswith(QUANTIZED) and size > MAX_BYTES:
+        return f"it holds {size:,} bytes of packed weights, expected at most {MAX_BYTES:,}: leave them unpacked"
+    return None
+
+
 def deltas_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
     """Return the deltas that an adapter's tensors are; what is wrong with them is added to `problems`."""
-    tensors = floats(config["peft_type"], tensors, problems)
+    matrices = floats(config["peft_type"], tensors, problems)
     if not config["peft_type"].startswith(DENSE):
-        return _lora_deltas(config, tensors, problems)
+        return _lora_deltas(config, matrices, problems)
     deltas: dict[str, Delta] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in matrices.items():
         stem = key.removesuffix(".weight")
         module = stem.removesuffix(".dense_head_delta").removeprefix("base_model.model.")
         if tensor.dim() != 2 or not stem.endswith(".dense_head_delta"):
@@ -168,12 +198,16 @@ def deltas_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems
             continue
         if module in deltas:
             problems.append("two tensors are for the same module")
-        deltas[module] = Delta(tensor, None)
+        deltas[module] = _delta(tensor, None)
     return deltas
 
 
-def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Delta]:
-    sides: dict[str, dict[str, Tensor]] = {}  # by module
+def _delta(up: Matrix, down: Matrix | None, scale: float = 1.0) -> Delta:
+    return (PackedDelta if isinstance(up, PackedMatrix) else Delta)(up, down, scale)  # type: ignore[arg-type]
+
+
+def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Matrix], problems: list[str]) -> dict[str, Delta]:
+    sides: dict[str, dict[str, Matrix]] = {}  # by module
     others: dict[str, None] = {}
     for key in sorted(tensors):
         if (factor := factor_of(key)) is None:
@@ -197,5 +231,10 @@ def _lora_deltas(config: Mapping[str, Any], tensors: Mapping[str, Tensor], probl
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         if abs(scale) > LARGEST:
             problems.append(f"'{module}' is scaled by {scale:.3g}, expected at most {LARGEST:g}: see its lora_alpha")
-        deltas[module] = Delta(up, down, scale)
+        deltas[module] = delta = _delta(up, down, scale)
+        if isinstance(up, PackedMatrix) and rank > min(delta.shape):
+            problems.append(
+                f"'{module}' has rank {rank} and shape {delta.shape}: expected a rank of at most the smaller size in "
+                "packed weights, as `unlearn-peft shrink` writes them"
+            )
     return deltas

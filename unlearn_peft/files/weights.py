@@ -63,7 +63,12 @@ def digest_of(tensor: Tensor, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
-def read_weights(path: Path, problems: list[str], compare_only: Callable[[str], bool] = lambda _: False) -> Weights:
+def read_weights(
+    path: Path,
+    problems: list[str],
+    compare_only: Callable[[str], bool] = lambda _: False,
+    usable: Callable[[dict[str, Tensor]], bool] = lambda _: True,
+) -> Weights:
     """Read a safetensors file; what is wrong with it is added to `problems`.
 
     The header is checked before anything is allocated for what it promises, and all is read once, from one open file:
@@ -73,6 +78,7 @@ def read_weights(path: Path, problems: list[str], compare_only: Callable[[str], 
         path: the file.
         problems: is added to.
         compare_only: says by its name whether a tensor is read into a digest and not kept.
+        usable: gets the others' shapes and dtypes, as tensors on the device `meta`; if it says no, none is read.
 
     Raises:
         AdapterError: if it cannot be read at all, see `opened`.
@@ -80,13 +86,18 @@ def read_weights(path: Path, problems: list[str], compare_only: Callable[[str], 
     with opened(path, MAX_WEIGHT_BYTES) as (stream, size):
         try:
             head, header = _read_header(stream, size)
+            kept = {key: entry for key, entry in header.items() if not compare_only(key)}
+            shapes = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (dtype, shape) in kept.items()}
+            is_usable = usable(shapes)
         except ValueError as error:
             problems.append(f"{path.name}: {error}")
+            is_usable = False
+        if not is_usable:
             stream.seek(0)
             return Weights({}, sha256_of_stream(stream), {})
         digest, tensors, digests = hashlib.sha256(head), {}, {}
         for key, (dtype, shape) in header.items():
-            if compare_only(key):
+            if key not in kept:
                 digests[key] = _read_digest(path, stream, dtype, shape, digest)
             else:
                 data = _read_block(path, stream, math.prod(shape) * dtype.itemsize, digest)

@@ -207,7 +207,10 @@ class Bank:
         if isinstance(adapter, Bundle):
             return adapter if trust is None else replace(adapter, signed_by=trust.check(adapter))
         return read_bundle(
-            adapter, trust=trust, also=lambda bundle: bundle.misfits(**self._base(bundle, allow_different_base))[0]
+            adapter,
+            trust=trust,
+            also=lambda bundle: bundle.misfits(**self._base(bundle, allow_different_base))[0],
+            model=self.model,
         )
 
     def attach(

@@ -47,7 +47,8 @@ class LoadedAdapter:
         for name, delta in bundle.deltas.items():
             weight = cast(Any, submodule(model, name)).weight
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
-            down = None if delta.down is None else delta.down.to(weight.device, dtype)
+            down = delta.down
+            down = None if down is None else down.to(weight.device, dtype)
             deltas[name] = Delta(delta.up.to(weight.device, dtype), down, delta.scale)
         return cls(replace(bundle, deltas={}), deltas, different_base)
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..inference.adapter_cache import Applied
 
 logger = logging.getLogger(__name__)
+_BLOCK = 4096  # bytes that must be free
 
 
 @dataclass(eq=False)
@@ -55,7 +56,7 @@ class AuditLog:
     def __post_init__(self) -> None:
         self.path = Path(self.path)  # a string will do
         self._lock = threading.Lock()
-        self._reopen = False
+        self._reopen = self._failed = False  # asked to; the last line could not be written
         self._file: int | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,9 +71,31 @@ class AuditLog:
         line = json.dumps({"time": time, "event": event, **fields}, ensure_ascii=False) + "\n"
         try:
             with self._lock:
+                self._failed = True
                 self._append(line.encode())
+                self._failed = False
         except OSError as error:
             raise OutputError(f"cannot write to the audit log {self.path}: {error.strerror}") from None
+
+    def problem(self) -> str | None:
+        """Return why no line can be written now, without the file's path, or None; for /readyz.
+
+        After a line that failed, it tries with blank ones, which it takes back: nobody may send a request meanwhile.
+        """
+        try:
+            with self._lock:
+                file = self._open_file(0)
+                if self._failed:
+                    regular = stat.S_ISREG(os.fstat(file).st_mode)
+                    self._put(file, b"\n" * (_BLOCK if regular else 1))
+                    if regular:
+                        os.ftruncate(file, self._size)
+                    self._failed = False
+                elif _is_full(self.path.parent):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            return f"the audit log cannot be written ({error.strerror})"
+        return None
 
     def reopen(self) -> None:
         """Close the file before the next line and open what is then at its path. Safe in a signal handler."""
@@ -86,24 +109,31 @@ class AuditLog:
                 self._close()
 
     def _append(self, line: bytes) -> None:
+        file = self._open_file(len(line))
+        self._put(file, line)
+        self._size += len(line)
+        if self.fsync:
+            os.fsync(file)
+
+    def _put(self, file: int, data: bytes) -> None:
+        if os.write(file, data) != len(data):  # the disk is full: remove the torn line
+            os.ftruncate(file, self._size)
+            raise OSError(errno.ENOSPC, "no space left for a whole line")
+
+    def _open_file(self, room: int) -> int:
+        """Return the file that the next `room` bytes belong to."""
         if self._file is not None and not self._is_there(self._file):
             logger.warning("the audit log %s was moved or deleted: a new one begins", self.path)
             self._reopen = True
         if self._reopen:
             self._reopen = False
             self._close()
-        if self._file is not None and self._size and self._size + len(line) > self.max_bytes:
+        if self._file is not None and self._size and self._size + room > self.max_bytes:
             self._rotate()
         if self._file is None:
             self._open()
         assert self._file is not None
-        written = os.write(self._file, line)
-        if written != len(line):  # the disk is full: remove the torn line
-            os.ftruncate(self._file, self._size)
-            raise OSError(errno.ENOSPC, "no space left for a whole line")
-        self._size += written
-        if self.fsync:
-            os.fsync(self._file)
+        return self._file
 
     def _open(self) -> None:
         while self._file is None:
@@ -152,6 +182,14 @@ class AuditLog:
 
     def _rotated(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")
+
+
+def _is_full(folder: Path) -> bool:
+    if not hasattr(os, "statvfs"):
+        return False
+    free = os.statvfs(folder)
+    blocks = free.f_bavail if os.geteuid() else free.f_bfree
+    return free.f_blocks > 0 and blocks * free.f_frsize < _BLOCK
 
 
 def _ends_a_line(path: Path) -> bool:

@@ -1,7 +1,8 @@
 """One file from an untrusted HTTPS server: bounded, resumed where it broke off, and checked before it gets its name.
 
 A URL and what is `Expected` come in; a whole file goes out, or one error. An unfinished download stays as `.part` and
-is resumed by Range; one that does not match what is expected is deleted.
+is resumed by Range; one that does not match what is expected is deleted. The HTTP library bounds the time of each read;
+how long all may take is bounded here, by a smallest rate and a time for the response's head.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
@@ -22,6 +26,9 @@ _MAX_REDIRECTS = 5
 _TRIES = 3
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _BLOCK = 1 << 20
+_HEAD_SECONDS = 90.0  # to connect, and until a response's head is there
+_WINDOW_SECONDS = 30.0  # in each of which a body must come at
+_MIN_RATE = 1000  # bytes/s
 
 
 class Expected(NamedTuple):
@@ -37,9 +44,9 @@ def check_url(url: str, insecure: bool = False) -> None:
     """Raise an AdapterError for what is not HTTPS; HTTP is for this machine, or with `insecure`."""
     try:
         parts = urlsplit(url)
-        host = parts.hostname or ""
-    except ValueError:
-        raise AdapterError(f"{safe_repr(url)} is no address") from None
+        host, _ = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise AdapterError(f"{safe_repr(url)} is no address ({error}): expected https://...") from None
     if parts.username or parts.password:
         raise AdapterError("an address with a password in it would be seen in logs: leave it out")
     if not host or parts.scheme not in ("http", "https"):
@@ -101,7 +108,7 @@ def _resume(part: Path, url: str, expected: Expected, headers: Mapping[str, str]
         try:
             with _response(web, url, ranged, insecure) as response:
                 status = response.status_code
-                if status == 416:  # the file is shorter than what is here: begin anew
+                if status == 416 and have:  # the file is shorter than what is here: begin anew
                     part.unlink()
                     continue
                 if status not in (200, 206):
@@ -147,17 +154,58 @@ def _response(web: Any, url: str, headers: Mapping[str, str], insecure: bool) ->
     with web.Client(follow_redirects=False, timeout=web.Timeout(60, connect=15)) as client:
         for _ in range(_MAX_REDIRECTS + 1):
             check_url(url, insecure)
-            with client.stream("GET", url, headers=sent) as response:
+            with _opened(web, client, url, sent) as response:
                 if response.status_code not in (301, 302, 303, 307, 308):
                     yield response
                     return
-                location = urljoin(url, response.headers.get("location", ""))
+                location = _target(url, response.headers.get("location", ""))
             if urlsplit(url).scheme == "https" and urlsplit(location).scheme != "https":
                 raise AdapterError(f"{_shown(url)} redirects to {_shown(location)}, which is not HTTPS")
             if urlsplit(location).netloc != urlsplit(url).netloc:
                 sent = {name: value for name, value in sent.items() if name.lower() in ("accept-encoding", "range")}
             url = location
     raise AdapterError(f"{_shown(url)} redirects more than {_MAX_REDIRECTS} times")
+
+
+@contextmanager
+def _opened(web: Any, client: Any, url: str, headers: Mapping[str, str]) -> Iterator[Any]:
+    """Yield a response whose head is there; closed afterwards."""
+    result: Queue[Any] = Queue()
+
+    def send() -> None:
+        try:
+            result.put(client.send(client.build_request("GET", url, headers=headers), stream=True))
+        except Exception as error:
+            result.put(error)
+
+    Thread(target=send, daemon=True).start()  # the library has no bound on a head that comes byte by byte
+    try:
+        response = result.get(timeout=_HEAD_SECONDS)
+    except Empty:
+        raise AdapterError(
+            f"{_shown(url)} sent no whole head of a response within {_HEAD_SECONDS:g} s: try again later, or elsewhere"
+        ) from None
+    if isinstance(response, (ValueError, web.InvalidURL)):
+        why = safe_repr(str(response))
+        raise AdapterError(f"{_shown(url)} is no address, or redirects to what is no address ({why}): check the name")
+    if isinstance(response, Exception):
+        raise response
+    try:
+        yield response
+    finally:
+        response.close()
+
+
+def _target(url: str, location: str) -> str:
+    """Return where a redirect leads, not checked yet."""
+    try:
+        if not location.strip():
+            raise ValueError("it names no address")
+        return urljoin(url, location)
+    except ValueError as error:
+        raise AdapterError(
+            f"{_shown(url)} redirects to {_shown(location)}, which is no address ({error}): its server is at fault"
+        ) from None
 
 
 def _blocks(response: Any, max_bytes: int) -> Iterator[bytes]:
@@ -168,11 +216,20 @@ def _blocks(response: Any, max_bytes: int) -> Iterator[bytes]:
     promised = response.headers.get("content-length", "")
     if promised.isdigit() and int(promised) > max_bytes:
         raise AdapterError(f"{url} has {int(promised):,} bytes (still to come), expected at most {max_bytes:,}")
+    received, began = 0, time.monotonic()  # in this window
     for block in response.iter_raw():  # as it arrives, so that a broken download keeps all of it
         max_bytes -= len(block)
         if max_bytes < 0:
             raise AdapterError(f"{url} sends more bytes than expected: stopped")
         yield block
+        received, seconds = received + len(block), time.monotonic() - began
+        if seconds >= _WINDOW_SECONDS:
+            if received < _MIN_RATE * seconds:
+                raise AdapterError(
+                    f"{url} sends {received / seconds:.0f} bytes/s, expected at least {_MIN_RATE:,} over "
+                    f"{_WINDOW_SECONDS:g} s: stopped. Try again later, or another server or network"
+                )
+            received, began = 0, time.monotonic()
 
 
 def _library() -> Any:

@@ -141,7 +141,7 @@ def vllm_problems(model: Any, deltas: Mapping[str, Delta]) -> list[str]:
     return [
         f"'{name}' has {rows} tokens, vLLM takes a LoRA on at most {LARGEST_HEAD}"
         for name in names
-        if (rows := deltas[name].up.shape[0]) > LARGEST_HEAD
+        if (rows := deltas[name].shape[0]) > LARGEST_HEAD
     ]
 
 

@@ -43,7 +43,7 @@ def stack(
         AdapterError: if one is dense, or their bases differ.
     """
     pairs = in_order(weighted([read_bundle(path, trust=trust) for path in adapters], strengths))
-    dense = [str(bundle.path) for bundle, _ in pairs if any(delta.down is None for delta in bundle.deltas.values())]
+    dense = [str(bundle.path) for bundle, _ in pairs if any(delta.rank is None for delta in bundle.deltas.values())]
     if dense:
         raise AdapterError(f"cannot stack a dense head: {', '.join(dense)}. Attach it beside the stack instead.")
     tensors: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import AdapterError
 from ...files.atomic import folder_bytes
 from ..bundle import WEIGHTS, Delta
-from ..quantized import QUANTIZED, pack, unpack
+from ..quantized import QUANTIZED, pack, packed_matrices
 from ..read import read_bundle
 from ..trust import Trust
 from ..validate import DENSE, LORA
@@ -80,8 +80,10 @@ def shrink(
         raise AdapterError(f"the rank is {rank}: expected at least 1")
     bundle = read_bundle(adapter, trust=trust)
     bundle.check_without_base()
-    parts = [part for delta in bundle.deltas.values() for part in (delta.up, delta.down) if part is not None]
-    dtype = reduce(torch.promote_types, {part.dtype for part in parts})
+    dtype = reduce(
+        torch.promote_types,
+        {part.dtype for delta in bundle.deltas.values() for part in (delta.up, delta.down) if part is not None},
+    )
     tensors: dict[str, Tensor] = {}
     errors: dict[str, float] = {}
     ranks: dict[str, int] = {}
@@ -90,7 +92,7 @@ def shrink(
         if bits:
             stored = {key: value for factor in factors.items() for key, value in pack(*factor, bits).items()}
             problems: list[str] = []
-            read = unpack(stored, problems)
+            read = {key: matrix.unpack() for key, matrix in packed_matrices(stored, problems).items()}
             assert not problems, problems
         else:
             read = stored = {f"{key}.weight": tensor.to(dtype) for key, tensor in factors.items()}

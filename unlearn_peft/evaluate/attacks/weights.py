@@ -207,6 +207,7 @@ def _stored(module: Any, matrix: Tensor) -> Tensor:
 
 def _in_16_bits(bundle: Bundle) -> Bundle:
     def half(delta: Delta) -> Delta:
-        return replace(delta, up=delta.up.bfloat16(), down=None if delta.down is None else delta.down.bfloat16())
+        down = delta.down
+        return Delta(delta.up.bfloat16(), None if down is None else down.bfloat16(), delta.scale)
 
     return replace(bundle, deltas={name: half(delta) for name, delta in bundle.deltas.items()})

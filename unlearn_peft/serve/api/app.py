@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
+from ...errors import PolicyError
 from ..engine.base import TextChunk
 from ..handler import RequestHandler
 from ..limits import LOOPBACK, Limits
@@ -65,12 +66,7 @@ def create_app(handler: RequestHandler, playground: Playground | None = None) ->
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
         """Whether it accepts requests; it does so under an older policy, too, while the newest is refused."""
-        problem = "shutting down" if handler.draining else await handler.engine.problem()
-        if problem is None:
-            try:
-                await asyncio.to_thread(handler.policies.current)
-            except Exception:  # it is in the log; its text may name paths
-                problem = "no policy"
+        problem = await _problem(handler)
         state = {"status": "ready" if problem is None else "not ready", "problem": problem}
         stale = "the newest policy was refused, an older one serves" if handler.policies.problem else None
         return JSONResponse({**state, "policy_problem": stale}, 200 if problem is None else 503)
@@ -102,6 +98,21 @@ def create_app(handler: RequestHandler, playground: Playground | None = None) ->
     if playground is not None:
         add_playground(app, handler, playground, _respond)
     return app
+
+
+async def _problem(handler: RequestHandler) -> str | None:
+    """Return why every request would be refused now, in words for anybody, or None."""
+    if handler.draining:
+        return "the server is shutting down"
+    problem = await handler.engine.problem()
+    if problem is None:
+        try:
+            await asyncio.to_thread(handler.policies.current)
+        except PolicyError as error:  # its text may name paths
+            problem = error.public
+    if problem is None and handler.audit is not None and handler.audit.required:
+        problem = await asyncio.to_thread(handler.audit.problem)
+    return problem
 
 
 async def _respond(handler: RequestHandler, request: Request, *, chat: bool, base_only: bool = False) -> Response:

@@ -108,10 +108,12 @@ class PolicyStore:
             self._set_unreachable("it does not answer")
         revision = self._cache.revision
         if self._unreachable and (revision is None or monotonic() - self._confirmed_at > self.grace):
-            raise PolicyError(
+            unreachable = PolicyError(
                 f"the store {self._name} cannot be reached ({self._unreachable}), and confirmed no policy in the last "
                 f"{self.grace:g} s: nobody is served until it can be reached again"
             )
+            unreachable.public = "the policy store cannot be reached"
+            raise unreachable
         if revision is None:
             raise PolicyError(self._refused or "")
         return StoredPolicy(revision, self._find, self._tenant_names, self._count_tenants)

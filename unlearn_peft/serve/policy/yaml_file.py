@@ -67,9 +67,11 @@ class PolicyFile:
                     self._read_at = time.monotonic()
                     self._reload()
         if self._gone_at is not None and time.monotonic() - self._gone_at > self.grace:
-            raise PolicyError(
+            gone = PolicyError(
                 f"{self.problem}. It is gone for more than {self.grace:g} s: nobody is served until it is back"
             )
+            gone.public = "the policy file cannot be read"
+            raise gone
         return self._policy
 
     def _reload(self) -> None:
