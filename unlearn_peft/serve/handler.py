@@ -52,7 +52,9 @@ class RequestHandler:
         # of requests with a lease: those that wait have none, so that memory is for those that run. One tenant cannot
         # have all, so that another's answer waits for a place in the batch alone
         self._leases = FairQueue(self.limits.batch + 2 * _AHEAD, per_tenant=self.limits.batch + _AHEAD)
-        self._rows = FairQueue(self.limits.batch + _AHEAD)
+        # nor all of the batch, however long its answers: a further tenant starts at once
+        alone = self.open_tenant is not None or self.limits.batch == 1
+        self._rows = FairQueue(self.limits.batch + _AHEAD, per_tenant=None if alone else self.limits.batch - 1)
         self._cleanups = set[asyncio.Future[None]]()
         self._places = Places()
 
