@@ -75,10 +75,22 @@ BODIES = {
 @pytest.mark.parametrize("name", BODIES)
 def test_a_body_of_wrong_parts_is_refused_at_the_first(name):
     chat, body = BODIES[name]
-    began = time.thread_time()
-    with pytest.raises(ApiError) as refusal:
-        requests.read_request(body, chat=chat)
-    assert time.thread_time() - began < 1, "seconds of a processor"
+
+    def refused():
+        with pytest.raises(ApiError) as refusal:
+            requests.read_request(body, chat=chat)
+        return refusal
+
+    def least_seconds(do):  # of a processor
+        tries = []
+        for _ in range(3):
+            began = time.thread_time()
+            do()
+            tries.append(time.thread_time() - began)
+        return min(tries)
+
+    refusal = refused()
+    assert least_seconds(refused) < 20 * least_seconds(lambda: json.loads(body)) + 0.1
     assert refusal.value.status == 400 and len(str(refusal.value)) < 200 and "Value error" not in str(refusal.value)
 
 
@@ -126,7 +138,7 @@ def test_reading_a_body_stops_nobody(serve, monkeypatch):
         job = pool.submit(post, url, TEXT)
         assert began.wait(10)
         start = time.monotonic()
-        assert httpx.get(f"{url}/healthz").status_code == 200 and time.monotonic() - start < 1
+        assert httpx.get(f"{url}/healthz").status_code == 200 and time.monotonic() - start < 5
         assert job.result().status_code == 200
 
 

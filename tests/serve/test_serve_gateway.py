@@ -5,6 +5,7 @@ from fake_vllm import FakeVllm, install_vllm, serving
 from serving import Fixed, make_adapters, make_policy_values, running
 from test_serve import (  # noqa: F401
     FORGET,
+    MAY_ADD,
     MODEL,
     test_a_request_can_add_but_never_take_away,
     test_chat_streams_what_it_answers,
@@ -29,7 +30,7 @@ def adapters(tmp_path_factory, tiny_folder):
 
 @pytest.fixture(scope="module")
 def shared(tiny_folder, adapters, tmp_path_factory):
-    source = Fixed(make_policy_values(adapters, FORGET))
+    source = Fixed(make_policy_values(adapters, FORGET, MAY_ADD))
     sets = Sets(source, tmp_path_factory.mktemp("sets"), max_rank=16, max_error=0.01, budget_bytes=10**9)
     with pytest.MonkeyPatch.context() as patch:
         install_vllm(patch)
