@@ -10,6 +10,7 @@ the hostile client got, by status; the server's memory in MB. Only ratios of one
 
 import argparse
 import json
+import math
 import re
 import socket
 import statistics
@@ -185,7 +186,7 @@ def timed(do):
 
 
 def quantiles(values):
-    return [statistics.median(values), sorted(values)[int(0.95 * (len(values) - 1))]]
+    return [statistics.median(values), sorted(values)[math.ceil(0.95 * (len(values) - 1))]]
 
 
 def resident(pid):
