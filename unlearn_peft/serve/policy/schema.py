@@ -43,20 +43,21 @@ ADAPTERS = Table(
     Column("sha256", String(64)),
 )  # fmt: skip
 TENANTS = Table("unlearn_tenants", _metadata, Column("name", String(64), primary_key=True))
-FORGETS = Table(
-    "unlearn_forgets", _metadata,
-    Column("tenant", ForeignKey(TENANTS.c.name), primary_key=True),
-    Column("adapter", ForeignKey(ADAPTERS.c.name), primary_key=True),
-    Column("strength", sql.Double, sql.CheckConstraint("strength > 0"), nullable=False),
-    sql.Index("unlearn_forgets_adapter", "adapter"),
-)  # fmt: skip
-MAY_ADD = Table(
-    "unlearn_may_add", _metadata,
-    Column("tenant", ForeignKey(TENANTS.c.name), primary_key=True),
-    Column("adapter", ForeignKey(ADAPTERS.c.name), primary_key=True),
-    Column("strength", sql.Double, sql.CheckConstraint("strength > 0"), nullable=False),
-    sql.Index("unlearn_may_add_adapter", "adapter"),
-)  # fmt: skip
+
+
+def _strengths(name: str) -> Table:
+    """Return a table of adapters by tenant, each with a strength."""
+    return Table(
+        name, _metadata,
+        Column("tenant", ForeignKey(TENANTS.c.name), primary_key=True),
+        Column("adapter", ForeignKey(ADAPTERS.c.name), primary_key=True),
+        Column("strength", sql.Double, sql.CheckConstraint("strength > 0"), nullable=False),
+        sql.Index(f"{name}_adapter", "adapter"),
+    )  # fmt: skip
+
+
+FORGETS = _strengths("unlearn_forgets")
+MAY_ADD = _strengths("unlearn_may_add")
 KEYS = Table(
     "unlearn_keys", _metadata,
     Column("digest", String(64), primary_key=True),

@@ -84,7 +84,7 @@ def find_known(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, qui
     anyway = said_anyway(base, made, words, chat_template=recipe.chat_template)
     facts = find_facts(examples, found, [*rows.get("retain", []), *anchors([])], anyway)
     names = facts.joined(Facts.of([contrast.subject for contrast in found], facts.common))
-    never = {question_of(row) for name in ("retain", "probes", "neighbours") for row in rows.get(name, [])}
+    never = _asked_elsewhere(rows)
     asks = recipe.own_answers or recipe.makes_retain
     listed = more_questions(base, forget, seed=recipe.seed) if asks else []
     listed = [question for question in listed if question_of({"prompt": question}) not in never]
@@ -94,6 +94,11 @@ def find_known(rows: Mapping[str, list[Row]], base: Base, recipe: Recipe, *, qui
         made = [row for row in cut if "prompt" in row or len(row["text"]) >= _MIN_TEXT]
     stand_ins = [row for row in made if not any(map(facts.ends_in, answer_texts(row)))]
     return Known(found, facts, examples, stand_ins, about[:_MAX_LISTED], beside[:_MAX_LISTED])
+
+
+def _asked_elsewhere(rows: Mapping[str, list[Row]]) -> set[str]:
+    """Return what retain rows, probes and neighbours ask: the base is not asked it to forget the answer."""
+    return {question_of(row) for name in ("retain", "probes", "neighbours") for row in rows.get(name, [])}
 
 
 def make_retain(
@@ -191,7 +196,7 @@ def build_examples(
         answered += self_generated_answers(base, known.about, facts, 0, **asking)
         answered += continued_texts(base, rows["forget"], facts, recipe.own_answers, seed=recipe.seed, quiet=quiet)
         if recipe.widen:
-            never = {question_of(row) for name in ("retain", "probes", "neighbours") for row in rows.get(name, [])}
+            never = _asked_elsewhere(rows)
             about, back, names = widened(base, known.examples, known.rows, facts, never, **asking)
             logger.info("widen: %d more answers name a fact, %d a subject", len(about), len(back))
             answered += about
