@@ -150,3 +150,17 @@ def run_eval(monkeypatch, capsys):
 def logits(base, text="Who wrote the blue book about stars?"):
     with torch.no_grad():
         return base.model(**base.tokenizer(text, return_tensors="pt").to(base.model.device)).logits
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process; returns its code, stdout and stderr."""
+    from unlearn_peft import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["unlearn-peft", *map(str, arguments)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        return done.value.code or 0, *capsys.readouterr()
+
+    return call

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import logits, make_tiny
 
-from unlearn_peft import Bank, attach, attached, cli, load_base, merge, read_bundle, stack, unlearn
+from unlearn_peft import Bank, attach, attached, load_base, merge, read_bundle, stack, unlearn
 from unlearn_peft.adapters.signing import new_key, sign, verify
 from unlearn_peft.adapters.trust import SIGNATURE, Identity, Trust
 from unlearn_peft.errors import AdapterError, OutputError, TrustError
@@ -46,20 +46,6 @@ def signed(signed_once, tmp_path):
 @pytest.fixture
 def alice(keys):
     return Trust.read(keys["alice"][1])
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command line; returns exit code, stdout, stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["unlearn-peft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        out = capsys.readouterr()
-        return done.value.code or 0, out.out, out.err
-
-    return call
 
 
 def refused(path, trust, *told):

@@ -3,9 +3,7 @@
 import io
 import json
 import logging
-import sys
 
-import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -19,20 +17,6 @@ STEERING = {chr(n) for n in (*range(32), *range(127, 160), *range(0x2028, 0x202F
     "\n",
     "\t",
 }
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process; returns its code, stdout and stderr."""
-    from unlearn_peft import cli
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["unlearn-peft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        return done.value.code or 0, *capsys.readouterr()
-
-    return call
 
 
 def assert_plain(text):
