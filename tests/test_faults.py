@@ -640,8 +640,8 @@ OUT_OF_MEMORY = [
 )
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
 def test_out_of_memory_in_the_middle_of_a_batch(tiny, adapters, monkeypatch, where, error):
+    from unlearn_peft.inference import model_runner as passes
     from unlearn_peft.inference.bank import Bank
-    from unlearn_peft.serve.engine import model_runner as passes
     from unlearn_peft.serve.engine.base import Generation, GenerationError
     from unlearn_peft.serve.engine.scheduler import ActiveRow, Scheduler
 

@@ -11,9 +11,9 @@ from serving import by_peft, greedy, make_adapters
 from unlearn_peft import load_base
 from unlearn_peft.errors import AdapterError, BaseModelError
 from unlearn_peft.inference.bank import Bank
+from unlearn_peft.inference.model_runner import ModelRunner
 from unlearn_peft.serve.engine.base import Generation, GenerationError, Unavailable
 from unlearn_peft.serve.engine.detokenize import TextStream, TokenBytes
-from unlearn_peft.serve.engine.model_runner import ModelRunner
 from unlearn_peft.serve.engine.sampling import Sampler
 from unlearn_peft.serve.engine.scheduler import ActiveRow, Scheduler
 
@@ -262,7 +262,7 @@ def test_models_whose_rows_cannot_be_joined_are_refused():
 
     model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
     with pytest.raises(BaseModelError, match="cannot be served"):
-        ModelRunner(model, Bank(model))
+        ModelRunner(model, Bank(model).rows)
 
 
 def test_a_model_that_does_not_heed_its_mask_is_refused(tiny_folder):
@@ -274,7 +274,7 @@ def test_a_model_that_does_not_heed_its_mask_is_refused(tiny_folder):
 
     model.forward = deaf
     with pytest.raises(BaseModelError, match="differ from the same rows alone"):
-        ModelRunner(model, Bank(model))
+        ModelRunner(model, Bank(model).rows)
 
 
 def test_text_comes_whole_in_any_script(tiny_folder):

@@ -27,9 +27,9 @@ from ...data.prompt import end_tokens
 from ...errors import AdapterError
 from ...inference.bank import Bank
 from ...inference.generate import own_ends
+from ...inference.model_runner import KVBatch, ModelRunner
 from .base import Generation, GenerationError, TextChunk, TokenLogprobs, Unavailable
 from .detokenize import TextStream, TokenBytes
-from .model_runner import KVBatch, ModelRunner
 from .sampling import Sampler
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Scheduler:
     ) -> None:
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
-        self._runner = ModelRunner(model, bank)
+        self._runner = ModelRunner(model, bank.rows)
         self._ends = _end_tokens(model, tokenizer)
         self._waiting: deque[ActiveRow] = deque()
         self._rows: list[ActiveRow] = []  # row n of _batch

@@ -1,4 +1,4 @@
-"""Forward passes over rows that joined at different times, each with its own adapters (`Bank.rows`): tokens -> logits.
+"""Forward passes over rows that joined at different times: tokens -> logits. Serving gives each row its own adapters.
 
 Keys and values lie in a plain `DynamicCache`: per layer two tensors of shape (B, H, T, D), padded on the left. Sliding
 windows work too: the mask implements them, the cache keeps everything.
@@ -7,7 +7,8 @@ windows work too: the mask implements them, the cache keeps everything.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ...errors import BaseModelError
-from ...inference.bank import Bank
-from ...models.forward import contiguous_head
+from ..errors import BaseModelError
+from ..models.forward import contiguous_head
 
 
 @dataclass(eq=False)
@@ -58,20 +58,20 @@ class KVBatch:
 
 
 class ModelRunner:
-    """Runs a model over batches, always inside `bank.rows`.
+    """Runs a model over batches, inside `rows` of the sets of adapters of a batch's rows; without it, as it is.
 
     Raises a BaseModelError if joined rows do not give what each gives alone: state-space models keep no such cache.
     """
 
-    def __init__(self, model: Any, bank: Bank) -> None:
-        self.model, self._bank = model, bank
+    def __init__(self, model: Any, rows: Callable[[Sequence[Any]], AbstractContextManager[Any]] = nullcontext) -> None:
+        self.model, self._rows = model, rows
         accepted = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._positions = "position_ids" in accepted
         self._check()
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]], sets: Sequence[Any]) -> tuple[KVBatch, Tensor]:
+    def prefill(self, prompts: Sequence[Sequence[int]], sets: Sequence[Any] = ()) -> tuple[KVBatch, Tensor]:
         """Run prompts together; returns their batch, its newest tokens still to be set, and logits (B, V)."""
         rows, device = [torch.tensor(prompt) for prompt in prompts], self.model.device
         ids = pad_sequence(rows, batch_first=True, padding_side="left").to(device)
@@ -82,7 +82,7 @@ class ModelRunner:
         return KVBatch(cache, mask, ids[:, -1:]), logits
 
     @torch.no_grad()
-    def step(self, batch: KVBatch, sets: Sequence[Any]) -> Tensor:
+    def step(self, batch: KVBatch, sets: Sequence[Any] = ()) -> Tensor:
         """Run the newest token of each row; returns logits (B, V)."""
         mask = pad(batch.mask, (0, 1), value=1)
         logits = self._forward(batch.newest, mask, mask.sum(1, keepdim=True) - 1, batch.cache, sets)
@@ -93,7 +93,7 @@ class ModelRunner:
         self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache, sets: Sequence[Any]
     ) -> Tensor:
         options = {**self._last_only, **({"position_ids": positions} if self._positions else {})}
-        with self._bank.rows(sets):
+        with self._rows(sets):
             out = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
         return out.logits[:, -1].float()  # type: ignore[no-any-return]
 
