@@ -238,10 +238,8 @@ def test_other_models_sliding_windows_too(tiny_folder):
     for model in _other_models():
         torch.manual_seed(0)
         model = model.eval()
-        scheduler = Scheduler(model, tokenizer, Bank(model), max_batch=3)
-        held, rows = Bank(model).hold([]), []
-        bank = scheduler._runner._bank
-        held = bank.hold([])
+        bank, rows = Bank(model), []
+        scheduler, held = Scheduler(model, tokenizer, bank, max_batch=3), bank.hold([])
         for n, length in enumerate((3, 17, 9, 30, 5)):
             ids, pieces = tuple(random.Random(n).choices(range(5, 290), k=length)), queue.Queue()
             request = Generation(ids, 8 + 3 * n, temperature=0.0, ignore_eos=True, logprobs=0)
