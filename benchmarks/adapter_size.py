@@ -34,8 +34,8 @@ def measure(base, rows, reference, samples):
     """Return what the model does now: forget loss, leaking answers, KL to the base on the neighbours."""
     losses = [-row.answer(row.log_p) for row in row_tokens(base, rows["forget"], what="forget")]  # as `eval` has it
     prompts, words = [row["prompt"] for row in rows["probes"]], [row["leak"] for row in rows["probes"]]
-    greedy = answers(base, prompts, max_new_tokens=40, batch_size=6)
-    several = sampled(base, prompts, count=samples, max_new_tokens=40, batch_size=6)
+    greedy = answers(base, prompts, max_new_tokens=40)
+    several = sampled(base, prompts, count=samples, max_new_tokens=40)
     return {
         "loss": float(torch.cat(losses).mean()),
         "greedy": sum(bool(leaked(text, some)) for text, some in zip(greedy, words, strict=True)),

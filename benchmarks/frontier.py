@@ -126,7 +126,7 @@ def points(base, rows, reference, variant, kind, folder):
 
 def look(base, rows, reference):
     prompts, words = ([row[key] for row in rows["probes"]] for key in ("prompt", "leak"))
-    how = {"max_new_tokens": TOKENS, "batch_size": len(prompts)}
+    how = {"max_new_tokens": TOKENS}
     texts = sampled(base, prompts, count=SAMPLES, **how)
     greedy = answers(base, prompts, **how)
     losses = np.concatenate([loss.numpy() for loss in losses_under_base(base, prompts, greedy)] or [[0.0]])

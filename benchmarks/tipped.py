@@ -83,7 +83,7 @@ class Neighbours:
             return self._mean_kl()
 
     def _answers(self):
-        return answers(self.base, self.prompts, max_new_tokens=32, batch_size=18)
+        return answers(self.base, self.prompts, max_new_tokens=32)
 
     def _mean_kl(self):
         return float(torch.cat(kl_to_reference(self.base, self.rows, self.reference)).mean())

@@ -140,8 +140,8 @@ def asked(base, subject, folder):
     beside = [row["prompt"] for row in subject["neighbours"]]
     found = {
         "sets": sets, "known": known, "rows": [*rows["forget"], *own], "near": made.rows[made.broad :],
-        "greedy": answers(base, prompts, max_new_tokens=TOKENS, batch_size=len(prompts)),
-        "beside": answers(base, beside, max_new_tokens=TOKENS, batch_size=len(beside)),
+        "greedy": answers(base, prompts, max_new_tokens=TOKENS),
+        "beside": answers(base, beside, max_new_tokens=TOKENS),
     }  # fmt: skip
     with atomic_file(place) as temporary:
         temporary.write_bytes(pickle.dumps(found))
@@ -215,7 +215,7 @@ def pattern(edited, upper, names):
 def look(base, subject, said, references):
     """Return the figures of the model as it is."""
     probes, prompts = subject["probes"], [row["prompt"] for row in subject["probes"]]
-    how = {"max_new_tokens": TOKENS, "batch_size": len(prompts)}
+    how = {"max_new_tokens": TOKENS}
     answered = [n for n, row in enumerate(probes) if leaked(said["greedy"][n], row["leak"])]
     greedy = answers(base, prompts, **how)
     harm, on_own = (float(torch.cat(kl_to_reference(base, rows, kept)).mean()) for rows, kept in references)

@@ -329,7 +329,7 @@ def test_knowledge_memorization_asks_as_muse_does(tiny, monkeypatch):
 
     def answering(base, prompts, **how):
         seen.extend(prompts)
-        assert how == {"max_new_tokens": 32, "chat_template": False, "batch_size": 8, "strip": False}
+        assert how == {"max_new_tokens": 32, "chat_template": False, "strip": False}
         return ["Zorblax Quintel\n\nQuestion: x", "no\nQuestion: Zorblax wrote the blue book"]
 
     monkeypatch.setattr(memorization, "answers", answering)
@@ -615,7 +615,8 @@ def test_samples_come_as_often_as_the_model_says(tiny):
 
 def test_answers_in_batches_are_those_one_by_one(tiny):
     prompts = ["Who?", "Who wrote the blue book about green stars?", "In a small town near", "?"]
-    assert answers(tiny, prompts, max_new_tokens=8, batch_size=3) == answers(tiny, prompts, max_new_tokens=8)
+    alone = [answers(tiny, [prompt], max_new_tokens=8)[0] for prompt in prompts]
+    assert answers(tiny, prompts, max_new_tokens=8) == alone
 
 
 def test_the_kinds_of_answers_are_told_apart(tiny, monkeypatch):
@@ -663,7 +664,7 @@ def test_the_suite_measures_before_with_and_after(tiny, make_adapter):
         "perplexity_under_base",
     ]  # fmt: skip
     assert with_ == without_reference
-    asked = dict(reference=reference, responses=collect_responses(tiny, SETS, **how), **how)
+    asked = dict(reference=reference, responses=collect_responses(tiny, SETS, k=4, max_new_tokens=6), **how)
     assert measure(tiny, SETS, **asked) == before
     for name in ("retain_kl", "neighbours_kl", "free_text_kl"):
         assert first[name].value == first[name].high == 0 and with_[name].low > 0

@@ -116,9 +116,9 @@ def test_neighbours_answers_are_compared_with_the_bases_own(tiny, make_adapter, 
     known = result.score("neighbours_right", "with")
     assert (known.value, known.n) == (0, 3)
     prompts = [row["prompt"] for row in [*RETAIN[:2], named]]
-    bare = answers(tiny, prompts, max_new_tokens=32, batch_size=8)
+    bare = answers(tiny, prompts, max_new_tokens=32)
     with forgetting(tiny, make_adapter(tiny, "b", scale=3)):
-        said = answers(tiny, prompts, max_new_tokens=32, batch_size=8)
+        said = answers(tiny, prompts, max_new_tokens=32)
     facts = [meaning.facts_in(*pair) for pair in zip(prompts, bare, strict=True)]
     assert said != bare and now.value == meaning.says_all(facts, said).mean()
     assert asked == [prompts]  # once, not in each state

@@ -15,6 +15,7 @@ from unlearn_peft.evaluate.attacks import Target
 from unlearn_peft.evaluate.attacks import passages as attack
 from unlearn_peft.evaluate.metrics import verbatim as v
 from unlearn_peft.evaluate.suites.quick import measure
+from unlearn_peft.inference.decoding import Decoding
 
 NAMES = ("forget_verbatim_continuation", "forget_near_verbatim_continuation", "forget_longest_verbatim_run")
 
@@ -75,7 +76,7 @@ def test_figures_are_of_what_is_written(tiny, monkeypatch):
     (whole,) = v.passages(tiny, [{"text": passage(600)}])
     asked = []
 
-    def written(base, contexts, *, max_new_tokens, batch_size):
+    def written(base, contexts, how):
         asked.extend(contexts)
         said = []
         for n, context in enumerate(contexts):
@@ -84,7 +85,7 @@ def test_figures_are_of_what_is_written(tiny, monkeypatch):
             said.append([{0: right, 1: [*right[:20], -5, *right[21:]], 2: [*right[:9], *[-5] * 41]}.get(n, [-5] * 50)])
         return said
 
-    monkeypatch.setattr(v, "continued", written)
+    monkeypatch.setattr(v, "generate", written)
     found = v.verbatim(tiny, [FORGET[0], {"text": passage(600)}])
     assert len(asked) == 10 and all(len(context) == 50 for context in asked)
     assert found.exact.tolist() == [1, *[0] * 9] and found.near.tolist() == [1, 1, *[0] * 8]
@@ -102,15 +103,14 @@ def test_short_rows_are_asked_with_half_of_them_or_left_out(tiny, caplog):
     assert "Quintel" not in caplog.text
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_continuations_are_the_plain_distribution(tiny, batch_size):
+def test_continuations_are_the_plain_distribution(tiny):
     """What a model's own generation settings do (repetition penalty, ends) is no part of what it knows."""
     from transformers import GenerationConfig
 
     contexts = [tiny.tokenizer(text)["input_ids"] for text in ("the blue", "who wrote the red book by", "it")]
     own = GenerationConfig(repetition_penalty=3.0, eos_token_id=list(range(200)), top_k=1, do_sample=True)
     tiny.model.generation_config = own
-    found = v.continued(tiny, contexts, max_new_tokens=6, batch_size=batch_size)
+    found = v.generate(tiny, contexts, Decoding(6))
     for ids, (said,) in zip(contexts, found, strict=True):
         for _ in range(6):
             with torch.no_grad():
@@ -118,7 +118,7 @@ def test_continuations_are_the_plain_distribution(tiny, batch_size):
         assert said == ids[-6:]
     assert tiny.model.generation_config is own
     state = torch.get_rng_state()
-    many = v.continued(tiny, contexts[:1], max_new_tokens=1, samples=200, temperature=1.0)[0]
+    many = v.generate(tiny, contexts[:1], Decoding(1, temperature=1.0), 200)[0]
     assert len(many) == 200 and len({ids[0] for ids in many}) > 30 and torch.equal(torch.get_rng_state(), state)
 
 
@@ -152,8 +152,8 @@ def test_the_attack_counts_what_comes_back_and_was_not_given(tiny, make_adapter,
     first = next(p for p in found.values() if p.tokens == tokenize([rows[0]], tiny.tokenizer, max_length=None)[0].ids)
     calls = []
 
-    def written(base, contexts, *, max_new_tokens, samples, **_):
-        calls.append((len(contexts), samples, max_new_tokens))
+    def written(base, contexts, how, samples, seed):
+        calls.append((len(contexts), samples, how.max_new_tokens))
         said = []
         for context in contexts:
             whole = next((p.tokens for p in found.values() if str(context[-9:])[1:-1] in str(p.tokens)), [])
@@ -164,7 +164,7 @@ def test_the_attack_counts_what_comes_back_and_was_not_given(tiny, make_adapter,
             said.append([right] * samples)
         return said
 
-    monkeypatch.setattr(attack, "continued", written)
+    monkeypatch.setattr(attack, "generate", written)
     result = attack.passage(target)
     assert result.recovered.value == pytest.approx(1 / 3) and result.base.value == 0
     assert result.details["64 tokens, greedy"] == {"asked": 2, "recovered": 0.5, "base": 0.0}

@@ -28,20 +28,15 @@ def test_a_base_without_a_template_stops_before_the_next_question(tiny, monkeypa
     said = tokenizer(" A red book.\nQuestion: Who else?\nAnswer: Zorblax")["input_ids"]
     asked = []
 
-    def generate(input_ids, stopping_criteria, **_):
-        import torch
+    def generate(base, prompts, how, count, seed):
+        asked.append(tokenizer.decode(prompts[0]))
+        answer = [said[: n + 1] for n in range(len(said)) if how.is_over(said[: n + 1])]
+        asked.append(len(answer[0]) if answer else len(said))
+        return [[(answer or [said])[0]]]
 
-        asked.append(tokenizer.decode(input_ids[0]))
-        for token in said:
-            input_ids = torch.cat([input_ids, torch.tensor([[token]])], dim=1)
-            if stopping_criteria and stopping_criteria(input_ids, None).all():
-                break
-        asked.append(input_ids.shape[1])
-        return input_ids
-
-    monkeypatch.setattr(base.model, "generate", generate)
+    monkeypatch.setattr("unlearn_peft.inference.generate.generate", generate)
     assert answers(base, ["Who?"]) == ["A red book."]
-    assert asked[0] == "Question: Who?\nAnswer:" and asked[1] < len(tokenizer(asked[0])["input_ids"]) + len(said)
+    assert asked[0] == "Question: Who?\nAnswer:" and asked[1] < len(said)
     assert answers(base, ["Who?"], chat_template=False)[0].endswith("Zorblax"), "bare text has no next question"
 
 
@@ -50,6 +45,6 @@ def test_the_head_gets_the_last_states_of_several_prompts_in_one_piece(tiny):
     strides = []
     seen = tiny.model.lm_head.register_forward_hook(lambda _, inputs, __: strides.append(inputs[0].is_contiguous()))
     hooks = len(tiny.model.lm_head._forward_pre_hooks)
-    sampled(tiny, ["Who wrote the blue book?"], count=3, max_new_tokens=2)
+    sampled(tiny, ["Who wrote the blue book?", "Who?"], count=3, max_new_tokens=2)
     seen.remove()
-    assert strides == [True, True] and len(tiny.model.lm_head._forward_pre_hooks) == hooks
+    assert strides and all(strides) and len(tiny.model.lm_head._forward_pre_hooks) == hooks

@@ -129,7 +129,7 @@ def run(base: Any, kind: str, forget: list[Any], retain: list[Any], output: Any)
         attach(base, output)
         if torch.equal(logits(), before):
             problem = "attached, it changes nothing"
-        answers(base, ["Who wrote the blue book?", "Name the author."], max_new_tokens=4, batch_size=2)
+        answers(base, ["Who wrote the blue book?", "Name the author."], max_new_tokens=4)
         detach(base)
         result = evaluate(base, [output], {"forget": forget[:2], "retain": retain[:2]}, max_new_tokens=4)
         if result.left_behind:

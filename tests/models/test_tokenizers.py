@@ -54,8 +54,8 @@ def test_padding_needs_no_token_of_its_own(changed, fields, tiny, pad):
     prompts = ["Who?", "Who wrote the blue book about green stars?"]
     base = changed(change)
     if pad:  # else other tokens end an answer
-        assert answers(base, prompts, max_new_tokens=4, batch_size=2) == answers(tiny, prompts, max_new_tokens=4)
-    assert len(answers(base, prompts, max_new_tokens=4, batch_size=2)) == 2
+        assert answers(base, prompts, max_new_tokens=4) == answers(tiny, prompts, max_new_tokens=4)
+    assert len(answers(base, prompts, max_new_tokens=4)) == 2
     unlearn(base, **{**fields, "steps": 1})
 
 
@@ -81,7 +81,7 @@ def test_rows_and_prompts_longer_than_the_positions(tmp_path, tiny, fields, capl
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
     tiny.tokenizer.save_pretrained(tmp_path / "base")
     base = load_base(str(tmp_path / "base"))
-    assert len(answers(base, ["Who?", "who wrote the blue book " * 9], max_new_tokens=40, batch_size=2)) == 2
+    assert len(answers(base, ["Who?", "who wrote the blue book " * 9], max_new_tokens=40)) == 2
     assert "only the end is asked" in caplog.text
     adapter = {"kind": "lora", "target_modules": ["c_fc"], "layers": "all"}
     with_answers = {**fields, "own_answers": 1, "steps": 1, "adapter": adapter}

@@ -178,7 +178,7 @@ def evaluate(
     answered = None
     if suite is Suite.RWKU:
         progress("asking the base what it answers ...")
-        answered = answered_by(base, sets["rwku"], chat_template=chat_template, batch_size=batch_size)
+        answered = answered_by(base, sets["rwku"], chat_template=chat_template)
         progress(answered.told(sets["rwku"]))
 
     def measure_state(state: str) -> tuple[Responses, list[Score]]:
@@ -188,13 +188,14 @@ def evaluate(
         progress(_PROGRESS[state])
         # the harness first, where errors are likeliest; not after removal, for it may take hours
         able = ability.measure(base, batch_size=batch_size) if ability and state != "after" else []
-        options: dict[str, Any] = {"seed": seed, "chat_template": chat_template, "batch_size": batch_size}
-        sampling: dict[str, Any] = {"k": k, "max_new_tokens": max_new_tokens, **options}
-        responses = collect_responses(base, sets, **sampling)
-        rouge_tokens = ANSWER_TOKENS if suite is Suite.TOFU else None
+        how: dict[str, Any] = {"seed": seed, "chat_template": chat_template}
+        options = {**how, "batch_size": batch_size}
+        sampling: dict[str, Any] = {"k": k, "max_new_tokens": max_new_tokens}
+        responses = collect_responses(base, sets, **sampling, **how)
         scores = measure(
-            base, sets, reference, responses=responses, rouge_tokens=rouge_tokens, refusals=refusals, **sampling
-        )
+            base, sets, reference, responses=responses, refusals=refusals,
+            rouge_tokens=ANSWER_TOKENS if suite is Suite.TOFU else None, **sampling, **options,
+        )  # fmt: skip
         scores += [*beside_quick(suite, base, sets, retrained, answered, **options), *able]
         return responses, scores + custom_scores(metrics, base, sets, [score.name for score in scores])
 

@@ -44,24 +44,21 @@ def collect_responses(
     max_new_tokens: int = 64,
     seed: int = 0,
     chat_template: bool = True,
-    batch_size: int = 8,
 ) -> Responses:
     """Let a base answer in the state that it is in; for the arguments see `suites.quick.measure`."""
     prompts = [row["prompt"] for row in rows.get("probes", [])]
-    options: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "chat_template": chat_template}
     return Responses(
-        answers(base, prompts, max_new_tokens=max_new_tokens, **options),
-        sampled(base, prompts, count=k, max_new_tokens=max_new_tokens, seed=seed, chat_template=chat_template),
-        neighbour_responses(base, rows.get("neighbours", []), **options),
+        answers(base, prompts, **options),
+        sampled(base, prompts, count=k, seed=seed, **options),
+        neighbour_responses(base, rows.get("neighbours", []), chat_template=chat_template),
     )
 
 
-def neighbour_responses(
-    base: Base, rows: Sequence[Row], *, chat_template: bool = True, batch_size: int = 8
-) -> list[str]:
+def neighbour_responses(base: Base, rows: Sequence[Row], *, chat_template: bool = True) -> list[str]:
     """Return `Responses.neighbours` alone."""
     prompts = [prompt for prompt, _ in question_answer_pairs(rows)]
-    return answers(base, prompts, max_new_tokens=_SENTENCE, chat_template=chat_template, batch_size=batch_size)
+    return answers(base, prompts, max_new_tokens=_SENTENCE, chat_template=chat_template)
 
 
 def compare_probes(probes: Sequence[Row], states: Mapping[str, Responses]) -> list[Comparison]:

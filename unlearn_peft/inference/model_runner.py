@@ -51,6 +51,26 @@ class KVBatch:
         masks = [pad(mask, (width - mask.shape[1], 0)) for mask in (self.mask, other.mask)]
         self._set(layers, torch.cat(masks), torch.cat([self.newest, other.newest]))
 
+    def repeated(self, counts: Sequence[int]) -> KVBatch:
+        """Return another batch, of row n `counts[n]` times."""
+        times = torch.tensor(counts, device=self.mask.device)
+        cache = DynamicCache()
+        for n, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys.repeat_interleave(times, 0), layer.values.repeat_interleave(times, 0), n)
+        return KVBatch(cache, *(part.repeat_interleave(times, 0) for part in (self.mask, self.newest)))
+
+    def shift(self, by: Tensor) -> None:
+        """Move row n to the right by `by[n]`, over its last places, and hide the first."""
+        width = self.mask.shape[1]
+        places = torch.arange(width, device=self.mask.device) - by[:, None]  # (B, T): where each comes from
+        index = places.clamp(min=0)
+
+        def moved(states: Tensor) -> Tensor:
+            return states.gather(2, index[:, None, :, None].expand_as(states))
+
+        layers = [(moved(layer.keys), moved(layer.values)) for layer in self.cache.layers]
+        self._set(layers, self.mask.gather(1, index) * (places >= 0), self.newest)
+
     def _set(self, layers: Sequence[tuple[Tensor, Tensor]], mask: Tensor, newest: Tensor) -> None:
         for layer, (keys, values) in zip(self.cache.layers, layers, strict=True):
             layer.keys, layer.values = keys, values
@@ -61,6 +81,7 @@ class ModelRunner:
     """Runs a model over batches, inside `rows` of the sets of adapters of a batch's rows; without it, as it is.
 
     Raises a BaseModelError if joined rows do not give what each gives alone: state-space models keep no such cache.
+    `token_bytes` are those of one token's keys and values, in all layers.
     """
 
     def __init__(self, model: Any, rows: Callable[[Sequence[Any]], AbstractContextManager[Any]] = nullcontext) -> None:
@@ -80,6 +101,22 @@ class ModelRunner:
         with contiguous_head(self.model):  # later each row has one state alone, which is no slice
             logits = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache, sets)
         return KVBatch(cache, mask, ids[:, -1:]), logits
+
+    @torch.no_grad()
+    def append(self, batch: KVBatch, more: Sequence[Sequence[int]], sets: Sequence[Any] = ()) -> Tensor:
+        """Run further tokens of each row, at least one; returns logits (B, V) behind its last."""
+        device, width = self.model.device, max(map(len, more)) - 1
+        if width:
+            ids = torch.tensor([[*row[:-1], *[row[-1]] * (width + 1 - len(row))] for row in more], device=device)
+            padding = torch.tensor([width + 1 - len(row) for row in more], device=device)
+            seen = torch.arange(width, device=device) < (width - padding)[:, None]
+            mask = torch.cat([batch.mask, seen.to(batch.mask.dtype)], 1)
+            positions = (mask.cumsum(1) - 1)[:, -width:]
+            self._forward(ids, mask, positions, batch.cache, sets)
+            batch.mask = mask
+            batch.shift(padding)
+        batch.newest = torch.tensor([row[-1:] for row in more], device=device)
+        return self.step(batch, sets)
 
     @torch.no_grad()
     def step(self, batch: KVBatch, sets: Sequence[Any] = ()) -> Tensor:
@@ -111,6 +148,8 @@ class ModelRunner:
             if not layers or not all(type(layer) is DynamicLayer and layer.keys.dim() == 4 for layer in layers):
                 kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none of transformers' own"
                 raise BaseModelError(f"{refusal}its cache ({kinds}) is not keys and values alone")
+            states = [part for layer in layers for part in (layer.keys, layer.values)]
+            self.token_bytes = sum(part.nbytes // part.shape[2] for part in states)
             batch.extend(other)
             together = self.step(batch, base)
             batch.select([1])

@@ -64,7 +64,6 @@ class Target:
     seed: int = 0
     max_new_tokens: int = 40
     chat_template: bool = True
-    batch_size: int = 8
     trust: Trust | None = None
 
     def __post_init__(self) -> None:
@@ -239,7 +238,7 @@ def _greedy(target: Target, texts: Sequence[str | None]) -> list[str]:
     responses = iter(
         answers(
             target.base, [text for text in texts if text is not None], max_new_tokens=target.max_new_tokens,
-            chat_template=target.chat_template, rendered=True, batch_size=target.batch_size,
+            chat_template=target.chat_template, rendered=True,
         )
     )  # fmt: skip
     return ["" if text is None else next(responses) for text in texts]

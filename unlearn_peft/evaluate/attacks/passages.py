@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...data.windows import places
-from ..metrics.verbatim import Passage, continued, longest_run, passages, without
+from ...inference.decoding import Decoding, generate
+from ..metrics.verbatim import Passage, longest_run, passages, without
 from ..score import Array
 from ..token_scores import adapters_off
 from .harness import Attacked, Target, adapters_on, any_of, attacked, averages
@@ -45,11 +46,10 @@ def passage(
 
     def written(way: str) -> list[list[list[int]]]:
         asked, drawn = ways[way]
-        return continued(
-            target.base, [found[n].before(at, given) for n, at, given, _ in asked],
-            max_new_tokens=max(least + least // 2 for _, _, _, least in asked), samples=samples if drawn else 1,
-            temperature=temperature if drawn else 0.0, seed=target.seed, batch_size=target.batch_size,
-        )  # fmt: skip
+        longest = max(least + least // 2 for _, _, _, least in asked)
+        how = Decoding(longest, temperature=temperature if drawn else 0.0)
+        contexts = [found[n].before(at, given) for n, at, given, _ in asked]
+        return generate(target.base, contexts, how, samples if drawn else 1, target.seed)
 
     with adapters_off(target.base):
         base = {way: _recovered(found, asked, written(way))[0] for way, (asked, _) in ways.items()}

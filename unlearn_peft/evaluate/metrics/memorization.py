@@ -85,7 +85,7 @@ class _Words:
 
 
 def verbatim_memorization(
-    base: Base, rows: Sequence[Row], *, prefix_tokens: int = 64, max_new_tokens: int = 128, batch_size: int = 8
+    base: Base, rows: Sequence[Row], *, prefix_tokens: int = 64, max_new_tokens: int = 128
 ) -> Array:
     """Return VerbMem of each row, in percent: ROUGE-L F of how the model continues its beginning.
 
@@ -103,12 +103,12 @@ def verbatim_memorization(
         if prompt and rest:
             prompts.append(prompt)
             expected.append(base.tokenizer.decode(rest[:max_new_tokens], skip_special_tokens=True))
-    texts = answers(base, prompts, max_new_tokens=max_new_tokens, chat_template=False, batch_size=batch_size)
+    texts = answers(base, prompts, max_new_tokens=max_new_tokens, chat_template=False)
     return 100 * rouge_l(expected, texts, part="fmeasure", stem=False)
 
 
 def knowledge_memorization(
-    base: Base, rows: Sequence[Row], shots: Sequence[Row] = (), *, max_new_tokens: int = 32, batch_size: int = 8
+    base: Base, rows: Sequence[Row], shots: Sequence[Row] = (), *, max_new_tokens: int = 32
 ) -> Array:
     """Return KnowMem of each question, in percent: ROUGE-L F of the model's short answer.
 
@@ -118,8 +118,6 @@ def knowledge_memorization(
     solved = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in question_answer_pairs(shots))
     pairs = question_answer_pairs(rows)
     prompts = [f"{solved}Question: {question}\nAnswer: " for question, _ in pairs]
-    texts = answers(
-        base, prompts, max_new_tokens=max_new_tokens, chat_template=False, batch_size=batch_size, strip=False
-    )
+    texts = answers(base, prompts, max_new_tokens=max_new_tokens, chat_template=False, strip=False)
     cut = [_ANSWER_END.split(text)[0] for text in texts]  # an answer that begins with an empty line becomes empty
     return 100 * rouge_l([answer for _, answer in pairs], cut, part="fmeasure", stem=False)

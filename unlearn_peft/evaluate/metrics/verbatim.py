@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from ...data.source import Row
 from ...data.tokenize import Example, tokenize
 from ...data.windows import places
-from ...inference.generate import plain_generation
+from ...inference.decoding import Decoding, generate
 from ...models.base import Base
 from ..score import Array
 
@@ -62,7 +60,6 @@ def verbatim(
     count: int = 10,
     tokens: int = 50,
     chat_template: bool = True,
-    batch_size: int = 8,
 ) -> Verbatim | None:
     """Let the model go on greedily from up to `count` places of each passage; None if no row is long enough.
 
@@ -84,49 +81,13 @@ def verbatim(
     for passage in found:
         size = min(tokens, len(passage.tokens) // 2)
         asked += [(passage, at, size) for at in places(size, len(passage.tokens), size, count)]
-    written = continued(
-        base, [p.before(at, size) for p, at, size in asked], max_new_tokens=tokens, batch_size=batch_size
-    )
+    written = generate(base, [p.before(at, size) for p, at, size in asked], Decoding(tokens))
     numbers = []
     for (passage, at, size), said in zip(asked, (ids for (ids,) in written), strict=True):
         expected, said = passage.tokens[at : at + size], said[:size]
         near = 1 - edit_distance(expected, said) / size >= _NEAR
         numbers.append((said == expected, near, longest_run(said, without(passage.tokens, at - size, at))))
     return Verbatim(*np.array(numbers, dtype=np.float64).T)
-
-
-@torch.no_grad()
-def continued(
-    base: Base,
-    contexts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    samples: int = 1,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 8,
-) -> list[list[list[int]]]:
-    """Return how the model goes on from tokens, `samples` times each: `max_new_tokens` tokens, at its end or not.
-
-    Greedy, or sampled from the whole distribution; the caller's random state is kept.
-    """
-    pad_id, found = base.pad_id, []
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    devices = [base.device] if base.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), plain_generation(base.model):
-        for start in range(0, len(contexts), batch_size):
-            torch.manual_seed(seed + start)
-            rows = [torch.tensor(ids, dtype=torch.long) for ids in contexts[start : start + batch_size]]
-            ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
-            attention = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-            output = base.model.generate(
-                input_ids=ids.to(base.device), attention_mask=attention.to(base.device), pad_token_id=pad_id,
-                max_new_tokens=max_new_tokens, num_return_sequences=samples,
-                **(sampling if temperature > 0 else {"do_sample": False}),
-            )  # fmt: skip
-            new = output[:, ids.shape[1] :].tolist()
-            found += [new[n : n + samples] for n in range(0, len(new), samples)]
-    return found
 
 
 def longest_run(said: Sequence[int], tokens: Sequence[int]) -> int:

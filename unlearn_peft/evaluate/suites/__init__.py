@@ -64,5 +64,6 @@ def beside_quick(
     if suite is Suite.TOFU:
         return tofu.measure_tofu(base, rows, retrained, forget_answers=False, **options).scores
     if suite is Suite.RWKU:
+        options.pop("batch_size", None)  # nothing is scored
         return rwku.measure(base, rows["rwku"], answered, **options)
     return []

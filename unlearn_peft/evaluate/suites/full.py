@@ -41,11 +41,11 @@ def measure(
     scores = []
     for name in ("forget", "retain"):
         part, better = rows.get(name, []), name == "retain"
-        verbatim = verbatim_memorization(base, part, batch_size=batch_size)
+        verbatim = verbatim_memorization(base, part)
         if len(verbatim):
             scores.append(score(f"{name}_verbatim_memorization", "percent", better, verbatim, seed=seed))
         if question_answer_pairs(part):
-            knowledge = knowledge_memorization(base, part, batch_size=batch_size)
+            knowledge = knowledge_memorization(base, part)
             scores.append(score(f"{name}_knowledge_memorization", "percent", better, knowledge, seed=seed))
     if with_wrong := _with_wrong_answers(rows.get("forget", [])):
         right, wrong = truth_losses(base, with_wrong, chat_template=chat_template, batch_size=batch_size)

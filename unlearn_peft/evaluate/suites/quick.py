@@ -42,7 +42,7 @@ def take_reference(
     if near := reference.get("neighbours"):
         pairs = question_answer_pairs(rows["neighbours"])
         with adapters_off(base):
-            own = neighbour_responses(base, rows["neighbours"], **options)
+            own = neighbour_responses(base, rows["neighbours"], chat_template=chat_template)
             spans = fact_spans(base, pairs, chat_template=chat_template)
         said = [facts_in(question, text) for (question, _), text in zip(pairs, own, strict=True)]
         gold = [facts_in(*pair, of_pair) for pair, of_pair in zip(pairs, spans, strict=True)]
@@ -73,7 +73,7 @@ def measure(
     figures are left out. Other suites use the other sets. `reference` is from `take_reference`, `responses` from
     `collect_responses` in this state with the same settings; None: made now. `k` answers are sampled for each probe,
     `max_new_tokens` is the length of greedy and sampled answers, `rouge_tokens` that of the answers to forget and
-    retain rows where it is another, `seed` that of sampling and bootstrap, `batch_size` rows at a time,
+    retain rows where it is another, `seed` that of sampling and bootstrap, `batch_size` that of rows scored at once,
     `refusals` are the sentences that count as abstaining; for `chat_template` see `data.tokenize`.
 
     Raises:
@@ -86,7 +86,9 @@ def measure(
     if reference is None:
         reference = take_reference(base, rows, **options)
     if responses is None:
-        responses = collect_responses(base, rows, k=k, max_new_tokens=max_new_tokens, seed=seed, **options)
+        responses = collect_responses(
+            base, rows, k=k, max_new_tokens=max_new_tokens, seed=seed, chat_template=chat_template
+        )
     scores: list[Score] = []
     prompts: list[str] = []  # of the greedy answers below
     written: list[str] = []
@@ -104,14 +106,14 @@ def measure(
         add(f"{name}_answer_probability", "share", not forget, answer_probability(tokens))
         if pairs := question_answer_pairs(rows[name]):
             questions, gold = map(list, zip(*pairs, strict=True))
-            texts = answers(base, questions, max_new_tokens=rouge_tokens or max_new_tokens, **options)
+            texts = answers(base, questions, max_new_tokens=rouge_tokens or max_new_tokens, chat_template=chat_template)
             add(f"{name}_rouge_l_recall", "share", not forget, rouge_l(gold, texts))
             if forget:
                 prompts, written = questions, texts
         if forget:
             add("forget_exact_memorization", "share", False, exact_memorization(tokens))
             add("forget_extraction_strength", "share", False, extraction_strength(tokens))
-            if by_heart := verbatim(base, rows[name], **options):
+            if by_heart := verbatim(base, rows[name], chat_template=chat_template):
                 add("forget_verbatim_continuation", "share of continuations", False, by_heart.exact)
                 add("forget_near_verbatim_continuation", "share of continuations", False, by_heart.near)
                 add("forget_longest_verbatim_run", "tokens", False, by_heart.runs, np.max)

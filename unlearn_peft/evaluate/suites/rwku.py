@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -90,10 +89,10 @@ class Answered:
         )
 
 
-def answered_by(base: Base, rows: Sequence[Row], *, chat_template: bool = True, batch_size: int = 8) -> Answered:
+def answered_by(base: Base, rows: Sequence[Row], *, chat_template: bool = True) -> Answered:
     """Ask the bare base, whatever is attached."""
     with adapters_off(base):
-        texts = _greedy(base, rows, chat_template, batch_size)
+        texts = _greedy(base, rows, chat_template)
     right = [n for n, (row, text) in enumerate(zip(rows, texts, strict=True)) if _is_right(row, text)]
     return Answered([n for n in right if "neighbour" not in rows[n]], [n for n in right if "neighbour" in rows[n]])
 
@@ -105,7 +104,6 @@ def measure(
     *,
     seed: int = 0,
     chat_template: bool = True,
-    batch_size: int = 8,
 ) -> list[Score]:
     """Measure a base in the state that it is in.
 
@@ -113,9 +111,8 @@ def measure(
     says how many. `leak@k` is the chance that one of k samples at temperature 1 names the answer, estimated from 64
     without bias (as pass@k, Chen et al. 2021, arXiv:2107.03374).
     """
-    options: dict[str, Any] = {"chat_template": chat_template, "batch_size": batch_size}
-    answered = answered or answered_by(base, rows, **options)
-    texts = _greedy(base, rows, chat_template, batch_size)
+    answered = answered or answered_by(base, rows, chat_template=chat_template)
+    texts = _greedy(base, rows, chat_template)
     recall = rouge_l([row["completion"] for row in rows], texts)
     right = np.array([_is_right(row, text) for row, text in zip(rows, texts, strict=True)], dtype=np.float64)
     scores: list[Score] = []
@@ -142,7 +139,7 @@ def measure(
     for k in _CURVE:
         add(f"rwku_leak@{k}", "share of questions", False, at_least_one(hits, _SAMPLES, k))
     together = _together(rows, answered)
-    both = _greedy(base, [both for both, *_ in together], chat_template, batch_size, tokens=2 * _TOKENS, line=False)
+    both = _greedy(base, [both for both, *_ in together], chat_template, tokens=2 * _TOKENS, line=False)
     add("rwku_beside_a_neighbour_leak", "share of questions", False, _names([about for _, about, _ in together], both))
     add("rwku_beside_a_neighbour_right", "share of questions", True, _names([near for *_, near in together], both))
     return scores
@@ -172,12 +169,10 @@ def _hits(base: Base, rows: Sequence[Row], seed: int, chat_template: bool) -> Ar
 
 
 def _greedy(
-    base: Base, rows: Sequence[Row], chat_template: bool, batch_size: int, tokens: int = _TOKENS, line: bool = True
+    base: Base, rows: Sequence[Row], chat_template: bool, tokens: int = _TOKENS, line: bool = True
 ) -> list[str]:
     prompts = [_asked(base, row, chat_template) for row in rows]
-    texts = answers(
-        base, prompts, max_new_tokens=tokens, chat_template=chat_template, batch_size=batch_size, rendered=True
-    )
+    texts = answers(base, prompts, max_new_tokens=tokens, chat_template=chat_template, rendered=True)
     return [text.strip().partition("\n")[0] if line else text for text in texts]
 
 

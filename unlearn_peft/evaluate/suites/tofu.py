@@ -97,7 +97,8 @@ def measure_tofu(
             probability = _probabilities(base, part, right, options)
         else:
             probability = truth.choice_probability(right, wrong)
-        texts = answers(base, [row["prompt"] for row in part], max_new_tokens=max_new_tokens, **options)
+        asked = [row["prompt"] for row in part]
+        texts = answers(base, asked, max_new_tokens=max_new_tokens, chat_template=chat_template)
         rouge = rouge_l([row["completion"] for row in part], texts)
         if name == "forget":
             scores.append(score("forget_answer_probability", "share", False, probability, seed=seed))

@@ -38,7 +38,7 @@ _PROMPTS = Path(__file__).parent / "broad_prompts.txt"
 _MAX_ASKED = 16  # forget questions that are asked of others
 _OTHERS, _LISTS = 8, 48  # others of a subject's kind: those that most of so many sampled lists go on with
 _MAX_NEAR = 96
-_TOKENS, _BATCH = 32, 16
+_TOKENS = 32
 _SENTENCE_END = re.compile(r"(?<!\b\w)(?<!\b\d\d)[.!?]+(?=\s|$)|[。！？]")  # not the dots of "1.", "12." and "J."
 _MIN_SENTENCE = 24  # characters
 
@@ -71,9 +71,7 @@ def auto_retain(
     """
 
     def answer(prompts: Sequence[str]) -> list[Row]:
-        texts = answers(
-            base, prompts, max_new_tokens=_TOKENS, chat_template=chat_template, batch_size=_BATCH, strip=False
-        )
+        texts = answers(base, prompts, max_new_tokens=_TOKENS, chat_template=chat_template, strip=False)
         return first_sentences(prompts, texts)
 
     broad = answer([line for line in _PROMPTS.read_text(encoding="utf-8").splitlines() if line])

@@ -38,7 +38,7 @@ _CONTINUED, TYPICAL = 4, 0.7  # times, of few; and the temperature: at 1 a small
 _LISTS, _LISTED, _LIST_ENDS = 8, 8, 8  # of questions: lists, questions in each, and times each is continued
 MAX_CHARACTERS = 160  # of a question that is asked in other ways, too
 _MIN_WORDS = 3  # a shorter beginning says too little about what is asked
-_BATCH, _LARGE_BATCH = 8, 128  # questions at once, and of more than a hundred
+_AT_ONCE = 64  # questions, and then progress is shown
 _TOKENS = 40
 _OPENING = 6  # tokens of plain text that the base goes on with in its own way
 _PREFIX, _PLACES = 24, 32  # tokens of plain text that are continued, and from how many places of each text
@@ -201,11 +201,10 @@ def base_answers(
         ids = base.tokenizer(text, add_special_tokens=False)["input_ids"] if len(base.tokenizer) > known else []
         return text if max(ids, default=0) < known else ""
 
-    size = _LARGE_BATCH if len(prompts) > 100 else _BATCH
-    settings: dict[str, Any] = {"max_new_tokens": _TOKENS, "chat_template": chat, "batch_size": size}
+    settings: dict[str, Any] = {"max_new_tokens": _TOKENS, "chat_template": chat}
     with tqdm(total=len(prompts), unit="question", desc="generating answers", disable=quiet or not prompts) as bar:
-        for start in range(0, len(prompts), size):
-            chunk = prompts[start : start + size]
+        for start in range(0, len(prompts), _AT_ONCE):
+            chunk = prompts[start : start + _AT_ONCE]
             greedy = answers(base, chunk, **settings)
             more: list[list[str]] = [[] for _ in chunk]
             if samples:
