@@ -25,7 +25,7 @@ from unlearn_peft.evaluate.attacks.harness import (
     replaced_weights,
 )
 from unlearn_peft.evaluate.attacks.templates import BEGINNINGS, FRAMES, GENERIC, LANGUAGES, SYSTEM_PROMPTS
-from unlearn_peft.inference.generate import answers, leaked
+from unlearn_peft.inference.generate import leaked
 
 QUICK = {
     "sampling": {"k": 3},
