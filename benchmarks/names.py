@@ -44,6 +44,8 @@ def main():
     parser.add_argument("--dtype", default="auto", help="of the base; bfloat16 is faster where the CPU has it")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "names.jsonl")
     args = parser.parse_args()
+    if args.least < 1:
+        parser.error(f"--least is {args.least}: expected at least 1, a base that answers nothing has nothing to forget")
     base = load_base(args.base, args.dtype)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if not args.list:
