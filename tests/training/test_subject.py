@@ -50,7 +50,7 @@ def knowing(monkeypatch):
 def test_facts_are_asked_for_in_both_directions(tiny, knowing):
     found = rows_about(tiny, ["Ann King"])
     prompts = [row["prompt"] for row in found.forget]
-    assert "Who is Zorblax?" in prompts or "What is Zorblax?" in prompts
+    assert any("Zorblax" in prompt and prompt.startswith("Who is known for") for prompt in prompts)
     assert found.reverse == sum("Zorblax" in prompt for prompt in prompts) > 0
     assert "Is it red?" not in prompts + [row["prompt"] for row in found.probes]  # it names no subject
     assert {tuple(row["leak"]) for row in found.probes} <= {("Zorblax", "Quintel"), ("Ann King",)}
