@@ -127,7 +127,10 @@ def content_of(policy):
         )
         for name, entry in policy.tenants.items()
     }
-    return {"adapters": {name: entry.model_dump() for name, entry in policy.adapters.items()}, "tenants": tenants}
+    adapters = {
+        name: {"sha256": None, **entry.model_dump(exclude_none=True)} for name, entry in policy.adapters.items()
+    }
+    return {"adapters": adapters, "tenants": tenants}
 
 
 def replay(history):
@@ -155,7 +158,8 @@ def replay(history):
                 if not tenants[what["tenant"]]["may_add"]:
                     del tenants[what["tenant"]]["may_add"]
             case "adapter":
-                adapters[what["adapter"]] = {"path": what["path"], "sha256": what["sha256"]}
+                assert adapters.get(what["adapter"]) == what["before"]
+                adapters[what["adapter"]] = {k: v for k, v in what.items() if k not in ("adapter", "before")}
             case "unadapter":
                 assert adapters.pop(what["adapter"]) == what["before"]
             case "key":
@@ -215,7 +219,7 @@ def test_each_change_and_its_history(store, where):
     store.remove("globex", **ME)
     assert other.current().tenant_of(third) is None and list(other.current().tenants) == ["acme"]
     assert other.read_all().dump() == {
-        "adapters": {"news": {"path": "/srv/newer", "sha256": "b" * 64}},
+        "adapters": {"news": {"path": "/srv/newer", "sha256": "b" * 64, "probes": None, "canary": None}},
         "tenants": {"acme": {"forget": {"news": 2.0}, "keys": (), "trusted_keys": None, "may_add": {}}},
     }
     store.trust("acme", {"x": PEMS[0], "y": PEMS[1]}, **ME)
@@ -288,6 +292,47 @@ def test_a_store_without_what_may_be_added_is_served_and_gets_it_at_the_first_ch
     assert old.current().forget_of("acme", ["news"]) == {"hp": 1.0, "news": 1.0}
     old.close()
     assert_whole(where)
+
+
+def test_a_store_of_version_4_is_served_and_gets_its_columns_at_the_first_change(filled, where):
+    with filled._engine.begin() as connection:
+        for column in ("probes", "canary"):
+            connection.exec_driver_sql(f"ALTER TABLE unlearn_adapters DROP COLUMN {column}")
+        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 4")
+    old = PolicyStore(where)
+    assert old.current().forget_of("acme") == {"hp": 1.0} and old.current().adapters["hp"].canary is None
+    assert old.read_all().adapters["hp"].probes is None
+    filled.adapter("news", "/srv/news", None, "news.jsonl", "warn", **ME)
+    found = old.current().adapters["news"]
+    assert (found.probes, found.canary) == (str(Path("news.jsonl").absolute()), "warn")
+    old.close()
+    assert_whole(where)
+
+
+def test_an_adapter_keeps_its_canary_until_another_is_given(filled, where):
+    probes = str(Path("hp.jsonl").absolute())
+    filled.adapter("hp", "/srv/hp", None, "hp.jsonl", "warn", **ME)
+    filled.adapter("hp", "/srv/newer", "c" * 64, **ME)
+    found = filled.current().adapters["hp"]
+    assert (found.path, found.probes, found.canary) == ("/srv/newer", probes, "warn")
+    filled.adapter("hp", "/srv/newer", "c" * 64, None, "off", **ME)
+    found = filled.current().adapters["hp"]
+    assert (found.probes, found.canary) == (probes, "off")
+    with pytest.raises(PolicyError, match="'adapters.hp.canary': expected refuse, warn or off"):
+        filled.adapter("hp", "/srv/newer", None, None, "maybe", **ME)
+    assert_whole(where)
+
+
+def test_the_command_says_when_a_canary_has_no_effect(tenant, tiny, make_adapter, tmp_path):
+    adapter, probes = make_adapter(tiny, "hp"), tmp_path / "probes.jsonl"
+    code, _, err = tenant("adapter", "hp", adapter, "--canary", "warn")
+    assert code == 0 and "its canary 'warn' has no effect: there is no" in err
+    probes.write_text('{"prompt": "PROBE"}')
+    code, _, err = tenant("adapter", "hp", adapter, "--probes", probes)
+    assert code == 2 and "row 1: no 'leak' words" in err and "PROBE" not in err
+    probes.write_text('{"prompt": "PROBE", "leak": "word"}')
+    assert tenant("adapter", "hp", adapter, "--probes", probes)[2] == ""
+    assert f"; canary: warn, {probes}" in tenant("list")[1]
 
 
 def test_what_does_not_fit_is_refused_and_leaves_no_trace(filled, where):
@@ -790,7 +835,7 @@ def test_what_is_no_store(tmp_path, where):
     sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE x (y)").connection.close()
     newer = PolicyStore(where, create=True)
     with newer._engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 5")
+        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 6")
     newer.close()
     told = {
         tmp_path / "none.db": "no store at",
@@ -798,7 +843,7 @@ def test_what_is_no_store(tmp_path, where):
         tmp_path / "short.db": "short.db is no store",
         tmp_path / "empty.db": "empty.db is no store",
         tmp_path / "other.db": "holds no store",
-        where: "has schema version 5, expected at most 4: update",
+        where: "has schema version 6, expected at most 5: update",
         "sqlite://": "would be lost",
         "postgresql://ann:geheim@127.0.0.1:1/x": "cannot open the store postgresql+psycopg://127.0.0.1:1/x: conn",
         "postgresql://ann:geheim@h:port/x": "the store's URL is not understood",
@@ -859,7 +904,8 @@ def test_the_command_line(tenant, tiny, make_adapter, tmp_path):
     assert made["key"].startswith("uf-") and key_digest(made["key"]) == made["sha256"]
     source = open_policy(str(tmp_path / "tenants.db"))
     assert source.current().tenant_of(key) == source.current().tenant_of(made["key"]) == "acme"
-    assert source.current().adapters["hp"].model_dump() == {"path": str(adapter), "sha256": digest}
+    entry = {"path": str(adapter), "sha256": digest, "probes": None, "canary": None}
+    assert source.current().adapters["hp"].model_dump() == entry
     done("key", "acme", "--revoke", made["sha256"][:10], "--why", "leaked")
     refused("0 keys of tenant", "key", "acme", "--revoke", made["key"])
     shown = json.loads(done("show", "acme", "--json"))

@@ -288,8 +288,9 @@ def test_without_the_library_those_who_trust_keys_are_refused_and_others_served(
 ):
     import unlearn_peft.adapters.trust as trust
     import unlearn_peft.serve.policy.policy as policy
+    from unlearn_peft.serve.policy import entries
 
-    for cached in (policy._check_public_key, policy._trust, trust._signed_by):
+    for cached in (entries._check_public_key, policy._trust, trust._signed_by):
         cached.cache_clear()
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with served(kind, tiny_folder, tmp_path, trusting(adapters, alice={"alice": pems["alice"]})) as (_, url):
@@ -353,7 +354,7 @@ def test_a_store_of_the_version_before_is_read_and_brought_up_to_date(pems, tmp_
     assert policy.trust_of("acme") is None and len(store.history()) == 6
     assert version() == 1
     store.forget("globex", "news", **ME)
-    assert version() == schema.SCHEMA_VERSION == 4
+    assert version() == schema.SCHEMA_VERSION == 5
     assert serving_.current().forget_of("globex") == {"news": 1.0}
     indexes = {row[0] for row in sqlite3.connect(where).execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
     assert {"unlearn_keys_tenant", "unlearn_forgets_adapter"} <= indexes, "or a change looks at every row"

@@ -103,7 +103,9 @@ def serve(
 
     A request may forget more ("forget": {"acme": 1} in its body) if its tenant is allowed that, never less.
     If an adapter that it needs cannot be loaded and verified, it is refused
-    (503), not answered without it. To try it out, without keys:
+    (503), not answered without it. A set whose adapters undo each other is
+    refused where the policy has probes (`tenant adapter --probes`). To try it
+    out, without keys:
 
       unlearn-peft serve --base demo --adapter out/hp
 
@@ -139,12 +141,18 @@ def serve(
     from ..serve.api.app import create_app  # after that: these take seconds
     from ..serve.api.playground import Playground
     from ..serve.audit import AuditLog
+    from ..serve.canary import idle_canaries
     from ..serve.engine.local import LocalEngine
     from ..serve.handler import RequestHandler
 
     bundles = options.read_adapters(adapter, trust)
     source = _policy_source(policy, bundles)
     now = source.current()
+    if idle := idle_canaries(now.adapters):
+        logger.warning(
+            "the policy has a canary for %s, without effect: there are no probes at ADAPTER.probes.jsonl, and `probes` "
+            "names none", ", ".join(idle[:8]) + " and others" * (len(idle) > 8),
+        )  # fmt: skip
     log = None
     if audit is not None:
         log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
@@ -233,7 +241,8 @@ class FixedPolicy:
 
 def _policy_source(policy: str | None, bundles: Sequence[Bundle]) -> PolicySource:
     """Open the policy, or make one of a tenant without keys who may add these adapters."""
-    from ..serve.policy.policy import MAX_STRENGTH, make_policy
+    from ..serve.policy.entries import MAX_STRENGTH
+    from ..serve.policy.policy import make_policy
     from ..serve.policy.store import open_policy
 
     if policy is not None:
@@ -242,7 +251,7 @@ def _policy_source(policy: str | None, bundles: Sequence[Bundle]) -> PolicySourc
     for bundle in bundles:
         if bundle.name in entries:
             raise UnlearnError(f"two adapters are called '{bundle.name}': rename one's folder")
-        entries[bundle.name] = {"path": str(bundle.path.absolute())}
+        entries[bundle.name] = {"path": str(bundle.path.absolute()), "canary": "off"}  # whoever tries it out may see
     may_add = dict.fromkeys(entries, MAX_STRENGTH)
     values = {"adapters": entries, "tenants": {_TENANT: {"forget": [], "may_add": may_add}}}
     return FixedPolicy(make_policy(values, "--adapter"))

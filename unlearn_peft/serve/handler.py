@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from ..errors import OutputError, PolicyError
 from .admission import Places, check_size, is_chat, too_long
 from .audit import AuditLog, describe
+from .canary import Canary
 from .engine.base import AdapterLease, Engine, EngineStats, Generation, GenerationError, TextChunk, Unavailable
 from .fair_queue import FairQueue
 from .limits import Limits
@@ -55,6 +56,7 @@ class RequestHandler:
         # nor all of the batch, however long its answers: a further tenant starts at once
         alone = self.open_tenant is not None or self.limits.batch == 1
         self._rows = FairQueue(self.limits.batch + _AHEAD, per_tenant=None if alone else self.limits.batch - 1)
+        self._canary = Canary(self.engine, self._rows, self._record, self.metrics, self.limits.seconds)
         self._cleanups = set[asyncio.Future[None]]()
         self._places = Places()
 
@@ -250,12 +252,18 @@ class RequestHandler:
     async def _hold(self, call: Call) -> AdapterLease:
         trust = call.policy.trust_of(call.tenant)
         own = call.forget if self.open_tenant is not None else call.policy.tenants[call.tenant].forget
-        lease = await self.engine.hold(call.forget, call.policy, trust, call.forget.keys() - own.keys())
+        added = call.forget.keys() - own.keys()
+        lease = await self.engine.hold(call.forget, call.policy, trust, added)
         unsigned = trust is not None and any(adapter.signed_by not in trust.signers for adapter in lease.applied)
         if unsigned or {adapter.name: adapter.strength for adapter in lease.applied} != call.forget:
             lease.release()
             raise Unavailable("the engine has other adapters than the policy requires", ", ".join(call.forget))
         call.applied, call.set_digest = describe(lease.applied), lease.digest
+        try:
+            await self._canary.check(call, lease, own, added)
+        except BaseException:
+            lease.release()
+            raise
         return lease
 
     async def _generate(
@@ -308,7 +316,8 @@ class RequestHandler:
             return
         line = {
             "id": call.id, "tenant": call.tenant, "policy": call.policy.version, "set": call.set_digest,
-            "adapters": call.applied, **({"playground_base": True} if call.base_only else {}), **fields,
+            "adapters": call.applied, **({"playground_base": True} if call.base_only else {}),
+            **({"leaks": call.leaks} if call.leaks else {}), **fields,
         }  # fmt: skip
         try:
             if self.audit.fsync:

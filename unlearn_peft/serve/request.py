@@ -93,6 +93,7 @@ class Call:
     forget: Mapping[str, float] = field(default_factory=dict)  # adapter -> strength: of the policy and the request
     set_digest: str = ""
     applied: list[Mapping[str, Any]] | None = None  # None: refused before it had a lease
+    leaks: Sequence[str] = ()  # adapters whose probes leak in this set, see `Canary`
     prompt_tokens: int = 0
     completion_tokens: int = 0
     claimed: int = 0  # its answers under way, see `RequestHandler.enter`

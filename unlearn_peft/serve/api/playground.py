@@ -28,7 +28,7 @@ from ...adapters.read import identity_of
 from ...errors import AdapterError, PolicyError
 from ...files.untrusted import read_file, sha256_of
 from ..handler import RequestHandler
-from ..policy.policy import AdapterEntry
+from ..policy.entries import AdapterEntry
 from ..request import ApiError, Call
 
 PICTURES = (CURVES, FIGURES)  # the second by `unlearn-peft eval`, which writes to ADAPTER.eval by default

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import PolicyError, did_you_mean, safe_repr
-from .policy import Policy, check_name, key_digest
+from .entries import check_name
+from .policy import Policy, key_digest
 
 Content = dict[str, Any]  # as in YAML: adapters and tenants by name
 _PREFIX = 12  # hexadecimal digits of a sha256 that tell keys apart
@@ -62,12 +63,20 @@ def disallow(content: Content, tenant: str, adapter: str) -> Content:
     return {"tenant": tenant, "adapter": adapter, "before": strengths.pop(adapter)}
 
 
-def adapter(content: Content, name: str, path: str | Path, sha256: str | None) -> Content:
-    """Register an adapter, or replace the one of that name; `sha256` is its `Bundle.identity`, None: not checked."""
+def adapter(
+    content: Content, name: str, path: str | Path, sha256: str | None, probes: str | Path | None = None,
+    canary: str | None = None,
+) -> Content:  # fmt: skip
+    """Register an adapter, or replace the one of that name; `sha256` is its `Bundle.identity`, None: not checked.
+
+    Without `probes` or a `canary` (see `AdapterEntry`) those of the replaced one stay.
+    """
     before = content["adapters"].get(_checked(name))
     entry = {"path": str(Path(path).absolute()), "sha256": sha256.lower() if sha256 else None}
+    given = {"probes": None if probes is None else str(Path(probes).absolute()), "canary": canary}
+    entry |= {field: value if value is not None else (before or {}).get(field) for field, value in given.items()}
     content["adapters"][name] = entry
-    return {"adapter": name, **entry, "before": before}
+    return {"adapter": name, **_given(entry), "before": before and _given(before)}
 
 
 def unadapter(content: Content, name: str) -> Content:
@@ -78,7 +87,7 @@ def unadapter(content: Content, name: str) -> Content:
             tenants = ", ".join(users[:5]) + " and others" * (len(users) > 5)
             raise PolicyError(f"adapter '{name}' is {said} {tenants}: `{undo}` it there first")
     del content["adapters"][name]
-    return {"adapter": name, "before": before}
+    return {"adapter": name, "before": _given(before)}
 
 
 def add_key(content: Content, tenant: str, digest: str) -> Content:
@@ -136,7 +145,7 @@ def replace(content: Content, policy: Policy) -> Content:
     """Replace everything by another policy."""
     content |= policy.dump()
     tenants = {name: summary(entry) for name, entry in content["tenants"].items()}
-    return {"adapters": content["adapters"], "tenants": tenants}
+    return {"adapters": {name: _given(entry) for name, entry in content["adapters"].items()}, "tenants": tenants}
 
 
 def summary(entry: Content) -> Content:
@@ -166,6 +175,11 @@ def get_entry(content: Content, kind: str, name: str) -> Content:
         )
         raise PolicyError(f"no {kind} {safe_repr(name)}{hint}")
     return entries[name]
+
+
+def _given(entry: Content) -> Content:
+    """Return an adapter's entry without the settings that it does not have."""
+    return {field: value for field, value in entry.items() if value is not None or field in ("path", "sha256")}
 
 
 def _set_strength(content: Content, field: str, tenant: str, adapter: str, strength: float) -> Content:

@@ -23,9 +23,9 @@ except ModuleNotFoundError:
 
 
 sql = sqlalchemy
-# 3 has nothing that requests may add, 2 no changes and no indexes either, 1 no trusted keys either; the first edit adds
-# what is missing
-SCHEMA_VERSION = 4
+# 4 has no probes, 3 nothing that requests may add either, 2 no changes and no indexes either, 1 no trusted keys either;
+# the first edit adds what is missing
+SCHEMA_VERSION = 5
 _TRIES = 5
 
 _metadata = sql.MetaData()
@@ -41,6 +41,8 @@ ADAPTERS = Table(
     Column("name", String(64), primary_key=True),
     Column("path", Text, nullable=False),
     Column("sha256", String(64)),
+    Column("probes", Text),
+    Column("canary", String(8)),
 )  # fmt: skip
 TENANTS = Table("unlearn_tenants", _metadata, Column("name", String(64), primary_key=True))
 
@@ -156,6 +158,11 @@ def begin_change(connection: Connection) -> State:
     state = read_state(connection)
     if state.schema_version < SCHEMA_VERSION:
         _metadata.create_all(connection)
+        for table in _metadata.tables.values():
+            there = {column["name"] for column in sql.inspect(connection).get_columns(table.name)}
+            for column in (column for column in table.columns if column.name not in there):
+                what = sql.schema.CreateColumn(column).compile(dialect=connection.dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {what}")
         for index in (index for table in _metadata.tables.values() for index in table.indexes):
             index.create(connection, checkfirst=True)
         connection.execute(sql.update(STATE).values(schema_version=SCHEMA_VERSION))

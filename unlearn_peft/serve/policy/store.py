@@ -25,7 +25,8 @@ from ...errors import PolicyError, safe_repr
 from . import edits, engines, schema, tables
 from .edits import Content
 from .engines import PATIENCE
-from .policy import AdapterEntry, Policy, PolicySource, key_digest, make_policy, new_key
+from .entries import AdapterEntry
+from .policy import Policy, PolicySource, key_digest, make_policy, new_key
 from .schema import Connection, SQLAlchemyError, State
 from .stored import Found, Revision, StoredPolicy, TenantCache
 from .yaml_file import PolicyFile
@@ -280,7 +281,7 @@ class PolicyStore:
         adapters: Mapping[str, AdapterEntry] = known.adapters if known else {}
         try:
             if changed is None or changed.adapters:
-                rows = tables.read_adapters(connection, changed and changed.adapters)
+                rows = tables.read_adapters(connection, state, changed and changed.adapters)
                 read = make_policy({"adapters": rows, "tenants": {}}, f"revision {state.revision} of {self._name}")
                 kept = {} if changed is None else {n: a for n, a in adapters.items() if n not in changed.adapters}
                 adapters = {**kept, **read.adapters}

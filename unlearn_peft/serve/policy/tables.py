@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ...errors import PolicyError
 from .schema import ADAPTERS, CHANGES, FORGETS, HISTORY, KEYS, MAY_ADD, TENANTS, TRUSTED, Connection, State, Table, sql
 
+_ADAPTER = ADAPTERS.c.keys()[1:]
 _CELLS = ("tenant", "name", "strength", "pem")
 _KINDS = {1: 3, 2: 4, 3: 4}  # of rows of tenants in older schema versions, see `_tenant_rows`
 _MAX_CHANGES = 1000  # a reader that missed more reads everything anew
@@ -66,7 +67,7 @@ def count_tenants(connection: Connection) -> int:
 
 def read(connection: Connection, state: State) -> dict[str, Any]:
     """Return the whole content."""
-    return {"adapters": read_adapters(connection), "tenants": read_tenants(connection, state)}
+    return {"adapters": read_adapters(connection, state), "tenants": read_tenants(connection, state)}
 
 
 def read_part(connection: Connection, state: State, tenant: str | None, adapter: str | None) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def read_part(connection: Connection, state: State, tenant: str | None, adapter:
         tenants = read_tenants(connection, state, [tenant])
         near += [] if tenants else _near(connection, TENANTS, tenant)
     names = {name for entry in tenants.values() for name in adapters_of(entry)}
-    adapters = read_adapters(connection, names if adapter is None else names | {adapter})
+    adapters = read_adapters(connection, state, names if adapter is None else names | {adapter})
     if adapter is not None and adapter not in adapters:
         near += _near(connection, ADAPTERS, adapter)
     return {"adapters": adapters, "tenants": tenants, "near": near}
@@ -97,11 +98,12 @@ def adapters_of(entry: Mapping[str, Any]) -> set[str]:
     return {*entry["forget"], *entry.get("may_add", {})}
 
 
-def read_adapters(connection: Connection, names: Iterable[str] | None = None) -> dict[str, Any]:
+def read_adapters(connection: Connection, state: State, names: Iterable[str] | None = None) -> dict[str, Any]:
     """Return adapters by name; None: all."""
-    query = sql.select(ADAPTERS).order_by(ADAPTERS.c.name)
-    rows = connection.execute(query if names is None else query.where(ADAPTERS.c.name.in_(list(names))))
-    return {row.name: {"path": row.path, "sha256": row.sha256} for row in rows}
+    columns = list(ADAPTERS.c)[: 3 if state.schema_version < 5 else None]
+    query = sql.select(*columns).order_by(ADAPTERS.c.name)
+    rows = connection.execute(query if names is None else query.where(ADAPTERS.c.name.in_(list(names)))).mappings()
+    return {row["name"]: {**dict.fromkeys(_ADAPTER), **{k: v for k, v in row.items() if k != "name"}} for row in rows}
 
 
 def read_tenants(

@@ -116,7 +116,9 @@ def dump_policy(policy: Policy) -> str:
     content = policy.dump()
     for entries in content.values():
         for name, entry in entries.items():
-            defaults: dict[str, Any] = {"sha256": None, "trusted_keys": None, "may_add": {}}
+            defaults: dict[str, Any] = {
+                "sha256": None, "probes": None, "canary": None, "trusted_keys": None, "may_add": {},
+            }  # fmt: skip
             entries[name] = {field: value for field, value in entry.items() if value != defaults.get(field, ...)}
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 
