@@ -220,7 +220,7 @@ def test_each_change_and_its_history(store, where):
     assert other.current().tenant_of(third) is None and list(other.current().tenants) == ["acme"]
     assert other.read_all().dump() == {
         "adapters": {"news": {"path": "/srv/newer", "sha256": "b" * 64, "probes": None, "canary": None}},
-        "tenants": {"acme": {"forget": {"news": 2.0}, "keys": (), "trusted_keys": None, "may_add": {}}},
+        "tenants": {"acme": {"forget": {"news": 2.0}, "keys": {}, "trusted_keys": None, "may_add": {}}},
     }
     store.trust("acme", {"x": PEMS[0], "y": PEMS[1]}, **ME)
     assert other.current().tenants["acme"].trusted_keys == {"x": PEMS[0], "y": PEMS[1]}
@@ -295,14 +295,25 @@ def test_a_store_without_what_may_be_added_is_served_and_gets_it_at_the_first_ch
 
 
 def test_a_store_of_version_4_is_served_and_gets_its_columns_at_the_first_change(filled, where):
+    key = filled.add_key("acme", **ME)
     with filled._engine.begin() as connection:
-        for column in ("probes", "canary"):
-            connection.exec_driver_sql(f"ALTER TABLE unlearn_adapters DROP COLUMN {column}")
+        for column in ("adapters.probes", "adapters.canary", "keys.name", "keys.expires", "keys.scopes", "keys.used"):
+            table, _, name = column.partition(".")
+            connection.exec_driver_sql(f"ALTER TABLE unlearn_{table} DROP COLUMN {name}")
         connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 4")
     old = PolicyStore(where)
     assert old.current().forget_of("acme") == {"hp": 1.0} and old.current().adapters["hp"].canary is None
-    assert old.read_all().adapters["hp"].probes is None
+    assert old.read_all().adapters["hp"].probes is None and old.key_uses("acme") == {}
+    with pytest.raises(PolicyError, match="cannot write to the store"):  # until the first change
+        old.note_uses({key_digest(key): "2026-11-30T12:00:00+00:00"})
+    found = old.current().find_key(key)
+    assert found.tenant == "acme" and found.entry.scopes is None and not found.entry.expired
     filled.adapter("news", "/srv/news", None, "news.jsonl", "warn", **ME)
+    old.note_uses({key_digest(key): "2026-11-30T12:00:00+00:00"})
+    assert old.key_uses("acme") == {key_digest(key): "2026-11-30T12:00:00+00:00"}
+    filled.add_key("acme", {"name": "laptop", "expires": "2027-01-31", "scopes": []}, **ME)
+    found = {entry.name: entry for entry in old.current().tenants["acme"].keys.values()}
+    assert found["laptop"].expires == "2027-01-31T00:00:00+00:00" and found["laptop"].scopes == ()
     found = old.current().adapters["news"]
     assert (found.probes, found.canary) == (str(Path("news.jsonl").absolute()), "warn")
     old.close()
@@ -353,7 +364,7 @@ def test_what_does_not_fit_is_refused_and_leaves_no_trace(filled, where):
         "'adapters.x.path': expected the path": lambda: filled.adapter("x", "/x\0", None, **ME),
         "adapter 'hp' is forgotten for acme": lambda: filled.unadapter("hp", **ME),
         "0 keys of tenant 'acme' fit": lambda: filled.revoke_key("acme", key + "x", **ME),
-        "give the key, or 8 or more digits": lambda: filled.revoke_key("acme", key_digest(key)[:7], **ME),
+        "give the key, its name, or 8 or more digits": lambda: filled.revoke_key("acme", key_digest(key)[:7], **ME),
         "expected who": lambda: filled.add("x", who=" "),
         "'why' must be one line": lambda: filled.add("x", who="ann", why="a\n9 2026 root: add"),
         "'who' must be one line": lambda: filled.add("x", who="\x1b[2J"),
@@ -391,7 +402,7 @@ def test_import_and_export(filled, where, tmp_path):
     filled.replace(imported, **ME)
     assert filled.read_all() == imported and filled.read_all().adapters["x"].path == str(tmp_path / "sub/x")
     assert_whole(where)
-    key = imported.tenants["acme"].keys[0]
+    key = next(iter(imported.tenants["acme"].keys))
     moved = make_policy({"adapters": {}, "tenants": {"new": {"forget": {}, "keys": [key]}}}, "x")
     filled.replace(moved, **ME)
     assert filled.read_all() == moved, "the key went from a tenant that is no more to another"

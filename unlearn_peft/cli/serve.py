@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+_ACCESS_LOGS = 10  # full files that are kept
 _TENANT = "local"  # the only tenant, where there is no policy
 
 
@@ -78,6 +79,10 @@ def serve(
     audit_fsync: Annotated[bool, typer.Option(help="Call fsync after each line of it.")] = False,
     audit_prompts: Annotated[bool, typer.Option(help="Also record prompts and answers.")] = False,
     audit_optional: Annotated[bool, typer.Option(help="Answer even if the audit log cannot be written.")] = False,
+    access_log: Annotated[
+        Path | None,
+        typer.Option(help="Write a JSON line for each response: key, address, path, status. Keeps ten full files."),
+    ] = None,
     playground: Annotated[bool, typer.Option(help="A page to try it out, at /playground.")] = True,
     playground_offer: Annotated[
         list[str] | None,
@@ -156,8 +161,14 @@ def serve(
     log = None
     if audit is not None:
         log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
-        reopen = log.reopen
-        _on_hangup(lambda *_: reopen())
+    access = None if access_log is None else AuditLog(access_log, keep=_ACCESS_LOGS, required=False)
+    if logs := [one for one in (log, access) if one is not None]:
+
+        def reopen(*_: Any) -> None:
+            for one in logs:
+                one.reopen()
+
+        _on_hangup(reopen)
     backend: Engine
     if engine is not None:
         from ..serve.vllm.engine import VllmEngine
@@ -196,7 +207,7 @@ def serve(
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done
     loading.close()
-    HttpServer(create_app(handler, page), ready=ready).run(sockets=[listening])
+    HttpServer(create_app(handler, page, access), ready=ready).run(sockets=[listening])
 
 
 def _on_hangup(handler: Any) -> None:

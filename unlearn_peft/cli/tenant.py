@@ -91,8 +91,12 @@ def show(name: TenantArgument, store: StoreOption = STORE, as_json: JsonOption =
     unlearn-peft tenant show acme
     """
     from ..serve.policy.edits import summary
+    from ..serve.policy.policy import KEY_ID
 
-    facts = {"tenant": name, **summary(open_store(store).tenant(name))}
+    opened = open_store(store)
+    facts = {"tenant": name, **summary(opened.tenant(name))}
+    uses = {digest[:KEY_ID]: time for digest, time in opened.key_uses(name).items()}
+    facts |= {"key_uses": uses} if uses else {}
     if as_json:
         print(json.dumps(facts))
         return
@@ -100,7 +104,15 @@ def show(name: TenantArgument, store: StoreOption = STORE, as_json: JsonOption =
     if may_add := facts.get("may_add"):
         print(f"its requests may add {format_strengths(may_add)} at most")
     for key in facts["keys"]:
-        print(f"key {key}...")
+        given = facts.get("key_settings", {}).get(key, {})
+        scopes = given.get("scopes")
+        parts = [
+            f"key {key}..." + (f" {given['name']}" if "name" in given else ""),
+            *([f"ends {given['expires']}"] if "expires" in given else []),
+            *([f"may {', '.join(scopes) or 'only ask'}"] if scopes is not None else []),
+            *([f"last used {uses[key]}"] if key in uses else []),
+        ]
+        print("; ".join(parts))
     for key, digest in facts.get("trusted_keys", {}).items():
         print(f"trusts {key} ({digest}...)")
 

@@ -21,9 +21,10 @@ from .audit import AuditLog, describe
 from .canary import Canary
 from .engine.base import AdapterLease, Engine, EngineStats, Generation, GenerationError, TextChunk, Unavailable
 from .fair_queue import FairQueue
+from .key_log import KeyLog
 from .limits import Limits
 from .metrics import Metrics
-from .policy.policy import Policy, PolicySource
+from .policy.policy import Key, Policy, PolicySource
 from .request import ApiError, Call, ParsedRequest, as_api_error
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class RequestHandler:
         alone = self.open_tenant is not None or self.limits.batch == 1
         self._rows = FairQueue(self.limits.batch + _AHEAD, per_tenant=None if alone else self.limits.batch - 1)
         self._canary = Canary(self.engine, self._rows, self._record, self.metrics, self.limits.seconds)
+        self._keys = KeyLog(self.policies)
         self._cleanups = set[asyncio.Future[None]]()
         self._places = Places()
 
@@ -65,25 +67,35 @@ class RequestHandler:
         """Answers that run or wait."""
         return self._places.active
 
-    async def identify(self, authorization: str | None) -> Call:
+    async def identify(self, authorization: str | None, client: str | None = None, scope: str | None = None) -> Call:
         """Find out whose request this is, under the current policy.
 
+        Args:
+            authorization: the header.
+            client: the address.
+            scope: what its key must allow, see `KeyEntry`.
+
         Raises:
-            ApiError: 401 without a known key, 503 if there is no policy.
+            ApiError: 401 without a known key that is not over, 403 without the scope, 503 if there is no policy.
         """
         scheme, _, key = (authorization or "").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         try:
-            policy, tenant = await asyncio.to_thread(self._look_up, key)
+            policy, found = await asyncio.to_thread(self._look_up, key)
         except PolicyError as error:
             logger.error("no policy, all requests are refused: %s", error)
             raise self._refused(ApiError(503, "there is no policy to serve under", code="policy_unavailable")) from None
         self.metrics.policy_problem.set(self.policies.problem is not None)
-        if tenant is None:
-            message = "this API key is not known" if key else "an API key is needed: Authorization: Bearer KEY"
-            headers = {"WWW-Authenticate": "Bearer"}
-            raise self._refused(ApiError(401, message, code="invalid_api_key", headers=headers))
-        return Call(tenant, policy)
+        if self.open_tenant is not None:
+            return Call(self.open_tenant, policy, client=client)
+        try:
+            found = self._keys.check(found, client, given=bool(key))
+        except ApiError as error:
+            raise self._refused(error) from None
+        call = Call(found.tenant, policy, found, client)
+        if scope is not None:
+            call.require(scope)
+        return call
 
     def enter(self, call: Call) -> None:
         """Count a request as under way while its body is still to be read; `answer` and `leave` end that.
@@ -175,12 +187,13 @@ class RequestHandler:
     async def close(self) -> None:
         """Stop the engine and close the audit log."""
         await self.engine.close()
+        await self._keys.close()
         if self.audit is not None:
             self.audit.close()
 
-    def _look_up(self, key: str) -> tuple[Policy, str | None]:
+    def _look_up(self, key: str) -> tuple[Policy, Key | None]:
         policy = self.policies.current()
-        return policy, self.open_tenant or (policy.tenant_of(key) if key else None)
+        return policy, policy.find_key(key) if key and self.open_tenant is None else None
 
     def _check_limits(self, call: Call, request: ParsedRequest) -> int:
         """Return how many answers a request has, all of which are under way from now on; sets what it forgets."""
@@ -190,6 +203,10 @@ class RequestHandler:
             raise ApiError(404, message, code="model_not_found", param="model")
         if call.base_only and (request.forget or not self.shows_base):
             raise ApiError(403, "this server does not show the base alone", code="base_not_shown")
+        if request.forget:
+            call.require("add")
+        if request.settings["logprobs"] is not None:
+            call.require("logprobs")
         call.forget = {} if call.base_only else call.policy.forget_of(call.tenant, request.forget)
         if count > limits.answers:
             message = f"{count} answers in one request: at most {limits.answers}"
@@ -314,11 +331,7 @@ class RequestHandler:
     async def _record(self, event: str, call: Call, **fields: Any) -> None:
         if self.audit is None:
             return
-        line = {
-            "id": call.id, "tenant": call.tenant, "policy": call.policy.version, "set": call.set_digest,
-            "adapters": call.applied, **({"playground_base": True} if call.base_only else {}),
-            **({"leaks": call.leaks} if call.leaks else {}), **fields,
-        }  # fmt: skip
+        line = {**call.record(), **fields}
         try:
             if self.audit.fsync:
                 await asyncio.to_thread(self.audit.write, event, **line)

@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping
+from datetime import date, datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ _NAME = re.compile(r"(?!.*\.\.)(?!\.$)[A-Za-z0-9._-]{1,64}")
 MAX_STRENGTH = 16.0  # far beyond what still gives text; more could overflow
 _STRENGTHS = f"a number above 0, at most {MAX_STRENGTH:g} (1 is as trained)"
 DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+SCOPES = ("add", "logprobs", "playground")
 CANARIES = ("refuse", "warn", "off")
 _PATHS = {"path": "an adapter directory", "probes": "a file of probes"}
 _PEM = re.compile(r"\s*-----BEGIN PUBLIC KEY-----\s([A-Za-z0-9+/=\s]{1,2000})-----END PUBLIC KEY-----\s*")
@@ -123,15 +125,56 @@ class AdapterEntry(BaseModel, extra="forbid", frozen=True):
         return Path(self.probes) if self.probes is not None else beside if beside.is_file() else None
 
 
+def parse_time(value: object) -> str:
+    """Return a time in UTC, ISO 8601, of a text or what YAML makes of one; without a zone it is UTC, a date its start.
+
+    Raises:
+        ValueError: it is no time.
+    """
+    try:
+        text = value.isoformat() if isinstance(value, date) else value
+        if not isinstance(text, str):
+            raise ValueError
+        time = datetime.fromisoformat(text[:-1] + "+00:00" if text.endswith("Z") else text)
+        time = time if time.tzinfo else time.replace(tzinfo=timezone.utc)
+        return time.astimezone(timezone.utc).isoformat(timespec="seconds")
+    except (ValueError, OverflowError):
+        raise ValueError("expected a time such as 2027-01-31 or 2027-01-31T12:00:00+00:00") from None
+
+
+def _check_scopes(value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or any(scope not in SCOPES for scope in value):
+        raise ValueError(f"expected a list of {', '.join(SCOPES)}, or [] for none")
+    return tuple(sorted(set(value)))
+
+
+class KeyEntry(BaseModel, extra="forbid", frozen=True):
+    """What is known of an API key: a name, when it ends (UTC), and what it may do beside asking.
+
+    `scopes` are `add` (adapters to the tenant's set), `logprobs` and `playground` (the page's own routes); None: all.
+    """
+
+    name: Name | None = None
+    expires: Annotated[str | None, BeforeValidator(lambda value: None if value is None else parse_time(value))] = None
+    scopes: Annotated[
+        tuple[str, ...] | None, BeforeValidator(lambda value: None if value is None else _check_scopes(value))
+    ] = None
+
+    @property
+    def expired(self) -> bool:
+        """Whether it is over."""
+        return self.expires is not None and datetime.now(timezone.utc) >= datetime.fromisoformat(self.expires)
+
+
 class TenantEntry(BaseModel, extra="forbid", frozen=True):
-    """What a tenant must have forgotten (adapter -> strength), and the sha256 of each of its API keys.
+    """What a tenant must have forgotten (adapter -> strength), and its API keys, by their sha256.
 
     Its requests may add what is in `may_add` (adapter -> greatest strength), and nothing else. With `trusted_keys`
     (name -> PEM), an adapter is applied for this tenant only if one of them has signed it.
     """
 
     forget: dict[Name, Strength]
-    keys: tuple[Digest, ...] = ()
+    keys: dict[Digest, KeyEntry] = {}
     trusted_keys: dict[Name, PublicKey] | None = None
     may_add: dict[Name, Strength] = {}
 
@@ -147,10 +190,21 @@ class TenantEntry(BaseModel, extra="forbid", frozen=True):
             raise ValueError("expected adapters as [hp, news], with strengths as {hp: 0.5, news: 1}, or [] for none")
         return value
 
-    @field_validator("keys")
+    @field_validator("keys", mode="before")
     @classmethod
-    def _sort(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(sorted(keys))
+    def _by_digest(cls, value: Any) -> Any:
+        """A list of digests stands for keys without settings. No text is quoted: it may be an API key."""
+        if not isinstance(value, (list, tuple, Mapping)):
+            raise ValueError("expected a list of sha256, or a mapping of each to its name, expires and scopes")
+        if wrong := [
+            n for n, digest in enumerate(value, 1) if not isinstance(digest, str) or not DIGEST.fullmatch(digest)
+        ]:
+            raise ValueError(f"number {wrong[0]} is no sha256: expected 64 hexadecimal digits")
+        digests = [digest.lower() for digest in value]
+        if len(set(digests)) < len(digests):
+            raise ValueError("a key stands there twice")
+        settings = list(value.values()) if isinstance(value, Mapping) else [{}] * len(digests)
+        return dict(sorted(zip(digests, (entry or {} for entry in settings), strict=True), key=lambda item: item[0]))
 
     @field_validator("trusted_keys")
     @classmethod

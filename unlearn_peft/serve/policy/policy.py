@@ -15,22 +15,36 @@ import secrets
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
 
 from ...errors import PolicyError, did_you_mean, safe_repr
-from .entries import DIGEST, AdapterEntry, Content, TenantEntry, check_strength
+from .entries import DIGEST, AdapterEntry, Content, KeyEntry, TenantEntry, check_strength
 
 if TYPE_CHECKING:
     from ...adapters.trust import Trust
 
 
+KEY_ID = 12  # hexadecimal digits of a sha256 that tell keys apart
 _SECRET = re.compile(rf"uf-[\w-]{{43}}|\b{DIGEST.pattern}\b")
 
 
 class NotAllowed(PolicyError):
     """A request adds what its tenant's requests may not add: the client's fault (403)."""
+
+
+class Key(NamedTuple):
+    """An API key, without the key itself."""
+
+    tenant: str
+    digest: str  # its sha256, in hex
+    entry: KeyEntry
+
+    @property
+    def id(self) -> str:
+        """What logs call it."""
+        return self.digest[:KEY_ID]
 
 
 class Policy:
@@ -67,6 +81,11 @@ class Policy:
         have its 256 random bits cannot choose the digest that is looked up.
         """
         return self._owners.get(key_digest(api_key))
+
+    def find_key(self, api_key: str) -> Key | None:
+        """Return an API key's tenant and what is known of the key, or None; whether it is over is for the caller."""
+        tenant, digest = self.tenant_of(api_key), key_digest(api_key)
+        return None if tenant is None else Key(tenant, digest, self.tenants[tenant].keys[digest])
 
     def trust_of(self, tenant: str) -> Trust | None:
         """Return who must have signed the adapters of a tenant's requests; None: no signature is required.
@@ -126,6 +145,18 @@ class PolicySource(Protocol):
         """Why the newest version is not in use, or None."""
 
 
+@runtime_checkable
+class KeyUses(Protocol):
+    """A policy source that keeps when keys were last used."""
+
+    def note_uses(self, uses: Mapping[str, str]) -> None:
+        """Keep times (UTC, ISO 8601) by the keys' sha256.
+
+        Raises:
+            PolicyError: it cannot.
+        """
+
+
 def make_policy(values: Any, origin: str, folder: Path | None = None) -> Policy:
     """Validate a mapping as a policy; relative adapter paths start at `folder`.
 
@@ -182,6 +213,7 @@ def _describe(item: dict[str, Any]) -> str:
     if item["type"] == "extra_forbidden":
         models: dict[str, type[BaseModel]] = {"adapters": AdapterEntry, "tenants": TenantEntry}
         known = models.get(parts[0], Content) if len(parts) > 1 else Content
+        known = KeyEntry if len(parts) > 4 and parts[2] == "keys" else known
         return f"unknown key {safe_repr(where)}{did_you_mean(parts[-1], known.model_fields)}"
     if item["type"] == "missing":
         return f"{safe_repr(where)} is missing" + (" (write [] for nothing)" if parts[-1] == "forget" else "")

@@ -23,8 +23,8 @@ except ModuleNotFoundError:
 
 
 sql = sqlalchemy
-# 4 has no probes, 3 nothing that requests may add either, 2 no changes and no indexes either, 1 no trusted keys either;
-# the first edit adds what is missing
+# 4 has neither probes nor settings of keys, 3 nothing that requests may add either, 2 no changes and no indexes either,
+# 1 no trusted keys either; the first edit adds what is missing
 SCHEMA_VERSION = 5
 _TRIES = 5
 
@@ -64,6 +64,10 @@ KEYS = Table(
     "unlearn_keys", _metadata,
     Column("digest", String(64), primary_key=True),
     Column("tenant", ForeignKey(TENANTS.c.name), nullable=False),
+    Column("name", String(64)),
+    Column("expires", String(32)),  # UTC, ISO 8601
+    Column("scopes", Text),  # joined by commas; null: all
+    Column("used", String(32)),  # UTC, ISO 8601; servers write it now and then, without a revision
     sql.Index("unlearn_keys_tenant", "tenant"),
 )  # fmt: skip
 TRUSTED = Table(
