@@ -120,6 +120,7 @@ def content_of(policy):
     tenants = {
         name: {"forget": entry.forget, "keys": sorted(key[:12] for key in entry.keys)}
         | ({"may_add": entry.may_add} if entry.may_add else {})
+        | ({"quotas": entry.quotas} if entry.quotas else {})
         | (
             {"trusted_keys": {n: fingerprint(pem) for n, pem in trusted.items()}}
             if (trusted := entry.trusted_keys)
@@ -166,6 +167,9 @@ def replay(history):
                 tenants[what["tenant"]]["keys"].append(what["key"])
             case "revoke":
                 tenants[what["tenant"]]["keys"].remove(what["key"])
+            case "quota":
+                assert tenants[what["tenant"]].pop("quotas", {}) == what["before"]
+                tenants[what["tenant"]] |= {"quotas": what["quotas"]} if what["quotas"] else {}
             case "trust":
                 entry = tenants[what["tenant"]]
                 entry["trusted_keys"] = {**entry.get("trusted_keys", {}), **what["trusted_keys"]}
@@ -220,7 +224,7 @@ def test_each_change_and_its_history(store, where):
     assert other.current().tenant_of(third) is None and list(other.current().tenants) == ["acme"]
     assert other.read_all().dump() == {
         "adapters": {"news": {"path": "/srv/newer", "sha256": "b" * 64, "probes": None, "canary": None}},
-        "tenants": {"acme": {"forget": {"news": 2.0}, "keys": {}, "trusted_keys": None, "may_add": {}}},
+        "tenants": {"acme": {"forget": {"news": 2.0}, "keys": {}, "trusted_keys": None, "may_add": {}, "quotas": {}}},
     }
     store.trust("acme", {"x": PEMS[0], "y": PEMS[1]}, **ME)
     assert other.current().tenants["acme"].trusted_keys == {"x": PEMS[0], "y": PEMS[1]}
@@ -297,13 +301,15 @@ def test_a_store_without_what_may_be_added_is_served_and_gets_it_at_the_first_ch
 def test_a_store_of_version_4_is_served_and_gets_its_columns_at_the_first_change(filled, where):
     key = filled.add_key("acme", **ME)
     with filled._engine.begin() as connection:
-        for column in ("adapters.probes", "adapters.canary", "keys.name", "keys.expires", "keys.scopes", "keys.used"):
+        for column in ("adapters.probes", "adapters.canary", "keys.name", "keys.expires", "keys.scopes", "keys.used",
+                       "tenants.quotas"):  # fmt: skip
             table, _, name = column.partition(".")
             connection.exec_driver_sql(f"ALTER TABLE unlearn_{table} DROP COLUMN {name}")
         connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 4")
     old = PolicyStore(where)
     assert old.current().forget_of("acme") == {"hp": 1.0} and old.current().adapters["hp"].canary is None
     assert old.read_all().adapters["hp"].probes is None and old.key_uses("acme") == {}
+    assert old.current().tenants["acme"].quotas == {}
     with pytest.raises(PolicyError, match="cannot write to the store"):  # until the first change
         old.note_uses({key_digest(key): "2026-11-30T12:00:00+00:00"})
     found = old.current().find_key(key)

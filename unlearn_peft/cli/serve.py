@@ -64,6 +64,14 @@ def serve(
         int | None,
         typer.Option(min=1, help="Connections of one address. Default: a quarter of all; more behind a proxy."),
     ] = None,
+    quota_requests: Annotated[
+        str | None,
+        typer.Option(metavar="N/minute", help="Requests of a tenant in a second, minute, hour or day."),
+    ] = None,
+    quota_tokens: Annotated[
+        str | None,
+        typer.Option(metavar="N/day", help="Its tokens, read and generated. `tenant quota` sets both for one."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Limit on the tokens of an answer.")] = 1024,
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 8192,
     max_body_bytes: Annotated[int, typer.Option(min=1)] = 1_000_000,
@@ -120,7 +128,9 @@ def serve(
       unlearn-peft serve --policy policy.db --engine http://gpu1:8000,http://gpu2:8000
     """
     if missing := [
-        name for name in ("fastapi", "uvicorn", "prometheus_client", "sqlalchemy") if not importlib.util.find_spec(name)
+        name
+        for name in ("fastapi", "uvicorn", "limits", "prometheus_client", "sqlalchemy")
+        if not importlib.util.find_spec(name)
     ]:
         raise UnlearnError(f"the server needs {', '.join(missing)}: pip install 'unlearn-peft[serve]'")
     if (policy is None) == (not adapter):
@@ -130,6 +140,13 @@ def serve(
     if engine is not None and policy is None:
         raise UnlearnError("--engine needs --policy, the one that the resolver inside vLLM has too")
     trust = options.trust_of(trusted_keys, require_signature)
+    from ..serve.policy.entries import check_quota
+
+    for option, quota in (("--quota-requests", quota_requests), ("--quota-tokens", quota_tokens)):
+        try:
+            check_quota(quota or "1/day")
+        except ValueError as error:
+            raise UnlearnError(f"{option} is {quota!r}: {error}") from None
     from ..serve.limits import LOOPBACK, Limits
 
     if policy is None and host not in LOOPBACK:
@@ -188,7 +205,7 @@ def serve(
     limits = Limits(
         batch=max_batch, queue=max_queue, per_tenant=per_tenant, body_bytes=max_body_bytes,
         prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=max_seconds, drain_seconds=drain_seconds,
-        connections=max_connections, per_address=per_address,
+        connections=max_connections, per_address=per_address, quota_requests=quota_requests, quota_tokens=quota_tokens,
     )  # fmt: skip
     open_tenant = _TENANT if policy is None else None
     page = Playground(playground_base, tuple(playground_offer or ())) if playground else None

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import AdapterError, printable
+from ..errors import AdapterError, PolicyError, printable
 from . import tenant_keys
 from .options import JsonOption
 from .tenant_store import (
@@ -103,6 +103,8 @@ def show(name: TenantArgument, store: StoreOption = STORE, as_json: JsonOption =
     print(f"tenant {name} forgets {format_strengths(facts['forget'])}")
     if may_add := facts.get("may_add"):
         print(f"its requests may add {format_strengths(may_add)} at most")
+    for kind, value in facts.get("quotas", {}).items():
+        print(f"quota of {kind}: {value}")
     for key in facts["keys"]:
         given = facts.get("key_settings", {}).get(key, {})
         scopes = given.get("scopes")
@@ -180,6 +182,25 @@ def disallow(
     """
     done = f"requests of tenant '{name}' may no longer add '{adapter}'"
     edit("disallow", name, adapter, done=done, store=store, who=who, why=why, as_json=as_json)
+
+
+@app.command()
+def quota(
+    name: TenantArgument,
+    requests: Annotated[str | None, typer.Option(metavar="N/minute", help="Requests; `none` removes it.")] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N/day", help="Tokens, read and generated.")] = None,
+    store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Limit a tenant's requests and tokens in a second, minute, hour or day; beyond that it gets 429.
+
+    unlearn-peft tenant quota acme --requests 60/minute --tokens 1000000/day
+    """
+    given = {kind: value for kind, value in (("requests", requests), ("tokens", tokens)) if value is not None}
+    if not given:
+        raise PolicyError("which quota? Give --requests, --tokens or both")
+    done = f"tenant '{name}' has the quotas " + ", ".join(f"{kind} {value}" for kind, value in given.items())
+    changes = {kind: None if value == "none" else value for kind, value in given.items()}
+    edit("quota", name, changes, done=done, store=store, who=who, why=why, as_json=as_json)
 
 
 @app.command("adapter")

@@ -25,6 +25,7 @@ from .key_log import KeyLog
 from .limits import Limits
 from .metrics import Metrics
 from .policy.policy import Key, Policy, PolicySource
+from .quotas import Quotas
 from .request import ApiError, Call, ParsedRequest, as_api_error
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class RequestHandler:
         alone = self.open_tenant is not None or self.limits.batch == 1
         self._rows = FairQueue(self.limits.batch + _AHEAD, per_tenant=None if alone else self.limits.batch - 1)
         self._canary = Canary(self.engine, self._rows, self._record, self.metrics, self.limits.seconds)
+        self._quotas = Quotas(self.limits.quotas)
         self._keys = KeyLog(self.policies)
         self._cleanups = set[asyncio.Future[None]]()
         self._places = Places()
@@ -93,19 +95,19 @@ class RequestHandler:
         except ApiError as error:
             raise self._refused(error) from None
         call = Call(found.tenant, policy, found, client)
-        if scope is not None:
-            call.require(scope)
+        call.require(*([scope] if scope else []))
         return call
 
     def enter(self, call: Call) -> None:
         """Count a request as under way while its body is still to be read; `answer` and `leave` end that.
 
         Raises:
-            ApiError: 429 if there is no room, 503 while shutting down.
+            ApiError: 429 if there is no room or a quota is used up, 503 while shutting down.
         """
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="draining")
         self._claim(call, 1)
+        self._quotas.admit(call)
 
     def leave(self, call: Call) -> None:
         """Count a request as under way no longer. A second call does nothing."""
@@ -203,10 +205,7 @@ class RequestHandler:
             raise ApiError(404, message, code="model_not_found", param="model")
         if call.base_only and (request.forget or not self.shows_base):
             raise ApiError(403, "this server does not show the base alone", code="base_not_shown")
-        if request.forget:
-            call.require("add")
-        if request.settings["logprobs"] is not None:
-            call.require("logprobs")
+        call.require(*request.scopes)
         call.forget = {} if call.base_only else call.policy.forget_of(call.tenant, request.forget)
         if count > limits.answers:
             message = f"{count} answers in one request: at most {limits.answers}"
@@ -251,6 +250,7 @@ class RequestHandler:
             chunks.put_nowait((0, error))
         finally:
             self._places.generated(call)
+            self._quotas.charge(call, call.prompt_tokens + call.generated)
 
     async def _generate_all(
         self, call: Call, request: ParsedRequest, generations: Sequence[Generation], chunks: _Chunks
@@ -289,6 +289,7 @@ class RequestHandler:
         try:
             async with self._rows.place(call.tenant), aclosing(self.engine.stream(generation, lease)) as stream:
                 async for chunk in stream:
+                    call.generated += chunk.tokens
                     chunks.put_nowait((number, chunk))
                     if chunk.finish_reason is not None:
                         return

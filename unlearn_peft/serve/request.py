@@ -85,6 +85,11 @@ class ParsedRequest:
     forget: Mapping[str, float]
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
 
+    @property
+    def scopes(self) -> list[str]:
+        """What its key must allow."""
+        return ["add"] * bool(self.forget) + ["logprobs"] * (self.settings["logprobs"] is not None)
+
 
 @dataclass
 class Call:
@@ -102,7 +107,8 @@ class Call:
     applied: list[Mapping[str, Any]] | None = None  # None: refused before it had a lease
     leaks: Sequence[str] = ()  # adapters whose probes leak in this set, see `Canary`
     prompt_tokens: int = 0
-    completion_tokens: int = 0
+    completion_tokens: int = 0  # that were sent
+    generated: int = 0  # tokens, sent or not
     claimed: int = 0  # its answers under way, see `RequestHandler.enter`
     unfinished: int = 0  # of these, what is not wholly generated
     base_only: bool = False  # asks for the base alone; only where `RequestHandler.shows_base`
@@ -112,15 +118,15 @@ class Call:
         """What logs call its key: the first digits of the sha256."""
         return None if self.key is None else self.key.id
 
-    def require(self, scope: str) -> None:
-        """Check that the key allows something; see `KeyEntry`.
+    def require(self, *wanted: str) -> None:
+        """Check that the key has these scopes; see `KeyEntry`.
 
         Raises:
             ApiError: 403 if it does not.
         """
         scopes = None if self.key is None else self.key.entry.scopes
-        if scopes is not None and scope not in scopes:
-            message = f"this API key does not allow '{scope}': ask the operator for one that does"
+        if scopes is not None and (lacking := set(wanted) - set(scopes)):
+            message = f"this API key does not allow '{min(lacking)}': ask the operator for one that does"
             raise ApiError(403, message, code="key_scope")
 
     def record(self) -> dict[str, Any]:

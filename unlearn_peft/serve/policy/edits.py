@@ -112,6 +112,14 @@ def revoke_key(content: Content, tenant: str, key: str) -> Content:
     return {"tenant": tenant, "key": matches[0][:KEY_ID], **_given(keys.pop(matches[0]))}
 
 
+def quota(content: Content, tenant: str, quotas: Mapping[str, str | None]) -> Content:
+    """Change quotas of a tenant, such as {"requests": "60/minute"}; None removes one."""
+    entry = get_entry(content, "tenant", tenant)
+    before = entry.get("quotas") or {}
+    entry["quotas"] = {kind: value for kind, value in {**before, **quotas}.items() if value is not None}
+    return {"tenant": tenant, "quotas": entry["quotas"], "before": before}
+
+
 def trust(content: Content, tenant: str, keys: Mapping[str, str]) -> Content:
     """Add public keys (name -> PEM) to those that a tenant trusts: it is served signed adapters only."""
     entry = get_entry(content, "tenant", tenant)
@@ -157,6 +165,7 @@ def summary(entry: Content) -> Content:
     settings = {digest[:KEY_ID]: given for digest, key in entry["keys"].items() if (given := _given(key))}
     if settings:
         more["key_settings"] = settings
+    more |= {"quotas": entry["quotas"]} if entry.get("quotas") else {}
     more |= {"may_add": entry["may_add"]} if entry.get("may_add") else {}
     return {"forget": entry["forget"], "keys": _prefixes(entry["keys"]), **more}
 

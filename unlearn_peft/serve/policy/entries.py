@@ -21,6 +21,8 @@ _NAME = re.compile(r"(?!.*\.\.)(?!\.$)[A-Za-z0-9._-]{1,64}")
 MAX_STRENGTH = 16.0  # far beyond what still gives text; more could overflow
 _STRENGTHS = f"a number above 0, at most {MAX_STRENGTH:g} (1 is as trained)"
 DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+QUOTAS = ("requests", "tokens")
+_QUOTA = re.compile(r"[1-9][0-9]{0,14}/(second|minute|hour|day)")
 SCOPES = ("add", "logprobs", "playground")
 CANARIES = ("refuse", "warn", "off")
 _PATHS = {"path": "an adapter directory", "probes": "a file of probes"}
@@ -51,6 +53,17 @@ def check_strength(value: object) -> float:
             return float(value)
         raise ValueError(f"the strength is {safe_repr(value)}, expected {_STRENGTHS}")
     raise ValueError(f"expected a strength: {_STRENGTHS}")
+
+
+def check_quota(value: object) -> str:
+    """Return a quota.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, str) or not _QUOTA.fullmatch(value):
+        raise ValueError("expected a quota such as 60/minute: a number in a second, minute, hour or day")
+    return value
 
 
 def _check_digest(text: str) -> str:
@@ -86,6 +99,7 @@ def _check_public_key(text: str) -> str:
 
 Name = Annotated[str, AfterValidator(check_name)]
 Strength = Annotated[float, BeforeValidator(check_strength)]
+Quota = Annotated[str, BeforeValidator(check_quota)]
 Digest = Annotated[str, AfterValidator(_check_digest)]
 PublicKey = Annotated[str, AfterValidator(_check_public_key)]
 
@@ -142,6 +156,10 @@ def parse_time(value: object) -> str:
         raise ValueError("expected a time such as 2027-01-31 or 2027-01-31T12:00:00+00:00") from None
 
 
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
 def _check_scopes(value: object) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or any(scope not in SCOPES for scope in value):
         raise ValueError(f"expected a list of {', '.join(SCOPES)}, or [] for none")
@@ -163,7 +181,7 @@ class KeyEntry(BaseModel, extra="forbid", frozen=True):
     @property
     def expired(self) -> bool:
         """Whether it is over."""
-        return self.expires is not None and datetime.now(timezone.utc) >= datetime.fromisoformat(self.expires)
+        return self.expires is not None and _now() >= datetime.fromisoformat(self.expires)
 
 
 class TenantEntry(BaseModel, extra="forbid", frozen=True):
@@ -177,6 +195,14 @@ class TenantEntry(BaseModel, extra="forbid", frozen=True):
     keys: dict[Digest, KeyEntry] = {}
     trusted_keys: dict[Name, PublicKey] | None = None
     may_add: dict[Name, Strength] = {}
+    quotas: dict[str, Quota] = {}  # of "requests" and of "tokens", see `serve/quotas.py`
+
+    @field_validator("quotas")
+    @classmethod
+    def _known_kinds(cls, quotas: dict[str, str]) -> dict[str, str]:
+        if unknown := quotas.keys() - set(QUOTAS):
+            raise ValueError(f"{safe_repr(min(unknown))} is no quota: expected {' or '.join(QUOTAS)}")
+        return dict(sorted(quotas.items()))
 
     @field_validator("forget", "may_add", mode="before")
     @classmethod

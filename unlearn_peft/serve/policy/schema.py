@@ -23,8 +23,8 @@ except ModuleNotFoundError:
 
 
 sql = sqlalchemy
-# 4 has neither probes nor settings of keys, 3 nothing that requests may add either, 2 no changes and no indexes either,
-# 1 no trusted keys either; the first edit adds what is missing
+# 4 has neither probes nor settings of keys nor quotas, 3 nothing that requests may add either, 2 no changes and no
+# indexes either, 1 no trusted keys either; the first edit adds what is missing
 SCHEMA_VERSION = 5
 _TRIES = 5
 
@@ -44,7 +44,11 @@ ADAPTERS = Table(
     Column("probes", Text),
     Column("canary", String(8)),
 )  # fmt: skip
-TENANTS = Table("unlearn_tenants", _metadata, Column("name", String(64), primary_key=True))
+TENANTS = Table(
+    "unlearn_tenants", _metadata,
+    Column("name", String(64), primary_key=True),
+    Column("quotas", Text),  # JSON; null: none
+)  # fmt: skip
 
 
 def _strengths(name: str) -> Table:

@@ -195,6 +195,7 @@ class PolicyStore:
     adapter = partialmethod(edit, "adapter", edits.adapter, names=("adapter",))
     unadapter = partialmethod(edit, "unadapter", edits.unadapter, names=("adapter",))
     revoke_key = partialmethod(edit, "revoke", edits.revoke_key, names=("tenant",))
+    quota = partialmethod(edit, "quota", edits.quota, names=("tenant",))
     trust = partialmethod(edit, "trust", edits.trust, names=("tenant",))
     untrust = partialmethod(edit, "untrust", edits.untrust, names=("tenant",))
     replace = partialmethod(edit, "import", edits.replace)

@@ -4,6 +4,7 @@ too: {"adapters": {name: ...}, "tenants": {name: ...}}.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,7 @@ from .schema import ADAPTERS, CHANGES, FORGETS, HISTORY, KEYS, MAY_ADD, TENANTS,
 _ADAPTER = ADAPTERS.c.keys()[1:]
 _KEY = ("name", "expires", "scopes")  # columns of a key's settings
 _CELLS = {
-    "tenant": sql.String, "name": sql.String, "strength": sql.Double, "pem": sql.Text, "key_name": sql.String,
+    "tenant": sql.String, "name": sql.String, "strength": sql.Double, "text": sql.Text, "key_name": sql.String,
     "expires": sql.String, "scopes": sql.Text,
 }  # fmt: skip
 _KINDS = {1: 3, 2: 4, 3: 4}  # of rows of tenants in older schema versions, see `_tenant_rows`
@@ -138,6 +139,8 @@ def read_tenants(
         for row in connection.execute(_tenant_rows(next(iter(some), None), state.schema_version), some):
             if row.kind == 0:
                 tenants[row.tenant] = {"forget": {}, "keys": {}}
+                if row.text is not None:
+                    tenants[row.tenant]["quotas"] = json.loads(row.text)
             elif row.kind == 1:
                 tenants[row.tenant]["forget"][row.name] = row.strength
             elif row.kind == 2:
@@ -145,7 +148,7 @@ def read_tenants(
                 settings = {"name": row.key_name, "expires": row.expires, "scopes": scopes}
                 tenants[row.tenant]["keys"][row.name] = settings
             elif row.kind == 3:
-                tenants[row.tenant].setdefault("trusted_keys", {})[row.name] = row.pem
+                tenants[row.tenant].setdefault("trusted_keys", {})[row.name] = row.text
             else:
                 tenants[row.tenant].setdefault("may_add", {})[row.name] = row.strength
     except KeyError as error:
@@ -192,9 +195,9 @@ def _tenant_rows(some: str | None, schema_version: int) -> Any:
     One, since each takes longer on its way than in the database.
     """
     null = sql.null()
-    settings = [KEYS.c[name] for name in _KEY] if schema_version >= 5 else []
+    settings, quotas = ([KEYS.c[name] for name in _KEY], TENANTS.c.quotas) if schema_version >= 5 else ([], null)
     columns: list[tuple[Any, ...]] = [
-        (TENANTS.c.name,),
+        (TENANTS.c.name, null, null, quotas),
         (FORGETS.c.tenant, FORGETS.c.adapter, FORGETS.c.strength),
         (KEYS.c.tenant, KEYS.c.digest, null, null, *settings),
         (TRUSTED.c.tenant, TRUSTED.c.name, null, TRUSTED.c.pem),
@@ -225,7 +228,10 @@ def _rows(content: Mapping[str, Any]) -> dict[Table, dict[tuple[str, ...], dict[
     tenants = content["tenants"]
     return {
         ADAPTERS: {(name,): entry for name, entry in content["adapters"].items()},
-        TENANTS: {(name,): {} for name in tenants},
+        TENANTS: {
+            (name,): {"quotas": json.dumps(quotas) if (quotas := entry.get("quotas")) else None}
+            for name, entry in tenants.items()
+        },
         FORGETS: _strengths(tenants, "forget"),
         MAY_ADD: _strengths(tenants, "may_add"),
         KEYS: {
