@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -179,13 +180,6 @@ def serve(
     if audit is not None:
         log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
     access = None if access_log is None else AuditLog(access_log, keep=_ACCESS_LOGS, required=False)
-    if logs := [one for one in (log, access) if one is not None]:
-
-        def reopen(*_: Any) -> None:
-            for one in logs:
-                one.reopen()
-
-        _on_hangup(reopen)
     backend: Engine
     if engine is not None:
         from ..serve.vllm.engine import VllmEngine
@@ -211,6 +205,15 @@ def serve(
     page = Playground(playground_base, tuple(playground_offer or ())) if playground else None
     handler = RequestHandler(backend, source, limits=limits, audit=log, open_tenant=open_tenant)
 
+    def hung_up(*_: Any) -> None:
+        for one in (log, access):
+            if one is not None:
+                one.reopen()
+        if trusted_keys:
+            Thread(target=_read_trust_anew, args=(backend, trusted_keys, require_signature), daemon=True).start()
+
+    _on_hangup(hung_up)
+
     def ready(url: str) -> None:
         who = (
             "anyone on this machine"
@@ -231,6 +234,18 @@ def _on_hangup(handler: Any) -> None:
     """Handle SIGHUP, which would end the process; there is none on Windows."""
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, handler)
+
+
+def _read_trust_anew(engine: Engine, trusted_keys: list[Path], required: bool) -> None:
+    """Let an engine trust the keys that lie there now; where they cannot be read, it goes on with those that it has."""
+    try:
+        trust = options.trust_of(trusted_keys, required)
+    except UnlearnError as error:
+        logger.error("the trusted keys stay as they were: %s", error)
+        return
+    assert trust is not None
+    engine.set_trust(trust)
+    logger.warning("trusted keys: %s", ", ".join(trust.signers))
 
 
 def _prompt_format(policy: Policy) -> str | None:
