@@ -95,6 +95,7 @@ def test_a_key_may_do_what_its_scopes_say(serve, adapters):
             with pytest.raises(openai.PermissionDeniedError, match=f"does not allow '{scope}'") as refused:
                 attempt(f"uf-{name}")
             assert refused.value.code == "key_scope"
+        assert complete(url, f"uf-{name}", extra_body={"forget": ["a"]}).choices, "its own, as strong as it is anyway"
         want = 200 if name in ("all", "playground") else 403
         assert (page(f"uf-{name}"), base(f"uf-{name}")) == (want, want)
 
@@ -105,7 +106,7 @@ def test_who_asked_is_in_the_audit_log_and_the_access_log(serve, adapters, tmp_p
     key = key_digest("uf-it")[:12]
     answer = client(url, "uf-it").completions.with_raw_response.create(model="tiny", prompt="SECRET", max_tokens=2)
     stream = client(url, "uf-it").completions.create(model="tiny", prompt="x", max_tokens=2, stream=True)
-    assert len(list(stream)) > 1
+    assert list(stream)
     with pytest.raises(openai.AuthenticationError) as refused:
         complete(url, "uf-wrong")
     with pytest.raises(openai.NotFoundError):

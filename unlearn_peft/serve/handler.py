@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -70,12 +70,7 @@ class RequestHandler:
         return self._places.active
 
     async def identify(self, authorization: str | None, client: str | None = None, scope: str | None = None) -> Call:
-        """Find out whose request this is, under the current policy.
-
-        Args:
-            authorization: the header.
-            client: the address.
-            scope: what its key must allow, see `KeyEntry`.
+        """Find out whose request this is, under the current policy; its key must allow `scope`, see `KeyEntry`.
 
         Raises:
             ApiError: 401 without a known key that is not over, 403 without the scope, 503 if there is no policy.
@@ -205,8 +200,9 @@ class RequestHandler:
             raise ApiError(404, message, code="model_not_found", param="model")
         if call.base_only and (request.forget or not self.shows_base):
             raise ApiError(403, "this server does not show the base alone", code="base_not_shown")
-        call.require(*request.scopes)
         call.forget = {} if call.base_only else call.policy.forget_of(call.tenant, request.forget)
+        adds = bool(request.forget) and call.forget != self._own(call)
+        call.require(*["add"] * adds, *["logprobs"] * (request.settings["logprobs"] is not None))
         if count > limits.answers:
             message = f"{count} answers in one request: at most {limits.answers}"
             raise ApiError(400, message, code="too_many_answers", param="n")
@@ -268,7 +264,7 @@ class RequestHandler:
 
     async def _hold(self, call: Call) -> AdapterLease:
         trust = call.policy.trust_of(call.tenant)
-        own = call.forget if self.open_tenant is not None else call.policy.tenants[call.tenant].forget
+        own = self._own(call)
         added = call.forget.keys() - own.keys()
         lease = await self.engine.hold(call.forget, call.policy, trust, added)
         unsigned = trust is not None and any(adapter.signed_by not in trust.signers for adapter in lease.applied)
@@ -282,6 +278,10 @@ class RequestHandler:
             lease.release()
             raise
         return lease
+
+    def _own(self, call: Call) -> Mapping[str, float]:
+        """Return what is forgotten for a call whatever it asks for; without a policy that is what it asks for."""
+        return call.forget if self.open_tenant is not None else call.policy.tenants[call.tenant].forget
 
     async def _generate(
         self, call: Call, number: int, generation: Generation, lease: AdapterLease, chunks: _Chunks

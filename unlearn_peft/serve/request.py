@@ -85,11 +85,6 @@ class ParsedRequest:
     forget: Mapping[str, float]
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
 
-    @property
-    def scopes(self) -> list[str]:
-        """What its key must allow."""
-        return ["add"] * bool(self.forget) + ["logprobs"] * (self.settings["logprobs"] is not None)
-
 
 @dataclass
 class Call:
