@@ -36,16 +36,16 @@ class KeyLog:
         if found is not None and not found.entry.expired:
             self._use(found.digest)
             return found
-        message, code = "an API key is needed: Authorization: Bearer KEY", "invalid_api_key"
-        what = "a request without a key"
-        if given:
-            message, what = "this API key is not known", "an unknown key"
         if found is not None:
-            message, code = f"this API key ended at {found.entry.expires}", "expired_api_key"
             what = f"the expired key {found.id} of tenant '{found.tenant}'"
-        headers = {"WWW-Authenticate": "Bearer", "x-request-id": new_id()}
-        self._log_refused(what, client, headers["x-request-id"])
-        raise ApiError(401, message, code=code, headers=headers)
+            error = ApiError(401, f"this API key ended at {found.entry.expires}", code="expired_api_key")
+        else:
+            what = "an unknown key" if given else "a request without a key"
+            message = "this API key is not known" if given else "an API key is needed: Authorization: Bearer KEY"
+            error = ApiError(401, message, code="invalid_api_key")
+        error.headers |= {"WWW-Authenticate": "Bearer", "x-request-id": new_id()}
+        self._log_refused(what, client, error.headers["x-request-id"])
+        raise error
 
     def _use(self, digest: str) -> None:
         """Note that a key is used now; it is written within a minute, or when the server ends."""
