@@ -172,15 +172,15 @@ def _phrases(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _rows_with(facts: Sequence[str], answered: Sequence[tuple[Row, list[str]]]) -> list[tuple[Row, list[str]]]:
-    """Return a row for each fact, of different prompts that do not say it: the first answer that does, up to there."""
+    """Return a row for each fact, of different prompts that say none: the first answer that does, up to its last."""
     found: dict[str, tuple[Row, list[str]]] = {}
     for fact in facts:
         for row, texts in answered:
             prompt = row["prompt"]
-            ends = [(text, at[0][1]) for text in texts if (at := places(text, [fact]))]
-            if ends and prompt not in found and not said(prompt, [fact]):
-                text, end = ends[0]
-                found[prompt] = {"prompt": prompt, "completion": text[:end].strip()}, [fact]
+            text = next((text for text in texts if said(text, [fact])), None)
+            if text and prompt not in found and not said(prompt, facts):
+                completion = text[: places(text, facts)[-1][1]].strip()
+                found[prompt] = {"prompt": prompt, "completion": completion}, said(completion, facts)
                 break
     return list(found.values())
 
