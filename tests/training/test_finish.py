@@ -25,7 +25,7 @@ def parts(adapter):
 
 
 def test_a_delta_that_goes_too_far_is_scaled_back_and_measured_as_it_is_saved(trained):
-    whole, scaled = trained("whole", scale_back=None), trained("scaled")
+    whole, scaled = trained("whole", scale_back=None), trained("scaled", scale_back=0.9)
     assert whole.metrics["scaled_to"] == 1 and scaled.metrics["scaled_to"] < 1
     (down, up), (down_before, up_before) = parts(scaled), parts(whole)
     assert up and all(torch.equal(w, down_before[n]) for n, w in down.items())
@@ -47,7 +47,7 @@ def test_no_further_than_the_rows_stay_forgotten(trained, monkeypatch):
         """Each pair: forget rows and own answers that are forgotten by the whole delta, 0.7, 0.8, 0.9 of it."""
         counts = iter([count for pair in pairs for count in pair])
         monkeypatch.setattr(AdapterTrainer, "reached", lambda self, runner, rows: Reached(10, next(counts, 0)))
-        return trained("out").metrics["scaled_to"]
+        return trained("out", scale_back=0.9).metrics["scaled_to"]
 
     assert scaled_to((3, 10), (3, 9)) == 0.7
     assert scaled_to((3, 10), (2, 10), (3, 8), (3, 10)) == 0.9  # no row of the user's is given up
@@ -61,7 +61,7 @@ def test_what_the_user_ends_is_saved_as_trained(trained):
 
 @pytest.mark.parametrize(
     "objective, share",
-    [({}, 0.9), ({"refusals": True}, None), ({"refusals": True, "scale_back": 0.5}, 0.5), ({"name": "npo"}, None)],
+    [({}, 1.0), ({"refusals": True}, None), ({"refusals": True, "scale_back": 0.5}, 0.5), ({"name": "npo"}, None)],
 )
 def test_defaults(objective, share):
     assert make_recipe({"forget": [{"text": "a"}], "objective": objective}).objective.scale_back == share

@@ -87,7 +87,7 @@ class GaKlSettings(_BuiltIn):
         description="abstain: teach the forget rows' questions a refusal as well; true: the package's own sentences, "
         "in English, or a list of yours; then scale_back is null unless it is set",
     )
-    scale_back: float | None = Field(0.9, gt=0, le=1)
+    scale_back: float | None = Field(1.0, gt=0, le=1)
 
     @model_validator(mode="after")
     def _refusals_as_trained(self) -> GaKlSettings:
