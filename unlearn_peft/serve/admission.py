@@ -62,7 +62,8 @@ def check_size(prompt: Prompt, variables: Mapping[str, Any], longest: int) -> No
         ApiError: it has more than `longest` ids, or more than `BYTES_PER_TOKEN` bytes for each.
     """
     if is_chat(prompt):
-        texts: Sequence[Any] = [*(message["content"] for message in prompt), json.dumps(variables)]  # type: ignore
+        calls = [message["tool_calls"] for message in prompt if "tool_calls" in message]  # type: ignore
+        texts: Sequence[Any] = [*(message["content"] for message in prompt), json.dumps([variables, calls])]  # type: ignore
     elif isinstance(prompt, str):
         texts = [prompt]
     else:

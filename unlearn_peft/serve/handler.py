@@ -203,6 +203,9 @@ class RequestHandler:
         longest = min(limits.prompt_tokens, self.engine.context - 1)
         for prompt in request.prompts:
             check_size(prompt, request.variables, longest)
+        grammar = None
+        if request.schema is not None:
+            grammar = await self.in_turn(call, partial(self.engine.compile, request.schema))
         for prompt in request.prompts:
             ids = await self.in_turn(call, partial(self.engine.encode, prompt, request.variables))
             call.prompt_tokens += len(ids)
@@ -213,7 +216,7 @@ class RequestHandler:
             if max_tokens > limits.max_tokens or max_tokens > room:
                 message = f"max_tokens is {max_tokens}: at most {min(limits.max_tokens, room)} for this prompt"
                 raise ApiError(400, message, code="context_length_exceeded", param="max_tokens")
-            settings = dict(request.settings)
+            settings = {**request.settings, "grammar": grammar}
             if is_chat(prompt):
                 settings["stop"] += self.engine.chat_ends
             for n in range(request.n):

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import OutputError, PolicyError
-from .engine.base import Busy, GenerationError, PromptError, Unavailable
+from .engine.base import Busy, FormatError, GenerationError, PromptError, Unavailable
 from .policy.policy import NotAllowed, Policy
 
 logger = logging.getLogger(__name__)
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class ApiError(Exception):
@@ -40,6 +40,8 @@ def as_api_error(error: Exception) -> ApiError:
     """Return what a client may know of an error; paths and digests in its message go to the log alone."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, FormatError):
+        return ApiError(400, str(error), code="invalid_response_format", param="response_format")
     if isinstance(error, PromptError):
         return ApiError(400, str(error), code="invalid_prompt")
     if isinstance(error, Busy):
@@ -79,6 +81,8 @@ class ParsedRequest:
     include_usage: bool
     forget: Mapping[str, float]
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
+    schema: str | None = None  # JSON text: the answers are JSON that follows it
+    called: Any = None  # the `CalledTools` one of which the answers call
 
 
 @dataclass

@@ -143,7 +143,7 @@ async def _respond(handler: RequestHandler, request: Request, *, chat: bool, bas
     fingerprint = f"fp_{call.set_digest[:16] or 'base'}"
     response = ResponseFormat(
         chat, ("chatcmpl-" if chat else "cmpl-") + call.id.removeprefix("req-"), handler.engine.model, call.created,
-        fingerprint, parsed.settings["logprobs"] is not None,
+        fingerprint, parsed.settings["logprobs"] is not None, parsed.called,
     )  # fmt: skip
     headers = {"x-request-id": call.id}
     if parsed.stream:
@@ -216,14 +216,23 @@ async def _events(
     response: ResponseFormat, call: Call, parsed: ParsedRequest, first: tuple[int, TextChunk], rest: Chunks
 ) -> AsyncGenerator[str, None]:
     lengths = [0] * (len(parsed.prompts) * parsed.n)  # of the answers so far, in characters
+    whole = [Answer(number) for number in range(len(lengths))]  # where they call tools: what is not sent yet
     if response.chat:
         for number in range(len(lengths)):
             yield _event(response.role(number))
 
     def chunk_event(number: int, chunk: TextChunk) -> str:
+        text, logprobs = chunk.text, chunk.logprobs
+        if response.called is not None:
+            answer = whole[number]
+            answer.text += text
+            answer.logprobs += logprobs
+            if chunk.finish_reason is None:
+                return ""
+            text, logprobs = answer.text, tuple(answer.logprobs)
         offset = lengths[number]
-        lengths[number] += len(chunk.text)
-        return _event(response.event(number, chunk.text, chunk.logprobs, chunk.finish_reason, offset))
+        lengths[number] += len(text)
+        return _event(response.event(number, text, logprobs, chunk.finish_reason, offset))
 
     yield chunk_event(*first)
     try:
