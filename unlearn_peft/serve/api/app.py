@@ -28,8 +28,8 @@ T = TypeVar("T")
 Chunks = AsyncGenerator[tuple[int, TextChunk], None]  # each with the number of its answer
 
 
-def create_app(handler: RequestHandler, playground: Playground | None = None) -> FastAPI:
-    """Return the server as an ASGI app; without a `playground` there is no page."""
+def create_app(handler: RequestHandler, playground: Playground | None = None, *, metrics: bool = True) -> FastAPI:
+    """Return the server as an ASGI app; without a `playground` there is no page, without `metrics` no /metrics."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -71,9 +71,11 @@ def create_app(handler: RequestHandler, playground: Playground | None = None) ->
         stale = "the newest policy was refused, an older one serves" if handler.policies.problem else None
         return JSONResponse({**state, "policy_problem": stale}, 200 if problem is None else 503)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(handler.metrics.text(), media_type="text/plain; version=0.0.4")
+    if metrics:
+
+        @app.get("/metrics")
+        async def metrics_text() -> Response:
+            return Response(handler.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
