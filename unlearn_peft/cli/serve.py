@@ -93,6 +93,9 @@ def serve(
     admin_host: Annotated[str, typer.Option(help="Where both of these ports listen.")] = "127.0.0.1",
     ssl_certfile: Annotated[Path | None, typer.Option(help="TLS on --port and --admin-port: the certificates.")] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option(help="Their private key.")] = None,
+    traces: Annotated[
+        bool, typer.Option("--traces", help="A span for each request, by OTLP; OTEL_EXPORTER_OTLP_ENDPOINT says where.")
+    ] = False,
     playground: Annotated[bool, typer.Option(help="A page to try it out, at /playground.")] = True,
     playground_offer: Annotated[
         list[str] | None,
@@ -167,6 +170,7 @@ def serve(
     from ..serve.engine.local import LocalEngine
     from ..serve.handler import RequestHandler
     from ..serve.policy.store import PolicyStore
+    from ..serve.tracing import Tracing
 
     bundles = options.read_adapters(adapter, trust)
     source = _policy_source(policy, bundles)
@@ -205,9 +209,12 @@ def serve(
         prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=max_seconds, drain_seconds=drain_seconds,
         connections=max_connections, per_address=per_address,
     )  # fmt: skip
+    tracing = Tracing() if traces else None
+    if tracing is not None:
+        context.call_on_close(tracing.close)
     open_tenant = _TENANT if policy is None else None
     page = Playground(playground_base, tuple(playground_offer or ())) if playground else None
-    handler = RequestHandler(backend, source, limits=limits, audit=log, open_tenant=open_tenant)
+    handler = RequestHandler(backend, source, limits=limits, audit=log, open_tenant=open_tenant, tracing=tracing)
 
     def ready(url: str) -> None:
         who = (

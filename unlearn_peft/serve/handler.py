@@ -24,6 +24,7 @@ from .limits import Limits
 from .metrics import Metrics
 from .policy.policy import Policy, PolicySource
 from .request import ApiError, Call, ParsedRequest, as_api_error
+from .tracing import Tracing
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,6 +43,7 @@ class RequestHandler:
     limits: Limits = Limits()
     audit: AuditLog | None = None  # where each request is recorded; None: nowhere
     open_tenant: str | None = None  # the tenant of all requests, without any key; None: keys are required
+    tracing: Tracing | None = None  # where each request's span is written; None: nowhere
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self._stats)
@@ -116,8 +118,9 @@ class RequestHandler:
                 number, chunk = await chunks.get()
                 if isinstance(chunk, Exception):
                     raise chunk
-                if call.completion_tokens == 0:
-                    self.metrics.first.observe(time.monotonic() - call.began)
+                if call.first is None:
+                    call.first = time.monotonic()
+                    self.metrics.first.observe(call.first - call.began)
                 call.completion_tokens += chunk.tokens
                 running -= chunk.finish_reason is not None
                 if self._records_text:
@@ -203,7 +206,7 @@ class RequestHandler:
         longest = min(limits.prompt_tokens, self.engine.context - 1)
         for prompt in request.prompts:
             check_size(prompt, request.variables, longest)
-        grammar = None
+        grammar, trace = None, {} if self.tracing is None else self.tracing.headers(call)
         if request.schema is not None:
             grammar = await self.in_turn(call, partial(self.engine.compile, request.schema))
         for prompt in request.prompts:
@@ -216,7 +219,7 @@ class RequestHandler:
             if max_tokens > limits.max_tokens or max_tokens > room:
                 message = f"max_tokens is {max_tokens}: at most {min(limits.max_tokens, room)} for this prompt"
                 raise ApiError(400, message, code="context_length_exceeded", param="max_tokens")
-            settings = {**request.settings, "grammar": grammar}
+            settings = {**request.settings, "grammar": grammar, "trace": trace}
             if is_chat(prompt):
                 settings["stop"] += self.engine.chat_ends
             for n in range(request.n):
@@ -266,6 +269,7 @@ class RequestHandler:
     ) -> None:
         try:
             async with self._rows.place(call.tenant), aclosing(self.engine.stream(generation, lease)) as stream:
+                call.placed = call.placed or time.monotonic()
                 async for chunk in stream:
                     chunks.put_nowait((number, chunk))
                     if chunk.finish_reason is not None:
@@ -301,6 +305,8 @@ class RequestHandler:
         except OutputError:
             if status == 200:
                 raise
+        if self.tracing is not None:
+            self.tracing.finish(call, status, code)
         self.metrics.requests.labels(call.tenant, str(status)).inc()
         self.metrics.seconds.observe(time.monotonic() - call.began)
         for kind, count in (("prompt", call.prompt_tokens), ("completion", call.completion_tokens)):

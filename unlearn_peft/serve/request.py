@@ -101,6 +101,9 @@ class Call:
     completion_tokens: int = 0
     claimed: int = 0  # its answers under way, see `RequestHandler.enter`
     unfinished: int = 0  # of these, what is not wholly generated
+    placed: float | None = None  # when the first of its answers had a place, of `time.monotonic`
+    first: float | None = None  # when the first of its text came
+    span: Any = None  # of `Tracing`, while it runs
     base_only: bool = False  # asks for the base alone; only where `RequestHandler.shows_base`
 
     @property

@@ -122,6 +122,8 @@ async def _respond(handler: RequestHandler, request: Request, *, chat: bool, bas
         _refuse_other_pages(request)
     call = await handler.identify(request.headers.get("authorization"))
     call.base_only = base_only
+    if handler.tracing is not None:
+        handler.tracing.start(call, request.headers, handler.engine.model, chat=chat)
     try:
         try:
             handler.enter(call)

@@ -7,7 +7,7 @@ answer, `release` the lease. An engine fails closed: it answers with exactly wha
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import UnlearnError
@@ -61,6 +61,7 @@ class Generation:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     ignore_eos: bool = False
+    trace: Mapping[str, str] = field(default_factory=dict)  # headers for an engine elsewhere: the request's span
     grammar: Any = None  # what `Engine.compile` returned: the answer follows it
 
 

@@ -193,7 +193,9 @@ class VllmEngine:
         }  # fmt: skip
         server = lease.server
         try:
-            async with self._servers.http().stream("POST", f"{server.url}/v1/completions", json=body) as response:
+            async with self._servers.http().stream(
+                "POST", f"{server.url}/v1/completions", json=body, headers=request.trace
+            ) as response:
                 if response.status_code != 200:
                     raise self._refusal(response.status_code, await response.aread(), lease, request)
                 async for line in response.aiter_lines():
