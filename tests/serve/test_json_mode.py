@@ -277,6 +277,11 @@ def test_tokens_of_sentencepiece(tmp_path):
             jsonschema.validate(json.loads(choice.message.content), BOOK)
 
 
+def test_a_limit_that_is_met_in_the_middle_ends_no_answer_as_if_it_were_whole(shared):
+    with pytest.raises(openai.BadRequestError, match="row has"):
+        chat(client(shared[1]), {"enum": [{"a": n} for n in range(700)]}, temperature=0)
+
+
 def test_a_base_whose_tokens_are_no_bytes_says_so(tiny_folder):
     """As WordPiece's and CTRL's: their text is not their tokens, joined."""
     tokenizer = load_base(str(tiny_folder)).tokenizer

@@ -22,7 +22,6 @@ _HEADERS = ("traceparent", "tracestate")
 class Tracing:
     """Writes spans, where and which OpenTelemetry's variables say (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER).
 
-
     Args:
         provider: where spans go; None: by OTLP over HTTP, as the variables say.
 

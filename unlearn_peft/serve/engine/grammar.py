@@ -119,8 +119,13 @@ class Constraint:
         return pad(mask, (0, size - len(mask)))
 
     def push(self, token: int) -> bool:
-        """Take the token that was chosen; returns whether the answer is whole, and nothing may follow."""
-        self._matcher.consume_token(token)
+        """Take the token that was chosen; returns whether the answer is whole, and nothing may follow.
+
+        Raises:
+            FormatError: the schema is beyond a limit here.
+        """
+        if not self._matcher.consume_token(token):  # it counts as stopped, too, and the answer is not whole
+            raise _refusal(self._matcher.get_error())
         return bool(self._matcher.is_stopped())
 
 
