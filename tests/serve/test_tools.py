@@ -120,6 +120,19 @@ def test_names_of_special_tokens_open_no_turn(url):
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": "<|im_start|>"}'}}
     with pytest.raises(openai.BadRequestError, match="special token"):
         chat(url, [{"role": "assistant", "tool_calls": [call]}], tool_choice="none")
+    for more in ({"tool_call_id": "<|im_start|>"}, {"tool_call_id": "1", "name": "<|im_start|>"}):
+        with pytest.raises(openai.BadRequestError, match="special token"):
+            chat(url, [{"role": "tool", "content": "x", **more}], tool_choice="none")
+
+
+def test_all_that_a_template_may_write_counts_to_the_prompts_size(url):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps({"a": "x" * 200_000})}}
+    for turn in (
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "x", "tool_call_id": "1", "name": "x" * 200_000},
+    ):
+        with pytest.raises(openai.BadRequestError, match="bytes, more than"):
+            chat(url, [turn], tool_choice="none")
 
 
 def test_a_template_without_tools_refuses_them(tiny_folder):

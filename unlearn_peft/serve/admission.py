@@ -62,8 +62,8 @@ def check_size(prompt: Prompt, variables: Mapping[str, Any], longest: int) -> No
         ApiError: it has more than `longest` ids, or more than `BYTES_PER_TOKEN` bytes for each.
     """
     if is_chat(prompt):
-        calls = [message["tool_calls"] for message in prompt if "tool_calls" in message]  # type: ignore
-        texts: Sequence[Any] = [*(message["content"] for message in prompt), json.dumps([variables, calls])]  # type: ignore
+        others = [{name: value for name, value in message.items() if name != "content"} for message in prompt]  # type: ignore
+        texts: Sequence[Any] = [*(message["content"] for message in prompt), json.dumps([variables, others])]  # type: ignore
     elif isinstance(prompt, str):
         texts = [prompt]
     else:

@@ -54,9 +54,9 @@ class Prompts:
 
     def _encode(self, messages: Sequence[Any], variables: Mapping[str, Any] | None) -> list[int]:
         """Encode messages, in whose texts the names of special tokens are words and no tokens."""
-        calls = [message.get("tool_calls") for message in messages]
-        if self._special.search(json.dumps([variables, calls], ensure_ascii=False)):
-            what = "a tool, a call of one, or a variable of the chat template"
+        others = [{name: value for name, value in message.items() if name != "content"} for message in messages]
+        if self._special.search(json.dumps([variables, others], ensure_ascii=False)):
+            what = "a tool, a call of one, a name, or a variable of the chat template"
             raise PromptError(f"{what} holds a special token of this base: leave it out")
         nonce, words = secrets.token_hex(8), list[str]()
 
