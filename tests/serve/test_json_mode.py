@@ -8,7 +8,7 @@ import jsonschema
 import openai
 import pytest
 import torch
-from families import tiny_base
+from models.families import tiny_base
 from serving import client, make_policy_values, running
 
 from unlearn_peft import load_base

@@ -5,7 +5,7 @@ import json
 import jsonschema
 import openai
 import pytest
-from families import tiny_base
+from models.families import tiny_base
 from serving import client, make_policy_values, running
 
 from unlearn_peft import load_base
