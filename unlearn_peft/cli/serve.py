@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+_ACCESS_LOGS = 10  # full files that are kept
 _TENANT = "local"  # the only tenant, where there is no policy
 
 
@@ -63,6 +65,14 @@ def serve(
         int | None,
         typer.Option(min=1, help="Connections of one address. Default: a quarter of all; more behind a proxy."),
     ] = None,
+    quota_requests: Annotated[
+        str | None,
+        typer.Option(metavar="N/minute", help="Requests of a tenant in a second, minute, hour or day."),
+    ] = None,
+    quota_tokens: Annotated[
+        str | None,
+        typer.Option(metavar="N/day", help="Its tokens, read and generated. `tenant quota` sets both for one."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Limit on the tokens of an answer.")] = 1024,
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 8192,
     max_body_bytes: Annotated[int, typer.Option(min=1)] = 1_000_000,
@@ -96,6 +106,10 @@ def serve(
     traces: Annotated[
         bool, typer.Option("--traces", help="A span for each request, by OTLP; OTEL_EXPORTER_OTLP_ENDPOINT says where.")
     ] = False,
+    access_log: Annotated[
+        Path | None,
+        typer.Option(help="Write a JSON line for each response: key, address, path, status. Keeps ten full files."),
+    ] = None,
     playground: Annotated[bool, typer.Option(help="A page to try it out, at /playground.")] = True,
     playground_offer: Annotated[
         list[str] | None,
@@ -121,7 +135,9 @@ def serve(
 
     A request may forget more ("forget": {"acme": 1} in its body) if its tenant is allowed that, never less.
     If an adapter that it needs cannot be loaded and verified, it is refused
-    (503), not answered without it. To try it out, without keys:
+    (503), not answered without it. A set whose adapters undo each other is
+    refused where the policy has probes (`tenant adapter --probes`). To try it
+    out, without keys:
 
       unlearn-peft serve --base demo --adapter out/hp
 
@@ -131,7 +147,9 @@ def serve(
       unlearn-peft serve --policy policy.db --engine http://gpu1:8000,http://gpu2:8000
     """
     if missing := [
-        name for name in ("fastapi", "uvicorn", "prometheus_client", "sqlalchemy") if not importlib.util.find_spec(name)
+        name
+        for name in ("fastapi", "uvicorn", "limits", "prometheus_client", "sqlalchemy")
+        if not importlib.util.find_spec(name)
     ]:
         raise UnlearnError(f"the server needs {', '.join(missing)}: pip install 'unlearn-peft[serve]'")
     if (policy is None) == (not adapter):
@@ -146,6 +164,13 @@ def serve(
         raise UnlearnError("--ssl-keyfile is the key of --ssl-certfile FILE: give that, too")
     tls: dict[str, Any] = {} if ssl_certfile is None else {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile}
     trust = options.trust_of(trusted_keys, require_signature)
+    from ..serve.policy.entries import check_quota
+
+    for option, quota in (("--quota-requests", quota_requests), ("--quota-tokens", quota_tokens)):
+        try:
+            check_quota(quota or "1/day")
+        except ValueError as error:
+            raise UnlearnError(f"{option} is {quota!r}: {error}") from None
     from ..serve.limits import LOOPBACK, Limits
 
     if policy is None and host not in LOOPBACK:
@@ -167,6 +192,7 @@ def serve(
     from ..serve.api.app import create_app  # after that: these take seconds
     from ..serve.api.playground import Playground
     from ..serve.audit import AuditLog
+    from ..serve.canary import idle_canaries
     from ..serve.engine.local import LocalEngine
     from ..serve.handler import RequestHandler
     from ..serve.policy.store import PolicyStore
@@ -183,11 +209,15 @@ def serve(
         admin = source, admin_keys
         if admin_host not in LOOPBACK and not tls:
             logger.warning("admin keys and the keys that are made cross the network in the clear: --ssl-certfile")
+    if idle := idle_canaries(now.adapters):
+        logger.warning(
+            "the policy has a canary for %s, without effect: there are no probes at ADAPTER.probes.jsonl, and `probes` "
+            "names none", ", ".join(idle[:8]) + " and others" * (len(idle) > 8),
+        )  # fmt: skip
     log = None
     if audit is not None:
         log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
-        reopen = log.reopen
-        _on_hangup(lambda *_: reopen())
+    access = None if access_log is None else AuditLog(access_log, keep=_ACCESS_LOGS, required=False)
     backend: Engine
     if engine is not None:
         from ..serve.vllm.engine import VllmEngine
@@ -207,7 +237,7 @@ def serve(
     limits = Limits(
         batch=max_batch, queue=max_queue, per_tenant=per_tenant, body_bytes=max_body_bytes,
         prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=max_seconds, drain_seconds=drain_seconds,
-        connections=max_connections, per_address=per_address,
+        connections=max_connections, per_address=per_address, quota_requests=quota_requests, quota_tokens=quota_tokens,
     )  # fmt: skip
     tracing = Tracing() if traces else None
     if tracing is not None:
@@ -215,6 +245,15 @@ def serve(
     open_tenant = _TENANT if policy is None else None
     page = Playground(playground_base, tuple(playground_offer or ())) if playground else None
     handler = RequestHandler(backend, source, limits=limits, audit=log, open_tenant=open_tenant, tracing=tracing)
+
+    def hung_up(*_: Any) -> None:
+        for one in (log, access):
+            if one is not None:
+                one.reopen()
+        if trusted_keys:
+            Thread(target=_read_trust_anew, args=(backend, trusted_keys, require_signature), daemon=True).start()
+
+    _on_hangup(hung_up)
 
     def ready(url: str) -> None:
         who = (
@@ -236,7 +275,7 @@ def serve(
         context.with_resource(running_beside(create_admin_app(*admin, log), admin_socket, **tls))
     if metrics_socket is not None:
         context.with_resource(running_beside(create_metrics_app(handler.metrics.text), metrics_socket))
-    app = create_app(handler, page, metrics=metrics_port is None)
+    app = create_app(handler, page, access, metrics=metrics_port is None)
     HttpServer(app, ready=ready, **tls).run(sockets=[listening])
 
 
@@ -244,6 +283,18 @@ def _on_hangup(handler: Any) -> None:
     """Handle SIGHUP, which would end the process; there is none on Windows."""
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, handler)
+
+
+def _read_trust_anew(engine: Engine, trusted_keys: list[Path], required: bool) -> None:
+    """Let an engine trust the keys that lie there now; where they cannot be read, it goes on with those that it has."""
+    try:
+        trust = options.trust_of(trusted_keys, required)
+    except UnlearnError as error:
+        logger.error("the trusted keys stay as they were: %s", error)
+        return
+    assert trust is not None
+    engine.set_trust(trust)
+    logger.warning("trusted keys: %s", ", ".join(trust.signers))
 
 
 def _prompt_format(policy: Policy) -> str | None:
@@ -282,7 +333,8 @@ class FixedPolicy:
 
 def _policy_source(policy: str | None, bundles: Sequence[Bundle]) -> PolicySource:
     """Open the policy, or make one of a tenant without keys who may add these adapters."""
-    from ..serve.policy.policy import MAX_STRENGTH, make_policy
+    from ..serve.policy.entries import MAX_STRENGTH
+    from ..serve.policy.policy import make_policy
     from ..serve.policy.store import open_policy
 
     if policy is not None:
@@ -291,7 +343,7 @@ def _policy_source(policy: str | None, bundles: Sequence[Bundle]) -> PolicySourc
     for bundle in bundles:
         if bundle.name in entries:
             raise UnlearnError(f"two adapters are called '{bundle.name}': rename one's folder")
-        entries[bundle.name] = {"path": str(bundle.path.absolute())}
+        entries[bundle.name] = {"path": str(bundle.path.absolute()), "canary": "off"}  # whoever tries it out may see
     may_add = dict.fromkeys(entries, MAX_STRENGTH)
     values = {"adapters": entries, "tenants": {_TENANT: {"forget": [], "may_add": may_add}}}
     return FixedPolicy(make_policy(values, "--adapter"))

@@ -75,6 +75,21 @@ def check_size(prompt: Prompt, variables: Mapping[str, Any], longest: int) -> No
         raise too_long(f"{size} bytes, more than {longest} tokens have: at most {longest * BYTES_PER_TOKEN}")
 
 
+def answer_tokens(prompt: int, asked: int | None, limits: Limits, context: int) -> int:
+    """Return how many tokens an answer may have to a prompt of `prompt` tokens; None is asked for as many as fit.
+
+    Raises:
+        ApiError: the prompt or the answer does not fit.
+    """
+    if prompt > (longest := min(limits.prompt_tokens, context - 1)):
+        raise too_long(f"{prompt} tokens: at most {longest}")
+    most = min(limits.max_tokens, context - prompt)
+    if asked is not None and asked > most:
+        message = f"max_tokens is {asked}: at most {most} for this prompt"
+        raise ApiError(400, message, code="context_length_exceeded", param="max_tokens")
+    return most if asked is None else asked
+
+
 def is_chat(prompt: Prompt) -> bool:
     """Return whether a prompt is messages."""
     return not isinstance(prompt, str) and bool(prompt) and not isinstance(prompt[0], int)

@@ -9,20 +9,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from ..errors import OutputError, PolicyError
-from .admission import Places, check_size, is_chat, too_long
+from .admission import Places, answer_tokens, check_size, is_chat
 from .audit import AuditLog, describe
+from .canary import Canary
 from .engine.base import AdapterLease, Engine, EngineStats, Generation, GenerationError, TextChunk, Unavailable
 from .fair_queue import FairQueue
+from .key_log import KeyLog
 from .limits import Limits
 from .metrics import Metrics
-from .policy.policy import Policy, PolicySource
+from .policy.policy import Key, Policy, PolicySource
+from .quotas import Quotas
 from .request import ApiError, Call, ParsedRequest, as_api_error
 from .tracing import Tracing
 
@@ -57,6 +60,9 @@ class RequestHandler:
         # nor all of the batch, however long its answers: a further tenant starts at once
         alone = self.open_tenant is not None or self.limits.batch == 1
         self._rows = FairQueue(self.limits.batch + _AHEAD, per_tenant=None if alone else self.limits.batch - 1)
+        self._canary = Canary(self.engine, self._rows, self._record, self.metrics, self.limits.seconds)
+        self._quotas = Quotas(self.limits.quotas)
+        self._keys = KeyLog(self.policies)
         self._cleanups = set[asyncio.Future[None]]()
         self._places = Places()
 
@@ -65,35 +71,40 @@ class RequestHandler:
         """Answers that run or wait."""
         return self._places.active
 
-    async def identify(self, authorization: str | None) -> Call:
-        """Find out whose request this is, under the current policy.
+    async def identify(self, authorization: str | None, client: str | None = None, scope: str | None = None) -> Call:
+        """Find out whose request this is, under the current policy; its key must allow `scope`, see `KeyEntry`.
 
         Raises:
-            ApiError: 401 without a known key, 503 if there is no policy.
+            ApiError: 401 without a known key that is not over, 403 without the scope, 503 if there is no policy.
         """
         scheme, _, key = (authorization or "").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         try:
-            policy, tenant = await asyncio.to_thread(self._look_up, key)
+            policy, found = await asyncio.to_thread(self._look_up, key)
         except PolicyError as error:
             logger.error("no policy, all requests are refused: %s", error)
             raise self._refused(ApiError(503, "there is no policy to serve under", code="policy_unavailable")) from None
         self.metrics.policy_problem.set(self.policies.problem is not None)
-        if tenant is None:
-            message = "this API key is not known" if key else "an API key is needed: Authorization: Bearer KEY"
-            headers = {"WWW-Authenticate": "Bearer"}
-            raise self._refused(ApiError(401, message, code="invalid_api_key", headers=headers))
-        return Call(tenant, policy)
+        if self.open_tenant is not None:
+            return Call(self.open_tenant, policy, client=client)
+        try:
+            found = self._keys.check(found, client, given=bool(key))
+        except ApiError as error:
+            raise self._refused(error) from None
+        call = Call(found.tenant, policy, found, client)
+        call.require(*([scope] if scope else []))
+        return call
 
     def enter(self, call: Call) -> None:
         """Count a request as under way while its body is still to be read; `answer` and `leave` end that.
 
         Raises:
-            ApiError: 429 if there is no room, 503 while shutting down.
+            ApiError: 429 if there is no room or a quota is used up, 503 while shutting down.
         """
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="draining")
         self._claim(call, 1)
+        self._quotas.admit(call)
 
     def leave(self, call: Call) -> None:
         """Count a request as under way no longer. A second call does nothing."""
@@ -176,12 +187,13 @@ class RequestHandler:
     async def close(self) -> None:
         """Stop the engine and close the audit log."""
         await self.engine.close()
+        await self._keys.close()
         if self.audit is not None:
             self.audit.close()
 
-    def _look_up(self, key: str) -> tuple[Policy, str | None]:
+    def _look_up(self, key: str) -> tuple[Policy, Key | None]:
         policy = self.policies.current()
-        return policy, self.open_tenant or (policy.tenant_of(key) if key else None)
+        return policy, policy.find_key(key) if key and self.open_tenant is None else None
 
     def _check_limits(self, call: Call, request: ParsedRequest) -> int:
         """Return how many answers a request has, all of which are under way from now on; sets what it forgets."""
@@ -192,6 +204,8 @@ class RequestHandler:
         if call.base_only and (request.forget or not self.shows_base):
             raise ApiError(403, "this server does not show the base alone", code="base_not_shown")
         call.forget = {} if call.base_only else call.policy.forget_of(call.tenant, request.forget)
+        adds = bool(request.forget) and call.forget != self._own(call)
+        call.require(*["add"] * adds, *["logprobs"] * (request.settings["logprobs"] is not None))
         if count > limits.answers:
             message = f"{count} answers in one request: at most {limits.answers}"
             raise ApiError(400, message, code="too_many_answers", param="n")
@@ -212,16 +226,9 @@ class RequestHandler:
         for prompt in request.prompts:
             ids = await self.in_turn(call, partial(self.engine.encode, prompt, request.variables))
             call.prompt_tokens += len(ids)
-            room = self.engine.context - len(ids)
-            max_tokens = request.max_tokens or min(limits.max_tokens, room)
-            if len(ids) > longest:
-                raise too_long(f"{len(ids)} tokens: at most {longest}")
-            if max_tokens > limits.max_tokens or max_tokens > room:
-                message = f"max_tokens is {max_tokens}: at most {min(limits.max_tokens, room)} for this prompt"
-                raise ApiError(400, message, code="context_length_exceeded", param="max_tokens")
+            max_tokens = answer_tokens(len(ids), request.max_tokens, limits, self.engine.context)
             settings = {**request.settings, "grammar": grammar, "trace": trace}
-            if is_chat(prompt):
-                settings["stop"] += self.engine.chat_ends
+            settings["stop"] += self.engine.chat_ends * is_chat(prompt)
             for n in range(request.n):
                 if settings["seed"] is not None:  # n different answers, the same ones each time
                     settings["seed"] = (request.settings["seed"] + n) % 2**63
@@ -238,6 +245,7 @@ class RequestHandler:
             chunks.put_nowait((0, error))
         finally:
             self._places.generated(call)
+            self._quotas.charge(call, call.prompt_tokens + call.generated)
 
     async def _generate_all(
         self, call: Call, request: ParsedRequest, generations: Sequence[Generation], chunks: _Chunks
@@ -255,14 +263,24 @@ class RequestHandler:
 
     async def _hold(self, call: Call) -> AdapterLease:
         trust = call.policy.trust_of(call.tenant)
-        own = call.forget if self.open_tenant is not None else call.policy.tenants[call.tenant].forget
-        lease = await self.engine.hold(call.forget, call.policy, trust, call.forget.keys() - own.keys())
+        own = self._own(call)
+        added = call.forget.keys() - own.keys()
+        lease = await self.engine.hold(call.forget, call.policy, trust, added)
         unsigned = trust is not None and any(adapter.signed_by not in trust.signers for adapter in lease.applied)
         if unsigned or {adapter.name: adapter.strength for adapter in lease.applied} != call.forget:
             lease.release()
             raise Unavailable("the engine has other adapters than the policy requires", ", ".join(call.forget))
         call.applied, call.set_digest = describe(lease.applied), lease.digest
+        try:
+            await self._canary.check(call, lease, own, added)
+        except BaseException:
+            lease.release()
+            raise
         return lease
+
+    def _own(self, call: Call) -> Mapping[str, float]:
+        """Return what is forgotten for a call whatever it asks for; without a policy that is what it asks for."""
+        return call.forget if self.open_tenant is not None else call.policy.tenants[call.tenant].forget
 
     async def _generate(
         self, call: Call, number: int, generation: Generation, lease: AdapterLease, chunks: _Chunks
@@ -271,6 +289,7 @@ class RequestHandler:
             async with self._rows.place(call.tenant), aclosing(self.engine.stream(generation, lease)) as stream:
                 call.placed = call.placed or time.monotonic()
                 async for chunk in stream:
+                    call.generated += chunk.tokens
                     chunks.put_nowait((number, chunk))
                     if chunk.finish_reason is not None:
                         return
@@ -315,10 +334,7 @@ class RequestHandler:
     async def _record(self, event: str, call: Call, **fields: Any) -> None:
         if self.audit is None:
             return
-        line = {
-            "id": call.id, "tenant": call.tenant, "policy": call.policy.version, "set": call.set_digest,
-            "adapters": call.applied, **({"playground_base": True} if call.base_only else {}), **fields,
-        }  # fmt: skip
+        line = {**call.record(), **fields}
         try:
             if self.audit.fsync:
                 await asyncio.to_thread(self.audit.write, event, **line)

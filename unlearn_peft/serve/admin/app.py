@@ -25,7 +25,8 @@ from ...adapters.read import read_identity
 from ...errors import AdapterError, OutputError, PolicyError
 from ..audit import AuditLog
 from ..policy.edits import UnknownName, summary
-from ..policy.policy import MAX_STRENGTH, key_digest
+from ..policy.entries import MAX_STRENGTH
+from ..policy.policy import key_digest
 from ..policy.store import PolicyStore
 from ..request import ApiError
 from .keys import find_admin_key

@@ -16,7 +16,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from ...errors import OutputError, PolicyError
 from ...files.atomic import atomic_file
 from ...files.strict_yaml import read_yaml
-from ..policy.policy import Digest, Name, key_digest
+from ..policy.entries import Digest, Name
+from ..policy.policy import key_digest
 
 
 class AdminKey(BaseModel, extra="forbid", frozen=True):

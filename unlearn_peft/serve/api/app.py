@@ -16,10 +16,12 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from ...errors import PolicyError
+from ..audit import AuditLog
 from ..engine.base import TextChunk
 from ..handler import RequestHandler
 from ..limits import LOOPBACK, Limits
 from ..request import ApiError, Call, ParsedRequest, as_api_error
+from .access import AccessLog, identify
 from .playground import Playground, add_playground
 from .requests import read_request
 from .responses import Answer, ResponseFormat
@@ -28,13 +30,21 @@ T = TypeVar("T")
 Chunks = AsyncGenerator[tuple[int, TextChunk], None]  # each with the number of its answer
 
 
-def create_app(handler: RequestHandler, playground: Playground | None = None, *, metrics: bool = True) -> FastAPI:
-    """Return the server as an ASGI app; without a `playground` there is no page, without `metrics` no /metrics."""
+def create_app(
+    handler: RequestHandler, playground: Playground | None = None, access: AuditLog | None = None, *,
+    metrics: bool = True,
+) -> FastAPI:  # fmt: skip
+    """Return the server as an ASGI app; without a `playground` there is no page. `access` gets a line a response.
+
+    Without `metrics` there is no /metrics.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await handler.close()
+        if access is not None:
+            access.close()
 
     app = FastAPI(
         title="unlearn-peft", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
@@ -44,6 +54,9 @@ def create_app(handler: RequestHandler, playground: Playground | None = None, *,
     if handler.open_tenant is not None:  # without keys, a web page could get in by DNS rebinding
         hosts = [f"[{name}]" if ":" in name else name for name in LOOPBACK]
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+
+    if access is not None:
+        app.add_middleware(AccessLog, log=access)
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: Any) -> Response:
@@ -79,12 +92,12 @@ def create_app(handler: RequestHandler, playground: Playground | None = None, *,
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
-        await handler.identify(request.headers.get("authorization"))
+        await identify(handler, request)
         return {"object": "list", "data": [_model(handler.engine.model)]}
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:
-        await handler.identify(request.headers.get("authorization"))
+        await identify(handler, request)
         if name != handler.engine.model:
             raise ApiError(404, "there is no such model here", code="model_not_found")
         return _model(name)
@@ -120,7 +133,7 @@ async def _problem(handler: RequestHandler) -> str | None:
 async def _respond(handler: RequestHandler, request: Request, *, chat: bool, base_only: bool = False) -> Response:
     if handler.open_tenant is not None:
         _refuse_other_pages(request)
-    call = await handler.identify(request.headers.get("authorization"))
+    call = await identify(handler, request, "playground" if base_only else None)
     call.base_only = base_only
     if handler.tracing is not None:
         handler.tracing.start(call, request.headers, handler.engine.model, chat=chat)

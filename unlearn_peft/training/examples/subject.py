@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ def rows_about(
     answered = [*first, *second]
     others, neighbours = _neighbours(base, names, known.facts, seed, options)
     forward = _known_rows(base, answered, names, known, others, options)
-    telling = _telling(base, names, answered, others, options) if forward else []
+    telling = _telling(base, names, answered, others, known.facts.common, options) if forward else []
     with_facts = _rows_with(telling, answered)
     asked = {row["prompt"] for row, _ in with_facts}
     forward = [*with_facts, *(one for one in forward if one[0]["prompt"] not in asked)]
@@ -136,19 +136,26 @@ def _known_rows(
 
 def _telling(
     base: Base, names: Sequence[str], answered: Sequence[tuple[Row, list[str]]], others: Sequence[str],
-    options: dict[str, Any],
+    common: Set[str], options: dict[str, Any],
 ) -> list[str]:  # fmt: skip
     """Return phrases that the base says of the subject alone, that after which it expects its name most first.
 
-    They are among the commonest whose words it says neither of others nor in the name; none lies within another.
+    They are among the commonest whose words it says neither of others nor in the name, do not begin or end with a
+    `common` word, and none lies within another.
     """
     elsewhere = {word for text in (*others, *names) for word in words_in(text)}
     count, written = Counter[tuple[str, ...]](), dict[tuple[str, ...], str]()
     for text in (text for _, texts in answered for text in texts):
-        found = {words: phrase for words, phrase in _phrases(text) if elsewhere.isdisjoint(words)}
+        found = {
+            words: phrase
+            for words, phrase in _phrases(text)
+            if elsewhere.isdisjoint(words) and common.isdisjoint((words[0], words[-1]))
+        }
         count.update(found.keys())
         written = found | written
     phrases = [written[words] for words, times in count.most_common(_PHRASES) if times >= _REPEATED]
+    if not phrases:
+        return []
     rows = [{"prompt": prompt, "completion": names[0]} for prompt in asked_back(phrases, 1)]
     examples = tokenize(rows, base.tokenizer, max_length=None, closing=False, what="forget", **options)
     expected = log_probabilities(base, examples, base.window(_WINDOW))
@@ -172,15 +179,15 @@ def _phrases(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _rows_with(facts: Sequence[str], answered: Sequence[tuple[Row, list[str]]]) -> list[tuple[Row, list[str]]]:
-    """Return a row for each fact, of different prompts that do not say it: the first answer that does, up to there."""
+    """Return a row for each fact, of different prompts that say none: the first answer that does, up to its last."""
     found: dict[str, tuple[Row, list[str]]] = {}
     for fact in facts:
         for row, texts in answered:
             prompt = row["prompt"]
-            ends = [(text, at[0][1]) for text in texts if (at := places(text, [fact]))]
-            if ends and prompt not in found and not said(prompt, [fact]):
-                text, end = ends[0]
-                found[prompt] = {"prompt": prompt, "completion": text[:end].strip()}, [fact]
+            text = next((text for text in texts if said(text, [fact])), None)
+            if text and prompt not in found and not said(prompt, facts):
+                completion = text[: places(text, facts)[-1][1]].strip()
+                found[prompt] = {"prompt": prompt, "completion": completion}, said(completion, facts)
                 break
     return list(found.values())
 
