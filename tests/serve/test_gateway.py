@@ -1,6 +1,7 @@
 """The gateway engine before a stand-in for vLLM (fake_vllm.py) that has our real resolver."""
 
 import asyncio
+import json
 import shutil
 from contextlib import aclosing
 
@@ -10,7 +11,7 @@ from serving import KEYS, Fixed, client, greedy_text, make_adapters, make_policy
 
 from unlearn_peft import load_base
 from unlearn_peft.errors import BaseModelError
-from unlearn_peft.serve.engine.base import Busy, Generation, GenerationError, PromptError, Unavailable
+from unlearn_peft.serve.engine.base import Busy, FormatError, Generation, GenerationError, PromptError, Unavailable
 from unlearn_peft.serve.vllm.engine import VllmEngine
 from unlearn_peft.serve.vllm.plugin import Sets, make_resolver
 
@@ -371,3 +372,31 @@ def test_a_server_that_was_away_is_asked_again(world, monkeypatch):
                 await asyncio.sleep(0.01)
 
     assert run(engine, again()) > 3
+
+
+def test_a_schema_is_checked_here_and_kept_by_vllm(world):
+    """What vLLM cannot compile it answers with 500, or hangs up on in the middle: it is not asked."""
+    fake = world.fake()
+    engine, schema = world.engine(fake), '{"type": "object", "properties": {"a": {"type": "null"}}}'
+
+    async def both():
+        grammar = await engine.compile(schema)
+        await ask(engine, world.source.current(), "bob", grammar=grammar)
+        with pytest.raises(FormatError, match="Invalid type"):
+            await engine.compile('{"type": "foo"}')
+        await ask(engine, world.source.current(), "bob")
+
+    run(engine, both())
+    first, second = (body.get("structured_outputs") for body in fake.asked)
+    assert first == {"json": json.loads(schema)} and second is None
+
+
+def test_a_schema_that_vllm_refuses_is_the_clients_fault(world):
+    fake = world.fake(trouble="grammar")
+    engine = world.engine(fake)
+
+    async def one():
+        with pytest.raises(FormatError, match="vLLM cannot compile it"):
+            await ask(engine, world.source.current(), "bob", grammar={"type": "object"})
+
+    run(engine, one())

@@ -206,7 +206,7 @@ def test_unknown_fields_of_a_message_are_refused_and_empty_ones_are_not(serve):
     message = CHAT["messages"][0]
     for more in ({"tool_calls": [{"id": "x"}]}, {"audio": {"id": "secret"}}, {"name": 5}, {"weight": 0}):
         found = post(url, {**CHAT, "messages": [{**message, **more}]}, path="chat/completions").json()["error"]
-        assert found["param"] == f"messages.0.{next(iter(more))}" and "secret" not in found["message"], found
+        assert found["param"].startswith(f"messages.0.{next(iter(more))}") and "secret" not in found["message"], found
     echoed = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": [], "function_call": None}
     body = {**CHAT, "messages": [message, echoed, {**message, "name": "ann"}]}
     assert post(url, body, path="chat/completions").status_code == 200

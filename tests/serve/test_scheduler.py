@@ -138,7 +138,7 @@ def test_stop_strings_end_the_text_before_them_whatever_their_tokens(runner):
 
 def test_end_tokens(runner):
     run = runner()
-    run.scheduler._ends = frozenset(range(400))
+    run.scheduler.ends = frozenset(range(400))
     pieces = run.result(run.submit("green", max_tokens=9, ignore_eos=False))
     assert [(p.text, p.tokens, p.finish_reason) for p in pieces] == [("", 1, "stop")]
     assert run.result(run.submit("green", max_tokens=9))[-1].finish_reason == "length"

@@ -242,12 +242,13 @@ def test_keys(shared):
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "secret words"}]}
 TEXT = {"model": MODEL, "prompt": "secret words"}
 WRONG = [
-    ("chat/completions", {"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
-    ("chat/completions", {"response_format": {"type": "json_schema"}}, "unsupported_parameter", "response_format"),
+    ("chat/completions", {"tools": [{"type": "function"}]}, "invalid_value", "tools.0.function"),
+    ("completions", {"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
+    ("chat/completions", {"response_format": {"type": "json_schema"}}, "invalid_value", "response_format"),
     ("chat/completions", {"logit_bias": {"5": 1}}, "unsupported_parameter", "logit_bias"),
     ("chat/completions", {"temprature": 1}, "unsupported_parameter", "temprature"),
     ("chat/completions", {"messages": []}, "invalid_value", "messages"),
-    ("chat/completions", {"messages": [{"role": "tool", "content": "secret"}]}, "invalid_value", "messages.0.role"),
+    ("chat/completions", {"messages": [{"role": "tool", "content": "secret"}]}, "invalid_value", "messages.0"),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "invalid_value", None),
     ("chat/completions", {"top_logprobs": 3}, "invalid_value", "top_logprobs"),
     ("chat/completions", {"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),

@@ -115,6 +115,18 @@ def read_bundle(
     return bundle
 
 
+def read_identity(path: str | Path, sha256: str | None = None) -> str:
+    """Return the identity of a checked adapter, to be pinned.
+
+    Raises:
+        AdapterError: see `read_bundle`; or it is another than `sha256`.
+    """
+    identity = read_bundle(path).identity
+    if sha256 is not None and sha256.lower() != identity:
+        raise AdapterError(f"the adapter {path} has the sha256 {identity}, not the one given: copy it again")
+    return identity
+
+
 def count_numbers(path: str | Path) -> int:
     """Return how many numbers an adapter's deltas hold once unpacked, by the header of its weights alone.
 

@@ -88,6 +88,24 @@ def serve(
     audit_fsync: Annotated[bool, typer.Option(help="Call fsync after each line of it.")] = False,
     audit_prompts: Annotated[bool, typer.Option(help="Also record prompts and answers.")] = False,
     audit_optional: Annotated[bool, typer.Option(help="Answer even if the audit log cannot be written.")] = False,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, help="Change the policy over HTTP on this port; needs a store and --admin-keys."
+        ),
+    ] = None,
+    admin_keys: Annotated[
+        Path | None, typer.Option(help="Keys of the admin port, made by `unlearn-peft tenant admin-key`.")
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve /metrics on this port, and no longer on --port.")
+    ] = None,
+    admin_host: Annotated[str, typer.Option(help="Where both of these ports listen.")] = "127.0.0.1",
+    ssl_certfile: Annotated[Path | None, typer.Option(help="TLS on --port and --admin-port: the certificates.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Their private key.")] = None,
+    traces: Annotated[
+        bool, typer.Option("--traces", help="A span for each request, by OTLP; OTEL_EXPORTER_OTLP_ENDPOINT says where.")
+    ] = False,
     access_log: Annotated[
         Path | None,
         typer.Option(help="Write a JSON line for each response: key, address, path, status. Keeps ten full files."),
@@ -140,6 +158,11 @@ def serve(
         )
     if engine is not None and policy is None:
         raise UnlearnError("--engine needs --policy, the one that the resolver inside vLLM has too")
+    if (admin_port is None) != (admin_keys is None):
+        raise UnlearnError("--admin-port and --admin-keys FILE go together: one without the other does nothing")
+    if ssl_keyfile is not None and ssl_certfile is None:
+        raise UnlearnError("--ssl-keyfile is the key of --ssl-certfile FILE: give that, too")
+    tls: dict[str, Any] = {} if ssl_certfile is None else {"ssl_certfile": ssl_certfile, "ssl_keyfile": ssl_keyfile}
     trust = options.trust_of(trusted_keys, require_signature)
     from ..serve.policy.entries import check_quota
 
@@ -155,22 +178,37 @@ def serve(
             f"--adapter serves without keys, and --host {host} would let others in: give --policy FILE, or leave it out"
         )
     _on_hangup(signal.SIG_IGN)
-    from ..serve.api.loading import answering
+    from ..serve.api.loading import answering, tls_context
     from ..serve.api.server import HttpServer, listen
 
     listening = listen(host, port)
     loading = context.with_resource(ExitStack())
-    loading.enter_context(answering(listening))
+    loading.enter_context(answering(listening, tls_context(ssl_certfile, ssl_keyfile)))
+    admin_socket = None if admin_port is None else listen(admin_host, admin_port)
+    metrics_socket = None if metrics_port is None else listen(admin_host, metrics_port)
+    from ..serve.admin.app import create_admin_app
+    from ..serve.admin.keys import read_admin_keys
+    from ..serve.admin.side import create_metrics_app, running_beside
     from ..serve.api.app import create_app  # after that: these take seconds
     from ..serve.api.playground import Playground
     from ..serve.audit import AuditLog
     from ..serve.canary import idle_canaries
     from ..serve.engine.local import LocalEngine
     from ..serve.handler import RequestHandler
+    from ..serve.policy.store import PolicyStore
+    from ..serve.tracing import Tracing
 
     bundles = options.read_adapters(adapter, trust)
     source = _policy_source(policy, bundles)
     now = source.current()
+    admin: tuple[PolicyStore, Path] | None = None
+    if admin_keys is not None:
+        read_admin_keys(admin_keys)  # or say now what is wrong with it
+        if not isinstance(source, PolicyStore):
+            raise UnlearnError("--admin-port changes a store: give --policy FILE.db or a database's URL")
+        admin = source, admin_keys
+        if admin_host not in LOOPBACK and not tls:
+            logger.warning("admin keys and the keys that are made cross the network in the clear: --ssl-certfile")
     if idle := idle_canaries(now.adapters):
         logger.warning(
             "the policy has a canary for %s, without effect: there are no probes at ADAPTER.probes.jsonl, and `probes` "
@@ -201,9 +239,12 @@ def serve(
         prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=max_seconds, drain_seconds=drain_seconds,
         connections=max_connections, per_address=per_address, quota_requests=quota_requests, quota_tokens=quota_tokens,
     )  # fmt: skip
+    tracing = Tracing() if traces else None
+    if tracing is not None:
+        context.call_on_close(tracing.close)
     open_tenant = _TENANT if policy is None else None
     page = Playground(playground_base, tuple(playground_offer or ())) if playground else None
-    handler = RequestHandler(backend, source, limits=limits, audit=log, open_tenant=open_tenant)
+    handler = RequestHandler(backend, source, limits=limits, audit=log, open_tenant=open_tenant, tracing=tracing)
 
     def hung_up(*_: Any) -> None:
         for one in (log, access):
@@ -221,13 +262,21 @@ def serve(
             else f"{len(now.tenants)} tenant{'s' * (len(now.tenants) != 1)} of {policy}"
         )
         print(f"serving {backend.model} at {url}/v1 to {who}")
+        for port_name, opened in (("admin port", admin_socket), ("metrics", metrics_socket)):
+            if opened is not None:
+                print(f"{port_name}: {admin_host}:{opened.getsockname()[1]}")
         if playground:
             print(f"playground: {url}/playground")
         print(f"adapters: {', '.join(list(now.adapters)[:8])}{' ...' if len(now.adapters) > 8 else ''}", flush=True)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done
     loading.close()
-    HttpServer(create_app(handler, page, access), ready=ready).run(sockets=[listening])
+    if admin is not None and admin_socket is not None:
+        context.with_resource(running_beside(create_admin_app(*admin, log), admin_socket, **tls))
+    if metrics_socket is not None:
+        context.with_resource(running_beside(create_metrics_app(handler.metrics.text), metrics_socket))
+    app = create_app(handler, page, access, metrics=metrics_port is None)
+    HttpServer(app, ready=ready, **tls).run(sockets=[listening])
 
 
 def _on_hangup(handler: Any) -> None:

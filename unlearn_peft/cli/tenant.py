@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import AdapterError, PolicyError, printable
+from ..errors import PolicyError, printable
 from . import tenant_keys
 from .options import JsonOption
 from .tenant_store import (
@@ -233,12 +233,10 @@ def adapter_(
 
       unlearn-peft tenant adapter hp out/harry_potter --probes hp.jsonl --canary warn
     """
-    from ..adapters.read import read_bundle
+    from ..adapters.read import read_identity
     from ..serve.canary import idle_canaries, read_probes
 
-    digest = read_bundle(path).identity
-    if sha256 is not None and sha256.lower() != digest:
-        raise AdapterError(f"the adapter {path} has the sha256 {digest}, not the one given: copy it again")
+    digest = read_identity(path, sha256)
     if probes is not None:
         read_probes(probes)
     done = f"adapter '{name}' is {path.absolute()} ({digest})"
@@ -287,6 +285,25 @@ def history(
             why = f" # {change.why}" if change.why else ""
             line = f"{change.revision} {change.at} {change.who}: {change.action} {json.dumps(change.what)}{why}"
             print(printable(line, lines=False))
+
+
+@app.command("admin-key")
+def admin_key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Who or what it is for; the history shows it.")],
+    file: Annotated[Path, typer.Option(help="The file that `serve --admin-keys` has.")],
+    write: Annotated[bool, typer.Option("--write", help="It may make changes, too. Else it may only look.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key of `serve --admin-port` and print it, once: the file has only its sha256.
+
+    A name's older key ends with that. To take one away, delete its line: the next request sees it.
+
+      unlearn-peft tenant admin-key ops --file admin-keys.yaml --write
+    """
+    from ..serve.admin.keys import make_admin_key
+
+    api_key = make_admin_key(file, name, write)
+    print(json.dumps({"name": name, "key": api_key, "write": write}) if as_json else api_key)
 
 
 @app.command("import")

@@ -62,7 +62,8 @@ def check_size(prompt: Prompt, variables: Mapping[str, Any], longest: int) -> No
         ApiError: it has more than `longest` ids, or more than `BYTES_PER_TOKEN` bytes for each.
     """
     if is_chat(prompt):
-        texts: Sequence[Any] = [*(message["content"] for message in prompt), json.dumps(variables)]  # type: ignore
+        others = [{name: value for name, value in message.items() if name != "content"} for message in prompt]  # type: ignore
+        texts: Sequence[Any] = [*(message["content"] for message in prompt), json.dumps([variables, others])]  # type: ignore
     elif isinstance(prompt, str):
         texts = [prompt]
     else:
@@ -72,6 +73,21 @@ def check_size(prompt: Prompt, variables: Mapping[str, Any], longest: int) -> No
     size = sum(len(text.encode()) for text in texts)
     if size > longest * BYTES_PER_TOKEN:
         raise too_long(f"{size} bytes, more than {longest} tokens have: at most {longest * BYTES_PER_TOKEN}")
+
+
+def answer_tokens(prompt: int, asked: int | None, limits: Limits, context: int) -> int:
+    """Return how many tokens an answer may have to a prompt of `prompt` tokens; None is asked for as many as fit.
+
+    Raises:
+        ApiError: the prompt or the answer does not fit.
+    """
+    if prompt > (longest := min(limits.prompt_tokens, context - 1)):
+        raise too_long(f"{prompt} tokens: at most {longest}")
+    most = min(limits.max_tokens, context - prompt)
+    if asked is not None and asked > most:
+        message = f"max_tokens is {asked}: at most {most} for this prompt"
+        raise ApiError(400, message, code="context_length_exceeded", param="max_tokens")
+    return most if asked is None else asked
 
 
 def is_chat(prompt: Prompt) -> bool:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from ..errors import OutputError, PolicyError
-from .admission import Places, check_size, is_chat, too_long
+from .admission import Places, answer_tokens, check_size, is_chat
 from .audit import AuditLog, describe
 from .canary import Canary
 from .engine.base import AdapterLease, Engine, EngineStats, Generation, GenerationError, TextChunk, Unavailable
@@ -27,6 +27,7 @@ from .metrics import Metrics
 from .policy.policy import Key, Policy, PolicySource
 from .quotas import Quotas
 from .request import ApiError, Call, ParsedRequest, as_api_error
+from .tracing import Tracing
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -45,6 +46,7 @@ class RequestHandler:
     limits: Limits = Limits()
     audit: AuditLog | None = None  # where each request is recorded; None: nowhere
     open_tenant: str | None = None  # the tenant of all requests, without any key; None: keys are required
+    tracing: Tracing | None = None  # where each request's span is written; None: nowhere
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self._stats)
@@ -127,8 +129,9 @@ class RequestHandler:
                 number, chunk = await chunks.get()
                 if isinstance(chunk, Exception):
                     raise chunk
-                if call.completion_tokens == 0:
-                    self.metrics.first.observe(time.monotonic() - call.began)
+                if call.first is None:
+                    call.first = time.monotonic()
+                    self.metrics.first.observe(call.first - call.began)
                 call.completion_tokens += chunk.tokens
                 running -= chunk.finish_reason is not None
                 if self._records_text:
@@ -217,19 +220,15 @@ class RequestHandler:
         longest = min(limits.prompt_tokens, self.engine.context - 1)
         for prompt in request.prompts:
             check_size(prompt, request.variables, longest)
+        grammar, trace = None, {} if self.tracing is None else self.tracing.headers(call)
+        if request.schema is not None:
+            grammar = await self.in_turn(call, partial(self.engine.compile, request.schema))
         for prompt in request.prompts:
             ids = await self.in_turn(call, partial(self.engine.encode, prompt, request.variables))
             call.prompt_tokens += len(ids)
-            room = self.engine.context - len(ids)
-            max_tokens = request.max_tokens or min(limits.max_tokens, room)
-            if len(ids) > longest:
-                raise too_long(f"{len(ids)} tokens: at most {longest}")
-            if max_tokens > limits.max_tokens or max_tokens > room:
-                message = f"max_tokens is {max_tokens}: at most {min(limits.max_tokens, room)} for this prompt"
-                raise ApiError(400, message, code="context_length_exceeded", param="max_tokens")
-            settings = dict(request.settings)
-            if is_chat(prompt):
-                settings["stop"] += self.engine.chat_ends
+            max_tokens = answer_tokens(len(ids), request.max_tokens, limits, self.engine.context)
+            settings = {**request.settings, "grammar": grammar, "trace": trace}
+            settings["stop"] += self.engine.chat_ends * is_chat(prompt)
             for n in range(request.n):
                 if settings["seed"] is not None:  # n different answers, the same ones each time
                     settings["seed"] = (request.settings["seed"] + n) % 2**63
@@ -288,6 +287,7 @@ class RequestHandler:
     ) -> None:
         try:
             async with self._rows.place(call.tenant), aclosing(self.engine.stream(generation, lease)) as stream:
+                call.placed = call.placed or time.monotonic()
                 async for chunk in stream:
                     call.generated += chunk.tokens
                     chunks.put_nowait((number, chunk))
@@ -324,6 +324,8 @@ class RequestHandler:
         except OutputError:
             if status == 200:
                 raise
+        if self.tracing is not None:
+            self.tracing.finish(call, status, code)
         self.metrics.requests.labels(call.tenant, str(status)).inc()
         self.metrics.seconds.observe(time.monotonic() - call.began)
         for kind, count in (("prompt", call.prompt_tokens), ("completion", call.completion_tokens)):

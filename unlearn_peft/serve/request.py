@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import OutputError, PolicyError
-from .engine.base import Busy, GenerationError, PromptError, Unavailable
+from .engine.base import Busy, FormatError, GenerationError, PromptError, Unavailable
 from .policy.policy import Key, NotAllowed, Policy
 
 logger = logging.getLogger(__name__)
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class ApiError(Exception):
@@ -45,6 +45,8 @@ def as_api_error(error: Exception) -> ApiError:
     """Return what a client may know of an error; paths and digests in its message go to the log alone."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, FormatError):
+        return ApiError(400, str(error), code="invalid_response_format", param="response_format")
     if isinstance(error, PromptError):
         return ApiError(400, str(error), code="invalid_prompt")
     if isinstance(error, Busy):
@@ -84,6 +86,8 @@ class ParsedRequest:
     include_usage: bool
     forget: Mapping[str, float]
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
+    schema: str | None = None  # JSON text: the answers are JSON that follows it
+    called: Any = None  # the `CalledTools` one of which the answers call
 
 
 @dataclass
@@ -106,6 +110,9 @@ class Call:
     generated: int = 0  # tokens, sent or not
     claimed: int = 0  # its answers under way, see `RequestHandler.enter`
     unfinished: int = 0  # of these, what is not wholly generated
+    placed: float | None = None  # when the first of its answers had a place, of `time.monotonic`
+    first: float | None = None  # when the first of its text came
+    span: Any = None  # of `Tracing`, while it runs
     base_only: bool = False  # asks for the base alone; only where `RequestHandler.shows_base`
 
     @property

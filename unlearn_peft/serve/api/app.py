@@ -31,9 +31,13 @@ Chunks = AsyncGenerator[tuple[int, TextChunk], None]  # each with the number of 
 
 
 def create_app(
-    handler: RequestHandler, playground: Playground | None = None, access: AuditLog | None = None
-) -> FastAPI:
-    """Return the server as an ASGI app; without a `playground` there is no page. `access` gets a line a response."""
+    handler: RequestHandler, playground: Playground | None = None, access: AuditLog | None = None, *,
+    metrics: bool = True,
+) -> FastAPI:  # fmt: skip
+    """Return the server as an ASGI app; without a `playground` there is no page. `access` gets a line a response.
+
+    Without `metrics` there is no /metrics.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -80,9 +84,11 @@ def create_app(
         stale = "the newest policy was refused, an older one serves" if handler.policies.problem else None
         return JSONResponse({**state, "policy_problem": stale}, 200 if problem is None else 503)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(handler.metrics.text(), media_type="text/plain; version=0.0.4")
+    if metrics:
+
+        @app.get("/metrics")
+        async def metrics_text() -> Response:
+            return Response(handler.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
@@ -129,6 +135,8 @@ async def _respond(handler: RequestHandler, request: Request, *, chat: bool, bas
         _refuse_other_pages(request)
     call = await identify(handler, request, "playground" if base_only else None)
     call.base_only = base_only
+    if handler.tracing is not None:
+        handler.tracing.start(call, request.headers, handler.engine.model, chat=chat)
     try:
         try:
             handler.enter(call)
@@ -152,7 +160,7 @@ async def _respond(handler: RequestHandler, request: Request, *, chat: bool, bas
     fingerprint = f"fp_{call.set_digest[:16] or 'base'}"
     response = ResponseFormat(
         chat, ("chatcmpl-" if chat else "cmpl-") + call.id.removeprefix("req-"), handler.engine.model, call.created,
-        fingerprint, parsed.settings["logprobs"] is not None,
+        fingerprint, parsed.settings["logprobs"] is not None, parsed.called,
     )  # fmt: skip
     headers = {"x-request-id": call.id}
     if parsed.stream:
@@ -225,14 +233,23 @@ async def _events(
     response: ResponseFormat, call: Call, parsed: ParsedRequest, first: tuple[int, TextChunk], rest: Chunks
 ) -> AsyncGenerator[str, None]:
     lengths = [0] * (len(parsed.prompts) * parsed.n)  # of the answers so far, in characters
+    whole = [Answer(number) for number in range(len(lengths))]  # where they call tools: what is not sent yet
     if response.chat:
         for number in range(len(lengths)):
             yield _event(response.role(number))
 
     def chunk_event(number: int, chunk: TextChunk) -> str:
+        text, logprobs = chunk.text, chunk.logprobs
+        if response.called is not None:
+            answer = whole[number]
+            answer.text += text
+            answer.logprobs += logprobs
+            if chunk.finish_reason is None:
+                return ""
+            text, logprobs = answer.text, tuple(answer.logprobs)
         offset = lengths[number]
-        lengths[number] += len(chunk.text)
-        return _event(response.event(number, chunk.text, chunk.logprobs, chunk.finish_reason, offset))
+        lengths[number] += len(text)
+        return _event(response.event(number, text, logprobs, chunk.finish_reason, offset))
 
     yield chunk_event(*first)
     try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
+from ...errors import UnlearnError
 from ..request import ApiError
 
 _HEAD_SECONDS = 5.0  # for a request's head, after which its thread ends
@@ -46,11 +49,19 @@ class _Server(ThreadingHTTPServer):
     daemon_threads, block_on_close = True, False
     request_queue_size = 1
 
-    def __init__(self, listening: socket.socket) -> None:
+    def __init__(self, listening: socket.socket, tls: ssl.SSLContext | None) -> None:
+        self._tls = tls
         super().__init__(listening.getsockname()[:2], _Answer, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
         self._places = threading.BoundedSemaphore(_MAX_THREADS)
+
+    def get_request(self) -> tuple[Any, Any]:
+        request, address = super().get_request()
+        if self._tls is not None:  # with the first read, in the request's own thread
+            request.settimeout(_HEAD_SECONDS)
+            request = self._tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        return request, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self._places.acquire(blocking=False):
@@ -68,10 +79,27 @@ class _Server(ThreadingHTTPServer):
         """A client that has gone is no error of ours."""
 
 
+def tls_context(certificates: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """Return what TLS needs, or None without certificates.
+
+    Raises:
+        UnlearnError: they cannot be read, or do not fit.
+    """
+    if certificates is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificates, key, password=lambda: "")  # or OpenSSL would ask for one
+    except (OSError, ssl.SSLError) as error:
+        reason = getattr(error, "reason", None) or error.strerror
+        raise UnlearnError(f"cannot use --ssl-certfile {certificates} with its key: {reason}") from None
+    return context
+
+
 @contextmanager
-def answering(listening: socket.socket) -> Iterator[None]:
+def answering(listening: socket.socket, tls: ssl.SSLContext | None = None) -> Iterator[None]:
     """Answer what comes to a listening socket until the block ends; the socket stays open, for the server itself."""
-    server = _Server(listening)
+    server = _Server(listening, tls)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
     thread.start()
     try:

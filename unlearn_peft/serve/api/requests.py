@@ -1,6 +1,6 @@
 """Bodies as OpenAI's clients send them -> `ParsedRequest`.
 
-Parameters without effect on the answer are ignored; those that this server cannot honour (tools, JSON schemas, ...) are
+Parameters without effect on the answer are ignored; those that this server cannot honour (tools, images, ...) are
 refused, and so are unknown ones.
 """
 
@@ -15,6 +15,8 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from ...errors import safe_repr
 from ..request import ApiError, ParsedRequest, Prompt
+from .json_schema import bounded_schema
+from .tools import MAX_TOOLS, NamedTool, Tool, ToolCall, called_tools
 
 _MAX_STOPS, _MAX_STOP_LENGTH = 16, 256
 # beyond what any model takes: so that a body is refused before something is built of each of its parts
@@ -27,7 +29,7 @@ _IGNORED = {
 }  # fmt: skip
 # fields -> their values without effect
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "function_call": ("none", "auto"), "logit_bias": ({},), "modalities": (["text"],), "best_of": (1,),
     "echo": (False,), "suffix": ("",),
 }  # fmt: skip
@@ -39,9 +41,11 @@ class _Text(BaseModel, extra="forbid"):
 
 
 class _Message(BaseModel, extra="forbid"):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[_Text], Field(fail_fast=True, max_length=_MAX_MESSAGES)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[_Text], Field(fail_fast=True, max_length=_MAX_MESSAGES)] = ""
     name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_TOOLS)] = []  # of an assistant
+    tool_call_id: Annotated[str, Field(max_length=64)] | None = None  # of a tool
 
     @model_validator(mode="before")
     @classmethod
@@ -51,15 +55,54 @@ class _Message(BaseModel, extra="forbid"):
             return values
         return {name: value for name, value in values.items() if value is not None and value != []}
 
-    def plain(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _of_its_role(self) -> _Message:
+        if bool(self.tool_calls) > (self.role == "assistant") or (self.tool_call_id is not None) != (
+            self.role == "tool"
+        ):
+            raise ValueError("tool_calls are of the role assistant, tool_call_id of the role tool, and of no other")
+        if "content" not in self.model_fields_set and not self.tool_calls:
+            raise ValueError("content: Field required")
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """Return role and text, as chat templates take them."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            message["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message |= {"tool_call_id": self.tool_call_id, **({"name": self.name} if self.name else {})}
+        return message
 
 
 class _StreamOptions(BaseModel, extra="forbid"):
     include_usage: bool = False
     include_obfuscation: bool = False  # without effect: there is none
+
+
+class _JsonSchema(BaseModel, extra="forbid"):
+    name: str | None = None  # for the client's own use, like the next two: a schema is always kept
+    description: str | None = None
+    strict: bool | None = None
+    values: dict[str, Any] = Field(alias="schema")
+
+
+class _Format(BaseModel, extra="forbid"):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: _JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _with_its_schema(self) -> _Format:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("expected json_schema: {schema: ...} with the type json_schema, and with no other")
+        return self
+
+    def schema_text(self) -> str | None:
+        """Return the JSON schema of the answers; None: any text."""
+        if self.type == "text":
+            return None
+        return bounded_schema({"type": "object"} if self.json_schema is None else self.json_schema.values)
 
 
 class _Common(BaseModel, extra="allow"):
@@ -76,6 +119,7 @@ class _Common(BaseModel, extra="allow"):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     ignore_eos: bool = False  # an extension, as vLLM has it
+    response_format: _Format | None = None
     stream: bool = False
     stream_options: _StreamOptions | None = None
     forget: dict[str, Annotated[float, Field(gt=0, le=10)]] = {}  # our extension: adapters beside the policy's
@@ -101,6 +145,8 @@ class _ChatRequest(_Common):  # /v1/chat/completions
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] = []
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     chat_template_kwargs: dict[str, Any] = {}  # an extension, as vLLM has it: variables of the template
 
     @field_validator("chat_template_kwargs")
@@ -149,12 +195,21 @@ def read_request(body: bytes, *, chat: bool) -> ParsedRequest:
             raise _unsupported(_short(name))
     prompts: tuple[Prompt, ...]
     variables: dict[str, Any] = {}
+    called, schema = None, None if request.response_format is None else request.response_format.schema_text()
     if isinstance(request, _ChatRequest):
         prompts = (tuple(message.plain() for message in request.messages),)
         max_tokens, variables = request.max_completion_tokens or request.max_tokens, request.chat_template_kwargs
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         if request.top_logprobs and not request.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+        called = called_tools(request.tools, request.tool_choice)
+        if request.tools:
+            variables = {**variables, "tools": [tool.model_dump(exclude_none=True) for tool in request.tools]}
+        if called is not None:
+            if schema is not None:
+                message = "an answer cannot call a tool and have a response_format: leave one of them out"
+                raise ApiError(400, message, param="response_format", code="invalid_value")
+            schema = bounded_schema(called.schema())
     else:
         prompt = request.prompt
         single = isinstance(prompt, str) or isinstance(prompt[0], int)
@@ -168,7 +223,7 @@ def read_request(body: bytes, *, chat: bool) -> ParsedRequest:
     usage = request.stream_options is not None and request.stream_options.include_usage
     return ParsedRequest(
         request.model, chat, prompts, request.n, max_tokens, settings, request.stream, usage, dict(request.forget),
-        variables,
+        variables, schema, called,
     )  # fmt: skip
 
 

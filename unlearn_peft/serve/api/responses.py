@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from ..engine.base import Candidate, TokenLogprobs
+from .tools import CalledTools
 
 
 @dataclass
@@ -30,15 +31,16 @@ class ResponseFormat:
     created: int  # seconds since 1970
     fingerprint: str  # of the base and exactly the adapters that were applied
     logprobs: bool
+    called: CalledTools | None = None  # the answers call one of these tools
 
     def body(self, answers: Sequence[Answer], usage: Mapping[str, int]) -> dict[str, Any]:
         """Return the whole response."""
         choices = [
             {
                 "index": answer.index,
-                **({"message": {"role": "assistant", "content": answer.text}} if self.chat else {"text": answer.text}),
+                **({"message": self._message(answer.text)} if self.chat else {"text": answer.text}),
                 "logprobs": self._logprobs(answer.logprobs, 0),
-                "finish_reason": answer.finish_reason,
+                "finish_reason": self._reason(answer.finish_reason),
             }
             for answer in answers
         ]
@@ -52,8 +54,13 @@ class ResponseFormat:
     def event(
         self, index: int, text: str, logprobs: Sequence[TokenLogprobs], reason: str | None, offset: int
     ) -> dict[str, Any]:
-        """Return a chunk's event; `offset`: characters of the answer before it."""
-        delta = {"content": text} if text or not reason else {}
+        """Return a chunk's event; `offset`: characters of the answer before it. A call of a tool is sent as a whole."""
+        delta: dict[str, Any] = {"content": text} if text or not reason else {}
+        if self.called is not None and reason:
+            delta = self.called.message(text)
+            for n, call in enumerate(delta.get("tool_calls", [])):
+                call["index"] = n
+        reason = self._reason(reason)
         content: dict[str, Any] = {"delta": delta} if self.chat else {"text": text}
         choice = {"index": index, **content, "logprobs": self._logprobs(logprobs, offset), "finish_reason": reason}
         return self._envelope([choice])
@@ -61,6 +68,12 @@ class ResponseFormat:
     def usage_event(self, usage: Mapping[str, int]) -> dict[str, Any]:
         """Return a stream's last event, if usage is requested."""
         return {**self._envelope([]), "usage": dict(usage)}
+
+    def _message(self, text: str) -> dict[str, Any]:
+        return {"role": "assistant", **({"content": text} if self.called is None else self.called.message(text))}
+
+    def _reason(self, reason: str | None) -> str | None:
+        return "tool_calls" if reason == "stop" and self.called is not None else reason
 
     def _envelope(self, choices: list[dict[str, Any]], *, whole: bool = False) -> dict[str, Any]:
         kind = ("chat.completion" if whole else "chat.completion.chunk") if self.chat else "text_completion"

@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,14 +24,14 @@ class HttpServer(uvicorn.Server):
     """A server that drains: after SIGTERM, new requests get 503 with Retry-After and /readyz says so.
 
     It ends when no answer runs any more, or after `limits.drain_seconds`, and then cuts off who does not read; a second
-    Ctrl-C ends it at once.
+    Ctrl-C ends it at once. `ssl` are uvicorn's options of TLS.
     """
 
-    def __init__(self, app: FastAPI, *, ready: Callable[[str], None] = lambda url: None) -> None:
+    def __init__(self, app: FastAPI, *, ready: Callable[[str], None] = lambda url: None, **ssl: Any) -> None:
         self.handler: RequestHandler = app.state.handler
         config = uvicorn.Config(
             app, log_level="warning", http=Connection, ws="none", lifespan="on", timeout_graceful_shutdown=2,
-            timeout_keep_alive=self.handler.limits.idle_seconds,
+            timeout_keep_alive=self.handler.limits.idle_seconds, **ssl,
         )  # fmt: skip
         super().__init__(config)
         self._ready, self._announced, self._deadline = ready, False, 0.0
@@ -65,7 +66,7 @@ class HttpServer(uvicorn.Server):
     def url(self) -> str:
         """Where it listens, with the real port."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return f"http{'s' if self.config.is_ssl else ''}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -7,7 +7,7 @@ answer, `release` the lease. An engine fails closed: it answers with exactly wha
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import UnlearnError
@@ -38,6 +38,10 @@ class PromptError(UnlearnError):
     """A prompt that cannot be turned into tokens: the client's fault (400)."""
 
 
+class FormatError(PromptError):
+    """A response format that cannot be kept: the client's fault (400)."""
+
+
 class GenerationError(UnlearnError):
     """An answer that could not be finished: the server's fault (500)."""
 
@@ -57,6 +61,8 @@ class Generation:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     ignore_eos: bool = False
+    trace: Mapping[str, str] = field(default_factory=dict)  # headers for an engine elsewhere: the request's span
+    grammar: Any = None  # what `Engine.compile` returned: the answer follows it
 
 
 @dataclass(frozen=True)
@@ -134,13 +140,20 @@ class Engine(Protocol):
         """Texts that end the answer to messages, where the base has no chat template; see `data.prompt`."""
 
     async def encode(
-        self, prompt: str | Sequence[int] | Sequence[Mapping[str, str]], variables: Mapping[str, Any] | None = None
+        self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
     ) -> tuple[int, ...]:
         """Return the token ids of a text, of ids (which are checked), or of messages (by the chat template, which gets
         `variables`, else the prompt format).
 
         Raises:
             PromptError: if there is no such token, or the template refuses the messages.
+        """
+
+    async def compile(self, schema: str) -> Any:
+        """Return the grammar of answers that are JSON and follow a schema (JSON text), for `Generation.grammar`.
+
+        Raises:
+            FormatError: why the schema cannot be used.
         """
 
     async def hold(

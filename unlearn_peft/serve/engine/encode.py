@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import secrets
@@ -14,14 +15,14 @@ from ...data.tokenize import encode_text
 from ...errors import DataError
 from .base import PromptError
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
 class Prompts:
     """Turns texts, ids and messages into ids; safe for many threads. `name` is the base's, for errors."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, name: str) -> None:
-        self._tokenizer, self._vocab_size, self._name, self._lock = tokenizer, vocab_size, name, threading.Lock()
+        self._tokenizer, self.vocab_size, self._name, self._lock = tokenizer, vocab_size, name, threading.Lock()
 
         marks = {str(token): int(id) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = {token: id for token, id in marks.items() if token}
@@ -42,14 +43,21 @@ class Prompts:
                     ids = self._encode(prompt, variables)
         if not ids:
             raise PromptError("the prompt is empty")
-        if unknown := [token for token in ids if not 0 <= token < self._vocab_size]:  # of a text, too
-            raise PromptError(f"there is no token {unknown[0]}: expected 0 to {self._vocab_size - 1}")
+        if unknown := [token for token in ids if not 0 <= token < self.vocab_size]:  # of a text, too
+            raise PromptError(f"there is no token {unknown[0]}: expected 0 to {self.vocab_size - 1}")
         return tuple(ids)
+
+    def copied_tokenizer(self) -> Any:
+        """Return a copy of the tokenizer, for another thread."""
+        with self._lock:
+            return copy.deepcopy(self._tokenizer)
 
     def _encode(self, messages: Sequence[Any], variables: Mapping[str, Any] | None) -> list[int]:
         """Encode messages, in whose texts the names of special tokens are words and no tokens."""
-        if self._special.search(json.dumps(variables or {}, ensure_ascii=False)):
-            raise PromptError("a variable of the chat template holds a special token of this base: leave it out")
+        others = [{name: value for name, value in message.items() if name != "content"} for message in messages]
+        if self._special.search(json.dumps([variables, others], ensure_ascii=False)):
+            what = "a tool, a call of one, a name, or a variable of the chat template"
+            raise PromptError(f"{what} holds a special token of this base: leave it out")
         nonce, words = secrets.token_hex(8), list[str]()
 
         def hide(match: re.Match[str]) -> str:
@@ -59,6 +67,12 @@ class Prompts:
         hidden = [{**message, "content": self._special.sub(hide, message["content"])} for message in messages]
         try:
             text = ask(hidden, self._tokenizer, variables=variables)
+            if "tools" in (variables or {}):
+                without = ask(hidden, self._tokenizer, variables={**(variables or {}), "tools": None})
+                if text == without:
+                    raise PromptError("this base has no chat template that shows tools: leave them out")
+        except PromptError:
+            raise
         except DataError as error:  # it quotes nothing
             raise PromptError(str(error)) from None
         except Exception as error:  # jinja's TemplateError, or whatever the template's own code raises

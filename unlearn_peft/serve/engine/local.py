@@ -25,6 +25,7 @@ from ...models.base import Base
 from . import base as protocol
 from .base import EngineStats, Generation, TextChunk, Unavailable
 from .encode import Prompt, Prompts
+from .grammar import Grammar, Grammars
 from .scheduler import ActiveRow, Scheduler
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class LocalEngine:
         self._allow_different_base = allow_different_base
         self.bank = Bank(base.model, base.tokenizer, budget_bytes=budget_bytes, trust=trust)
         self.scheduler = Scheduler(base.model, copy.deepcopy(base.tokenizer), self.bank, max_batch=max_batch)
+        self._grammars = Grammars(self._prompts.copied_tokenizer, self._prompts.vocab_size, self.scheduler.ends)
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="unlearn-peft engine")
         self._registering = threading.Lock()
         self._recent: OrderedDict[str, set[str]] = OrderedDict()  # policy versions -> their adapters' keys in the bank
@@ -72,6 +74,10 @@ class LocalEngine:
     async def encode(self, prompt: Prompt, variables: Mapping[str, Any] | None = None) -> tuple[int, ...]:
         """See `Engine.encode`."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._prompts, prompt, variables)
+
+    async def compile(self, schema: str) -> Grammar:
+        """See `Engine.compile`."""
+        return await asyncio.wrap_future(self._grammars.compile(schema))
 
     async def hold(
         self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None, added: Collection[str] = ()
@@ -126,6 +132,7 @@ class LocalEngine:
         """See `Engine.close`."""
         await asyncio.to_thread(self.scheduler.close)
         self._threads.shutdown(wait=False)
+        self._grammars.close()
 
     def _hold(
         self, forget: Mapping[str, float], policy: Policy, trust: Trust | None, added: Collection[str]

@@ -22,7 +22,9 @@ class Sampler:
         self._presence, self._frequency = request.presence_penalty, request.frequency_penalty
         self._counts = Counter[int]()  # of the answer's tokens
         self._top = request.logprobs
-        self.plain = self.greedy and not (self._presence or self._frequency) and self._top is None
+        self._constraint = request.grammar.start() if request.grammar is not None else None
+        self.finished = False  # nothing may follow
+        self.plain = self.greedy and not (self._presence or self._frequency or request.grammar) and self._top is None
         self._warpers: list[Callable[[None, Tensor], Tensor]] = []
         if self.greedy:
             return
@@ -42,10 +44,16 @@ class Sampler:
         """Return the next token and, if asked for, its log-probability and those of the likeliest (nats).
 
         `logits` (V,) are on the CPU in float32; `data` gives the bytes of a token.
+
+        Raises:
+            FormatError: the answer cannot follow its response format any further.
         """
         scores = logits.clone() if self._counts else logits
         for token, count in self._counts.items():
             scores[token] -= self._presence + count * self._frequency
+        if self._constraint is not None:
+            allowed = self._constraint.allowed(len(logits))
+            scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~allowed, -torch.inf)
         if self.greedy:
             token = int(scores.argmax())
         else:
@@ -53,6 +61,8 @@ class Sampler:
             for warp in self._warpers:
                 row = warp(None, row)
             token = int(torch.multinomial(row.softmax(-1)[0], 1, generator=self._random))
+        if self._constraint is not None:
+            self.finished = self._constraint.push(token)
         if self._presence or self._frequency:
             self._counts[token] += 1
         if self._top is None:

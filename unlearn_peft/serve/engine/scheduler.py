@@ -28,7 +28,7 @@ from ...errors import AdapterError
 from ...inference.bank import Bank
 from ...inference.generate import own_ends
 from ...inference.model_runner import KVBatch, ModelRunner
-from .base import Generation, GenerationError, TextChunk, TokenLogprobs, Unavailable
+from .base import FormatError, Generation, GenerationError, TextChunk, TokenLogprobs, Unavailable
 from .detokenize import TextStream, TokenBytes
 from .sampling import Sampler
 
@@ -66,7 +66,7 @@ class Scheduler:
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
         self._runner = ModelRunner(model, bank.rows)
-        self._ends = _end_tokens(model, tokenizer)
+        self.ends = _end_tokens(model, tokenizer)
         self._waiting: deque[ActiveRow] = deque()
         self._rows: list[ActiveRow] = []  # row n of _batch
         self._batch: KVBatch | None = None
@@ -190,7 +190,12 @@ class Scheduler:
                 continue
             token, logprobs = likeliest[n], None
             if not row.sampler.plain:
-                token, logprobs = row.sampler.choose(logits[n].cpu(), self._bytes)
+                try:
+                    token, logprobs = row.sampler.choose(logits[n].cpu(), self._bytes)
+                except FormatError as error:  # this row's alone
+                    tokens.append(0)
+                    self._fail([row], error)
+                    continue
             tokens.append(token)
             if not self._push(row, token, logprobs):
                 remaining.append(n)
@@ -203,7 +208,9 @@ class Scheduler:
         """Add a token to an answer; returns whether it has ended."""
         row.generated, row.undelivered = row.generated + 1, row.undelivered + 1
         reason = None
-        if (token in self._ends and not row.request.ignore_eos) or row.text.push(token, logprobs):
+        if (token in self.ends and not row.request.ignore_eos) or row.text.push(token, logprobs):
+            reason = "stop"
+        elif row.sampler.finished:  # a stop string may have come with the same token
             reason = "stop"
         elif row.generated >= row.request.max_tokens:
             reason = "length"

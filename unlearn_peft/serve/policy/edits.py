@@ -19,6 +19,10 @@ Content = dict[str, Any]  # as in YAML: adapters and tenants by name
 _MIN_PREFIX = 8
 
 
+class UnknownName(PolicyError):
+    """There is no tenant or adapter of a name."""
+
+
 def add(content: Content, tenant: str) -> Content:
     """Add a tenant that forgets nothing and has no key yet."""
     if tenant in content["tenants"]:
@@ -179,7 +183,7 @@ def get_entry(content: Content, kind: str, name: str) -> Content:
     """Return the entry of a "tenant" or an "adapter".
 
     Raises:
-        PolicyError: there is none of that name.
+        UnknownName: there is none of that name.
     """
     entries: dict[str, Content] = content[f"{kind}s"]
     if name not in entries:
@@ -187,7 +191,7 @@ def get_entry(content: Content, kind: str, name: str) -> Content:
             did_you_mean(name, [*entries, *content.get("near", ())])
             or ": `unlearn-peft tenant list` shows all, `tenant --help` how to add one"
         )
-        raise PolicyError(f"no {kind} {safe_repr(name)}{hint}")
+        raise UnknownName(f"no {kind} {safe_repr(name)}{hint}")
     return entries[name]
 
 

@@ -104,7 +104,7 @@ class PolicyStore:
             raise unreachable
         if revision is None:
             raise PolicyError(self._refused or "")
-        return StoredPolicy(revision, self._find, self._tenant_names, self._count_tenants)
+        return StoredPolicy(revision, self._find, self.tenant_names, self._count_tenants)
 
     def read_all(self) -> Policy:
         """Read and validate the whole policy: seconds and much memory, where there are many tenants.
@@ -123,6 +123,10 @@ class PolicyStore:
         """
         content = self._query(lambda connection, state: tables.read_part(connection, state, name, None))
         return edits.get_entry(content, "tenant", name)
+
+    def tenant_names(self, after: str = "", limit: int | None = None) -> list[str]:
+        """Return names of tenants, sorted: those behind `after`, at most `limit`; see `tenant` for errors."""
+        return self._query(lambda connection, _: tables.tenant_names(connection, after, limit))
 
     @property
     def problem(self) -> str | None:
@@ -302,9 +306,6 @@ class PolicyStore:
                 return then(connection, schema.read_state(connection))
         except (SQLAlchemyError, OSError) as error:
             raise PolicyError(f"cannot read the store {self._name}: {engines.reason(error)}") from None
-
-    def _tenant_names(self) -> list[str]:
-        return self._query(lambda connection, _: tables.tenant_names(connection))
 
     def _count_tenants(self) -> int:
         return self._query(lambda connection, _: tables.count_tenants(connection))

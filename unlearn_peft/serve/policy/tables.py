@@ -73,9 +73,10 @@ def read_history(connection: Connection, limit: int | None) -> list[Change]:
     return [Change(**row) for row in rows.mappings()]
 
 
-def tenant_names(connection: Connection) -> list[str]:
-    """Return all tenants' names, sorted by the database."""
-    return list(connection.scalars(sql.select(TENANTS.c.name).order_by(TENANTS.c.name)))
+def tenant_names(connection: Connection, after: str = "", limit: int | None = None) -> list[str]:
+    """Return tenants' names, sorted by the database: those behind one, at most `limit`."""
+    query = sql.select(TENANTS.c.name).where(TENANTS.c.name > after).order_by(TENANTS.c.name)
+    return list(connection.scalars(query.limit(limit)))
 
 
 def count_tenants(connection: Connection) -> int:

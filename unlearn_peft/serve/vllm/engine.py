@@ -32,6 +32,7 @@ from ..engine.base import (
     Busy,
     Candidate,
     EngineStats,
+    FormatError,
     Generation,
     GenerationError,
     TextChunk,
@@ -40,6 +41,7 @@ from ..engine.base import (
 )
 from ..engine.detokenize import TextStream, TokenBytes
 from ..engine.encode import Prompt, Prompts
+from ..engine.grammar import Grammars
 from .lora_cache import contents_of
 from .lora_names import MAX_LENGTH, SetName, set_digest
 from .servers import Servers, VllmServer, message_of
@@ -95,6 +97,7 @@ class VllmEngine:
         self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
         self._prompts = Prompts(copy.deepcopy(tokenizer), config.get_text_config().vocab_size, self.model)
         self.chat_ends = self._prompts.ends
+        self._grammars = Grammars(self._prompts.copied_tokenizer, self._prompts.vocab_size, end_tokens(tokenizer))
         self._ends = end_tokens(tokenizer)  # beside those of generation_config.json, which vLLM knows
         self._servers = Servers(urls, tokenizer, names=names, seconds=seconds)
         self.context = min(server.context for server in self._servers.all if server.base)
@@ -102,6 +105,13 @@ class VllmEngine:
     async def encode(self, prompt: Prompt, variables: Mapping[str, Any] | None = None) -> tuple[int, ...]:
         """See `Engine.encode`."""
         return await asyncio.to_thread(self._prompts, prompt, variables)
+
+    async def compile(self, schema: str) -> Any:
+        """See `Engine.compile`. vLLM compiles it with the request; what it cannot, it answers with 500, or hangs up
+        on in the middle (https://github.com/vllm-project/vllm/issues/57725), so it is compiled here first.
+        """
+        await asyncio.wrap_future(self._grammars.compile(schema))
+        return json.loads(schema)
 
     async def hold(
         self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None, added: Collection[str] = ()
@@ -168,6 +178,7 @@ class VllmEngine:
 
     async def close(self) -> None:
         """See `Engine.close`."""
+        self._grammars.close()
         await self._servers.close()
 
     async def _chunks(
@@ -180,14 +191,17 @@ class VllmEngine:
             "top_p": request.top_p, "top_k": request.top_k or -1, "seed": request.seed, "logprobs": request.logprobs,
             "presence_penalty": request.presence_penalty, "frequency_penalty": request.frequency_penalty,
             "ignore_eos": request.ignore_eos, "stop_token_ids": [] if request.ignore_eos else self._ends,
+            **({} if request.grammar is None else {"structured_outputs": {"json": request.grammar}}),
             # or vLLM takes what the model's generation_config.json says
             "min_p": 0.0, "repetition_penalty": 1.0,
         }  # fmt: skip
         server = lease.server
         try:
-            async with self._servers.http().stream("POST", f"{server.url}/v1/completions", json=body) as response:
+            async with self._servers.http().stream(
+                "POST", f"{server.url}/v1/completions", json=body, headers=request.trace
+            ) as response:
                 if response.status_code != 200:
-                    raise self._refusal(response.status_code, await response.aread(), lease)
+                    raise self._refusal(response.status_code, await response.aread(), lease, request)
                 async for line in response.aiter_lines():
                     data = line.removeprefix("data: ")
                     if data == line or data == "[DONE]":
@@ -210,8 +224,10 @@ class VllmEngine:
         except (httpx.HTTPError, ValueError) as error:
             raise GenerationError(f"vLLM's answer broke off ({type(error).__name__})") from error
 
-    def _refusal(self, status: int, body: bytes, lease: VllmLease) -> Exception:
+    def _refusal(self, status: int, body: bytes, lease: VllmLease, request: Generation) -> Exception:
         message = f"vLLM refuses ({status}: {message_of(body)})"
+        if status == 400 and request.grammar is not None and ("grammar" in message or "schema" in message):
+            return FormatError("the response_format's schema cannot be used: vLLM cannot compile it")
         if status in (429, 503):
             return Busy(message)
         if status in (400, 404):  # 400 also for a set that was found and could not be loaded

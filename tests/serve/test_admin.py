@@ -1,0 +1,347 @@
+"""The admin port: what `unlearn-peft tenant` does, over HTTP, with keys of its own; metrics and TLS."""
+
+import json
+import socket
+import sqlite3
+import ssl
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import KEYS, client, make_adapters, running
+from typer.testing import CliRunner
+
+from unlearn_peft import load_base
+from unlearn_peft.adapters.read import read_identity
+from unlearn_peft.cli.main import app as cli
+from unlearn_peft.errors import PolicyError, UnlearnError
+from unlearn_peft.serve.admin.app import create_admin_app
+from unlearn_peft.serve.admin.keys import find_admin_key, make_admin_key, read_admin_keys
+from unlearn_peft.serve.admin.side import create_metrics_app, running_beside
+from unlearn_peft.serve.api.loading import answering, tls_context
+from unlearn_peft.serve.api.server import listen
+from unlearn_peft.serve.audit import AuditLog
+from unlearn_peft.serve.engine.local import LocalEngine
+from unlearn_peft.serve.policy.store import PolicyStore
+
+MODEL = "tiny"
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory, tiny_folder):
+    return make_adapters(tmp_path_factory.mktemp("adapters"), tiny_folder)
+
+
+class World:
+    def __init__(self, folder, audit=True):
+        self.store, self.keys = PolicyStore(folder / "tenants.db", create=True), folder / "admin.yaml"
+        self.write, self.read = (
+            make_admin_key(self.keys, name, write) for name, write in (("ops", True), ("eye", False))
+        )
+        self.audit = AuditLog(folder / "audit.jsonl") if audit else None
+        self.app = create_admin_app(self.store, self.keys, self.audit)
+
+    def __call__(self, method, path, key=..., json=None, **settings):
+        headers = settings.pop("headers", {})
+        if key is not None:
+            headers = {"authorization": f"Bearer {self.write if key is ... else key}", **headers}
+        if json is not None:
+            settings["json"] = json
+        return httpx.request(method, f"{self.url}{path}", headers=headers, **settings)
+
+    def lines(self):
+        return [json.loads(line) for line in self.audit.path.read_text().splitlines()]
+
+
+@pytest.fixture
+def world(tmp_path):
+    made, listening = World(tmp_path), listen("127.0.0.1", 0)
+    made.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    with running_beside(made.app, listening):
+        yield made
+
+
+def test_what_the_command_does_and_the_history_says_who(world, adapters):
+    assert world("POST", "/v1/tenants", json={"name": "acme", "why": "contract 12"}).json() == {"revision": 1}
+    digest = read_identity(adapters["a"])
+    for name in ("a", "b"):
+        body = {"path": str(adapters[name]), **({"sha256": digest} if name == "a" else {})}
+        assert world("PUT", f"/v1/adapters/{name}", json=body).status_code == 200
+    assert world("GET", "/v1/adapters").json()["adapters"]["a"]["sha256"] == digest
+    assert world("PUT", "/v1/tenants/acme/forget/a", json={"strength": 0.5}).status_code == 200
+    assert world("PUT", "/v1/tenants/acme/may-add/b", json={"why": "tried"}).status_code == 200
+    made = world("POST", "/v1/tenants/acme/keys", json={})
+    assert made.status_code == 201 and made.headers["cache-control"] == "no-store"
+    shown = world("GET", "/v1/tenants/acme").json()
+    assert shown["forget"] == {"a": 0.5} and shown["may_add"] == {"b": 1.0} and len(shown["keys"]) == 1
+    assert world.store.current().tenant_of(made.json()["key"]) == "acme"
+    second = world("POST", "/v1/tenants/acme/keys", json={}).json()  # rotated: the new one, then without the old one
+    assert world("DELETE", f"/v1/tenants/acme/keys/{made.json()['sha256'][:12]}").status_code == 200
+    assert world.store.current().tenant_of(made.json()["key"]) is None
+    assert world.store.current().tenant_of(second["key"]) == "acme"
+    assert world("DELETE", "/v1/tenants/acme/may-add/b?why=over").status_code == 200
+    assert world("DELETE", "/v1/tenants/acme/forget/a").status_code == 200
+    assert world("DELETE", "/v1/adapters/a").status_code == 200
+    assert world("DELETE", "/v1/tenants/acme").status_code == 200
+    changes = world("GET", "/v1/history").json()["changes"]
+    assert [c["action"] for c in changes][::-1] == [
+        "add", "adapter", "adapter", "forget", "allow", "key", "key", "revoke", "disallow", "unforget", "unadapter",
+        "remove",
+    ]  # fmt: skip
+    assert {c["who"] for c in changes} == {"admin:ops"} and changes[3]["why"] == "over"
+    assert world("GET", "/v1/history?limit=1").json()["changes"] == changes[:1]
+    assert made.json()["key"] not in json.dumps(changes) + world.audit.path.read_text()
+
+
+def test_command_and_port_see_one_store(world):
+    where = world.store._name
+    assert CliRunner().invoke(cli, ["tenant", "add", "acme", "--store", where, "--who", "ann"]).exit_code == 0
+    world("POST", "/v1/tenants", json={"name": "bolt"})
+    out = CliRunner().invoke(cli, ["tenant", "history", "--store", where, "--json"]).stdout.splitlines()
+    assert [json.loads(line)["who"] for line in out] == ["admin:ops", "ann"]
+    assert world("GET", "/v1/tenants").json() == {"tenants": ["acme", "bolt"], "next": None}
+
+
+def test_names_come_in_pages(world):
+    for name in "abcde":
+        world.store.add(name, who="test")
+    found, after = [], ""
+    for _ in range(3):
+        page = world("GET", f"/v1/tenants?limit=2&after={after}").json()
+        found, after = found + [page["tenants"]], page["next"]
+    assert found == [["a", "b"], ["c", "d"], ["e"]] and after is None
+
+
+def routes(app):
+    return [(m, r.path) for r in app.routes for m in r.methods if r.path not in ("/healthz", "/openapi.json")]
+
+
+def test_every_route_needs_a_key_and_a_key_that_only_looks_changes_nothing(world):
+    world.store.add("acme", who="test")
+    known = routes(world.app)
+    assert len(known) == 17
+    for method, path in known:
+        path = path.format(tenant="acme", adapter="a", name="a", digest="0" * 8, key="k")
+        for key in (None, "ua-guess", KEYS["alice"]):
+            assert world(method, path, key=key, json={}).status_code == 401, (method, path)
+        found = world(method, path, key=world.read, json={})
+        assert found.status_code == (200 if method in ("GET", "HEAD") else 403), (method, path)
+    assert world("POST", "/openapi.json", key=None).status_code == 401
+    assert len(world.store.history()) == 1 and not world.audit.path.read_text()
+
+
+def test_a_key_that_is_taken_out_of_the_file_ends_at_once(world):
+    assert world("GET", "/v1/tenants").status_code == 200
+    text = world.keys.read_text()
+    world.keys.write_text("\n".join(line for line in text.splitlines() if False) or "{}")
+    assert world("GET", "/v1/tenants").status_code == 401
+    world.keys.write_text("ops: {sha256: nonsense}")
+    refused = world("GET", "/v1/tenants")
+    assert refused.status_code == 503 and str(world.keys) not in refused.text
+    world.keys.unlink()
+    assert world("GET", "/v1/tenants").status_code == 503
+    world.keys.write_text(text)
+    assert world("GET", "/v1/tenants").status_code == 200
+
+
+@pytest.mark.parametrize("method,path,body,status", [
+    ("GET", "/v1/tenants/none", None, 404), ("DELETE", "/v1/tenants/none", None, 404),
+    ("PUT", "/v1/tenants/acme/forget/none", {}, 404), ("DELETE", "/v1/tenants/acme/forget/none", None, 400),
+    ("POST", "/v1/tenants", {"name": "acme"}, 400), ("POST", "/v1/tenants", {"name": "../x"}, 400),
+    ("POST", "/v1/tenants", {}, 400), ("POST", "/v1/tenants", {"name": "x", "more": 1}, 400),
+    ("PUT", "/v1/tenants/acme/forget/none", {"strength": -1}, 400),
+    ("PUT", "/v1/adapters/x", {"path": "/nowhere"}, 400),
+    ("DELETE", "/v1/tenants/acme/keys/00000000", None, 400), ("GET", "/v1/history?limit=0", None, 400),
+    ("POST", "/v1/tenants", {"name": "x", "why": "two\nlines"}, 400),
+    ("POST", "/v1/tenants/acme/trusted-keys", {"keys": {"a": "no key"}}, 400),
+    ("DELETE", "/v1/tenants/acme/trusted-keys", None, 400), ("GET", "/v1/none", None, 404),
+    ("POST", "/v1/history", {}, 405),
+])  # fmt: skip
+def test_what_is_wrong_is_told(world, method, path, body, status):
+    world.store.add("acme", who="test")
+    found = world(method, path, json=body)
+    assert found.status_code == status and found.json()["error"]["message"], found.text
+    assert len(world.store.history()) == 1
+
+
+def test_bodies_are_bounded_and_read_after_the_key(world):
+    assert world("POST", "/v1/tenants", content=b"x" * 70_000).status_code == 413
+    assert world("POST", "/v1/tenants", content=iter([b"{}"])).status_code == 411
+    with socket.create_connection(world.url.removeprefix("http://").split(":"), timeout=10) as one:
+        one.sendall(b"POST /v1/tenants HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n")
+        assert b" 401 " in one.recv(4096)
+
+
+def test_the_audit_log_has_a_line_before_a_change_and_one_after(world, monkeypatch):
+    world("POST", "/v1/tenants", json={"name": "acme"})
+    world("POST", "/v1/tenants", json={"name": "acme"})
+    lines = world.lines()
+    facts = [(line["event"], line["key"], line["action"], line["tenant"], line.get("status")) for line in lines]
+    before, after = ("admin", "ops", "add", "acme", None), ("admin_finished", "ops", "add", "acme")
+    assert facts == [before, (*after, 200), before, (*after, 400)]
+    assert lines[0]["id"] == lines[1]["id"] != lines[2]["id"]
+
+    def full(*_, **__):
+        from unlearn_peft.errors import OutputError
+
+        raise OutputError("disk full")
+
+    monkeypatch.setattr(world.audit, "write", full)
+    assert world("POST", "/v1/tenants", json={"name": "bolt"}).status_code == 503
+    assert len(world.store.history()) == 1
+
+
+def test_a_store_that_cannot_be_written_is_503(world):
+    lock = sqlite3.connect(world.store._name, timeout=0)
+    lock.execute("BEGIN EXCLUSIVE")
+    try:
+        found = world("POST", "/v1/tenants", json={"name": "acme"}, timeout=60)
+    finally:
+        lock.rollback()
+        lock.close()
+    assert found.status_code == 503 and found.json()["error"]["code"] == "policy_unavailable"
+
+
+def test_the_document_names_every_route(world):
+    document = world("GET", "/openapi.json", key=None).json()
+    documented = {(m.upper(), path) for path, methods in document["paths"].items() for m in methods}
+    assert documented == {*((m, p) for m, p in routes(world.app) if m != "HEAD"), ("GET", "/healthz")}
+    assert document["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+
+
+def test_keys_of_the_file(tmp_path):
+    path = tmp_path / "admin.yaml"
+    run = CliRunner().invoke(cli, ["tenant", "admin-key", "ops", "--file", str(path), "--write", "--json"])
+    key = json.loads(run.stdout)["key"]
+    assert path.stat().st_mode & 0o777 == 0o600 and key not in path.read_text()
+    assert find_admin_key(path, key) == ("ops", read_admin_keys(path)["ops"]) and read_admin_keys(path)["ops"].write
+    again = make_admin_key(path, "ops", False)
+    assert find_admin_key(path, key) is None and not find_admin_key(path, again)[1].write
+    with pytest.raises(PolicyError, match="no name"):
+        make_admin_key(path, "a b", True)
+    entry = path.read_text()
+    path.write_text(entry + entry.replace("ops", "two"))
+    with pytest.raises(PolicyError, match="two names have one key"):
+        read_admin_keys(path)
+    for text in (
+        "[1]",
+        "ops: {sha256: secret-word}",
+        "ops: {}",
+        "a: b: c",
+        f"ops: {{sha256: {'0' * 64}, writes: true}}",
+    ):
+        path.write_text(text)
+        with pytest.raises(PolicyError) as refused:
+            read_admin_keys(path)
+        assert "secret-word" not in str(refused.value)
+
+
+def test_metrics_on_a_port_of_their_own(tiny_folder):
+    from serving import Fixed, make_policy_values
+
+    from unlearn_peft.serve.api.app import create_app
+    from unlearn_peft.serve.handler import RequestHandler
+
+    engine = LocalEngine(load_base(str(tiny_folder), device="cpu"), name=MODEL)
+    with running(engine, make_policy_values({}, {"alice": {}})) as (handler, url):
+        client(url).completions.create(model=MODEL, prompt="x", max_tokens=2)
+        listening = listen("127.0.0.1", 0)
+        where = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with running_beside(create_metrics_app(handler.metrics.text), listening):
+            found = httpx.get(f"{where}/metrics")
+            assert 'unlearn_peft_requests_total{status="200",tenant="alice"} 1.0' in found.text
+            assert httpx.get(f"{where}/v1/models").status_code == 404 and httpx.get(f"{where}/healthz").is_success
+        paths = {
+            route.path
+            for route in create_app(RequestHandler(engine, Fixed(handler.policies.policy)), metrics=False).routes
+        }
+        assert "/metrics" not in paths and "/readyz" in paths
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    names = folder / "cert.pem", folder / "key.pem"
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    )
+    subprocess.run([*command.split(), "-keyout", names[1], "-out", names[0]], check=True, capture_output=True)
+    return names
+
+
+def test_tls(certificate, tmp_path):
+    cert, key = certificate
+    made, listening = World(tmp_path, audit=False), listen("127.0.0.1", 0)
+    url = f"127.0.0.1:{listening.getsockname()[1]}"
+    trusting = ssl.create_default_context(cafile=cert)
+    with answering(listening, tls_context(cert, key)):  # while the model loads
+        assert httpx.get(f"https://{url}/healthz", verify=trusting).json() == {"status": "ok"}
+        stuck = socket.create_connection(url.split(":"))  # says nothing, and nobody waits for it
+        assert httpx.get(f"https://{url}/readyz", verify=trusting).status_code == 503
+        stuck.close()
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(f"http://{url}/healthz")
+    with running_beside(made.app, listening, ssl_certfile=cert, ssl_keyfile=key):
+        assert httpx.get(f"https://{url}/healthz", verify=trusting).json() == {"status": "ok"}
+    assert tls_context(None, None) is None
+    for wrong in (tmp_path / "none.pem", key):
+        with pytest.raises(UnlearnError, match="--ssl-certfile"):
+            tls_context(wrong, key)
+
+
+def test_the_command_serves_all_ports_with_tls(certificate, tmp_path, tiny_folder, adapters):
+    """One real process: keys made by the command, a tenant made over the admin port, who then asks, all over TLS."""
+    cert, key = certificate
+    trusting, file, db = ssl.create_default_context(cafile=cert), tmp_path / "admin.yaml", tmp_path / "tenants.db"
+    PolicyStore(db, create=True).adapter("a", adapters["a"], read_identity(adapters["a"]), who="test")
+    ops = make_admin_key(file, "ops", True)
+    options = {
+        "--base": tiny_folder, "--policy": db, "--port": 0, "--device": "cpu", "--model-name": MODEL, "--admin-port": 0,
+        "--admin-keys": file, "--metrics-port": 0, "--ssl-certfile": cert, "--ssl-keyfile": key,
+        "--audit": tmp_path / "audit.jsonl",
+    }  # fmt: skip
+    parts = [str(part) for option in options.items() for part in option]
+    command = [sys.executable, "-m", "unlearn_peft.cli", "serve", *parts]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path.cwd())
+    timer = threading.Timer(300, process.kill)
+    timer.start()
+    try:
+        said = {}
+        while "adapters" not in said:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            said[line.split(":")[0].split(" at ")[0]] = line.strip()
+        url = said[f"serving {MODEL}"].split(" at ")[1].split("/v1")[0]
+        admin, metrics = said["admin port"].split(": ")[1], said["metrics"].split(": ")[1]
+        assert url.startswith("https://")
+        headers = {"authorization": f"Bearer {ops}"}
+        with httpx.Client(base_url=f"https://{admin}", verify=trusting, headers=headers, timeout=60) as ask:
+            assert ask.post("/v1/tenants", json={"name": "acme"}).status_code == 201
+            assert ask.put("/v1/tenants/acme/forget/a", json={}).status_code == 200
+            tenant = ask.post("/v1/tenants/acme/keys", json={}).json()["key"]
+        headers = {"authorization": f"Bearer {tenant}"}
+        with httpx.Client(verify=trusting, headers=headers, timeout=60) as ask:
+            body = {"model": MODEL, "prompt": "x", "max_tokens": 2}
+            assert ask.post(f"{url}/v1/completions", json=body).status_code == 200
+            assert ask.get(f"{url}/metrics").status_code == 404
+        assert 'tenant="acme"' in httpx.get(f"http://{metrics}/metrics", timeout=60).text
+        process.terminate()
+        assert process.wait(90) == 0
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
+    events = [json.loads(line)["event"] for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert events == ["admin", "admin_finished"] * 3 + ["admitted", "finished"]
+
+
+@pytest.mark.parametrize("more,reason", [
+    (["--admin-port", "0"], "go together"), (["--admin-keys", "x"], "go together"),
+    (["--ssl-keyfile", "x"], "--ssl-certfile"),
+])  # fmt: skip
+def test_options_that_do_nothing_alone_are_refused(more, reason, tmp_path):
+    found = CliRunner().invoke(cli, ["serve", "--policy", str(tmp_path / "x.db"), *more])
+    assert found.exit_code != 0 and reason in str(found.exception) + found.output

@@ -1,0 +1,1 @@
+"""The operator's own ports: the policy over HTTP, and metrics."""
