@@ -130,8 +130,9 @@ def serve(
             f"--adapter serves without keys, and --host {host} would let others in: give --policy FILE, or leave it out"
         )
     _on_hangup(signal.SIG_IGN)
+    from ..serve.api.listening import listen
     from ..serve.api.loading import answering
-    from ..serve.api.server import HttpServer, listen
+    from ..serve.api.server import HttpServer
 
     listening = listen(host, port)
     loading = context.with_resource(ExitStack())

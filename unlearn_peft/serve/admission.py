@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .limits import BYTES_PER_TOKEN, Limits
 from .request import ApiError, Call, Prompt
+
+_RECENT = 5.0  # seconds for which a tenant counts as there, so that who asks again and again is never taken for gone
 
 
 class Places:
@@ -18,6 +21,7 @@ class Places:
     def __init__(self) -> None:
         self.active = 0  # answers that run or wait
         self._under_way = Counter[str]()  # by tenant: these, and those that are not wholly sent
+        self._left = OrderedDict[str, float]()  # tenants that had the last of these, and when; the oldest first
         self._mean_seconds = 1.0  # moving average of an answered request's duration
 
     def claim(self, call: Call, count: int, limits: Limits, *, only_tenant: bool = False) -> None:
@@ -48,7 +52,16 @@ class Places:
         self._under_way[call.tenant] -= call.claimed
         if not self._under_way[call.tenant]:
             del self._under_way[call.tenant]
+            if call.claimed:
+                self._left[call.tenant] = time.monotonic()
+                self._left.move_to_end(call.tenant)
         call.claimed = 0
+
+    def present(self) -> set[str]:
+        """Return the tenants that have an answer under way, or had one a moment ago."""
+        while self._left and next(iter(self._left.values())) < time.monotonic() - _RECENT:
+            self._left.popitem(last=False)
+        return {*self._under_way, *self._left}
 
     def took(self, seconds: float) -> None:
         """Note how long a request took that was answered."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -28,7 +28,11 @@ from .request import ApiError, Call, ParsedRequest, as_api_error
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _AHEAD = 2  # answers beyond a full batch that have their adapters already, so that a free place is taken at once
-_PREPARING = 4  # bodies and prompts that are read at once, each of another tenant
+_READING = 4  # bodies and prompts that are read at once, each of another tenant
+# Reading holds Python's lock, which each step of the model needs, and the pass over a prompt is a step that all wait
+# for. After either, its tenant waits for a multiple of the time that it took, if others are there: it has a fifth
+_WAIT = 4.0
+_REQUEST_SECONDS = 0.001  # that a request takes on the event loop, beside reading
 _Chunks = asyncio.Queue[tuple[int, TextChunk | Exception]]  # each with the number of its answer
 
 
@@ -48,15 +52,17 @@ class RequestHandler:
         self.draining = False
         self.shows_base = False  # set by the playground alone, if it was started so
         self.metrics.active.set_function(lambda: self.active)
-        self._preparing = FairQueue(_PREPARING, per_tenant=1)
+        self._places = Places()
+        self._reading = FairQueue(_READING, per_tenant=1, present=self._places.present)
         # of requests with a lease: those that wait have none, so that memory is for those that run. One tenant cannot
         # have all, so that another's answer waits for a place in the batch alone
-        self._leases = FairQueue(self.limits.batch + 2 * _AHEAD, per_tenant=self.limits.batch + _AHEAD)
+        self._leases = FairQueue(
+            self.limits.batch + 2 * _AHEAD, per_tenant=self.limits.batch + _AHEAD, present=self._places.present
+        )
         # nor all of the batch, however long its answers: a further tenant starts at once
-        alone = self.open_tenant is not None or self.limits.batch == 1
-        self._rows = FairQueue(self.limits.batch + _AHEAD, per_tenant=None if alone else self.limits.batch - 1)
+        most = None if self.open_tenant is not None or self.limits.batch == 1 else self.limits.batch - 1
+        self._rows = FairQueue(self.limits.batch + _AHEAD, per_tenant=most)
         self._cleanups = set[asyncio.Future[None]]()
-        self._places = Places()
 
     @property
     def active(self) -> int:
@@ -140,19 +146,29 @@ class RequestHandler:
             cleanup.add_done_callback(self._cleanups.discard)
             await asyncio.shield(cleanup)
 
-    async def in_turn(self, call: Call, work: Callable[[], Awaitable[T]]) -> T:
-        """Do something that takes a processor's time, when it is its tenant's turn, and as `in_time`.
+    async def in_turn(self, call: Call, work: Callable[[], T]) -> T:
+        """Do something that takes a processor's time, in a thread, when it is its tenant's turn, and as `in_time`.
 
         Its place is free when it has ended, which may be long after its client has gone.
         """
-        await self.in_time(call, self._preparing.acquire(call.tenant))
-        task = asyncio.ensure_future(work())
+        await self.in_time(call, self._reading.acquire(call.tenant))
+        took = 0.0
+
+        def timed() -> T:
+            nonlocal took
+            began = time.thread_time()
+            try:
+                return work()
+            finally:
+                took = time.thread_time() - began
 
         def ended(done: asyncio.Future[T]) -> None:
-            self._preparing.release(call.tenant)
+            self._reading.charge(call.tenant, _WAIT * (took + _REQUEST_SECONDS))
+            self._reading.release(call.tenant)
             if not done.cancelled():
                 done.exception()  # it was seen, where somebody still waits
 
+        task = asyncio.ensure_future(asyncio.to_thread(timed))
         task.add_done_callback(ended)
         return await self.in_time(call, asyncio.shield(task))
 
@@ -199,7 +215,12 @@ class RequestHandler:
         self._places.claim(call, count, self.limits, only_tenant=self.open_tenant is not None)
 
     async def _encode(self, call: Call, request: ParsedRequest) -> list[Generation]:
-        limits, generations = self.limits, []
+        limits, generations, loop = self.limits, [], asyncio.get_running_loop()
+
+        def prefilled(seconds: float) -> None:
+            with suppress(RuntimeError):  # the event loop has gone
+                loop.call_soon_threadsafe(self._leases.charge, call.tenant, _WAIT * seconds)
+
         longest = min(limits.prompt_tokens, self.engine.context - 1)
         for prompt in request.prompts:
             check_size(prompt, request.variables, longest)
@@ -219,7 +240,7 @@ class RequestHandler:
             for n in range(request.n):
                 if settings["seed"] is not None:  # n different answers, the same ones each time
                     settings["seed"] = (request.settings["seed"] + n) % 2**63
-                generations.append(Generation(ids, max_tokens, **settings))
+                generations.append(Generation(ids, max_tokens, prefilled=prefilled, **settings))
         return generations
 
     async def _produce(

@@ -30,6 +30,7 @@ from ...files.untrusted import read_file, sha256_of
 from ..handler import RequestHandler
 from ..policy.policy import AdapterEntry
 from ..request import ApiError, Call
+from .connection import identify
 
 PICTURES = (CURVES, FIGURES)  # the second by `unlearn-peft eval`, which writes to ADAPTER.eval by default
 _PAGE = Path(__file__).parent / "page"
@@ -65,14 +66,16 @@ def add_playground(app: FastAPI, handler: RequestHandler, playground: Playground
     handler.shows_base = playground.base
     page = (_PAGE / "playground.html").read_text(encoding="utf-8")
     page = page.replace("{keys}", "none" if handler.open_tenant is not None else "needed")
-    app.get("/playground")(_static(page, "text/html"))
+    app.get("/playground", include_in_schema=False)(_static(page, "text/html"))
     for name, kind in _FILES.items():
-        app.get(f"/playground/{name}")(_static((_PAGE / name).read_text(encoding="utf-8"), kind))
+        app.get(f"/playground/{name}", include_in_schema=False)(
+            _static((_PAGE / name).read_text(encoding="utf-8"), kind)
+        )
 
     @app.get("/playground/api/adapters")
     async def adapters(request: Request) -> JSONResponse:
         """What this key may see: its tenant, what that forgets in any case and may add, the adapters' cards."""
-        call = await handler.identify(request.headers.get("authorization"))
+        call = await identify(handler, request)
         own, may_add = call.policy.tenants[call.tenant].forget, call.policy.tenants[call.tenant].may_add
         visible = _visible(playground, call)
         cards = await asyncio.gather(*(asyncio.to_thread(card, name, entry) for name, entry in visible.items()))
@@ -85,7 +88,7 @@ def add_playground(app: FastAPI, handler: RequestHandler, playground: Playground
 
     @app.get("/playground/api/adapters/{name}/{picture}")
     async def picture(request: Request, name: str, picture: str) -> Response:
-        call = await handler.identify(request.headers.get("authorization"))
+        call = await identify(handler, request)
         entry = _visible(playground, call).get(name)
         data = None if entry is None else await asyncio.to_thread(read_picture, Path(entry.path), picture)
         if data is None:
