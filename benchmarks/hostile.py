@@ -50,7 +50,10 @@ def main():
     parser.add_argument("--page", action="store_true", help="write the table into docs/serving.md")
     args = parser.parse_args()
     found = {}
-    with tempfile.TemporaryDirectory() as folder, server(Path(folder), args.adapter) as (address, process):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        server(Path(folder), two_tenants(args.adapter), "--base", "demo") as (address, process),
+    ):
         for name in args.only:
             found[name] = one = measure(address, ATTACKS[name], args.seconds)
             one["mb"] = round(resident(process.pid) / 1e6)
@@ -64,17 +67,20 @@ def main():
         put(ROOT / "docs" / "serving.md", "hostile", printed)
 
 
-class server:
-    """The command that users run, with a policy of two tenants; ends it with SIGTERM."""
+def two_tenants(adapter):
+    entry = {"forget": {"hp": 1.0}}
+    tenants = {name: {**entry, "keys": [key_digest(key)]} for name, key in KEYS.items()}
+    return {"adapters": {"hp": {"path": str(adapter.absolute())}}, "tenants": tenants}
 
-    def __init__(self, folder, adapter):
-        entry = {"forget": {"hp": 1.0}}
-        tenants = {name: {**entry, "keys": [key_digest(key)]} for name, key in KEYS.items()}
-        policy = {"adapters": {"hp": {"path": str(adapter.absolute())}}, "tenants": tenants}
+
+class server:
+    """The command that users run, with a policy; ends it with SIGTERM."""
+
+    def __init__(self, folder, policy, *options):
         (folder / "policy.yaml").write_text(json.dumps(policy))  # JSON is YAML
         self.log = folder / "log"
-        command = [sys.executable, "-m", "unlearn_peft.cli", "serve", "--base", "demo", "--port", "0",
-                   "--policy", str(folder / "policy.yaml")]  # fmt: skip
+        command = [sys.executable, "-m", "unlearn_peft.cli", "serve", "--port", "0",
+                   "--policy", str(folder / "policy.yaml"), *options]  # fmt: skip
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 

@@ -70,8 +70,7 @@ def spoilt(dice):
     for _ in range(dice.choice([0, 1, 1, 1, 2, 3])):
         change(body, dice)
     marks = dice.random() < 0.2
-    if marks:
-        places = list(places_of(body))
+    if marks and (places := list(places_of(body))):
         box, name = dice.choice(places)
         box[name] = "@@"
     text = json.dumps(body, ensure_ascii=dice.random() < 0.5)

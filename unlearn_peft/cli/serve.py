@@ -61,7 +61,7 @@ def serve(
     ] = 1024,
     per_address: Annotated[
         int | None,
-        typer.Option(min=1, help="Connections of one address. Default: a quarter of all; more behind a proxy."),
+        typer.Option(min=1, help="Connections of one address, and new ones in 5 s. Default: 1/4; more behind a proxy."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Limit on the tokens of an answer.")] = 1024,
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 8192,

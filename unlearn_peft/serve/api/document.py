@@ -38,7 +38,8 @@ def add_document(app: FastAPI) -> None:
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    found = get_openapi(title=app.title, version="1", routes=app.routes)
+    public = [route for route in app.routes if not getattr(route, "path", "").startswith("/playground")]
+    found = get_openapi(title=app.title, version="1", routes=public)
     names, schemas = models_json_schema(
         [(kind, "validation") for kind in BODIES.values()], ref_template=_PLACE + "{model}"
     )

@@ -66,11 +66,9 @@ def add_playground(app: FastAPI, handler: RequestHandler, playground: Playground
     handler.shows_base = playground.base
     page = (_PAGE / "playground.html").read_text(encoding="utf-8")
     page = page.replace("{keys}", "none" if handler.open_tenant is not None else "needed")
-    app.get("/playground", include_in_schema=False)(_static(page, "text/html"))
+    app.get("/playground")(_static(page, "text/html"))
     for name, kind in _FILES.items():
-        app.get(f"/playground/{name}", include_in_schema=False)(
-            _static((_PAGE / name).read_text(encoding="utf-8"), kind)
-        )
+        app.get(f"/playground/{name}")(_static((_PAGE / name).read_text(encoding="utf-8"), kind))
 
     @app.get("/playground/api/adapters")
     async def adapters(request: Request) -> JSONResponse:
