@@ -72,6 +72,29 @@ def test_who_goes_away_while_waiting_holds_no_place(granted):
     asyncio.run(run())
 
 
+def test_the_last_places_are_for_those_that_have_none():
+    async def run():
+        queue = FairQueue(4, spare=1)
+        for tenant in "aab":
+            await asyncio.wait_for(queue.acquire(tenant), 1)
+        for tenant in "ab":
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(queue.acquire(tenant), 0.05)
+        await asyncio.wait_for(queue.acquire("c"), 1)
+        waiting = [asyncio.create_task(queue.acquire(tenant)) for tenant in "abd"]
+        queue.release("a")
+        await asyncio.wait_for(waiting[2], 1)
+        assert not waiting[0].done() and not waiting[1].done()
+        queue.release("b")
+        queue.release("c")
+        await asyncio.wait(waiting[:2], timeout=1)
+        assert sum(task.done() for task in waiting[:2]) == 1, "one place stays free"
+        for task in waiting:
+            task.cancel()
+
+    asyncio.run(run())
+
+
 async def seconds_until(queue, tenant):
     began = time.monotonic()
     await asyncio.wait_for(queue.acquire(tenant), 5)

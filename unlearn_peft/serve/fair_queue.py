@@ -22,16 +22,17 @@ class FairQueue:
     Args:
         places: that can be taken at once.
         per_tenant: of these, what one tenant can have; all by default.
+        spare: of these, what only tenants get that have none yet.
         burst: seconds that may be charged to a tenant before it waits.
         present: the tenants for whom another waits: not one that was charged less than each of them. None: all wait.
     """
 
     def __init__(
-        self, places: float, per_tenant: float | None = None, *, burst: float = 0.0,
+        self, places: float, per_tenant: float | None = None, *, spare: int = 0, burst: float = 0.0,
         present: Callable[[], Collection[str]] | None = None,
     ) -> None:  # fmt: skip
         self._free, self._per_tenant = places, places if per_tenant is None else per_tenant
-        self._burst, self._present = burst, present
+        self._spare, self._burst, self._present = spare, burst, present
         self._charged = dict[str, float]()  # until when, by the monotonic clock
         self._timer: asyncio.TimerHandle | None = None
         self._taken = Counter[str]()
@@ -89,7 +90,8 @@ class FairQueue:
     def _next(self) -> str | None:
         waits = list[float]()
         for tenant in self._waiting:
-            if self._taken[tenant] < self._per_tenant:
+            taken = self._taken[tenant]
+            if taken < self._per_tenant and (not taken or self._free > self._spare):
                 if (wait := self._wait(tenant)) <= 0:
                     return tenant
                 waits.append(wait)

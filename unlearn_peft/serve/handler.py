@@ -54,14 +54,13 @@ class RequestHandler:
         self.metrics.active.set_function(lambda: self.active)
         self._places = Places()
         self._reading = FairQueue(_READING, per_tenant=1, present=self._places.present)
-        # of requests with a lease: those that wait have none, so that memory is for those that run. One tenant cannot
-        # have all, so that another's answer waits for a place in the batch alone
-        self._leases = FairQueue(
-            self.limits.batch + 2 * _AHEAD, per_tenant=self.limits.batch + _AHEAD, present=self._places.present
-        )
-        # nor all of the batch, however long its answers: a further tenant starts at once
-        most = None if self.open_tenant is not None or self.limits.batch == 1 else self.limits.batch - 1
-        self._rows = FairQueue(self.limits.batch + _AHEAD, per_tenant=most)
+        # of requests with a lease: those that wait have none, so that memory is for those that run. Tenants that have
+        # some leave the last to those that have none, so that another's answer waits for a place in the batch alone
+        places = self.limits.batch + 2 * _AHEAD
+        self._leases = FairQueue(places, spare=_AHEAD, present=self._places.present)
+        # nor do they take all of the batch, however long their answers: a further tenant starts at once
+        spare = 0 if self.open_tenant is not None or self.limits.batch == 1 else 1 + _AHEAD
+        self._rows = FairQueue(self.limits.batch + _AHEAD, spare=spare)
         self._cleanups = set[asyncio.Future[None]]()
 
     @property
