@@ -148,7 +148,8 @@ class Connection(H11Protocol):
                 if scope["path"] == "/healthz":
                     await self._wait_for_turn(f"health {address_of(self.client)}", _HEALTH_PACE)
                 elif message["status"] >= 400 or scope["method"] != "POST":
-                    await self._wait_for_turn(scope["state"].get("tenant") or f"address {address_of(self.client)}")
+                    client = scope["state"].get("tenant") or f"address {address_of(self.client)}"
+                    await self._wait_for_turn(client, _PACE)
             await send(message)
 
         timer = self.loop.call_later(self._limits.seconds + _GRACE, self.transport.abort)
@@ -162,7 +163,7 @@ class Connection(H11Protocol):
         finally:
             timer.cancel()
 
-    async def _wait_for_turn(self, client: str, pace: float = _PACE) -> None:
+    async def _wait_for_turn(self, client: str, pace: float) -> None:
         """Wait until a client may have another free answer, or has gone."""
         if self.transport.is_closing():
             return
