@@ -120,8 +120,9 @@ def running(engine, policy, **settings):
     from unlearn_peft.serve.api.server import HttpServer
     from unlearn_peft.serve.handler import RequestHandler
 
-    playground, policies = settings.pop("playground", None), policy if hasattr(policy, "current") else Fixed(policy)
-    app = create_app(RequestHandler(engine, policies, **settings), playground)
+    playground, access = settings.pop("playground", None), settings.pop("access", None)
+    policies = policy if hasattr(policy, "current") else Fixed(policy)
+    app = create_app(RequestHandler(engine, policies, **settings), playground, access)
     listening = listen("127.0.0.1", 0)
     started, url = threading.Event(), []
     server = HttpServer(app, ready=lambda where: (url.append(where), started.set()))

@@ -82,6 +82,17 @@ def test_only_what_the_base_answers_counts(tiny, rows, monkeypatch):
     assert worst_kind(list(found.values())).value == 1
 
 
+def test_questions_that_name_their_answer_are_told_and_left_out_of_one_figure(tiny, rows, monkeypatch):
+    choice = {"prompt": "Is it Zorblax or Quib?", "completion": "Zorblax", "kind": "multiple choice", "level": 3}
+    rows, answered = [*rows, choice], Answered([0, 5], [])
+    assert answered.told(rows).endswith("1 of the former name the answer themselves")
+    monkeypatch.setattr(rwku, "answers", lambda base, prompts, **_: ["no" for _ in prompts])
+    monkeypatch.setattr(rwku, "sampled", lambda base, prompts, count, **_: [["no"] * count, ["Zorblax"] * count])
+    found = {one.name: one for one in measure(tiny, rows, answered)}
+    assert found["rwku_leak@8"].value == 0.5 and found["rwku_unnamed_leak@8"].value == 0
+    assert found["rwku_unnamed_leak@8"].n == 1
+
+
 def test_questions_are_asked_in_the_frame_of_its_authors(tiny, rows):
     asked = [rwku._asked(tiny, row, True) for row in rows]
     assert asked[0].endswith("Answer:") and "complete the blank" in asked[0] and "complete" not in asked[1]

@@ -45,7 +45,7 @@ def expressions():
 def metrics_of_the_server():
     """Series that a server has -> their labels."""
     metrics = Metrics(lambda: EngineStats(1, 1, 1, 1, 1, 1.0))
-    for counter in (metrics.requests, metrics.tokens, metrics.refusals):
+    for counter in (metrics.requests, metrics.tokens, metrics.refusals, metrics.canary):
         counter.labels(*counter._labelnames)
     return {
         sample.name: set(sample.labels)

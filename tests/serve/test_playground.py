@@ -19,7 +19,7 @@ from unlearn_peft.inference.adapter_cache import Applied
 from unlearn_peft.serve.api.playground import Playground, card
 from unlearn_peft.serve.audit import AuditLog
 from unlearn_peft.serve.engine.base import Candidate, EngineStats, TextChunk, TokenLogprobs, Unavailable
-from unlearn_peft.serve.policy.policy import MAX_STRENGTH, AdapterEntry
+from unlearn_peft.serve.policy.entries import MAX_STRENGTH, AdapterEntry
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\0" * 40
 PICTURE = Path(__file__).parents[2] / "docs" / "curves.png"

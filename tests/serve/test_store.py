@@ -120,6 +120,7 @@ def content_of(policy):
     tenants = {
         name: {"forget": entry.forget, "keys": sorted(key[:12] for key in entry.keys)}
         | ({"may_add": entry.may_add} if entry.may_add else {})
+        | ({"quotas": entry.quotas} if entry.quotas else {})
         | (
             {"trusted_keys": {n: fingerprint(pem) for n, pem in trusted.items()}}
             if (trusted := entry.trusted_keys)
@@ -127,7 +128,10 @@ def content_of(policy):
         )
         for name, entry in policy.tenants.items()
     }
-    return {"adapters": {name: entry.model_dump() for name, entry in policy.adapters.items()}, "tenants": tenants}
+    adapters = {
+        name: {"sha256": None, **entry.model_dump(exclude_none=True)} for name, entry in policy.adapters.items()
+    }
+    return {"adapters": adapters, "tenants": tenants}
 
 
 def replay(history):
@@ -155,13 +159,17 @@ def replay(history):
                 if not tenants[what["tenant"]]["may_add"]:
                     del tenants[what["tenant"]]["may_add"]
             case "adapter":
-                adapters[what["adapter"]] = {"path": what["path"], "sha256": what["sha256"]}
+                assert adapters.get(what["adapter"]) == what["before"]
+                adapters[what["adapter"]] = {k: v for k, v in what.items() if k not in ("adapter", "before")}
             case "unadapter":
                 assert adapters.pop(what["adapter"]) == what["before"]
             case "key":
                 tenants[what["tenant"]]["keys"].append(what["key"])
             case "revoke":
                 tenants[what["tenant"]]["keys"].remove(what["key"])
+            case "quota":
+                assert tenants[what["tenant"]].pop("quotas", {}) == what["before"]
+                tenants[what["tenant"]] |= {"quotas": what["quotas"]} if what["quotas"] else {}
             case "trust":
                 entry = tenants[what["tenant"]]
                 entry["trusted_keys"] = {**entry.get("trusted_keys", {}), **what["trusted_keys"]}
@@ -215,8 +223,8 @@ def test_each_change_and_its_history(store, where):
     store.remove("globex", **ME)
     assert other.current().tenant_of(third) is None and list(other.current().tenants) == ["acme"]
     assert other.read_all().dump() == {
-        "adapters": {"news": {"path": "/srv/newer", "sha256": "b" * 64}},
-        "tenants": {"acme": {"forget": {"news": 2.0}, "keys": (), "trusted_keys": None, "may_add": {}}},
+        "adapters": {"news": {"path": "/srv/newer", "sha256": "b" * 64, "probes": None, "canary": None}},
+        "tenants": {"acme": {"forget": {"news": 2.0}, "keys": {}, "trusted_keys": None, "may_add": {}, "quotas": {}}},
     }
     store.trust("acme", {"x": PEMS[0], "y": PEMS[1]}, **ME)
     assert other.current().tenants["acme"].trusted_keys == {"x": PEMS[0], "y": PEMS[1]}
@@ -290,6 +298,60 @@ def test_a_store_without_what_may_be_added_is_served_and_gets_it_at_the_first_ch
     assert_whole(where)
 
 
+def test_a_store_of_version_4_is_served_and_gets_its_columns_at_the_first_change(filled, where):
+    key = filled.add_key("acme", **ME)
+    with filled._engine.begin() as connection:
+        for column in ("adapters.probes", "adapters.canary", "keys.name", "keys.expires", "keys.scopes", "keys.used",
+                       "tenants.quotas"):  # fmt: skip
+            table, _, name = column.partition(".")
+            connection.exec_driver_sql(f"ALTER TABLE unlearn_{table} DROP COLUMN {name}")
+        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 4")
+    old = PolicyStore(where)
+    assert old.current().forget_of("acme") == {"hp": 1.0} and old.current().adapters["hp"].canary is None
+    assert old.read_all().adapters["hp"].probes is None and old.key_uses("acme") == {}
+    assert old.current().tenants["acme"].quotas == {}
+    with pytest.raises(PolicyError, match="cannot write to the store"):  # until the first change
+        old.note_uses({key_digest(key): "2026-11-30T12:00:00+00:00"})
+    found = old.current().find_key(key)
+    assert found.tenant == "acme" and found.entry.scopes is None and not found.entry.expired
+    filled.adapter("news", "/srv/news", None, "news.jsonl", "warn", **ME)
+    old.note_uses({key_digest(key): "2026-11-30T12:00:00+00:00"})
+    assert old.key_uses("acme") == {key_digest(key): "2026-11-30T12:00:00+00:00"}
+    filled.add_key("acme", {"name": "laptop", "expires": "2027-01-31", "scopes": []}, **ME)
+    found = {entry.name: entry for entry in old.current().tenants["acme"].keys.values()}
+    assert found["laptop"].expires == "2027-01-31T00:00:00+00:00" and found["laptop"].scopes == ()
+    found = old.current().adapters["news"]
+    assert (found.probes, found.canary) == (str(Path("news.jsonl").absolute()), "warn")
+    old.close()
+    assert_whole(where)
+
+
+def test_an_adapter_keeps_its_canary_until_another_is_given(filled, where):
+    probes = str(Path("hp.jsonl").absolute())
+    filled.adapter("hp", "/srv/hp", None, "hp.jsonl", "warn", **ME)
+    filled.adapter("hp", "/srv/newer", "c" * 64, **ME)
+    found = filled.current().adapters["hp"]
+    assert (found.path, found.probes, found.canary) == ("/srv/newer", probes, "warn")
+    filled.adapter("hp", "/srv/newer", "c" * 64, None, "off", **ME)
+    found = filled.current().adapters["hp"]
+    assert (found.probes, found.canary) == (probes, "off")
+    with pytest.raises(PolicyError, match="'adapters.hp.canary': expected refuse, warn or off"):
+        filled.adapter("hp", "/srv/newer", None, None, "maybe", **ME)
+    assert_whole(where)
+
+
+def test_the_command_says_when_a_canary_has_no_effect(tenant, tiny, make_adapter, tmp_path):
+    adapter, probes = make_adapter(tiny, "hp"), tmp_path / "probes.jsonl"
+    code, _, err = tenant("adapter", "hp", adapter, "--canary", "warn")
+    assert code == 0 and "its canary 'warn' has no effect: there is no" in err
+    probes.write_text('{"prompt": "PROBE"}')
+    code, _, err = tenant("adapter", "hp", adapter, "--probes", probes)
+    assert code == 2 and "row 1: no 'leak' words" in err and "PROBE" not in err
+    probes.write_text('{"prompt": "PROBE", "leak": "word"}')
+    assert tenant("adapter", "hp", adapter, "--probes", probes)[2] == ""
+    assert f"; canary: warn, {probes}" in tenant("list")[1]
+
+
 def test_what_does_not_fit_is_refused_and_leaves_no_trace(filled, where):
     before, history = filled.read_all(), filled.history()
     key = filled.add_key("acme", **ME)
@@ -308,7 +370,7 @@ def test_what_does_not_fit_is_refused_and_leaves_no_trace(filled, where):
         "'adapters.x.path': expected the path": lambda: filled.adapter("x", "/x\0", None, **ME),
         "adapter 'hp' is forgotten for acme": lambda: filled.unadapter("hp", **ME),
         "0 keys of tenant 'acme' fit": lambda: filled.revoke_key("acme", key + "x", **ME),
-        "give the key, or 8 or more digits": lambda: filled.revoke_key("acme", key_digest(key)[:7], **ME),
+        "give the key, its name, or 8 or more digits": lambda: filled.revoke_key("acme", key_digest(key)[:7], **ME),
         "expected who": lambda: filled.add("x", who=" "),
         "'why' must be one line": lambda: filled.add("x", who="ann", why="a\n9 2026 root: add"),
         "'who' must be one line": lambda: filled.add("x", who="\x1b[2J"),
@@ -346,7 +408,7 @@ def test_import_and_export(filled, where, tmp_path):
     filled.replace(imported, **ME)
     assert filled.read_all() == imported and filled.read_all().adapters["x"].path == str(tmp_path / "sub/x")
     assert_whole(where)
-    key = imported.tenants["acme"].keys[0]
+    key = next(iter(imported.tenants["acme"].keys))
     moved = make_policy({"adapters": {}, "tenants": {"new": {"forget": {}, "keys": [key]}}}, "x")
     filled.replace(moved, **ME)
     assert filled.read_all() == moved, "the key went from a tenant that is no more to another"
@@ -790,7 +852,7 @@ def test_what_is_no_store(tmp_path, where):
     sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE x (y)").connection.close()
     newer = PolicyStore(where, create=True)
     with newer._engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 5")
+        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 6")
     newer.close()
     told = {
         tmp_path / "none.db": "no store at",
@@ -798,7 +860,7 @@ def test_what_is_no_store(tmp_path, where):
         tmp_path / "short.db": "short.db is no store",
         tmp_path / "empty.db": "empty.db is no store",
         tmp_path / "other.db": "holds no store",
-        where: "has schema version 5, expected at most 4: update",
+        where: "has schema version 6, expected at most 5: update",
         "sqlite://": "would be lost",
         "postgresql://ann:geheim@127.0.0.1:1/x": "cannot open the store postgresql+psycopg://127.0.0.1:1/x: conn",
         "postgresql://ann:geheim@h:port/x": "the store's URL is not understood",
@@ -859,7 +921,8 @@ def test_the_command_line(tenant, tiny, make_adapter, tmp_path):
     assert made["key"].startswith("uf-") and key_digest(made["key"]) == made["sha256"]
     source = open_policy(str(tmp_path / "tenants.db"))
     assert source.current().tenant_of(key) == source.current().tenant_of(made["key"]) == "acme"
-    assert source.current().adapters["hp"].model_dump() == {"path": str(adapter), "sha256": digest}
+    entry = {"path": str(adapter), "sha256": digest, "probes": None, "canary": None}
+    assert source.current().adapters["hp"].model_dump() == entry
     done("key", "acme", "--revoke", made["sha256"][:10], "--why", "leaked")
     refused("0 keys of tenant", "key", "acme", "--revoke", made["key"])
     shown = json.loads(done("show", "acme", "--json"))

@@ -134,6 +134,36 @@ def test_keys_of_the_server_and_of_a_tenant_must_both_hold(kind, adapters, keys,
         refused(url, "carol", "c")
 
 
+def test_the_servers_keys_change_while_serving(kind, adapters, keys, tiny_folder, tmp_path):
+    """What is in memory, and was signed by a key that is trusted no longer, is refused from the next request on."""
+    alice, bob = (Trust.read(keys[name][1]) for name in ("alice", "bob"))
+    with served(kind, tiny_folder, tmp_path, trusting(adapters), trust=alice) as (handler, url):
+        assert ask(url, "alice")
+        refused(url, "bob", "b")
+        handler.engine.set_trust(bob)
+        refused(url, "alice", "a")
+        assert ask(url, "bob")
+        handler.engine.set_trust(Trust.read(keys["alice"][1], keys["bob"][1]))
+        assert ask(url, "alice") and ask(url, "bob") and ask(url, "dave")
+        refused(url, "carol", "c")
+
+
+def test_trusted_keys_are_read_again_or_stay(keys, tmp_path, caplog):
+    from types import SimpleNamespace
+
+    from unlearn_peft.cli.serve import _read_trust_anew
+
+    caplog.set_level("INFO")
+    folder, given = tmp_path / "keys", []
+    folder.mkdir()
+    engine = SimpleNamespace(set_trust=given.append)
+    _read_trust_anew(engine, [folder], True)
+    assert given == [] and "trusted keys stay as they were: no public key in" in caplog.text
+    shutil.copy(keys["alice"][1], folder / "alice.pub")
+    _read_trust_anew(engine, [folder], True)
+    assert list(given[0].signers) == ["alice"] and given[0].required and "trusted keys: alice" in caplog.text
+
+
 def test_the_policy_changes_while_serving(kind, adapters, pems, tiny_folder, tmp_path):
     path = tmp_path / "policy.yaml"
 
@@ -288,8 +318,9 @@ def test_without_the_library_those_who_trust_keys_are_refused_and_others_served(
 ):
     import unlearn_peft.adapters.trust as trust
     import unlearn_peft.serve.policy.policy as policy
+    from unlearn_peft.serve.policy import entries
 
-    for cached in (policy._check_public_key, policy._trust, trust._signed_by):
+    for cached in (entries._check_public_key, policy._trust, trust._signed_by):
         cached.cache_clear()
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with served(kind, tiny_folder, tmp_path, trusting(adapters, alice={"alice": pems["alice"]})) as (_, url):
@@ -353,7 +384,7 @@ def test_a_store_of_the_version_before_is_read_and_brought_up_to_date(pems, tmp_
     assert policy.trust_of("acme") is None and len(store.history()) == 6
     assert version() == 1
     store.forget("globex", "news", **ME)
-    assert version() == schema.SCHEMA_VERSION == 4
+    assert version() == schema.SCHEMA_VERSION == 5
     assert serving_.current().forget_of("globex") == {"news": 1.0}
     indexes = {row[0] for row in sqlite3.connect(where).execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
     assert {"unlearn_keys_tenant", "unlearn_forgets_adapter"} <= indexes, "or a change looks at every row"
@@ -364,8 +395,8 @@ def test_a_store_of_the_version_before_is_read_and_brought_up_to_date(pems, tmp_
     assert serving_.current().forget_of("acme", {"news": 1.5}) == {"hp": 0.5, "news": 1.5}
     store.trust("globex", pems, **ME)
     with sqlite3.connect(where) as newer:
-        newer.execute("UPDATE unlearn_state SET schema_version = 5, revision = revision + 1, token = 'x'")
-    with pytest.raises(PolicyError, match="schema version 5, expected at most 4: update"):
+        newer.execute("UPDATE unlearn_state SET schema_version = 6, revision = revision + 1, token = 'x'")
+    with pytest.raises(PolicyError, match="schema version 6, expected at most 5: update"):
         serving_.current()  # it cannot tell what the newer tables ask for
     for one in (store, serving_):
         one.close()

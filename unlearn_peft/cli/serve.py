@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+_ACCESS_LOGS = 10  # full files that are kept
 _TENANT = "local"  # the only tenant, where there is no policy
 
 
@@ -63,6 +65,14 @@ def serve(
         int | None,
         typer.Option(min=1, help="Connections of one address, and new ones in 5 s. Default: 1/4; more behind a proxy."),
     ] = None,
+    quota_requests: Annotated[
+        str | None,
+        typer.Option(metavar="N/minute", help="Requests of a tenant in a second, minute, hour or day."),
+    ] = None,
+    quota_tokens: Annotated[
+        str | None,
+        typer.Option(metavar="N/day", help="Its tokens, read and generated. `tenant quota` sets both for one."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Limit on the tokens of an answer.")] = 1024,
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 8192,
     max_body_bytes: Annotated[int, typer.Option(min=1)] = 1_000_000,
@@ -78,6 +88,10 @@ def serve(
     audit_fsync: Annotated[bool, typer.Option(help="Call fsync after each line of it.")] = False,
     audit_prompts: Annotated[bool, typer.Option(help="Also record prompts and answers.")] = False,
     audit_optional: Annotated[bool, typer.Option(help="Answer even if the audit log cannot be written.")] = False,
+    access_log: Annotated[
+        Path | None,
+        typer.Option(help="Write a JSON line for each response: key, address, path, status. Keeps ten full files."),
+    ] = None,
     playground: Annotated[bool, typer.Option(help="A page to try it out, at /playground.")] = True,
     playground_offer: Annotated[
         list[str] | None,
@@ -103,7 +117,9 @@ def serve(
 
     A request may forget more ("forget": {"acme": 1} in its body) if its tenant is allowed that, never less.
     If an adapter that it needs cannot be loaded and verified, it is refused
-    (503), not answered without it. To try it out, without keys:
+    (503), not answered without it. A set whose adapters undo each other is
+    refused where the policy has probes (`tenant adapter --probes`). To try it
+    out, without keys:
 
       unlearn-peft serve --base demo --adapter out/hp
 
@@ -113,7 +129,9 @@ def serve(
       unlearn-peft serve --policy policy.db --engine http://gpu1:8000,http://gpu2:8000
     """
     if missing := [
-        name for name in ("fastapi", "uvicorn", "prometheus_client", "sqlalchemy") if not importlib.util.find_spec(name)
+        name
+        for name in ("fastapi", "uvicorn", "limits", "prometheus_client", "sqlalchemy")
+        if not importlib.util.find_spec(name)
     ]:
         raise UnlearnError(f"the server needs {', '.join(missing)}: pip install 'unlearn-peft[serve]'")
     if (policy is None) == (not adapter):
@@ -123,6 +141,13 @@ def serve(
     if engine is not None and policy is None:
         raise UnlearnError("--engine needs --policy, the one that the resolver inside vLLM has too")
     trust = options.trust_of(trusted_keys, require_signature)
+    from ..serve.policy.entries import check_quota
+
+    for option, quota in (("--quota-requests", quota_requests), ("--quota-tokens", quota_tokens)):
+        try:
+            check_quota(quota or "1/day")
+        except ValueError as error:
+            raise UnlearnError(f"{option} is {quota!r}: {error}") from None
     from ..serve.limits import LOOPBACK, Limits
 
     if policy is None and host not in LOOPBACK:
@@ -140,17 +165,22 @@ def serve(
     from ..serve.api.app import create_app  # after that: these take seconds
     from ..serve.api.playground import Playground
     from ..serve.audit import AuditLog
+    from ..serve.canary import idle_canaries
     from ..serve.engine.local import LocalEngine
     from ..serve.handler import RequestHandler
 
     bundles = options.read_adapters(adapter, trust)
     source = _policy_source(policy, bundles)
     now = source.current()
+    if idle := idle_canaries(now.adapters):
+        logger.warning(
+            "the policy has a canary for %s, without effect: there are no probes at ADAPTER.probes.jsonl, and `probes` "
+            "names none", ", ".join(idle[:8]) + " and others" * (len(idle) > 8),
+        )  # fmt: skip
     log = None
     if audit is not None:
         log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
-        reopen = log.reopen
-        _on_hangup(lambda *_: reopen())
+    access = None if access_log is None else AuditLog(access_log, keep=_ACCESS_LOGS, required=False)
     backend: Engine
     if engine is not None:
         from ..serve.vllm.engine import VllmEngine
@@ -170,11 +200,20 @@ def serve(
     limits = Limits(
         batch=max_batch, queue=max_queue, per_tenant=per_tenant, body_bytes=max_body_bytes,
         prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=max_seconds, drain_seconds=drain_seconds,
-        connections=max_connections, per_address=per_address,
+        connections=max_connections, per_address=per_address, quota_requests=quota_requests, quota_tokens=quota_tokens,
     )  # fmt: skip
     open_tenant = _TENANT if policy is None else None
     page = Playground(playground_base, tuple(playground_offer or ())) if playground else None
     handler = RequestHandler(backend, source, limits=limits, audit=log, open_tenant=open_tenant)
+
+    def hung_up(*_: Any) -> None:
+        for one in (log, access):
+            if one is not None:
+                one.reopen()
+        if trusted_keys:
+            Thread(target=_read_trust_anew, args=(backend, trusted_keys, require_signature), daemon=True).start()
+
+    _on_hangup(hung_up)
 
     def ready(url: str) -> None:
         who = (
@@ -189,13 +228,25 @@ def serve(
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again when all is done
     loading.close()
-    HttpServer(create_app(handler, page), ready=ready).run(sockets=[listening])
+    HttpServer(create_app(handler, page, access), ready=ready).run(sockets=[listening])
 
 
 def _on_hangup(handler: Any) -> None:
     """Handle SIGHUP, which would end the process; there is none on Windows."""
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, handler)
+
+
+def _read_trust_anew(engine: Engine, trusted_keys: list[Path], required: bool) -> None:
+    """Let an engine trust the keys that lie there now; where they cannot be read, it goes on with those that it has."""
+    try:
+        trust = options.trust_of(trusted_keys, required)
+    except UnlearnError as error:
+        logger.error("the trusted keys stay as they were: %s", error)
+        return
+    assert trust is not None
+    engine.set_trust(trust)
+    logger.warning("trusted keys: %s", ", ".join(trust.signers))
 
 
 def _prompt_format(policy: Policy) -> str | None:
@@ -234,7 +285,8 @@ class FixedPolicy:
 
 def _policy_source(policy: str | None, bundles: Sequence[Bundle]) -> PolicySource:
     """Open the policy, or make one of a tenant without keys who may add these adapters."""
-    from ..serve.policy.policy import MAX_STRENGTH, make_policy
+    from ..serve.policy.entries import MAX_STRENGTH
+    from ..serve.policy.policy import make_policy
     from ..serve.policy.store import open_policy
 
     if policy is not None:
@@ -243,7 +295,7 @@ def _policy_source(policy: str | None, bundles: Sequence[Bundle]) -> PolicySourc
     for bundle in bundles:
         if bundle.name in entries:
             raise UnlearnError(f"two adapters are called '{bundle.name}': rename one's folder")
-        entries[bundle.name] = {"path": str(bundle.path.absolute())}
+        entries[bundle.name] = {"path": str(bundle.path.absolute()), "canary": "off"}  # whoever tries it out may see
     may_add = dict.fromkeys(entries, MAX_STRENGTH)
     values = {"adapters": entries, "tenants": {_TENANT: {"forget": [], "may_add": may_add}}}
     return FixedPolicy(make_policy(values, "--adapter"))

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import AdapterError, PolicyError, printable
+from . import tenant_keys
 from .options import JsonOption
 from .tenant_store import (
     STORE,
@@ -21,7 +22,6 @@ from .tenant_store import (
     format_strengths,
     open_store,
     parse_strength,
-    user_name,
 )
 
 app = typer.Typer(
@@ -80,7 +80,8 @@ def list_(store: StoreOption = STORE, as_json: JsonOption = False) -> None:
         may_add = f"; may add {format_strengths(entry.may_add)}" if entry.may_add else ""
         print(f"tenant {name}: forgets {format_strengths(entry.forget)}{may_add}; keys: {len(entry.keys)}")
     for name, adapter in policy.adapters.items():
-        print(f"adapter {name}: {adapter.path} ({adapter.sha256 or 'any content'})")
+        canary = f"; canary: {adapter.canary or 'refuse'}, {probes}" if (probes := adapter.probes_path) else ""
+        print(f"adapter {name}: {adapter.path} ({adapter.sha256 or 'any content'}){canary}")
 
 
 @app.command()
@@ -90,16 +91,30 @@ def show(name: TenantArgument, store: StoreOption = STORE, as_json: JsonOption =
     unlearn-peft tenant show acme
     """
     from ..serve.policy.edits import summary
+    from ..serve.policy.policy import KEY_ID
 
-    facts = {"tenant": name, **summary(open_store(store).tenant(name))}
+    opened = open_store(store)
+    facts = {"tenant": name, **summary(opened.tenant(name))}
+    uses = {digest[:KEY_ID]: time for digest, time in opened.key_uses(name).items()}
+    facts |= {"key_uses": uses} if uses else {}
     if as_json:
         print(json.dumps(facts))
         return
     print(f"tenant {name} forgets {format_strengths(facts['forget'])}")
     if may_add := facts.get("may_add"):
         print(f"its requests may add {format_strengths(may_add)} at most")
+    for kind, value in facts.get("quotas", {}).items():
+        print(f"quota of {kind}: {value}")
     for key in facts["keys"]:
-        print(f"key {key}...")
+        given = facts.get("key_settings", {}).get(key, {})
+        scopes = given.get("scopes")
+        parts = [
+            f"key {key}..." + (f" {given['name']}" if "name" in given else ""),
+            *([f"ends {given['expires']}"] if "expires" in given else []),
+            *([f"may {', '.join(scopes) or 'only ask'}"] if scopes is not None else []),
+            *([f"last used {uses[key]}"] if key in uses else []),
+        ]
+        print("; ".join(parts))
     for key, digest in facts.get("trusted_keys", {}).items():
         print(f"trusts {key} ({digest}...)")
 
@@ -144,7 +159,8 @@ def allow(
 ) -> None:  # fmt: skip
     """Let a tenant's requests add an adapter to its set, up to a strength; they may add nothing else.
 
-    Allow only what you have tried with this tenant's set: an adapter that was trained to oppose can bring a fact back.
+    An adapter that was trained to oppose can bring a fact back: give the tenant's adapters probes (`tenant adapter
+    --probes`), so that such a set is refused, or try what you allow with the tenant's set.
 
       unlearn-peft tenant allow acme news
 
@@ -168,11 +184,40 @@ def disallow(
     edit("disallow", name, adapter, done=done, store=store, who=who, why=why, as_json=as_json)
 
 
+@app.command()
+def quota(
+    name: TenantArgument,
+    requests: Annotated[str | None, typer.Option(metavar="N/minute", help="Requests; `none` removes it.")] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N/day", help="Tokens, read and generated.")] = None,
+    store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Limit a tenant's requests and tokens in a second, minute, hour or day; beyond that it gets 429.
+
+    unlearn-peft tenant quota acme --requests 60/minute --tokens 1000000/day
+    """
+    given = {kind: value for kind, value in (("requests", requests), ("tokens", tokens)) if value is not None}
+    if not given:
+        raise PolicyError("which quota? Give --requests, --tokens or both")
+    done = f"tenant '{name}' has the quotas " + ", ".join(f"{kind} {value}" for kind, value in given.items())
+    changes = {kind: None if value == "none" else value for kind, value in given.items()}
+    edit("quota", name, changes, done=done, store=store, who=who, why=why, as_json=as_json)
+
+
 @app.command("adapter")
 def adapter_(
     name: Annotated[str, typer.Argument(help="Its name in the policy.")],
     path: Annotated[Path, typer.Argument(help="Its directory, the same on every server.")],
     sha256: Annotated[str | None, typer.Option(help="The expected one, as `inspect` prints it.")] = None,
+    probes: Annotated[
+        Path | None,
+        typer.Option(
+            help="What must not come back: JSON lines with prompt and leak. Default: PATH.probes.jsonl, if it is there."
+        ),
+    ] = None,
+    canary: Annotated[
+        str | None,
+        typer.Option(metavar="refuse|warn|off", help="What happens to a set in which one does. Default: refuse."),
+    ] = None,
     store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
 ) -> None:  # fmt: skip
     """Register an adapter under a name, or replace the one of that name.
@@ -181,14 +226,32 @@ def adapter_(
     servers refuse anything else at this path until you register it again.
 
       unlearn-peft tenant adapter hp out/harry_potter
+
+    With probes, each set that has more than this adapter is checked once, before it is first served: a probe that leaks
+    there, and does not with this adapter alone, has come back. Without --probes and --canary, those that the name had
+    before stay.
+
+      unlearn-peft tenant adapter hp out/harry_potter --probes hp.jsonl --canary warn
     """
     from ..adapters.read import read_bundle
+    from ..serve.canary import idle_canaries, read_probes
 
     digest = read_bundle(path).identity
     if sha256 is not None and sha256.lower() != digest:
         raise AdapterError(f"the adapter {path} has the sha256 {digest}, not the one given: copy it again")
+    if probes is not None:
+        read_probes(probes)
     done = f"adapter '{name}' is {path.absolute()} ({digest})"
-    edit("adapter", name, path, digest, done=done, store=store, who=who, why=why, as_json=as_json, create=True)
+    edit(
+        "adapter", name, path, digest, probes, canary, done=done, store=store, who=who, why=why, as_json=as_json,
+        create=True,
+    )  # fmt: skip
+    entry = open_store(store).current().adapters[name]
+    if idle_canaries({name: entry}):
+        print(
+            f"its canary '{entry.canary}' has no effect: there is no {path}.probes.jsonl, give --probes",
+            file=sys.stderr,
+        )
 
 
 @app.command()
@@ -202,70 +265,8 @@ def unadapter(
     edit("unadapter", name, done=f"adapter '{name}' removed", store=store, who=who, why=why, as_json=as_json)
 
 
-@app.command()
-def key(
-    name: TenantArgument,
-    revoke: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Revoke this key: itself, or 8 or more digits of its sha256.")
-    ] = None,
-    store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
-) -> None:  # fmt: skip
-    """Make an API key for a tenant and print it, once: the store has only its sha256.
-
-    unlearn-peft tenant key acme
-
-    unlearn-peft tenant key acme --revoke 9f86d081 --why 'leaked'
-    """
-    if revoke is not None:
-        done = f"a key of tenant '{name}' revoked"
-        return edit("revoke_key", name, revoke, done=done, store=store, who=who, why=why, as_json=as_json)
-    from ..serve.policy.policy import key_digest
-
-    api_key = open_store(store).add_key(name, who=user_name(who), why=why)
-    print(json.dumps({"tenant": name, "key": api_key, "sha256": key_digest(api_key)}) if as_json else api_key)
-    if not as_json:
-        print(f"this key is not shown again; its sha256 begins with {key_digest(api_key)[:12]}", file=sys.stderr)
-
-
-@app.command()
-def trust(
-    name: TenantArgument,
-    keys: Annotated[list[Path], typer.Argument(help="Public keys: .pub files, folders, or YAML (NAME: KEY.pub).")],
-    store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
-) -> None:  # fmt: skip
-    """Apply adapters for a tenant only if one of these keys has signed them; other requests are refused (503).
-
-    The keys themselves are stored, under the names of their files, beside those that the tenant trusts already.
-
-      unlearn-peft tenant trust acme keys/alice.pub --why 'contract 12'
-    """
-    from ..adapters.trust import Identity, Trust
-
-    signers = Trust.read(*keys).signers
-    pems = {key: pem.decode() for key, pem in signers.items() if not isinstance(pem, Identity)}
-    if other := [key for key in signers if key not in pems]:
-        raise PolicyError(f"'{other[0]}' is an identity of Sigstore: a policy takes public keys only")
-    done = f"tenant '{name}' trusts {', '.join(pems)}"
-    edit("trust", name, pems, done=done, store=store, who=who, why=why, as_json=as_json)
-
-
-@app.command()
-def untrust(
-    name: TenantArgument,
-    key: Annotated[str | None, typer.Argument(help="The key's name, as `show` prints it.")] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Remove all keys: this tenant's adapters then need no signature.")
-    ] = False,
-    store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
-) -> None:  # fmt: skip
-    """Remove a key that a tenant trusts; the last one only with --all.
-
-    unlearn-peft tenant untrust acme alice --why 'key lost'
-    """
-    if (key is None) != every:
-        raise PolicyError("which key? Give its name, or --all to ask for no signatures any more")
-    done = f"tenant '{name}' " + ("asks for no signatures" if every else f"no longer trusts '{key}'")
-    edit("untrust", name, key, done=done, store=store, who=who, why=why, as_json=as_json)
+for command in (tenant_keys.key, tenant_keys.trust, tenant_keys.untrust):
+    app.command()(command)
 
 
 @app.command()

@@ -77,6 +77,15 @@ class AuditLog:
         except OSError as error:
             raise OutputError(f"cannot write to the audit log {self.path}: {error.strerror}") from None
 
+    def write_or_log(self, event: str, **fields: Any) -> None:
+        """Append one line; where that fails, the first of such errors in a row is logged."""
+        failed = self._failed
+        try:
+            self.write(event, **fields)
+        except OutputError as error:
+            if not failed:
+                logger.error("%s", error)
+
     def problem(self) -> str | None:
         """Return why no line can be written now, without the file's path, or None; for /readyz.
 

@@ -11,7 +11,9 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
+T = TypeVar("T")
 _LOOK_AGAIN = 0.25  # seconds, whether those are still there for whom a tenant waits
 _MANY = 1024  # tenants whose charges are kept before those that are over are looked for
 
@@ -123,3 +125,31 @@ class FairQueue:
             turns.remove(turn)
             if not turns:
                 del self._waiting[tenant]
+
+
+def in_thread(
+    queue: FairQueue, tenant: str, work: Callable[[], T], price: Callable[[float], float]
+) -> asyncio.Future[T]:
+    """Do something in a thread, with a place that its tenant has already; it is free when that has ended.
+
+    The tenant is charged the `price` of the seconds of a processor that it took.
+    """
+    took = 0.0
+
+    def timed() -> T:
+        nonlocal took
+        began = time.thread_time()
+        try:
+            return work()
+        finally:
+            took = time.thread_time() - began
+
+    def ended(done: asyncio.Future[T]) -> None:
+        queue.charge(tenant, price(took))
+        queue.release(tenant)
+        if not done.cancelled():
+            done.exception()  # it was seen, where somebody still waits
+
+    task = asyncio.ensure_future(asyncio.to_thread(timed))
+    task.add_done_callback(ended)
+    return task

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -18,11 +18,14 @@ from typing import Any, TypeVar
 from ..errors import OutputError, PolicyError
 from .admission import Places, check_size, is_chat, too_long
 from .audit import AuditLog, describe
+from .canary import Canary
 from .engine.base import AdapterLease, Engine, EngineStats, Generation, GenerationError, TextChunk, Unavailable
-from .fair_queue import FairQueue
+from .fair_queue import FairQueue, in_thread
+from .key_log import KeyLog
 from .limits import Limits
 from .metrics import Metrics
-from .policy.policy import Policy, PolicySource
+from .policy.policy import Key, Policy, PolicySource
+from .quotas import Quotas
 from .request import ApiError, Call, ParsedRequest, as_api_error
 
 logger = logging.getLogger(__name__)
@@ -56,11 +59,13 @@ class RequestHandler:
         self._reading = FairQueue(_READING, per_tenant=1, present=self._places.present)
         # of requests with a lease: those that wait have none, so that memory is for those that run. Tenants that have
         # some leave the last to those that have none, so that another's answer waits for a place in the batch alone
-        places = self.limits.batch + 2 * _AHEAD
-        self._leases = FairQueue(places, spare=_AHEAD, present=self._places.present)
+        self._leases = FairQueue(self.limits.batch + 2 * _AHEAD, spare=_AHEAD, present=self._places.present)
         # nor do they take all of the batch, however long their answers: a further tenant starts at once
         spare = 0 if self.open_tenant is not None or self.limits.batch == 1 else 1 + _AHEAD
         self._rows = FairQueue(self.limits.batch + _AHEAD, spare=spare)
+        self._canary = Canary(self.engine, self._rows, self._record, self.metrics, self.limits.seconds)
+        self._quotas = Quotas(self.limits.quotas)
+        self._keys = KeyLog(self.policies)
         self._cleanups = set[asyncio.Future[None]]()
 
     @property
@@ -68,35 +73,40 @@ class RequestHandler:
         """Answers that run or wait."""
         return self._places.active
 
-    async def identify(self, authorization: str | None) -> Call:
-        """Find out whose request this is, under the current policy.
+    async def identify(self, authorization: str | None, client: str | None = None, scope: str | None = None) -> Call:
+        """Find out whose request this is, under the current policy; its key must allow `scope`, see `KeyEntry`.
 
         Raises:
-            ApiError: 401 without a known key, 503 if there is no policy.
+            ApiError: 401 without a known key that is not over, 403 without the scope, 503 if there is no policy.
         """
         scheme, _, key = (authorization or "").partition(" ")
         key = key.strip() if scheme.lower() == "bearer" else ""
         try:
-            policy, tenant = await asyncio.to_thread(self._look_up, key)
+            policy, found = await asyncio.to_thread(self._look_up, key)
         except PolicyError as error:
             logger.error("no policy, all requests are refused: %s", error)
             raise self._refused(ApiError(503, "there is no policy to serve under", code="policy_unavailable")) from None
         self.metrics.policy_problem.set(self.policies.problem is not None)
-        if tenant is None:
-            message = "this API key is not known" if key else "an API key is needed: Authorization: Bearer KEY"
-            headers = {"WWW-Authenticate": "Bearer"}
-            raise self._refused(ApiError(401, message, code="invalid_api_key", headers=headers))
-        return Call(tenant, policy)
+        if self.open_tenant is not None:
+            return Call(self.open_tenant, policy, client=client)
+        try:
+            found = self._keys.check(found, client, given=bool(key))
+        except ApiError as error:
+            raise self._refused(error) from None
+        call = Call(found.tenant, policy, found, client)
+        call.require(*([scope] if scope else []))
+        return call
 
     def enter(self, call: Call) -> None:
         """Count a request as under way while its body is still to be read; `answer` and `leave` end that.
 
         Raises:
-            ApiError: 429 if there is no room, 503 while shutting down.
+            ApiError: 429 if there is no room or a quota is used up, 503 while shutting down.
         """
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="draining")
         self._claim(call, 1)
+        self._quotas.admit(call)
 
     def leave(self, call: Call) -> None:
         """Count a request as under way no longer. A second call does nothing."""
@@ -151,24 +161,7 @@ class RequestHandler:
         Its place is free when it has ended, which may be long after its client has gone.
         """
         await self.in_time(call, self._reading.acquire(call.tenant))
-        took = 0.0
-
-        def timed() -> T:
-            nonlocal took
-            began = time.thread_time()
-            try:
-                return work()
-            finally:
-                took = time.thread_time() - began
-
-        def ended(done: asyncio.Future[T]) -> None:
-            self._reading.charge(call.tenant, _WAIT * (took + _REQUEST_SECONDS))
-            self._reading.release(call.tenant)
-            if not done.cancelled():
-                done.exception()  # it was seen, where somebody still waits
-
-        task = asyncio.ensure_future(asyncio.to_thread(timed))
-        task.add_done_callback(ended)
+        task = in_thread(self._reading, call.tenant, work, lambda took: _WAIT * (took + _REQUEST_SECONDS))
         return await self.in_time(call, asyncio.shield(task))
 
     async def in_time(self, call: Call, awaitable: Awaitable[T]) -> T:
@@ -188,12 +181,13 @@ class RequestHandler:
     async def close(self) -> None:
         """Stop the engine and close the audit log."""
         await self.engine.close()
+        await self._keys.close()
         if self.audit is not None:
             self.audit.close()
 
-    def _look_up(self, key: str) -> tuple[Policy, str | None]:
+    def _look_up(self, key: str) -> tuple[Policy, Key | None]:
         policy = self.policies.current()
-        return policy, self.open_tenant or (policy.tenant_of(key) if key else None)
+        return policy, policy.find_key(key) if key and self.open_tenant is None else None
 
     def _check_limits(self, call: Call, request: ParsedRequest) -> int:
         """Return how many answers a request has, all of which are under way from now on; sets what it forgets."""
@@ -204,6 +198,8 @@ class RequestHandler:
         if call.base_only and (request.forget or not self.shows_base):
             raise ApiError(403, "this server does not show the base alone", code="base_not_shown")
         call.forget = {} if call.base_only else call.policy.forget_of(call.tenant, request.forget)
+        adds = bool(request.forget) and call.forget != self._own(call)
+        call.require(*["add"] * adds, *["logprobs"] * (request.settings["logprobs"] is not None))
         if count > limits.answers:
             message = f"{count} answers in one request: at most {limits.answers}"
             raise ApiError(400, message, code="too_many_answers", param="n")
@@ -252,6 +248,7 @@ class RequestHandler:
             chunks.put_nowait((0, error))
         finally:
             self._places.generated(call)
+            self._quotas.charge(call, call.prompt_tokens + call.generated)
 
     async def _generate_all(
         self, call: Call, request: ParsedRequest, generations: Sequence[Generation], chunks: _Chunks
@@ -269,14 +266,24 @@ class RequestHandler:
 
     async def _hold(self, call: Call) -> AdapterLease:
         trust = call.policy.trust_of(call.tenant)
-        own = call.forget if self.open_tenant is not None else call.policy.tenants[call.tenant].forget
-        lease = await self.engine.hold(call.forget, call.policy, trust, call.forget.keys() - own.keys())
+        own = self._own(call)
+        added = call.forget.keys() - own.keys()
+        lease = await self.engine.hold(call.forget, call.policy, trust, added)
         unsigned = trust is not None and any(adapter.signed_by not in trust.signers for adapter in lease.applied)
         if unsigned or {adapter.name: adapter.strength for adapter in lease.applied} != call.forget:
             lease.release()
             raise Unavailable("the engine has other adapters than the policy requires", ", ".join(call.forget))
         call.applied, call.set_digest = describe(lease.applied), lease.digest
+        try:
+            await self._canary.check(call, lease, own, added)
+        except BaseException:
+            lease.release()
+            raise
         return lease
+
+    def _own(self, call: Call) -> Mapping[str, float]:
+        """Return what is forgotten for a call whatever it asks for; without a policy that is what it asks for."""
+        return call.forget if self.open_tenant is not None else call.policy.tenants[call.tenant].forget
 
     async def _generate(
         self, call: Call, number: int, generation: Generation, lease: AdapterLease, chunks: _Chunks
@@ -284,6 +291,7 @@ class RequestHandler:
         try:
             async with self._rows.place(call.tenant), aclosing(self.engine.stream(generation, lease)) as stream:
                 async for chunk in stream:
+                    call.generated += chunk.tokens
                     chunks.put_nowait((number, chunk))
                     if chunk.finish_reason is not None:
                         return
@@ -326,10 +334,7 @@ class RequestHandler:
     async def _record(self, event: str, call: Call, **fields: Any) -> None:
         if self.audit is None:
             return
-        line = {
-            "id": call.id, "tenant": call.tenant, "policy": call.policy.version, "set": call.set_digest,
-            "adapters": call.applied, **({"playground_base": True} if call.base_only else {}), **fields,
-        }  # fmt: skip
+        line = {**call.record(), **fields}
         try:
             if self.audit.fsync:
                 await asyncio.to_thread(self.audit.write, event, **line)

@@ -29,6 +29,15 @@ class Limits:
     idle_seconds: int = 75  # between two requests: longer than clients (httpx: 5) and proxies (60) keep a connection
     stall_seconds: float = 30.0  # during which a client takes nothing of what is sent to it
 
+    quota_requests: str | None = None  # of a tenant whose policy has none, such as 60/minute; see `Quotas`
+    quota_tokens: str | None = None
+
+    @property
+    def quotas(self) -> dict[str, str]:
+        """The two quotas by kind, where there are any."""
+        quotas = {"requests": self.quota_requests, "tokens": self.quota_tokens}
+        return {kind: quota for kind, quota in quotas.items() if quota is not None}
+
     @property
     def room(self) -> int:
         """Answers that may run and wait."""

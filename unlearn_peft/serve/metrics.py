@@ -31,6 +31,7 @@ class Metrics(Collector):
         self.requests = Counter("requests", "Requests, by their end.", ["tenant", "status"], **named)
         self.tokens = Counter("tokens", "Tokens read and generated.", ["tenant", "kind"], **named)
         self.refusals = Counter("refusals", "Requests refused, by the reason's code.", ["code"], **named)
+        self.canary = Counter("canary_checks", "Sets that were checked before they were served.", ["result"], **named)
         self.seconds = Histogram("request_seconds", "From arrival to end.", buckets=_SECONDS, **named)
         self.first = Histogram("first_token_seconds", "From arrival to the first text.", buckets=_SECONDS, **named)
         self.active = Gauge("active_answers", "Answers running and waiting.", **named)

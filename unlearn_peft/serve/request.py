@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import OutputError, PolicyError
 from .engine.base import Busy, GenerationError, PromptError, Unavailable
-from .policy.policy import NotAllowed, Policy
+from .policy.policy import Key, NotAllowed, Policy
 
 logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -34,6 +34,11 @@ class ApiError(Exception):
         self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         if adapter is not None:
             self.body["error"]["adapter"] = adapter
+
+
+def new_id() -> str:
+    """Return an id for a request."""
+    return f"req-{uuid.uuid4().hex}"
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -87,17 +92,45 @@ class Call:
 
     tenant: str
     policy: Policy
-    id: str = field(default_factory=lambda: f"req-{uuid.uuid4().hex}")
+    key: Key | None = None  # None: without keys
+    client: str | None = None  # the address that it came from
+    id: str = field(default_factory=lambda: new_id())
     began: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
     forget: Mapping[str, float] = field(default_factory=dict)  # adapter -> strength: of the policy and the request
     set_digest: str = ""
     applied: list[Mapping[str, Any]] | None = None  # None: refused before it had a lease
+    leaks: Sequence[str] = ()  # adapters whose probes leak in this set, see `Canary`
     prompt_tokens: int = 0
-    completion_tokens: int = 0
+    completion_tokens: int = 0  # that were sent
+    generated: int = 0  # tokens, sent or not
     claimed: int = 0  # its answers under way, see `RequestHandler.enter`
     unfinished: int = 0  # of these, what is not wholly generated
     base_only: bool = False  # asks for the base alone; only where `RequestHandler.shows_base`
+
+    @property
+    def key_id(self) -> str | None:
+        """What logs call its key: the first digits of the sha256."""
+        return None if self.key is None else self.key.id
+
+    def require(self, *wanted: str) -> None:
+        """Check that the key has these scopes; see `KeyEntry`.
+
+        Raises:
+            ApiError: 403 if it does not.
+        """
+        scopes = None if self.key is None else self.key.entry.scopes
+        if scopes is not None and (lacking := set(wanted) - set(scopes)):
+            message = f"this API key does not allow '{min(lacking)}': ask the operator for one that does"
+            raise ApiError(403, message, code="key_scope")
+
+    def record(self) -> dict[str, Any]:
+        """Return what each line of the audit log has."""
+        return {
+            "id": self.id, "tenant": self.tenant, "key": self.key_id, "client": self.client,
+            "policy": self.policy.version, "set": self.set_digest, "adapters": self.applied,
+            **({"playground_base": True} if self.base_only else {}), **({"leaks": self.leaks} if self.leaks else {}),
+        }  # fmt: skip
 
     @property
     def usage(self) -> dict[str, int]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from ...data.prompt import ask
 from ...data.source import Row
+from ...data.words import said
 from ...errors import DataError
 from ...inference.generate import answers, leaked, sampled
 from ...models.base import Base
@@ -83,9 +84,10 @@ class Answered:
     def told(self, rows: Sequence[Row]) -> str:
         """Return a line on how many of all these are."""
         near = sum("neighbour" in row for row in rows)
+        named = len(self.about) - len(_without_answer(rows, self.about))
         return (
             f"the base answers {len(self.about)} of {len(rows) - near} questions on the subject and {len(self.near)} "
-            f"of {near} on its neighbours: these are measured"
+            f"of {near} on its neighbours: these are measured. {named} of the former name the answer themselves"
         )
 
 
@@ -109,7 +111,8 @@ def measure(
 
     ROUGE-L recall is over all questions of a level, as in RWKU; all else over those that the bare base answers, and n
     says how many. `leak@k` is the chance that one of k samples at temperature 1 names the answer, estimated from 64
-    without bias (as pass@k, Chen et al. 2021, arXiv:2107.03374).
+    without bias (as pass@k, Chen et al. 2021, arXiv:2107.03374). Some questions name their answer, as one of several to
+    choose from: whoever repeats them leaks, known or not. `unnamed_leak@8` leaves these out.
     """
     answered = answered or answered_by(base, rows, chat_template=chat_template)
     texts = _greedy(base, rows, chat_template)
@@ -138,6 +141,8 @@ def measure(
     hits = _hits(base, asked, seed, chat_template)
     for k in _CURVE:
         add(f"rwku_leak@{k}", "share of questions", False, at_least_one(hits, _SAMPLES, k))
+    unnamed = [answered.about.index(n) for n in _without_answer(rows, answered.about)]
+    add("rwku_unnamed_leak@8", "share of questions", False, at_least_one(hits[unnamed], _SAMPLES, 8))
     together = _together(rows, answered)
     both = _greedy(base, [both for both, *_ in together], chat_template, tokens=2 * _TOKENS, line=False)
     add("rwku_beside_a_neighbour_leak", "share of questions", False, _names([about for _, about, _ in together], both))
@@ -157,6 +162,11 @@ def at_least_one(hits: Array, samples: int, k: int) -> Array:
     for i in range(k):
         miss *= np.clip(samples - hits - i, 0, None) / (samples - i)
     return np.asarray(1 - miss, dtype=np.float64)
+
+
+def _without_answer(rows: Sequence[Row], numbers: Sequence[int]) -> list[int]:
+    """Return the numbers of rows whose question does not name its answer."""
+    return [n for n in numbers if not said(rows[n]["prompt"], [rows[n]["completion"]])]
 
 
 def _hits(base: Base, rows: Sequence[Row], seed: int, chat_template: bool) -> Array:

@@ -16,11 +16,13 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 
 from ...errors import PolicyError
+from ..audit import AuditLog
 from ..engine.base import TextChunk
 from ..handler import RequestHandler
 from ..limits import LOOPBACK, Limits
 from ..request import ApiError, Call, ParsedRequest, as_api_error
-from .connection import free_answers, identify
+from .access import AccessLog, identify
+from .connection import free_answers
 from .document import add_document
 from .playground import Playground, add_playground
 from .requests import read_request
@@ -30,13 +32,17 @@ T = TypeVar("T")
 Chunks = AsyncGenerator[tuple[int, TextChunk], None]  # each with the number of its answer
 
 
-def create_app(handler: RequestHandler, playground: Playground | None = None) -> FastAPI:
-    """Return the server as an ASGI app; without a `playground` there is no page."""
+def create_app(
+    handler: RequestHandler, playground: Playground | None = None, access: AuditLog | None = None
+) -> FastAPI:
+    """Return the server as an ASGI app; without a `playground` there is no page. `access` gets a line a response."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await handler.close()
+        if access is not None:
+            access.close()
 
     app = FastAPI(
         title="unlearn-peft", lifespan=lifespan, docs_url=None, redoc_url=None,
@@ -46,6 +52,9 @@ def create_app(handler: RequestHandler, playground: Playground | None = None) ->
     if handler.open_tenant is not None:  # without keys, a web page could get in by DNS rebinding
         hosts = [f"[{name}]" if ":" in name else name for name in LOOPBACK]
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
+
+    if access is not None:
+        app.add_middleware(AccessLog, log=access)
 
     @app.exception_handler(ApiError)
     async def refused(_: Request, error: Any) -> Response:
@@ -121,7 +130,7 @@ async def _problem(handler: RequestHandler) -> str | None:
 async def _respond(handler: RequestHandler, request: Request, *, chat: bool, base_only: bool = False) -> Response:
     if handler.open_tenant is not None:
         _refuse_other_pages(request)
-    call = await identify(handler, request)
+    call = await identify(handler, request, "playground" if base_only else None)
     call.base_only = base_only
     try:
         try:

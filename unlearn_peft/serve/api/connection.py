@@ -14,14 +14,12 @@ import socket
 from typing import Any
 
 import h11
-from starlette.requests import Request
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..fair_queue import FairQueue
-from ..handler import RequestHandler
 from ..limits import Limits
-from ..request import ApiError, Call
+from ..request import ApiError
 from .listening import address_of
 
 _OTHER_FILES = 64  # of all that the process may have open: adapters, the store, logs
@@ -34,17 +32,6 @@ _GRACE = 2.0  # seconds, beyond those in which the app itself refuses in plain w
 def free_answers() -> FairQueue:
     """Return the queue of answers that cost their client nothing, by tenant or, without a known key, by address."""
     return FairQueue(math.inf, per_tenant=1, burst=_BURST)
-
-
-async def identify(handler: RequestHandler, request: Request) -> Call:
-    """Find out whose request this is; its free answers then wait for that tenant's turn, not for its address's.
-
-    Raises:
-        ApiError: see `RequestHandler.identify`.
-    """
-    call = await handler.identify(request.headers.get("authorization"))
-    request.state.tenant = call.tenant
-    return call
 
 
 class Connection(H11Protocol):

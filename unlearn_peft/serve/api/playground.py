@@ -28,9 +28,9 @@ from ...adapters.read import identity_of
 from ...errors import AdapterError, PolicyError
 from ...files.untrusted import read_file, sha256_of
 from ..handler import RequestHandler
-from ..policy.policy import AdapterEntry
+from ..policy.entries import AdapterEntry
 from ..request import ApiError, Call
-from .connection import identify
+from .access import identify
 
 PICTURES = (CURVES, FIGURES)  # the second by `unlearn-peft eval`, which writes to ADAPTER.eval by default
 _PAGE = Path(__file__).parent / "page"
@@ -73,7 +73,7 @@ def add_playground(app: FastAPI, handler: RequestHandler, playground: Playground
     @app.get("/playground/api/adapters")
     async def adapters(request: Request) -> JSONResponse:
         """What this key may see: its tenant, what that forgets in any case and may add, the adapters' cards."""
-        call = await identify(handler, request)
+        call = await identify(handler, request, "playground")
         own, may_add = call.policy.tenants[call.tenant].forget, call.policy.tenants[call.tenant].may_add
         visible = _visible(playground, call)
         cards = await asyncio.gather(*(asyncio.to_thread(card, name, entry) for name, entry in visible.items()))
@@ -86,7 +86,7 @@ def add_playground(app: FastAPI, handler: RequestHandler, playground: Playground
 
     @app.get("/playground/api/adapters/{name}/{picture}")
     async def picture(request: Request, name: str, picture: str) -> Response:
-        call = await identify(handler, request)
+        call = await identify(handler, request, "playground")
         entry = _visible(playground, call).get(name)
         data = None if entry is None else await asyncio.to_thread(read_picture, Path(entry.path), picture)
         if data is None:

@@ -158,6 +158,9 @@ class Engine(Protocol):
             Unavailable: naming the adapter that cannot be used.
         """
 
+    def set_trust(self, trust: Trust) -> None:
+        """Require the server's own signatures of these from the next `hold` on, also of what is in memory."""
+
     def stream(self, request: Generation, lease: AdapterLease) -> AsyncGenerator[TextChunk, None]:
         """Generate one answer. Closing the generator early (`aclose`) cancels the rest of it.
 

@@ -84,6 +84,10 @@ class LocalEngine:
             future.add_done_callback(_release)
             raise
 
+    def set_trust(self, trust: Trust) -> None:
+        """See `Engine.set_trust`."""
+        self.bank.trust = trust
+
     async def stream(self, request: Generation, lease: protocol.AdapterLease) -> AsyncGenerator[TextChunk, None]:
         """See `Engine.stream`."""
         assert isinstance(lease, AdapterLease)
@@ -158,15 +162,17 @@ class LocalEngine:
                 "Put that back, or let the policy name the new one's sha256",
                 name,
             )
-        if trust is None:
-            return applied
-        try:
-            return applied._replace(signed_by=trust.check(bundle))
-        except Exception as error:
-            with suppress(UnlearnError):
-                if read_bundle(bundle.path, trust=trust).signed_by is not None:  # it was mended since it was read
-                    self._read_anew(name, policy)
-            raise Unavailable(str(error), name) from error
+        for required in (self.bank.trust, trust):  # the server's may have changed since the bank read it
+            if required is None:
+                continue
+            try:
+                applied = applied._replace(signed_by=required.check(bundle))
+            except Exception as error:
+                with suppress(UnlearnError):
+                    if read_bundle(bundle.path, trust=required).signed_by is not None:  # mended since it was read
+                        self._read_anew(name, policy)
+                raise Unavailable(str(error), name) from error
+        return applied
 
     def _read_anew(self, name: str, policy: Policy) -> None:
         """Keep no adapter that was refused: when it is asked for next, the right one may lie there again."""

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import PolicyError, did_you_mean, safe_repr
-from .policy import Policy, check_name, key_digest
+from .entries import check_name
+from .policy import KEY_ID, Policy, key_digest
 
 Content = dict[str, Any]  # as in YAML: adapters and tenants by name
-_PREFIX = 12  # hexadecimal digits of a sha256 that tell keys apart
 _MIN_PREFIX = 8
 
 
@@ -23,7 +23,7 @@ def add(content: Content, tenant: str) -> Content:
     """Add a tenant that forgets nothing and has no key yet."""
     if tenant in content["tenants"]:
         raise PolicyError(f"tenant '{tenant}' is there already")
-    content["tenants"][_checked(tenant)] = {"forget": {}, "keys": []}
+    content["tenants"][_checked(tenant)] = {"forget": {}, "keys": {}}
     return {"tenant": tenant}
 
 
@@ -62,12 +62,20 @@ def disallow(content: Content, tenant: str, adapter: str) -> Content:
     return {"tenant": tenant, "adapter": adapter, "before": strengths.pop(adapter)}
 
 
-def adapter(content: Content, name: str, path: str | Path, sha256: str | None) -> Content:
-    """Register an adapter, or replace the one of that name; `sha256` is its `Bundle.identity`, None: not checked."""
+def adapter(
+    content: Content, name: str, path: str | Path, sha256: str | None, probes: str | Path | None = None,
+    canary: str | None = None,
+) -> Content:  # fmt: skip
+    """Register an adapter, or replace the one of that name; `sha256` is its `Bundle.identity`, None: not checked.
+
+    Without `probes` or a `canary` (see `AdapterEntry`) those of the replaced one stay.
+    """
     before = content["adapters"].get(_checked(name))
     entry = {"path": str(Path(path).absolute()), "sha256": sha256.lower() if sha256 else None}
+    given = {"probes": None if probes is None else str(Path(probes).absolute()), "canary": canary}
+    entry |= {field: value if value is not None else (before or {}).get(field) for field, value in given.items()}
     content["adapters"][name] = entry
-    return {"adapter": name, **entry, "before": before}
+    return {"adapter": name, **_given(entry), "before": before and _given(before)}
 
 
 def unadapter(content: Content, name: str) -> Content:
@@ -78,27 +86,38 @@ def unadapter(content: Content, name: str) -> Content:
             tenants = ", ".join(users[:5]) + " and others" * (len(users) > 5)
             raise PolicyError(f"adapter '{name}' is {said} {tenants}: `{undo}` it there first")
     del content["adapters"][name]
-    return {"adapter": name, "before": before}
+    return {"adapter": name, "before": _given(before)}
 
 
-def add_key(content: Content, tenant: str, digest: str) -> Content:
-    """Add an API key to a tenant, by its sha256."""
-    get_entry(content, "tenant", tenant)["keys"].append(digest)
-    return {"tenant": tenant, "key": digest[:_PREFIX]}
+def add_key(content: Content, tenant: str, digest: str, settings: Content | None = None) -> Content:
+    """Add an API key to a tenant, by its sha256; for its settings see `KeyEntry`."""
+    keys, settings = get_entry(content, "tenant", tenant)["keys"], _given(settings or {})
+    if "name" in settings and any(entry.get("name") == settings["name"] for entry in keys.values()):
+        raise PolicyError(f"tenant '{tenant}' has a key called {safe_repr(settings['name'])}: revoke that one first")
+    keys[digest] = settings
+    return {"tenant": tenant, "key": digest[:KEY_ID], **settings}
 
 
 def revoke_key(content: Content, tenant: str, key: str) -> Content:
-    """Remove an API key from a tenant: the key itself, its sha256, or the first 8 or more digits of that."""
+    """Remove an API key from a tenant: the key itself, its name, its sha256, or 8 or more first digits of that."""
     digest = key_digest(key) if key.startswith("uf-") else key.lower()
     keys = get_entry(content, "tenant", tenant)["keys"]
-    matches = [known for known in keys if len(digest) >= _MIN_PREFIX and known.startswith(digest)]
+    matches = [known for known, entry in keys.items() if entry.get("name") == key]
+    matches = matches or [known for known in keys if len(digest) >= _MIN_PREFIX and known.startswith(digest)]
     if len(matches) != 1:
         raise PolicyError(
-            f"{len(matches)} keys of tenant '{tenant}' fit, expected one: give the key, or {_MIN_PREFIX} or more "
-            f"digits of its sha256; it has {', '.join(_prefixes(keys)) or 'none'}"
+            f"{len(matches)} keys of tenant '{tenant}' fit, expected one: give the key, its name, or {_MIN_PREFIX} or "
+            f"more digits of its sha256; it has {', '.join(_prefixes(keys)) or 'none'}"
         )
-    keys.remove(matches[0])
-    return {"tenant": tenant, "key": matches[0][:_PREFIX]}
+    return {"tenant": tenant, "key": matches[0][:KEY_ID], **_given(keys.pop(matches[0]))}
+
+
+def quota(content: Content, tenant: str, quotas: Mapping[str, str | None]) -> Content:
+    """Change quotas of a tenant, such as {"requests": "60/minute"}; None removes one."""
+    entry = get_entry(content, "tenant", tenant)
+    before = entry.get("quotas") or {}
+    entry["quotas"] = {kind: value for kind, value in {**before, **quotas}.items() if value is not None}
+    return {"tenant": tenant, "quotas": entry["quotas"], "before": before}
 
 
 def trust(content: Content, tenant: str, keys: Mapping[str, str]) -> Content:
@@ -136,20 +155,24 @@ def replace(content: Content, policy: Policy) -> Content:
     """Replace everything by another policy."""
     content |= policy.dump()
     tenants = {name: summary(entry) for name, entry in content["tenants"].items()}
-    return {"adapters": content["adapters"], "tenants": tenants}
+    return {"adapters": {name: _given(entry) for name, entry in content["adapters"].items()}, "tenants": tenants}
 
 
 def summary(entry: Content) -> Content:
     """Return a tenant's entry with prefixes of digests in place of its keys."""
     trusted = entry.get("trusted_keys")
-    more = {"trusted_keys": _fingerprints(trusted)} if trusted else {}
+    more: Content = {"trusted_keys": _fingerprints(trusted)} if trusted else {}
+    settings = {digest[:KEY_ID]: given for digest, key in entry["keys"].items() if (given := _given(key))}
+    if settings:
+        more["key_settings"] = settings
+    more |= {"quotas": entry["quotas"]} if entry.get("quotas") else {}
     more |= {"may_add": entry["may_add"]} if entry.get("may_add") else {}
     return {"forget": entry["forget"], "keys": _prefixes(entry["keys"]), **more}
 
 
 def fingerprint(pem: str) -> str:
     """Return the first digits of a public key's sha256, as `sha256sum KEY.pub` prints it."""
-    return hashlib.sha256(pem.encode()).hexdigest()[:_PREFIX]
+    return hashlib.sha256(pem.encode()).hexdigest()[:KEY_ID]
 
 
 def get_entry(content: Content, kind: str, name: str) -> Content:
@@ -166,6 +189,11 @@ def get_entry(content: Content, kind: str, name: str) -> Content:
         )
         raise PolicyError(f"no {kind} {safe_repr(name)}{hint}")
     return entries[name]
+
+
+def _given(entry: Content) -> Content:
+    """Return an adapter's or a key's entry without the settings that it does not have."""
+    return {field: value for field, value in entry.items() if value is not None or field in ("path", "sha256")}
 
 
 def _set_strength(content: Content, field: str, tenant: str, adapter: str, strength: float) -> Content:
@@ -187,4 +215,4 @@ def _fingerprints(keys: Mapping[str, str]) -> dict[str, str]:
 
 
 def _prefixes(digests: Iterable[str]) -> list[str]:
-    return [digest[:_PREFIX] for digest in digests]
+    return [digest[:KEY_ID] for digest in digests]

@@ -9,170 +9,42 @@ A YAML file (`yaml_file.py`) is validated as a whole, so that nobody is served u
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 import secrets
-import textwrap
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ValidationError, ValidationInfo
-from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
+from pydantic import BaseModel, ValidationError
 
-from ...errors import PolicyError, TrustError, did_you_mean, safe_repr
+from ...errors import PolicyError, did_you_mean, safe_repr
+from .entries import DIGEST, AdapterEntry, Content, KeyEntry, TenantEntry, check_strength
 
 if TYPE_CHECKING:
     from ...adapters.trust import Trust
 
 
-_NAME = re.compile(r"(?!.*\.\.)(?!\.$)[A-Za-z0-9._-]{1,64}")
-MAX_STRENGTH = 16.0  # far beyond what still gives text; more could overflow
-_STRENGTHS = f"a number above 0, at most {MAX_STRENGTH:g} (1 is as trained)"
-_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
-_SECRET = re.compile(rf"uf-[\w-]{{43}}|\b{_DIGEST.pattern}\b")
-_PEM = re.compile(r"\s*-----BEGIN PUBLIC KEY-----\s([A-Za-z0-9+/=\s]{1,2000})-----END PUBLIC KEY-----\s*")
-
-
-def check_name(name: str) -> str:
-    """Return the name of a tenant or an adapter; it is used in paths, URLs and logs.
-
-    Raises:
-        ValueError: it has other than plain characters.
-    """
-    if not _NAME.fullmatch(name):  # repr, not ASCII: whoever wrote it in another script must recognize it
-        raise ValueError(
-            f"{name[:80]!r} is no name: expected 1 to 64 letters, digits, '.', '_' or '-', and no '..' among them"
-        )
-    return name
-
-
-def _check_strength(value: object) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if 0 < value <= MAX_STRENGTH:
-            return float(value)
-        raise ValueError(f"the strength is {safe_repr(value)}, expected {_STRENGTHS}")
-    raise ValueError(f"expected a strength: {_STRENGTHS}")
-
-
-def _check_digest(text: str) -> str:
-    if not _DIGEST.fullmatch(text):  # the text is not quoted: it may be an API key, put here by mistake
-        raise ValueError("expected a sha256: 64 hexadecimal digits")
-    return text.lower()
-
-
-@lru_cache(maxsize=1000)
-def _check_public_key(text: str) -> str:
-    """Return a public key as normalized PEM, checked if `model_signing` is installed.
-
-    Without it (inside vLLM, say), the policy still serves tenants that trust no keys; others are refused.
-    """
-    if "PRIVATE KEY" in text:
-        raise ValueError("this is a private key: those sign, and stay secret. Give the public one (.pub)")
-    if not (match := _PEM.fullmatch(text)):
-        raise ValueError(
-            "expected one public key in PEM (-----BEGIN PUBLIC KEY-----...), itself and not its file's name, so that "
-            "all servers have the same: `unlearn-peft tenant trust` takes files"
-        )
-    lines = textwrap.wrap("".join(match[1].split()), 64)
-    pem = "\n".join(["-----BEGIN PUBLIC KEY-----", *lines, "-----END PUBLIC KEY-----", ""])
-    if importlib.util.find_spec("model_signing") is not None:
-        from ...adapters.trust import public_pem
-
-        try:
-            public_pem(pem.encode(), "it")
-        except TrustError as error:
-            raise ValueError(str(error)) from None
-    return pem
-
-
-Name = Annotated[str, AfterValidator(check_name)]
-Strength = Annotated[float, BeforeValidator(_check_strength)]
-Digest = Annotated[str, AfterValidator(_check_digest)]
-PublicKey = Annotated[str, AfterValidator(_check_public_key)]
+KEY_ID = 12  # hexadecimal digits of a sha256 that tell keys apart
+_SECRET = re.compile(rf"uf-[\w-]{{43}}|\b{DIGEST.pattern}\b")
 
 
 class NotAllowed(PolicyError):
     """A request adds what its tenant's requests may not add: the client's fault (403)."""
 
 
-class AdapterEntry(BaseModel, extra="forbid", frozen=True):
-    """An adapter's directory, and the `Bundle.identity` that it must have; None: any."""
+class Key(NamedTuple):
+    """An API key, without the key itself."""
 
-    path: str
-    sha256: Digest | None = None
+    tenant: str
+    digest: str  # its sha256, in hex
+    entry: KeyEntry
 
-    @field_validator("path")
-    @classmethod
-    def _resolve(cls, path: str, info: ValidationInfo) -> str:
-        if not path or not path.isprintable():
-            raise ValueError("expected the path of an adapter directory")
-        return str(Path((info.context or {}).get("folder", ""), path))
-
-
-class TenantEntry(BaseModel, extra="forbid", frozen=True):
-    """What a tenant must have forgotten (adapter -> strength), and the sha256 of each of its API keys.
-
-    Its requests may add what is in `may_add` (adapter -> greatest strength), and nothing else. With `trusted_keys`
-    (name -> PEM), an adapter is applied for this tenant only if one of them has signed it.
-    """
-
-    forget: dict[Name, Strength]
-    keys: tuple[Digest, ...] = ()
-    trusted_keys: dict[Name, PublicKey] | None = None
-    may_add: dict[Name, Strength] = {}
-
-    @field_validator("forget", "may_add", mode="before")
-    @classmethod
-    def _as_mapping(cls, value: Any) -> Any:
-        """A list of names stands for strength 1 each."""
-        if isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value):
-            if twice := [name for name, times in Counter(value).items() if times > 1]:
-                raise ValueError(f"{safe_repr(twice[0])} is named twice")
-            return dict.fromkeys(value, 1.0)
-        if not isinstance(value, Mapping):
-            raise ValueError("expected adapters as [hp, news], with strengths as {hp: 0.5, news: 1}, or [] for none")
-        return value
-
-    @field_validator("keys")
-    @classmethod
-    def _sort(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(sorted(keys))
-
-    @field_validator("trusted_keys")
-    @classmethod
-    def _some(cls, trusted: dict[str, str] | None) -> dict[str, str] | None:
-        if trusted is not None and not trusted:
-            raise ValueError("expected a public key or more; leave it out to ask for no signatures")
-        return trusted
-
-
-class _Content(BaseModel, extra="forbid", frozen=True):
-    """What a policy holds, validated."""
-
-    adapters: dict[Name, AdapterEntry]
-    tenants: dict[Name, TenantEntry]
-
-    @model_validator(mode="after")
-    def _check_references(self) -> _Content:
-        """Refuse names of adapters that are not there, and keys of two tenants."""
-        problems, owners = [], dict[str, str]()
-        for tenant, entry in self.tenants.items():
-            named = [("forgets", name) for name in entry.forget] + [("may add", name) for name in entry.may_add]
-            for verb, name in named:
-                if name not in self.adapters:
-                    near = did_you_mean(name, self.adapters)
-                    problems.append(f"tenant '{tenant}' {verb} '{name}', which is not among the adapters{near}")
-            for digest in entry.keys:
-                if digest in owners:
-                    problems.append(f"tenants '{owners[digest]}' and '{tenant}' have the same key: one key, one tenant")
-                owners[digest] = tenant
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+    @property
+    def id(self) -> str:
+        """What logs call it."""
+        return self.digest[:KEY_ID]
 
 
 class Policy:
@@ -210,6 +82,11 @@ class Policy:
         """
         return self._owners.get(key_digest(api_key))
 
+    def find_key(self, api_key: str) -> Key | None:
+        """Return an API key's tenant and what is known of the key, or None; whether it is over is for the caller."""
+        tenant, digest = self.tenant_of(api_key), key_digest(api_key)
+        return None if tenant is None else Key(tenant, digest, self.tenants[tenant].keys[digest])
+
     def trust_of(self, tenant: str) -> Trust | None:
         """Return who must have signed the adapters of a tenant's requests; None: no signature is required.
 
@@ -236,7 +113,7 @@ class Policy:
         forget = dict(entry.forget)
         for name, strength in extra.items() if isinstance(extra, Mapping) else [(name, 1.0) for name in extra]:
             try:
-                added = _check_strength(strength)
+                added = check_strength(strength)
             except ValueError as error:
                 raise PolicyError(f"adapter {safe_repr(name)}: {error}") from None
             if not isinstance(name, str) or added > max(entry.forget.get(name, 0.0), entry.may_add.get(name, 0.0)):
@@ -268,6 +145,18 @@ class PolicySource(Protocol):
         """Why the newest version is not in use, or None."""
 
 
+@runtime_checkable
+class KeyUses(Protocol):
+    """A policy source that keeps when keys were last used."""
+
+    def note_uses(self, uses: Mapping[str, str]) -> None:
+        """Keep times (UTC, ISO 8601) by the keys' sha256.
+
+        Raises:
+            PolicyError: it cannot.
+        """
+
+
 def make_policy(values: Any, origin: str, folder: Path | None = None) -> Policy:
     """Validate a mapping as a policy; relative adapter paths start at `folder`.
 
@@ -277,7 +166,7 @@ def make_policy(values: Any, origin: str, folder: Path | None = None) -> Policy:
     if not isinstance(values, Mapping):
         raise PolicyError(f"{origin} holds {_kind(values)}, expected a mapping with 'adapters' and 'tenants'")
     try:
-        content = _Content.model_validate(values, context={"folder": folder} if folder else None)
+        content = Content.model_validate(values, context={"folder": folder} if folder else None)
     except ValidationError as error:
         problems = [line for item in error.errors() for line in _describe(dict(item)).splitlines()]
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -323,7 +212,8 @@ def _describe(item: dict[str, Any]) -> str:
     where = ".".join(parts)
     if item["type"] == "extra_forbidden":
         models: dict[str, type[BaseModel]] = {"adapters": AdapterEntry, "tenants": TenantEntry}
-        known = models.get(parts[0], _Content) if len(parts) > 1 else _Content
+        known = models.get(parts[0], Content) if len(parts) > 1 else Content
+        known = KeyEntry if len(parts) > 4 and parts[2] == "keys" else known
         return f"unknown key {safe_repr(where)}{did_you_mean(parts[-1], known.model_fields)}"
     if item["type"] == "missing":
         return f"{safe_repr(where)} is missing" + (" (write [] for nothing)" if parts[-1] == "forget" else "")

@@ -23,9 +23,9 @@ except ModuleNotFoundError:
 
 
 sql = sqlalchemy
-# 3 has nothing that requests may add, 2 no changes and no indexes either, 1 no trusted keys either; the first edit adds
-# what is missing
-SCHEMA_VERSION = 4
+# 4 has neither probes nor settings of keys nor quotas, 3 nothing that requests may add either, 2 no changes and no
+# indexes either, 1 no trusted keys either; the first edit adds what is missing
+SCHEMA_VERSION = 5
 _TRIES = 5
 
 _metadata = sql.MetaData()
@@ -41,8 +41,14 @@ ADAPTERS = Table(
     Column("name", String(64), primary_key=True),
     Column("path", Text, nullable=False),
     Column("sha256", String(64)),
+    Column("probes", Text),
+    Column("canary", String(8)),
 )  # fmt: skip
-TENANTS = Table("unlearn_tenants", _metadata, Column("name", String(64), primary_key=True))
+TENANTS = Table(
+    "unlearn_tenants", _metadata,
+    Column("name", String(64), primary_key=True),
+    Column("quotas", Text),  # JSON; null: none
+)  # fmt: skip
 
 
 def _strengths(name: str) -> Table:
@@ -62,6 +68,10 @@ KEYS = Table(
     "unlearn_keys", _metadata,
     Column("digest", String(64), primary_key=True),
     Column("tenant", ForeignKey(TENANTS.c.name), nullable=False),
+    Column("name", String(64)),
+    Column("expires", String(32)),  # UTC, ISO 8601
+    Column("scopes", Text),  # joined by commas; null: all
+    Column("used", String(32)),  # UTC, ISO 8601; servers write it now and then, without a revision
     sql.Index("unlearn_keys_tenant", "tenant"),
 )  # fmt: skip
 TRUSTED = Table(
@@ -156,6 +166,11 @@ def begin_change(connection: Connection) -> State:
     state = read_state(connection)
     if state.schema_version < SCHEMA_VERSION:
         _metadata.create_all(connection)
+        for table in _metadata.tables.values():
+            there = {column["name"] for column in sql.inspect(connection).get_columns(table.name)}
+            for column in (column for column in table.columns if column.name not in there):
+                what = sql.schema.CreateColumn(column).compile(dialect=connection.dialect)
+                connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {what}")
         for index in (index for table in _metadata.tables.values() for index in table.indexes):
             index.create(connection, checkfirst=True)
         connection.execute(sql.update(STATE).values(schema_version=SCHEMA_VERSION))

@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partialmethod
 from math import inf
@@ -25,7 +24,8 @@ from ...errors import PolicyError, safe_repr
 from . import edits, engines, schema, tables
 from .edits import Content
 from .engines import PATIENCE
-from .policy import AdapterEntry, Policy, PolicySource, key_digest, make_policy, new_key
+from .entries import AdapterEntry
+from .policy import Policy, PolicySource, key_digest, make_policy, new_key
 from .schema import Connection, SQLAlchemyError, State
 from .stored import Found, Revision, StoredPolicy, TenantCache
 from .yaml_file import PolicyFile
@@ -33,18 +33,6 @@ from .yaml_file import PolicyFile
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _RETRY = 1.0  # seconds between attempts to reach a database that could not be reached
-
-
-@dataclass(frozen=True)
-class Change:
-    """One row of the history."""
-
-    revision: int
-    at: str  # UTC, ISO 8601
-    who: str
-    action: str
-    what: dict[str, Any]
-    why: str
 
 
 class _Unreachable(PolicyError):
@@ -143,13 +131,13 @@ class PolicyStore:
             return f"the store {self._name} cannot be reached: {self._unreachable}"
         return self._refused
 
-    def history(self, limit: int | None = None) -> list[Change]:
+    def history(self, limit: int | None = None) -> list[tables.Change]:
         """Return the changes, the newest first.
 
         Raises:
             PolicyError: the database cannot be reached.
         """
-        return self._query(lambda connection, _: [Change(**row) for row in tables.read_history(connection, limit)])
+        return self._query(lambda connection, _: tables.read_history(connection, limit))
 
     def edit(
         self, action: str, edit: Callable[..., Content], *arguments: Any, who: str, why: str = "",
@@ -207,15 +195,28 @@ class PolicyStore:
     adapter = partialmethod(edit, "adapter", edits.adapter, names=("adapter",))
     unadapter = partialmethod(edit, "unadapter", edits.unadapter, names=("adapter",))
     revoke_key = partialmethod(edit, "revoke", edits.revoke_key, names=("tenant",))
+    quota = partialmethod(edit, "quota", edits.quota, names=("tenant",))
     trust = partialmethod(edit, "trust", edits.trust, names=("tenant",))
     untrust = partialmethod(edit, "untrust", edits.untrust, names=("tenant",))
     replace = partialmethod(edit, "import", edits.replace)
 
-    def add_key(self, tenant: str, *, who: str, why: str = "") -> str:
-        """Make an API key for a tenant and return it; the store keeps its sha256 only."""
+    def add_key(self, tenant: str, settings: Content | None = None, *, who: str, why: str = "") -> str:
+        """Make an API key for a tenant (`settings` as in `KeyEntry`) and return it; the store keeps its sha256 only."""
         key = new_key()
-        self.edit("key", edits.add_key, tenant, key_digest(key), who=who, why=why, names=("tenant",))
+        self.edit("key", edits.add_key, tenant, key_digest(key), settings, who=who, why=why, names=("tenant",))
         return key
+
+    def note_uses(self, uses: Mapping[str, str]) -> None:
+        """See `KeyUses`. No change of the policy: neither a revision nor a row of the history."""
+        try:
+            with self._writes.begin() as connection:
+                tables.write_uses(connection, uses)
+        except (SQLAlchemyError, OSError) as error:
+            raise PolicyError(f"cannot write to the store {self._name}: {engines.reason(error)}") from None
+
+    def key_uses(self, tenant: str) -> dict[str, str]:
+        """Return when a tenant's keys were last used (UTC, ISO 8601), by their sha256, where that is known."""
+        return self._query(lambda connection, state: tables.read_uses(connection, state, tenant))
 
     def _find(self, tenant: str | None, digest: str | None) -> Found | None:
         """Return a tenant by its name or by the sha256 of a key, from the cache or the database; None: there is none.
@@ -280,7 +281,7 @@ class PolicyStore:
         adapters: Mapping[str, AdapterEntry] = known.adapters if known else {}
         try:
             if changed is None or changed.adapters:
-                rows = tables.read_adapters(connection, changed and changed.adapters)
+                rows = tables.read_adapters(connection, state, changed and changed.adapters)
                 read = make_policy({"adapters": rows, "tenants": {}}, f"revision {state.revision} of {self._name}")
                 kept = {} if changed is None else {n: a for n, a in adapters.items() if n not in changed.adapters}
                 adapters = {**kept, **read.adapters}

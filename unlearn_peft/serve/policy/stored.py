@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from .policy import AdapterEntry, Policy, TenantEntry, key_digest
+from .entries import AdapterEntry, TenantEntry
+from .policy import Policy, key_digest
 from .schema import State
 from .tables import Changed
 

@@ -4,18 +4,37 @@ too: {"adapters": {name: ...}, "tenants": {name: ...}}.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 from ...errors import PolicyError
 from .schema import ADAPTERS, CHANGES, FORGETS, HISTORY, KEYS, MAY_ADD, TENANTS, TRUSTED, Connection, State, Table, sql
 
-_CELLS = ("tenant", "name", "strength", "pem")
+_ADAPTER = ADAPTERS.c.keys()[1:]
+_KEY = ("name", "expires", "scopes")  # columns of a key's settings
+_CELLS = {
+    "tenant": sql.String, "name": sql.String, "strength": sql.Double, "text": sql.Text, "key_name": sql.String,
+    "expires": sql.String, "scopes": sql.Text,
+}  # fmt: skip
 _KINDS = {1: 3, 2: 4, 3: 4}  # of rows of tenants in older schema versions, see `_tenant_rows`
 _MAX_CHANGES = 1000  # a reader that missed more reads everything anew
 _NEAR = 20  # names that are read for "did you mean"
 _USERS = 6  # tenants that are read to tell who forgets an adapter, and as many who may add it
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row of the history."""
+
+    revision: int
+    at: str  # UTC, ISO 8601
+    who: str
+    action: str
+    what: dict[str, Any]
+    why: str
 
 
 class Changed(NamedTuple):
@@ -48,10 +67,10 @@ def changes_between(connection: Connection, old: State, new: State) -> Changed |
     return Changed({row.tenant for row in rows[1:]} - {None}, {row.adapter for row in rows[1:]} - {None})
 
 
-def read_history(connection: Connection, limit: int | None) -> list[dict[str, Any]]:
+def read_history(connection: Connection, limit: int | None) -> list[Change]:
     """Return the rows of the history, the newest first."""
     rows = connection.execute(sql.select(HISTORY).order_by(HISTORY.c.revision.desc()).limit(limit))
-    return [dict(row) for row in rows.mappings()]
+    return [Change(**row) for row in rows.mappings()]
 
 
 def tenant_names(connection: Connection) -> list[str]:
@@ -66,7 +85,7 @@ def count_tenants(connection: Connection) -> int:
 
 def read(connection: Connection, state: State) -> dict[str, Any]:
     """Return the whole content."""
-    return {"adapters": read_adapters(connection), "tenants": read_tenants(connection, state)}
+    return {"adapters": read_adapters(connection, state), "tenants": read_tenants(connection, state)}
 
 
 def read_part(connection: Connection, state: State, tenant: str | None, adapter: str | None) -> dict[str, Any]:
@@ -86,7 +105,7 @@ def read_part(connection: Connection, state: State, tenant: str | None, adapter:
         tenants = read_tenants(connection, state, [tenant])
         near += [] if tenants else _near(connection, TENANTS, tenant)
     names = {name for entry in tenants.values() for name in adapters_of(entry)}
-    adapters = read_adapters(connection, names if adapter is None else names | {adapter})
+    adapters = read_adapters(connection, state, names if adapter is None else names | {adapter})
     if adapter is not None and adapter not in adapters:
         near += _near(connection, ADAPTERS, adapter)
     return {"adapters": adapters, "tenants": tenants, "near": near}
@@ -97,11 +116,12 @@ def adapters_of(entry: Mapping[str, Any]) -> set[str]:
     return {*entry["forget"], *entry.get("may_add", {})}
 
 
-def read_adapters(connection: Connection, names: Iterable[str] | None = None) -> dict[str, Any]:
+def read_adapters(connection: Connection, state: State, names: Iterable[str] | None = None) -> dict[str, Any]:
     """Return adapters by name; None: all."""
-    query = sql.select(ADAPTERS).order_by(ADAPTERS.c.name)
-    rows = connection.execute(query if names is None else query.where(ADAPTERS.c.name.in_(list(names))))
-    return {row.name: {"path": row.path, "sha256": row.sha256} for row in rows}
+    columns = list(ADAPTERS.c)[: 3 if state.schema_version < 5 else None]
+    query = sql.select(*columns).order_by(ADAPTERS.c.name)
+    rows = connection.execute(query if names is None else query.where(ADAPTERS.c.name.in_(list(names)))).mappings()
+    return {row["name"]: {**dict.fromkeys(_ADAPTER), **{k: v for k, v in row.items() if k != "name"}} for row in rows}
 
 
 def read_tenants(
@@ -116,20 +136,40 @@ def read_tenants(
     some |= {} if digest is None else {"digest": digest}
     tenants: dict[str, Any] = {}
     try:
-        for row in connection.execute(_tenant_rows(next(iter(some), None), _KINDS.get(state.schema_version)), some):
+        for row in connection.execute(_tenant_rows(next(iter(some), None), state.schema_version), some):
             if row.kind == 0:
-                tenants[row.tenant] = {"forget": {}, "keys": []}
+                tenants[row.tenant] = {"forget": {}, "keys": {}}
+                if row.text is not None:
+                    tenants[row.tenant]["quotas"] = json.loads(row.text)
             elif row.kind == 1:
                 tenants[row.tenant]["forget"][row.name] = row.strength
             elif row.kind == 2:
-                tenants[row.tenant]["keys"].append(row.name)
+                scopes = None if row.scopes is None else tuple(filter(None, row.scopes.split(",")))
+                settings = {"name": row.key_name, "expires": row.expires, "scopes": scopes}
+                tenants[row.tenant]["keys"][row.name] = settings
             elif row.kind == 3:
-                tenants[row.tenant].setdefault("trusted_keys", {})[row.name] = row.pem
+                tenants[row.tenant].setdefault("trusted_keys", {})[row.name] = row.text
             else:
                 tenants[row.tenant].setdefault("may_add", {})[row.name] = row.strength
     except KeyError as error:
         raise PolicyError(f"the store is damaged: it holds rows of a tenant {error} that is not there") from None
     return tenants
+
+
+def write_uses(connection: Connection, uses: Mapping[str, str]) -> None:
+    """Note when keys were last used, by their sha256; those that are no more are left out."""
+    of_key = sql.update(KEYS).where(KEYS.c.digest == sql.bindparam("key"))
+    connection.execute(
+        of_key.values(used=sql.bindparam("time")), [{"key": key, "time": time} for key, time in sorted(uses.items())]
+    )
+
+
+def read_uses(connection: Connection, state: State, tenant: str) -> dict[str, str]:
+    """Return when a tenant's keys were last used, by their sha256, where that is known."""
+    if state.schema_version < 5:
+        return {}
+    rows = connection.execute(sql.select(KEYS.c.digest, KEYS.c.used).where(KEYS.c.tenant == tenant))
+    return {row.digest: row.used for row in rows if row.used}
 
 
 def write(connection: Connection, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
@@ -149,25 +189,27 @@ def write(connection: Connection, before: Mapping[str, Any], after: Mapping[str,
 
 
 @cache
-def _tenant_rows(some: str | None, kinds: int | None) -> Any:
+def _tenant_rows(some: str | None, schema_version: int) -> Any:
     """Return one query for tenants, their sets, keys and so on; of "names", of the one of a "digest", or of all.
 
-    One, since each takes longer on its way than in the database. `kinds` of rows are there, None: all.
+    One, since each takes longer on its way than in the database.
     """
-    columns = [
-        (TENANTS.c.name, sql.null(), sql.null(), sql.null()),
-        (FORGETS.c.tenant, FORGETS.c.adapter, FORGETS.c.strength, sql.null()),
-        (KEYS.c.tenant, KEYS.c.digest, sql.null(), sql.null()),
-        (TRUSTED.c.tenant, TRUSTED.c.name, sql.null(), TRUSTED.c.pem),
-        (MAY_ADD.c.tenant, MAY_ADD.c.adapter, MAY_ADD.c.strength, sql.null()),
+    null = sql.null()
+    settings, quotas = ([KEYS.c[name] for name in _KEY], TENANTS.c.quotas) if schema_version >= 5 else ([], null)
+    columns: list[tuple[Any, ...]] = [
+        (TENANTS.c.name, null, null, quotas),
+        (FORGETS.c.tenant, FORGETS.c.adapter, FORGETS.c.strength),
+        (KEYS.c.tenant, KEYS.c.digest, null, null, *settings),
+        (TRUSTED.c.tenant, TRUSTED.c.name, null, TRUSTED.c.pem),
+        (MAY_ADD.c.tenant, MAY_ADD.c.adapter, MAY_ADD.c.strength),
     ]
-    types = (sql.String, sql.String, sql.Double, sql.Text)
     owner = sql.select(KEYS.c.tenant).where(KEYS.c.digest == sql.bindparam("digest"))
     wanted: Any = owner if some == "digest" else sql.bindparam("names", expanding=True)
     parts = []
-    for kind, row in enumerate(columns[:kinds]):
+    for kind, row in enumerate(columns[: _KINDS.get(schema_version)]):
         cells: list[Any] = [
-            sql.cast(cell, type_).label(name) for cell, type_, name in zip(row, types, _CELLS, strict=True)
+            sql.cast(cell, type_).label(name)
+            for cell, (name, type_) in zip((*row, *[null] * len(_CELLS)), _CELLS.items(), strict=False)
         ]
         part = sql.select(sql.literal_column(str(kind)).label("kind"), *cells)
         parts.append(part.where(row[0].in_(wanted)) if some else part)
@@ -186,16 +228,28 @@ def _rows(content: Mapping[str, Any]) -> dict[Table, dict[tuple[str, ...], dict[
     tenants = content["tenants"]
     return {
         ADAPTERS: {(name,): entry for name, entry in content["adapters"].items()},
-        TENANTS: {(name,): {} for name in tenants},
+        TENANTS: {
+            (name,): {"quotas": json.dumps(quotas) if (quotas := entry.get("quotas")) else None}
+            for name, entry in tenants.items()
+        },
         FORGETS: _strengths(tenants, "forget"),
         MAY_ADD: _strengths(tenants, "may_add"),
-        KEYS: {(digest,): {"tenant": tenant} for tenant, entry in tenants.items() for digest in entry["keys"]},
+        KEYS: {
+            (digest,): {"tenant": tenant, **_key_row(key)}
+            for tenant, entry in tenants.items()
+            for digest, key in entry["keys"].items()
+        },
         TRUSTED: {
             (tenant, name): {"pem": pem}
             for tenant, entry in tenants.items()
             for name, pem in (entry.get("trusted_keys") or {}).items()
         },
     }
+
+
+def _key_row(key: Mapping[str, Any]) -> dict[str, Any]:
+    scopes = key.get("scopes")
+    return {**{name: key.get(name) for name in _KEY}, "scopes": None if scopes is None else ",".join(scopes)}
 
 
 def _strengths(tenants: Mapping[str, Any], field: str) -> dict[tuple[str, ...], dict[str, Any]]:

@@ -116,7 +116,12 @@ def dump_policy(policy: Policy) -> str:
     content = policy.dump()
     for entries in content.values():
         for name, entry in entries.items():
-            defaults: dict[str, Any] = {"sha256": None, "trusted_keys": None, "may_add": {}}
+            defaults: dict[str, Any] = {
+                "sha256": None, "probes": None, "canary": None, "trusted_keys": None, "may_add": {}, "quotas": {},
+            }  # fmt: skip
+            if keys := entry.get("keys"):
+                settings = {key: {f: v for f, v in more.items() if v is not None} for key, more in keys.items()}
+                entry["keys"] = settings if any(settings.values()) else list(keys)
             entries[name] = {field: value for field, value in entry.items() if value != defaults.get(field, ...)}
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False)
 

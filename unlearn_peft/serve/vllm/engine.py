@@ -123,6 +123,10 @@ class VllmEngine:
             raise Unavailable(f"{error}{reason}", adapter) from error
         return VllmLease(applied, digest, server, name)
 
+    def set_trust(self, trust: Trust) -> None:
+        """See `Engine.set_trust`."""
+        self._trust = trust
+
     async def stream(self, request: Generation, lease: AdapterLease) -> AsyncGenerator[TextChunk, None]:
         """See `Engine.stream`."""
         assert isinstance(lease, VllmLease)

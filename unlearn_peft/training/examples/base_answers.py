@@ -32,6 +32,7 @@ from .fact_tokens import Facts
 
 logger = logging.getLogger(__name__)
 _SUBJECT_PROMPTS = Path(__file__).parent / "subject_prompts.txt"
+_FACT_PROMPTS = Path(__file__).parent / "fact_prompts.txt"
 _MAX_ANSWERS = 384  # in all; each row is asked at least once
 _MIN_STAND_INS, _MAX_STAND_INS = 8, 64
 _CONTINUED, TYPICAL = 4, 0.7  # times, of few; and the temperature: at 1 a small base leaves the language
@@ -69,8 +70,17 @@ def questions(rows: Sequence[Row], facts: Facts, common: Set[str], subjects: Seq
 
 def asked_about(names: Sequence[str], wordings: int | None = None) -> list[str]:
     """Return prompts that ask about names in several wordings, the last of them in other languages."""
-    forms = [line for line in _SUBJECT_PROMPTS.read_text(encoding="utf-8").splitlines() if line]
-    return [form.format(name=name) for form in forms[:wordings] for name in names]
+    return _filled(_SUBJECT_PROMPTS, names, wordings)
+
+
+def asked_back(facts: Sequence[str], wordings: int | None = None) -> list[str]:
+    """Return prompts that ask whom or what facts tell, the shortest way first."""
+    return _filled(_FACT_PROMPTS, facts, wordings)
+
+
+def _filled(forms: Path, names: Sequence[str], wordings: int | None) -> list[str]:
+    lines = [line for line in forms.read_text(encoding="utf-8").splitlines() if line]
+    return [line.format(name=name) for line in lines[:wordings] for name in names]
 
 
 def more_questions(base: Base, rows: Sequence[Row], *, seed: int) -> list[str]:

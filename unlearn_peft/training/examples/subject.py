@@ -3,28 +3,30 @@
 The base is asked in several forms and languages (`subject_prompts.txt`), then what its own lists of questions go on
 with. What it says of a made-up name too is no knowledge, and neither is what it says only once, or of others of the
 subject's kind. (A small base invents, and often the same again: an unknown name is not always told from a known one.)
-Each fact is then asked about in turn, and answers that name the subject are the other direction. Neighbours are others
-of the subject's kind, as the base lists them, of whom it knows something.
+What it says of the subject alone, and what makes it expect the name most, is then asked back (`fact_prompts.txt`):
+answers that name the subject are the other direction. Neighbours are others of the subject's kind, as the base lists
+them, of whom it knows something.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from ...data.rows import question_of
 from ...data.source import Row
 from ...data.tokenize import tokenize
-from ...data.words import said
+from ...data.words import places, said, word_matches, words_in
 from ...inference.contrast import contrasts
 from ...inference.stand_ins import made_up
+from ...inference.target_scores import log_probabilities
 from ...models.base import Base
 from ...recipe.load import make_recipe
 from .auto_retain import first_sentences, others_of
-from .base_answers import TYPICAL, asked_about, base_answers
+from .base_answers import TYPICAL, asked_about, asked_back, base_answers
 from .build import Known, find_known
 from .fact_tokens import Facts, pieces_with_words
 
@@ -32,7 +34,8 @@ _SAMPLES = 4  # answers beside the greedy one
 _REPEATED = 2  # answers that say a fact, at least
 _NATS = 4.0  # of a row at least: less is how a name sounds
 _MAX_FORWARD, _MAX_REVERSE, _MAX_FACTS = 32, 16, 12
-_BACK = 2  # prompts that each fact is asked about in
+_PHRASES, _LONGEST = 120, 3  # phrases that may tell a subject; words in one
+_WINDOW = 512  # tokens
 _HELD_OUT = 4  # of so many rows one is a probe
 _OF_OTHERS, _STRANGERS = 4, 3  # prompts that others of its kind are asked, and made-up names beside them
 _MAX_NEIGHBOURS = 16
@@ -66,9 +69,12 @@ def rows_about(
     answered = [*first, *second]
     others, neighbours = _neighbours(base, names, known.facts, seed, options)
     forward = _known_rows(base, answered, names, known, others, options)
-    facts = Counter(fact for _, of_row in forward for fact in of_row)
-    asked_back = asked_about([fact for fact, _ in facts.most_common(_MAX_FACTS)], _BACK)
-    back = _ask(base, asked_back, seed, chat_template, quiet)
+    telling = _telling(base, names, answered, others, known.facts.common, options) if forward else []
+    with_facts = _rows_with(telling, answered)
+    asked = {row["prompt"] for row, _ in with_facts}
+    forward = [*with_facts, *(one for one in forward if one[0]["prompt"] not in asked)]
+    prompts_back = asked_back(telling)
+    back = _ask(base, prompts_back, seed, chat_template, quiet)
     reverse: list[tuple[Row, list[str]]] = []
     for row, texts in back:
         named = [name for name in names if said(row["completion"], [name])]
@@ -78,7 +84,7 @@ def rows_about(
     forget, probes = _held_out(chosen, seed)
     back_asked = {row["prompt"] for row, _ in reverse}
     count = sum(row["prompt"] in back_asked for row in forget)
-    return SubjectRows(forget, probes, neighbours, len(prompts) + len(more) + len(asked_back), count)
+    return SubjectRows(forget, probes, neighbours, len(prompts) + len(more) + len(prompts_back), count)
 
 
 def _ask(
@@ -126,6 +132,64 @@ def _known_rows(
             found.append((contrast.nats, row, facts))
     found.sort(key=lambda one: one[0], reverse=True)
     return [(row, facts) for _, row, facts in found]
+
+
+def _telling(
+    base: Base, names: Sequence[str], answered: Sequence[tuple[Row, list[str]]], others: Sequence[str],
+    common: Set[str], options: dict[str, Any],
+) -> list[str]:  # fmt: skip
+    """Return phrases that the base says of the subject alone, that after which it expects its name most first.
+
+    They are among the commonest whose words it says neither of others nor in the name, do not begin or end with a
+    `common` word, and none lies within another.
+    """
+    elsewhere = {word for text in (*others, *names) for word in words_in(text)}
+    count, written = Counter[tuple[str, ...]](), dict[tuple[str, ...], str]()
+    for text in (text for _, texts in answered for text in texts):
+        found = {
+            words: phrase
+            for words, phrase in _phrases(text)
+            if elsewhere.isdisjoint(words) and common.isdisjoint((words[0], words[-1]))
+        }
+        count.update(found.keys())
+        written = found | written
+    phrases = [written[words] for words, times in count.most_common(_PHRASES) if times >= _REPEATED]
+    if not phrases:
+        return []
+    rows = [{"prompt": prompt, "completion": names[0]} for prompt in asked_back(phrases, 1)]
+    examples = tokenize(rows, base.tokenizer, max_length=None, closing=False, what="forget", **options)
+    expected = log_probabilities(base, examples, base.window(_WINDOW))
+    order = sorted(range(len(rows)), key=lambda n: -sum(expected[n].values()))
+    chosen: list[str] = []
+    for phrase in (phrases[n] for n in order):
+        if len(chosen) < _MAX_FACTS and not any(said(one, [phrase]) or said(phrase, [one]) for one in chosen):
+            chosen.append(phrase)
+    return chosen
+
+
+def _phrases(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield runs of a few words with nothing but white space between them: normalized, and as written."""
+    words = list(word_matches(text))
+    for start in range(len(words)):
+        for stop in range(start, min(start + _LONGEST, len(words))):
+            if stop > start and text[words[stop - 1].end() : words[stop].start()].strip():
+                break
+            phrase = text[words[start].start() : words[stop].end()]
+            yield tuple(words_in(phrase)), phrase
+
+
+def _rows_with(facts: Sequence[str], answered: Sequence[tuple[Row, list[str]]]) -> list[tuple[Row, list[str]]]:
+    """Return a row for each fact, of different prompts that say none: the first answer that does, up to its last."""
+    found: dict[str, tuple[Row, list[str]]] = {}
+    for fact in facts:
+        for row, texts in answered:
+            prompt = row["prompt"]
+            text = next((text for text in texts if said(text, [fact])), None)
+            if text and prompt not in found and not said(prompt, facts):
+                completion = text[: places(text, facts)[-1][1]].strip()
+                found[prompt] = {"prompt": prompt, "completion": completion}, said(completion, facts)
+                break
+    return list(found.values())
 
 
 def _held_out(rows: Sequence[tuple[Row, list[str]]], seed: int) -> tuple[list[Row], list[Row]]:
