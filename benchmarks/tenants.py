@@ -15,6 +15,9 @@ behind it, the 95th of 100, in ms:
     after     that tenant's next request at the server
     others    one of another tenant then
 
+Of a look-up of a new tenant and of a change also what does not depend on the machine's load: statements that the
+database gets and, of a change in SQLite, pages of 4 kB that it writes to its log, each of which goes to the disk once.
+
 MiB is what the process of both takes at its end. Tables are filled by rows, not through edits, which would take hours.
 Not to be run against a store that is in use: its tables must be empty.
 """
@@ -109,9 +112,35 @@ def measure(where: str, count: int) -> dict[str, object]:
             if name == "change":
                 seconds["cpu"].append(time.process_time() - began_cpu)
     figures |= {name: spread(values) for name, values in seconds.items()}
+    figures |= counts(writer, server, where, iter(order[-20:]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     server.close(), writer.close()
     return {"tenants": f"{count:,}", **figures, "MiB": peak}
+
+
+def counts(writer: PolicyStore, server: PolicyStore, where: str, numbers: Iterator[int]) -> dict[str, object]:
+    """Return the statements of a look-up and of a change, and the pages that a change writes to SQLite's log."""
+    seen: list[str] = []
+
+    def note(connection: object, cursor: object, text: str, *_: object) -> None:
+        seen.append(text)
+
+    for store in (writer, server):
+        sql.event.listen(store._engine, "after_cursor_execute", note)
+    server.current().tenant_of(f"uf-{next(numbers)}")
+    looked_up, changes = len(seen), 10
+    if writer._engine.dialect.name == "sqlite":
+        with writer._engine.connect() as connection:
+            connection.exec_driver_sql("COMMIT")
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            connection.exec_driver_sql("BEGIN")
+    seen.clear()
+    for _ in range(changes):
+        writer.forget(f"t{next(numbers)}", "a9", 0.5, who="benchmark")
+    found: dict[str, object] = {"statements new, change": f"{looked_up}, {len(seen) / changes:.0f}"}
+    if (log := Path(f"{where}-wal")).is_file():
+        found["pages"] = f"{log.stat().st_size / 4120 / changes:.1f}"
+    return found
 
 
 def sync() -> None:

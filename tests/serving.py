@@ -116,7 +116,8 @@ def greedy_text(base_folder, adapters, prompt, count):
 def running(engine, policy, **settings):
     """A real server on a free port; yields its handler and URL."""
     from unlearn_peft.serve.api.app import create_app
-    from unlearn_peft.serve.api.server import HttpServer, listen
+    from unlearn_peft.serve.api.listening import listen
+    from unlearn_peft.serve.api.server import HttpServer
     from unlearn_peft.serve.handler import RequestHandler
 
     playground, access = settings.pop("playground", None), settings.pop("access", None)

@@ -259,3 +259,26 @@ def test_a_store_that_is_closed_is_whole_in_its_one_file(tmp_path):
     assert len(PolicyStore(tmp_path / "copy" / "tenants.db").current().tenants) == 20
     with pytest.raises(PolicyError):
         PolicyStore(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_store_that_is_closed_leaves_a_short_log(tmp_path, read):
+    """Whoever opens it next reads all of that, for seconds after an import; not while another reads."""
+    path = tmp_path / "tenants.db"
+    store, log = PolicyStore(path, create=True), tmp_path / "tenants.db-wal"
+    for number in range(20):
+        store.add(f"t{number}", who="me")
+    assert log.stat().st_size > 40_000
+    server = PolicyStore(path)
+    if read:  # in the middle of something
+        with server._reads.connect() as connection:
+            connection.exec_driver_sql("SELECT * FROM unlearn_tenants").fetchone()
+            began = time.monotonic()
+            store.close()
+            assert time.monotonic() - began < 2, "it waits for nobody"
+    else:
+        store.close()
+        assert log.stat().st_size == 0
+    assert len(server.current().tenants) == 20
+    server.close()
+    assert log.exists() and len(PolicyStore(path).current().tenants) == 20

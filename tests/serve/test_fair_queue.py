@@ -1,6 +1,7 @@
 """Tenants get places in turn, however many of one wait."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -67,5 +68,88 @@ def test_who_goes_away_while_waiting_holds_no_place(granted):
             await asyncio.wait_for(queue.acquire("b"), 1)
             queue.release("b")
         assert not queue._waiting and not queue._taken and queue._free == 1
+
+    asyncio.run(run())
+
+
+def test_the_last_places_are_for_those_that_have_none():
+    async def run():
+        queue = FairQueue(4, spare=1)
+        for tenant in "aab":
+            await asyncio.wait_for(queue.acquire(tenant), 1)
+        for tenant in "ab":
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(queue.acquire(tenant), 0.05)
+        await asyncio.wait_for(queue.acquire("c"), 1)
+        waiting = [asyncio.create_task(queue.acquire(tenant)) for tenant in "abd"]
+        queue.release("a")
+        await asyncio.wait_for(waiting[2], 1)
+        assert not waiting[0].done() and not waiting[1].done()
+        queue.release("b")
+        queue.release("c")
+        await asyncio.wait(waiting[:2], timeout=1)
+        assert sum(task.done() for task in waiting[:2]) == 1, "one place stays free"
+        for task in waiting:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+async def seconds_until(queue, tenant):
+    began = time.monotonic()
+    await asyncio.wait_for(queue.acquire(tenant), 5)
+    queue.release(tenant)
+    return time.monotonic() - began
+
+
+def test_who_was_charged_waits_and_holds_no_place():
+    async def run():
+        queue = FairQueue(1)
+        queue.charge("a", 0.2)
+        queue.charge("a", 0.2)
+        waiting = asyncio.create_task(seconds_until(queue, "a"))
+        await asyncio.sleep(0)
+        await seconds_until(queue, "b")
+        assert not waiting.done() and await waiting > 0.35
+
+    asyncio.run(run())
+
+
+def test_a_burst_is_not_waited_for():
+    async def run():
+        queue = FairQueue(1, burst=5)
+        took = []
+        for _ in range(8):
+            took.append(await seconds_until(queue, "a"))
+            queue.charge("a", 1)
+        assert max(took[:6]) < 0.8 and sum(took) > 0.8
+
+    asyncio.run(run())
+
+
+def test_nobody_waits_for_tenants_that_are_not_there_or_were_charged_as_much():
+    async def run():
+        present = {"a"}
+        queue = FairQueue(2, present=lambda: present)
+        queue.charge("a", 30)
+        await seconds_until(queue, "a")
+        present.add("b")
+        queue.charge("b", 40)
+        await seconds_until(queue, "a")  # it was charged less
+        waiting = asyncio.create_task(seconds_until(queue, "b"))
+        await asyncio.sleep(0.3)
+        assert not waiting.done(), "a was charged less"
+        present.remove("a")
+        await waiting  # now it is alone
+
+    asyncio.run(run())
+
+
+def test_charges_that_are_over_are_forgotten():
+    async def run():
+        queue = FairQueue(1)
+        for n in range(5000):
+            queue.charge(f"address {n}", 0.0)
+        assert len(queue._charged) < 2000
 
     asyncio.run(run())

@@ -60,7 +60,7 @@ class World:
 async def ask(engine, policy, tenant, **settings):
     lease = await engine.hold(policy.forget_of(tenant), policy)
     try:
-        request = Generation(await engine.encode(PROMPT), COUNT, **{"temperature": 0.0, "ignore_eos": True, **settings})
+        request = Generation(engine.encode(PROMPT), COUNT, **{"temperature": 0.0, "ignore_eos": True, **settings})
         async with aclosing(engine.stream(request, lease)) as stream:
             return [piece async for piece in stream]
     finally:
@@ -277,7 +277,7 @@ def test_closing_an_answer_early_stops_vllm(world):
 
     async def early():
         lease = await engine.hold(policy.forget_of("bob"), policy)
-        request = Generation(await engine.encode(PROMPT), 60, 0.0, ignore_eos=True)
+        request = Generation(engine.encode(PROMPT), 60, 0.0, ignore_eos=True)
         async with aclosing(engine.stream(request, lease)) as stream:
             async for _ in stream:
                 break
@@ -308,12 +308,12 @@ def test_prompts_that_are_none(world):
 
     async def refused(prompt):
         with pytest.raises(PromptError):
-            await engine.encode(prompt)
+            engine.encode(prompt)
 
     async def several():
         for prompt in ("", [], [0, 10**6], [-1]):
             await refused(prompt)
-        return await engine.encode([{"role": "user", "content": "who"}])
+        return engine.encode([{"role": "user", "content": "who"}])
 
     assert run(engine, several())[0] == 1
 

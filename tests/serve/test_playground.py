@@ -47,7 +47,7 @@ class Scripted:
     def __init__(self, says, pause=0.0):
         self.says, self.pause, self.gone, self.asked, self.broken = says, pause, 0, [], None
 
-    async def encode(self, prompt, variables=None):
+    def encode(self, prompt, variables=None):
         self.asked.append(prompt)
         return (1, 2, 3)
 

@@ -244,11 +244,12 @@ def test_a_flood_delays_another_tenant_by_one_batch_at_most(serve, answers):
         assert all(job.result().status_code == 200 for job in jobs)
 
 
-def test_long_answers_of_one_tenant_leave_a_row_to_others(serve):
-    with serve(batch=4) as (handler, url), ThreadPoolExecutor(8) as pool:
+@pytest.mark.parametrize("tenants", [["alice"], ["alice", "carol"]], ids=["of one tenant", "of two"])
+def test_long_answers_leave_a_row_to_others(serve, tenants):
+    with serve(batch=4) as (handler, url), ThreadPoolExecutor(12) as pool:
         slow(handler, 0.02)
-        jobs = [pool.submit(post, url, "alice", max_tokens=200) for _ in range(6)]
-        wait_for(lambda: handler.active == 6 and handler.engine.stats().running == 3)
+        jobs = [pool.submit(post, url, tenant, max_tokens=200) for tenant in tenants for _ in range(6)]
+        wait_for(lambda: handler.active == len(jobs) and handler.engine.stats().running == 3)
         assert post(url, "bob", max_tokens=4).status_code == 200
         assert not any(job.done() for job in jobs)
 

@@ -132,7 +132,7 @@ def chat(question):
 
 async def ask(engine, policy, tenant, question, length=LENGTH, **settings):
     """Return the answer's text and its last piece."""
-    ids = await engine.encode(chat(question))
+    ids = engine.encode(chat(question))
     lease = await engine.hold(policy.forget_of(tenant), policy)
     try:
         text = ""
@@ -217,7 +217,7 @@ def test_logprobs_stops_and_lengths_are_as_the_engine_promises(engine, policy_pa
     async def run():
         text, last = await ask(engine, policy, "nothing", QUESTIONS[0], logprobs=2, stop=("Rowling",))
         assert "Rowling" not in text and last.finish_reason == "stop", text
-        ids, lease = await engine.encode("The capital of Italy is"), await engine.hold({}, policy)
+        ids, lease = engine.encode("The capital of Italy is"), await engine.hold({}, policy)
         pieces = [piece async for piece in engine.stream(Generation(ids, 3, 0.0, logprobs=2), lease)]
         assert sum(piece.tokens for piece in pieces) == 3 and pieces[-1].finish_reason == "length"
         told = [entry for piece in pieces for entry in piece.logprobs]

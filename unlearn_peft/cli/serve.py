@@ -63,7 +63,7 @@ def serve(
     ] = 1024,
     per_address: Annotated[
         int | None,
-        typer.Option(min=1, help="Connections of one address. Default: a quarter of all; more behind a proxy."),
+        typer.Option(min=1, help="Connections of one address, and new ones in 5 s. Default: 1/4; more behind a proxy."),
     ] = None,
     quota_requests: Annotated[
         str | None,
@@ -178,8 +178,9 @@ def serve(
             f"--adapter serves without keys, and --host {host} would let others in: give --policy FILE, or leave it out"
         )
     _on_hangup(signal.SIG_IGN)
+    from ..serve.api.listening import listen
     from ..serve.api.loading import answering, tls_context
-    from ..serve.api.server import HttpServer, listen
+    from ..serve.api.server import HttpServer
 
     listening = listen(host, port)
     loading = context.with_resource(ExitStack())

@@ -4,31 +4,36 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .limits import BYTES_PER_TOKEN, Limits
 from .request import ApiError, Call, Prompt
 
+_RECENT = 5.0  # seconds for which a tenant counts as there, so that who asks again and again is never taken for gone
+
 
 class Places:
     """Counts answers under way, by tenant. They are `active` until they are generated, and the tenant's until sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits, *, only_tenant: bool = False) -> None:
+        self._limits, self._only_tenant = limits, only_tenant
         self.active = 0  # answers that run or wait
         self._under_way = Counter[str]()  # by tenant: these, and those that are not wholly sent
+        self._left = OrderedDict[str, float]()  # tenants that had the last of these, and when; the oldest first
         self._mean_seconds = 1.0  # moving average of an answered request's duration
 
-    def claim(self, call: Call, count: int, limits: Limits, *, only_tenant: bool = False) -> None:
+    def claim(self, call: Call, count: int) -> None:
         """Let a request have `count` answers under way; if it is refused, it keeps those that it had.
 
         Raises:
             ApiError: 429 if the server has no room, or the tenant's share is used up.
         """
-        more = count - call.claimed
+        limits, more = self._limits, count - call.claimed
         full = self.active + more > limits.room
-        share = limits.room if only_tenant and limits.per_tenant is None else limits.share
+        share = limits.room if self._only_tenant and limits.per_tenant is None else limits.share
         if full or self._under_way[call.tenant] + more > share:
             wait = math.ceil(self._mean_seconds * max(1.0, self.active / limits.batch))
             message = "the queue is full" if full else f"too many requests of yours are under way: at most {share}"
@@ -48,7 +53,16 @@ class Places:
         self._under_way[call.tenant] -= call.claimed
         if not self._under_way[call.tenant]:
             del self._under_way[call.tenant]
+            if call.claimed:
+                self._left[call.tenant] = time.monotonic()
+                self._left.move_to_end(call.tenant)
         call.claimed = 0
+
+    def present(self) -> set[str]:
+        """Return the tenants that have an answer under way, or had one a moment ago."""
+        while self._left and next(iter(self._left.values())) < time.monotonic() - _RECENT:
+            self._left.popitem(last=False)
+        return {*self._under_way, *self._left}
 
     def took(self, seconds: float) -> None:
         """Note how long a request took that was answered."""

@@ -197,7 +197,7 @@ class Canary:
         return tuple(result is True for result in results)
 
     async def _leaks(self, call: Call, lease: AdapterLease, row: Row) -> bool:
-        ids = await self._engine.encode([{"role": "user", "content": row["prompt"]}])
+        ids = await asyncio.to_thread(self._engine.encode, [{"role": "user", "content": row["prompt"]}])
         count = min(_ANSWER_TOKENS, self._engine.context - len(ids))
         if count < 1:
             raise DataError(f"a probe has {len(ids)} tokens, and this base takes {self._engine.context}")

@@ -1,11 +1,21 @@
-"""Places that tenants get in turn, so that the flood of one delays another by no more than what has a place already."""
+"""Places that tenants get in turn, so that the flood of one delays another by no more than what has a place already.
+
+What a tenant did with a place can be charged to it: then it gets no further one for a while, so that others have their
+part of the processor, too. While it waits it holds no place.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+_LOOK_AGAIN = 0.25  # seconds, whether those are still there for whom a tenant waits
+_MANY = 1024  # tenants whose charges are kept before those that are over are looked for
 
 
 class FairQueue:
@@ -14,10 +24,19 @@ class FairQueue:
     Args:
         places: that can be taken at once.
         per_tenant: of these, what one tenant can have; all by default.
+        spare: of these, what only tenants get that have none yet.
+        burst: seconds that may be charged to a tenant before it waits.
+        present: the tenants for whom another waits: not one that was charged less than each of them. None: all wait.
     """
 
-    def __init__(self, places: int, per_tenant: int | None = None) -> None:
+    def __init__(
+        self, places: float, per_tenant: float | None = None, *, spare: int = 0, burst: float = 0.0,
+        present: Callable[[], Collection[str]] | None = None,
+    ) -> None:  # fmt: skip
         self._free, self._per_tenant = places, places if per_tenant is None else per_tenant
+        self._spare, self._burst, self._present = spare, burst, present
+        self._charged = dict[str, float]()  # until when, by the monotonic clock
+        self._timer: asyncio.TimerHandle | None = None
         self._taken = Counter[str]()
         self._waiting = OrderedDict[str, deque[asyncio.Future[None]]]()  # the tenant whose turn it is comes first
 
@@ -52,6 +71,13 @@ class FairQueue:
             del self._taken[tenant]
         self._give()
 
+    def charge(self, tenant: str, seconds: float) -> None:
+        """Give a tenant no further place for so long, beyond its burst; charges add up."""
+        now = time.monotonic()
+        if len(self._charged) >= _MANY:
+            self._charged = {name: until for name, until in self._charged.items() if until > now}
+        self._charged[tenant] = max(self._charged.get(tenant, now), now) + seconds
+
     def _give(self) -> None:
         while self._free and (tenant := self._next()) is not None:
             turn = self._waiting[tenant].popleft()
@@ -64,7 +90,34 @@ class FairQueue:
                 self._taken[tenant] += 1
 
     def _next(self) -> str | None:
-        return next((tenant for tenant in self._waiting if self._taken[tenant] < self._per_tenant), None)
+        waits = list[float]()
+        for tenant in self._waiting:
+            taken = self._taken[tenant]
+            if taken < self._per_tenant and (not taken or self._free > self._spare):
+                if (wait := self._wait(tenant)) <= 0:
+                    return tenant
+                waits.append(wait)
+        if waits and (self._timer is None or self._timer.when() - asyncio.get_running_loop().time() > min(waits)):
+            self._look_again(min(waits))
+        return None
+
+    def _wait(self, tenant: str) -> float:
+        """Return for how many seconds a tenant gets no place, at least."""
+        until = self._charged.get(tenant, 0.0)
+        wait = until - self._burst - time.monotonic()
+        if wait <= 0 or self._present is None:
+            return wait
+        least = all(self._charged.get(other, 0.0) >= until for other in self._present())
+        return 0.0 if least else min(wait, _LOOK_AGAIN)
+
+    def _look_again(self, seconds: float) -> None:
+        def look() -> None:
+            self._timer = None
+            self._give()
+
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, look)
 
     def _forget(self, tenant: str, turn: asyncio.Future[None]) -> None:
         turns = self._waiting.get(tenant)
@@ -72,3 +125,31 @@ class FairQueue:
             turns.remove(turn)
             if not turns:
                 del self._waiting[tenant]
+
+
+def in_thread(
+    queue: FairQueue, tenant: str, work: Callable[[], T], price: Callable[[float], float]
+) -> asyncio.Future[T]:
+    """Do something in a thread, with a place that its tenant has already; it is free when that has ended.
+
+    The tenant is charged the `price` of the seconds of a processor that it took.
+    """
+    took = 0.0
+
+    def timed() -> T:
+        nonlocal took
+        began = time.thread_time()
+        try:
+            return work()
+        finally:
+            took = time.thread_time() - began
+
+    def ended(done: asyncio.Future[T]) -> None:
+        queue.charge(tenant, price(took))
+        queue.release(tenant)
+        if not done.cancelled():
+            done.exception()  # it was seen, where somebody still waits
+
+    task = asyncio.ensure_future(asyncio.to_thread(timed))
+    task.add_done_callback(ended)
+    return task

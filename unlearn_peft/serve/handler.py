@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from .admission import Places, answer_tokens, check_size, is_chat
 from .audit import AuditLog, describe
 from .canary import Canary
 from .engine.base import AdapterLease, Engine, EngineStats, Generation, GenerationError, TextChunk, Unavailable
-from .fair_queue import FairQueue
+from .fair_queue import FairQueue, in_thread
 from .key_log import KeyLog
 from .limits import Limits
 from .metrics import Metrics
@@ -32,7 +32,11 @@ from .tracing import Tracing
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _AHEAD = 2  # answers beyond a full batch that have their adapters already, so that a free place is taken at once
-_PREPARING = 4  # bodies and prompts that are read at once, each of another tenant
+_READING = 4  # bodies and prompts that are read at once, each of another tenant
+# Reading holds Python's lock, which each step of the model needs, and the pass over a prompt is a step that all wait
+# for. After either, its tenant waits for a multiple of the time that it took, if others are there: it has a fifth
+_WAIT = 4.0
+_REQUEST_SECONDS = 0.001  # that a request takes on the event loop, beside reading
 _Chunks = asyncio.Queue[tuple[int, TextChunk | Exception]]  # each with the number of its answer
 
 
@@ -53,18 +57,18 @@ class RequestHandler:
         self.draining = False
         self.shows_base = False  # set by the playground alone, if it was started so
         self.metrics.active.set_function(lambda: self.active)
-        self._preparing = FairQueue(_PREPARING, per_tenant=1)
-        # of requests with a lease: those that wait have none, so that memory is for those that run. One tenant cannot
-        # have all, so that another's answer waits for a place in the batch alone
-        self._leases = FairQueue(self.limits.batch + 2 * _AHEAD, per_tenant=self.limits.batch + _AHEAD)
-        # nor all of the batch, however long its answers: a further tenant starts at once
-        alone = self.open_tenant is not None or self.limits.batch == 1
-        self._rows = FairQueue(self.limits.batch + _AHEAD, per_tenant=None if alone else self.limits.batch - 1)
+        self._places = Places(self.limits, only_tenant=self.open_tenant is not None)
+        self._reading = FairQueue(_READING, per_tenant=1, present=self._places.present)
+        # of requests with a lease: those that wait have none, so that memory is for those that run. Tenants that have
+        # some leave the last to those that have none, so that another's answer waits for a place in the batch alone
+        self._leases = FairQueue(self.limits.batch + 2 * _AHEAD, spare=_AHEAD, present=self._places.present)
+        # nor do they take all of the batch, however long their answers: a further tenant starts at once
+        spare = 0 if self.open_tenant is not None or self.limits.batch == 1 else 1 + _AHEAD
+        self._rows = FairQueue(self.limits.batch + _AHEAD, spare=spare)
         self._canary = Canary(self.engine, self._rows, self._record, self.metrics, self.limits.seconds)
         self._quotas = Quotas(self.limits.quotas)
         self._keys = KeyLog(self.policies)
         self._cleanups = set[asyncio.Future[None]]()
-        self._places = Places()
 
     @property
     def active(self) -> int:
@@ -103,7 +107,7 @@ class RequestHandler:
         """
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="draining")
-        self._claim(call, 1)
+        self._places.claim(call, 1)
         self._quotas.admit(call)
 
     def leave(self, call: Call) -> None:
@@ -154,20 +158,13 @@ class RequestHandler:
             cleanup.add_done_callback(self._cleanups.discard)
             await asyncio.shield(cleanup)
 
-    async def in_turn(self, call: Call, work: Callable[[], Awaitable[T]]) -> T:
-        """Do something that takes a processor's time, when it is its tenant's turn, and as `in_time`.
+    async def in_turn(self, call: Call, work: Callable[[], T]) -> T:
+        """Do something that takes a processor's time, in a thread, when it is its tenant's turn, and as `in_time`.
 
         Its place is free when it has ended, which may be long after its client has gone.
         """
-        await self.in_time(call, self._preparing.acquire(call.tenant))
-        task = asyncio.ensure_future(work())
-
-        def ended(done: asyncio.Future[T]) -> None:
-            self._preparing.release(call.tenant)
-            if not done.cancelled():
-                done.exception()  # it was seen, where somebody still waits
-
-        task.add_done_callback(ended)
+        await self.in_time(call, self._reading.acquire(call.tenant))
+        task = in_thread(self._reading, call.tenant, work, lambda took: _WAIT * (took + _REQUEST_SECONDS))
         return await self.in_time(call, asyncio.shield(task))
 
     async def in_time(self, call: Call, awaitable: Awaitable[T]) -> T:
@@ -209,14 +206,16 @@ class RequestHandler:
         if count > limits.answers:
             message = f"{count} answers in one request: at most {limits.answers}"
             raise ApiError(400, message, code="too_many_answers", param="n")
-        self._claim(call, count)
+        self._places.claim(call, count)
         return count
 
-    def _claim(self, call: Call, count: int) -> None:
-        self._places.claim(call, count, self.limits, only_tenant=self.open_tenant is not None)
-
     async def _encode(self, call: Call, request: ParsedRequest) -> list[Generation]:
-        limits, generations = self.limits, []
+        limits, generations, loop = self.limits, [], asyncio.get_running_loop()
+
+        def prefilled(seconds: float) -> None:
+            with suppress(RuntimeError):  # the event loop has gone
+                loop.call_soon_threadsafe(self._leases.charge, call.tenant, _WAIT * seconds)
+
         longest = min(limits.prompt_tokens, self.engine.context - 1)
         for prompt in request.prompts:
             check_size(prompt, request.variables, longest)
@@ -232,7 +231,7 @@ class RequestHandler:
             for n in range(request.n):
                 if settings["seed"] is not None:  # n different answers, the same ones each time
                     settings["seed"] = (request.settings["seed"] + n) % 2**63
-                generations.append(Generation(ids, max_tokens, **settings))
+                generations.append(Generation(ids, max_tokens, prefilled=prefilled, **settings))
         return generations
 
     async def _produce(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")  # hosts that a server without keys may listen on and answer to
 BYTES_PER_TOKEN = 16  # a text with more for each token that it may have is refused before it is tokenized
+OPENING_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Limits:
     seconds: float = 300.0  # from a request's arrival until all of its answers are sent
     drain_seconds: float = 30.0  # for running requests to finish after SIGTERM
     connections: int = 1024  # open at once; fewer where the process may open fewer files
-    per_address: int | None = None  # of these, from one address; None: a quarter
+    per_address: int | None = None  # of these, from one address, and new ones in `OPENING_SECONDS`; None: 1/4
     header_seconds: float = 10.0  # for a request's head, from the connection or the head's first byte
     body_seconds: float = 60.0  # for a request's body
     idle_seconds: int = 75  # between two requests: longer than clients (httpx: 5) and proxies (60) keep a connection
@@ -46,3 +47,8 @@ class Limits:
     def share(self) -> int:
         """Answers that one tenant may have under way: running, waiting, or not sent yet."""
         return max(self.room // 2, 1) if self.per_tenant is None else self.per_tenant
+
+    @property
+    def address_share(self) -> int:
+        """Connections that one address may open in `OPENING_SECONDS`, after twice as many at once."""
+        return max(self.connections // 4, 1) if self.per_address is None else self.per_address

@@ -22,6 +22,7 @@ async def identify(handler: RequestHandler, request: Request, scope: str | None 
     client = printable(request.client.host, lines=False)[:64] if request.client else None
     call = await handler.identify(request.headers.get("authorization"), client, scope)
     request.scope[_CALL] = call
+    request.state.tenant = call.tenant  # its free answers wait for this tenant's turn, not for its address's
     return call
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
@@ -22,6 +22,8 @@ from ..handler import RequestHandler
 from ..limits import LOOPBACK, Limits
 from ..request import ApiError, Call, ParsedRequest, as_api_error
 from .access import AccessLog, identify
+from .connection import free_answers
+from .document import add_document
 from .playground import Playground, add_playground
 from .requests import read_request
 from .responses import Answer, ResponseFormat
@@ -47,10 +49,10 @@ def create_app(
             access.close()
 
     app = FastAPI(
-        title="unlearn-peft", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
+        title="unlearn-peft", lifespan=lifespan, docs_url=None, redoc_url=None,
         redirect_slashes=False,  # a redirected POST would go where the Host header says, key and all
     )  # fmt: skip
-    app.state.handler = handler
+    app.state.handler, app.state.free_answers = handler, free_answers()
     if handler.open_tenant is not None:  # without keys, a web page could get in by DNS rebinding
         hosts = [f"[{name}]" if ":" in name else name for name in LOOPBACK]
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)
@@ -76,7 +78,7 @@ def create_app(
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/readyz")
+    @app.get("/readyz", responses={503: {"description": "Every request would be refused."}})
     async def readyz() -> JSONResponse:
         """Whether it accepts requests; it does so under an older policy, too, while the newest is refused."""
         problem = await _problem(handler)
@@ -86,7 +88,7 @@ def create_app(
 
     if metrics:
 
-        @app.get("/metrics")
+        @app.get("/metrics", response_class=PlainTextResponse)
         async def metrics_text() -> Response:
             return Response(handler.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -110,6 +112,7 @@ def create_app(
     async def completions(request: Request) -> Response:
         return await _respond(handler, request, chat=False)
 
+    add_document(app)
     if playground is not None:
         add_playground(app, handler, playground, _respond)
     return app
@@ -141,7 +144,8 @@ async def _respond(handler: RequestHandler, request: Request, *, chat: bool, bas
         try:
             handler.enter(call)
             body = await handler.in_time(call, _read_body(request, handler.limits))
-            parsed = await handler.in_turn(call, partial(asyncio.to_thread, read_request, body, chat=chat))
+            reading = handler.in_turn(call, partial(read_request, body, chat=chat))
+            parsed = await _while_connected(request, reading)
             del body
         except Exception as error:
             refusal = as_api_error(error)
@@ -210,7 +214,7 @@ async def _while_connected(request: Request, awaitable: Awaitable[T]) -> T:
     try:
         await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise ApiError(499, "the client has gone")
+            raise ApiError(499, "the client has gone", code="client_gone")
         return await work
     finally:
         for task in (work, watch):

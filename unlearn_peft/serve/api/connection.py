@@ -1,12 +1,14 @@
 """One client's connection: how long each part of a request and its response may take, and how many may be open.
 
 uvicorn bounds the time between two requests alone. A head or a body that never ends, a response that nobody reads, and
-sockets that say nothing would each hold a file and memory for ever.
+sockets that say nothing would each hold a file and memory for ever. And who is refused asks again at once: so answers
+that cost their client nothing, refusals above all, are sent to each at a steady pace.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import resource
 import socket
 from typing import Any
@@ -15,12 +17,21 @@ import h11
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ..fair_queue import FairQueue
 from ..limits import Limits
 from ..request import ApiError
+from .listening import address_of
 
 _OTHER_FILES = 64  # of all that the process may have open: adapters, the store, logs
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\nretry-after: 5\r\n\r\n"
+_PACE, _BURST = 0.05, 1.0  # seconds from one free answer to the next, and how many seconds' worth are sent at once
+_HEALTH_PACE = 0.005
 _GRACE = 2.0  # seconds, beyond those in which the app itself refuses in plain words
+
+
+def free_answers() -> FairQueue:
+    """Return the queue of answers that cost their client nothing, by tenant or, without a known key, by address."""
+    return FairQueue(math.inf, per_tenant=1, burst=_BURST)
 
 
 class Connection(H11Protocol):
@@ -29,6 +40,8 @@ class Connection(H11Protocol):
     def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
         super().__init__(config, *args, **settings)
         self._limits: Limits = config.app.state.handler.limits
+        self._free_answers: FairQueue = config.app.state.free_answers
+        self._turn: asyncio.Future[None] | None = None  # of a free answer to this client
         self._respond, self.app = self.app, self._within_limits
         self._reading: str | None = None  # "head" or "body", while one of them is under way
         self._timers = dict[str, asyncio.TimerHandle]()
@@ -81,16 +94,17 @@ class Connection(H11Protocol):
         """Called by asyncio."""
         for name in list(self._timers):
             self._stop(name)
+        if self._turn is not None:
+            self._turn.cancel()
         super().connection_lost(exc)
 
     def _is_one_too_many(self) -> bool:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         limit = min(self._limits.connections, max(files - _OTHER_FILES, 8))
-        clients = [getattr(one, "client", None) for one in self.connections]
-        addresses = [client and client[0] for client in clients]
-        of_this = 0 if self.client is None else addresses.count(self.client[0])
+        address = address_of(self.client)
+        of_this = sum(address_of(getattr(one, "client", None)) == address for one in self.connections)
         per_address = self._limits.per_address
-        return len(addresses) > limit or of_this > (limit // 4 if per_address is None else per_address)
+        return len(self.connections) > limit or of_this > (limit // 4 if per_address is None else per_address)
 
     def _watch(self) -> None:
         """Bound the time of a head or body that is under way; more bytes of it give no more time."""
@@ -115,13 +129,34 @@ class Connection(H11Protocol):
 
     async def _within_limits(self, scope: Any, receive: Any, send: Any) -> None:
         """The app, which may take `Limits.seconds` for everything from a request's head to the last byte sent."""
-        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
-            message = "a request has Content-Length and Transfer-Encoding: expected one of them"
-            body = ApiError(400, message, code="invalid_framing").body
-            await JSONResponse(body, 400, {"connection": "close"})(scope, receive, send)
-            return
+
+        async def send_in_turn(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                if scope["path"] == "/healthz":
+                    await self._wait_for_turn(f"health {address_of(self.client)}", _HEALTH_PACE)
+                elif message["status"] >= 400 or scope["method"] != "POST":
+                    client = scope["state"].get("tenant") or f"address {address_of(self.client)}"
+                    await self._wait_for_turn(client, _PACE)
+            await send(message)
+
         timer = self.loop.call_later(self._limits.seconds + _GRACE, self.transport.abort)
         try:
-            await self._respond(scope, receive, send)
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+                message = "a request has Content-Length and Transfer-Encoding: expected one of them"
+                body = ApiError(400, message, code="invalid_framing").body
+                await JSONResponse(body, 400, {"connection": "close"})(scope, receive, send_in_turn)
+            else:
+                await self._respond(scope, receive, send_in_turn)
         finally:
             timer.cancel()
+
+    async def _wait_for_turn(self, client: str, pace: float) -> None:
+        """Wait until a client may have another free answer, or has gone."""
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()  # uvicorn reads nothing after a request, and so would not see it go
+        self._turn = asyncio.ensure_future(self._free_answers.acquire(client))
+        await asyncio.wait({self._turn})
+        if not self._turn.cancelled():
+            self._free_answers.charge(client, pace)
+            self._free_answers.release(client)

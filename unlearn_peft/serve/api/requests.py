@@ -139,7 +139,9 @@ class _Common(BaseModel, extra="allow"):
         return value
 
 
-class _ChatRequest(_Common):  # /v1/chat/completions
+class ChatRequest(_Common):
+    """The body of /v1/chat/completions."""
+
     messages: Annotated[list[_Message], Field(fail_fast=True, min_length=1, max_length=_MAX_MESSAGES)]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -164,10 +166,15 @@ _Texts = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=_MA
 _ManyIds = Annotated[list[_Ids], Field(fail_fast=True, min_length=1, max_length=_MAX_PROMPTS)]
 
 
-class _CompletionRequest(_Common):  # /v1/completions
+class CompletionRequest(_Common):
+    """The body of /v1/completions."""
+
     prompt: Annotated[str, Field(min_length=1)] | _Ids | _Texts | _ManyIds
     max_tokens: int = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=20)
+
+
+BODIES: dict[str, type[BaseModel]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
 
 
 def read_request(body: bytes, *, chat: bool) -> ParsedRequest:
@@ -176,7 +183,7 @@ def read_request(body: bytes, *, chat: bool) -> ParsedRequest:
     Raises:
         ApiError: naming what is wrong; it never quotes texts of the request.
     """
-    kind: type[_ChatRequest] | type[_CompletionRequest] = _ChatRequest if chat else _CompletionRequest
+    kind: type[ChatRequest] | type[CompletionRequest] = ChatRequest if chat else CompletionRequest
     try:
         request = kind.model_validate(_without_nulls(body))
     except ValidationError as error:
@@ -196,7 +203,7 @@ def read_request(body: bytes, *, chat: bool) -> ParsedRequest:
     prompts: tuple[Prompt, ...]
     variables: dict[str, Any] = {}
     called, schema = None, None if request.response_format is None else request.response_format.schema_text()
-    if isinstance(request, _ChatRequest):
+    if isinstance(request, ChatRequest):
         prompts = (tuple(message.plain() for message in request.messages),)
         max_tokens, variables = request.max_completion_tokens or request.max_tokens, request.chat_template_kwargs
         logprobs = (request.top_logprobs or 0) if request.logprobs else None

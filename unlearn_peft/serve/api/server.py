@@ -12,9 +12,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from ...errors import UnlearnError
 from ..handler import RequestHandler
 from .connection import Connection
+from .listening import Listening
 
 logger = logging.getLogger(__name__)
 _SEND_SECONDS = 2.0  # for what is generated already, after SIGTERM
@@ -30,11 +30,18 @@ class HttpServer(uvicorn.Server):
     def __init__(self, app: FastAPI, *, ready: Callable[[str], None] = lambda url: None, **ssl: Any) -> None:
         self.handler: RequestHandler = app.state.handler
         config = uvicorn.Config(
-            app, log_level="warning", http=Connection, ws="none", lifespan="on", timeout_graceful_shutdown=2,
-            timeout_keep_alive=self.handler.limits.idle_seconds, **ssl,
+            app, log_level="warning", http=Connection, ws="none", loop="asyncio",  # which asks `Listening` itself
+            lifespan="on", timeout_graceful_shutdown=2, timeout_keep_alive=self.handler.limits.idle_seconds, **ssl,
         )  # fmt: skip
         super().__init__(config)
         self._ready, self._announced, self._deadline = ready, False, 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called by uvicorn: begin to accept."""
+        for each in sockets or ():
+            if isinstance(each, Listening):
+                each.limits = self.handler.limits
+        await super().startup(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second; returns whether to end."""
@@ -67,17 +74,3 @@ class HttpServer(uvicorn.Server):
         """Where it listens, with the real port."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return f"http{'s' if self.config.is_ssl else ''}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; call it before a model is loaded, so that a port in use is reported at once.
-
-    Raises:
-        UnlearnError: the port is in use, or not allowed.
-    """
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise UnlearnError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port or --host"
-        ) from None

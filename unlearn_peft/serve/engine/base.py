@@ -6,7 +6,7 @@ answer, `release` the lease. An engine fails closed: it answers with exactly wha
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -63,6 +63,8 @@ class Generation:
     ignore_eos: bool = False
     trace: Mapping[str, str] = field(default_factory=dict)  # headers for an engine elsewhere: the request's span
     grammar: Any = None  # what `Engine.compile` returned: the answer follows it
+    # gets the seconds for which all other answers waited for this one's prompt, whether or not it is still wanted then
+    prefilled: Callable[[float], None] = field(default=lambda seconds: None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,11 @@ class Engine(Protocol):
     def chat_ends(self) -> tuple[str, ...]:
         """Texts that end the answer to messages, where the base has no chat template; see `data.prompt`."""
 
-    async def encode(
+    def encode(
         self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
     ) -> tuple[int, ...]:
         """Return the token ids of a text, of ids (which are checked), or of messages (by the chat template, which gets
-        `variables`, else the prompt format).
+        `variables`, else the prompt format). It is called in a thread.
 
         Raises:
             PromptError: if there is no such token, or the template refuses the messages.

@@ -71,9 +71,9 @@ class LocalEngine:
         self._recent: OrderedDict[str, set[str]] = OrderedDict()  # policy versions -> their adapters' keys in the bank
         self._identities: dict[str, str] = {}  # key -> the identity that it was first read with
 
-    async def encode(self, prompt: Prompt, variables: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, variables: Mapping[str, Any] | None = None) -> tuple[int, ...]:
         """See `Engine.encode`."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._prompts, prompt, variables)
+        return self._prompts(prompt, variables)
 
     async def compile(self, schema: str) -> Grammar:
         """See `Engine.compile`."""

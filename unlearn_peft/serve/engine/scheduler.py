@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -163,7 +164,12 @@ class Scheduler:
                 self._fail(rows, GenerationError(message))
 
     def _join(self, rows: Sequence[ActiveRow]) -> None:
-        batch, logits = self._runner.prefill([row.request.ids for row in rows], [row.lease for row in rows])
+        began = time.monotonic()
+        try:
+            batch, logits = self._runner.prefill([row.request.ids for row in rows], [row.lease for row in rows])
+        finally:
+            for row in rows:
+                row.request.prefilled((time.monotonic() - began) / len(rows))
         if remaining := self._advance(rows, batch, logits):
             if self._batch is None:
                 self._batch = batch

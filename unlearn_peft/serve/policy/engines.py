@@ -57,13 +57,15 @@ def close(engine: Engine) -> None:
 
     SQLite's -wal and -shm files stay beside its file, all changes moved from them into it: whoever may only read the
     file can open it only if they are there. SQLite deletes them with the last connection, unless that one only reads.
+    The first is emptied if nobody needs it: as long as an import once made it, each who opens the store would read it.
     """
     path = Path(str(engine.url.database))
     if engine.dialect.name == "sqlite" and os.access(path, os.W_OK):
         with suppress(sqlite3.Error), closing(sqlite3.connect(_uri(path, "ro"), uri=True)) as last:
             last.execute("SELECT 1 FROM sqlite_master").fetchone()  # only now is the file open
-            with closing(sqlite3.connect(_uri(path, "rw"), uri=True)) as writer:
+            with closing(sqlite3.connect(_uri(path, "rw"), uri=True, timeout=0)) as writer:
                 writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
+                writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             engine.dispose()
             return
     engine.dispose()

@@ -102,9 +102,9 @@ class VllmEngine:
         self._servers = Servers(urls, tokenizer, names=names, seconds=seconds)
         self.context = min(server.context for server in self._servers.all if server.base)
 
-    async def encode(self, prompt: Prompt, variables: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, variables: Mapping[str, Any] | None = None) -> tuple[int, ...]:
         """See `Engine.encode`."""
-        return await asyncio.to_thread(self._prompts, prompt, variables)
+        return self._prompts(prompt, variables)
 
     async def compile(self, schema: str) -> Any:
         """See `Engine.compile`. vLLM compiles it with the request; what it cannot, it answers with 500, or hangs up

@@ -1,0 +1,69 @@
+"""The listening socket: whoever opens connections faster than its share is cut off before they cost more than that."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import Any
+
+from ...errors import UnlearnError
+from ..limits import OPENING_SECONDS, Limits
+
+_AT_ONCE = 1000  # connections that are cut off before the event loop goes on
+_MANY = 1024  # addresses that are kept before those that are over are looked for
+
+
+class Listening(socket.socket):
+    """A listening socket for asyncio; `limits` are those of the server, None while it does not accept."""
+
+    limits: Limits | None = None
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._until = dict[str, float]()  # by address: when its share is whole again, by the monotonic clock
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """Return the next connection and its address; one of an address that opened too many is closed at once."""
+        for _ in range(_AT_ONCE):
+            connection, address = super().accept()
+            if self._admits(address_of(address)):
+                return connection, address
+            connection.close()
+            if self.gettimeout() != 0:  # the next may not be there yet
+                break
+        raise BlockingIOError
+
+    def _admits(self, address: str) -> bool:
+        if self.limits is None:
+            return True
+        now = time.monotonic()
+        if len(self._until) >= _MANY:
+            self._until = {name: until for name, until in self._until.items() if until > now}
+        until = max(self._until.get(address, now), now) + OPENING_SECONDS / self.limits.address_share
+        if until - now > 2 * OPENING_SECONDS:  # so that one too many is told so
+            return False
+        self._until[address] = until
+        return True
+
+
+def listen(host: str, port: int) -> Listening:
+    """Return a listening socket; call it before a model is loaded, so that a port in use is reported at once.
+
+    Raises:
+        UnlearnError: the port is in use, or not allowed.
+    """
+    try:
+        made = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UnlearnError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port or --host"
+        ) from None
+    return Listening(fileno=made.detach())
+
+
+def address_of(peer: Any) -> str:
+    """Return what counts as a client's address: of IPv6 the network of 64 bits, which one client has whole."""
+    host = str(peer[0]) if peer else ""
+    if ":" not in host:
+        return host
+    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8].hex(":", 2)
