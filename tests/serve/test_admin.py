@@ -21,8 +21,8 @@ from unlearn_peft.errors import PolicyError, UnlearnError
 from unlearn_peft.serve.admin.app import create_admin_app
 from unlearn_peft.serve.admin.keys import find_admin_key, make_admin_key, read_admin_keys
 from unlearn_peft.serve.admin.side import create_metrics_app, running_beside
+from unlearn_peft.serve.api.listening import listen
 from unlearn_peft.serve.api.loading import answering, tls_context
-from unlearn_peft.serve.api.server import listen
 from unlearn_peft.serve.audit import AuditLog
 from unlearn_peft.serve.engine.local import LocalEngine
 from unlearn_peft.serve.policy.store import PolicyStore

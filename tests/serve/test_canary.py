@@ -270,10 +270,10 @@ def test_a_check_that_fails_refuses_and_is_tried_again(serve, made, caplog):
     handler, url = serve()
     encode, broken = handler.engine.encode, threading.Event()
 
-    async def fail(prompt, variables=None):
+    def fail(prompt, variables=None):
         if not broken.is_set() and prompt[0]["content"] == QUESTIONS[1]:
             raise RuntimeError("broken")
-        return await encode(prompt, variables)
+        return encode(prompt, variables)
 
     handler.engine.encode = fail
     with pytest.raises(openai.InternalServerError) as refused:

@@ -380,10 +380,10 @@ def test_a_schema_is_checked_here_and_kept_by_vllm(world):
     engine, schema = world.engine(fake), '{"type": "object", "properties": {"a": {"type": "null"}}}'
 
     async def both():
-        grammar = await engine.compile(schema)
+        grammar = engine.compile(schema)
         await ask(engine, world.source.current(), "bob", grammar=grammar)
         with pytest.raises(FormatError, match="Invalid type"):
-            await engine.compile('{"type": "foo"}')
+            engine.compile('{"type": "foo"}')
         await ask(engine, world.source.current(), "bob")
 
     run(engine, both())

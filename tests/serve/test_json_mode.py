@@ -154,7 +154,7 @@ def test_rows_beside_it_answer_bit_for_bit_as_without(tiny_folder):
         return TextStream(engine.scheduler._tokenizer, row.request.ids, ())
 
     async def _compiled(engine, grammar):
-        return None if grammar is None else await engine.compile(json.dumps(grammar))
+        return None if grammar is None else engine.compile(json.dumps(grammar))
 
     plain, without = answers(None)
     constrained, with_schema = answers({"type": "string"})

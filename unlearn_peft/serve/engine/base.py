@@ -151,8 +151,10 @@ class Engine(Protocol):
             PromptError: if there is no such token, or the template refuses the messages.
         """
 
-    async def compile(self, schema: str) -> Any:
+    def compile(self, schema: str) -> Any:
         """Return the grammar of answers that are JSON and follow a schema (JSON text), for `Generation.grammar`.
+
+        It is called in a thread.
 
         Raises:
             FormatError: why the schema cannot be used.

@@ -75,9 +75,9 @@ class LocalEngine:
         """See `Engine.encode`."""
         return self._prompts(prompt, variables)
 
-    async def compile(self, schema: str) -> Grammar:
+    def compile(self, schema: str) -> Grammar:
         """See `Engine.compile`."""
-        return await asyncio.wrap_future(self._grammars.compile(schema))
+        return self._grammars.compile(schema).result()
 
     async def hold(
         self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None, added: Collection[str] = ()

@@ -106,11 +106,11 @@ class VllmEngine:
         """See `Engine.encode`."""
         return self._prompts(prompt, variables)
 
-    async def compile(self, schema: str) -> Any:
+    def compile(self, schema: str) -> Any:
         """See `Engine.compile`. vLLM compiles it with the request; what it cannot, it answers with 500, or hangs up
         on in the middle (https://github.com/vllm-project/vllm/issues/57725), so it is compiled here first.
         """
-        await asyncio.wrap_future(self._grammars.compile(schema))
+        self._grammars.compile(schema).result()
         return json.loads(schema)
 
     async def hold(
