@@ -20,7 +20,7 @@ from ..models.base import Base
 from ..models.forward import contiguous_head
 from .model_runner import KVBatch, ModelRunner
 
-_GREEDY_BELOW = 1e-5  # a temperature; dividing logits by less than this leaves float32's range
+GREEDY_BELOW = 1e-5  # a temperature; dividing logits by less than this leaves float32's range
 _ROWS = 64  # in the batch
 _BYTES = 2 << 30  # of keys and values
 _READ = 8192  # tokens of prompts that are read at once, padding included
@@ -46,7 +46,7 @@ class Decoding:
     @property
     def greedy(self) -> bool:
         """Whether each token is the likeliest."""
-        return self.temperature < _GREEDY_BELOW
+        return self.temperature < GREEDY_BELOW
 
     def is_over(self, answer: Sequence[int]) -> bool:
         """Whether an answer ends here."""

@@ -17,7 +17,6 @@ from .decoding import Decoding, generate
 logger = logging.getLogger(__name__)
 
 _NUMBER = re.compile(r"^\s*\d+\.\s*")  # in front of an entry
-_GREEDY_BELOW = 1e-5  # a temperature, as in serving; dividing logits by less than this leaves float32's range
 
 
 def answers(

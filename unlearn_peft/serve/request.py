@@ -98,7 +98,7 @@ class Call:
     policy: Policy
     key: Key | None = None  # None: without keys
     client: str | None = None  # the address that it came from
-    id: str = field(default_factory=lambda: new_id())
+    id: str = field(default_factory=new_id)
     began: float = field(default_factory=time.monotonic)
     created: int = field(default_factory=lambda: int(time.time()))
     forget: Mapping[str, float] = field(default_factory=dict)  # adapter -> strength: of the policy and the request

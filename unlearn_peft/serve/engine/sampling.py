@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ...inference.decoding import GREEDY_BELOW
 from .base import Candidate, Generation, TokenLogprobs
-
-_GREEDY_BELOW = 1e-5  # a temperature; dividing logits by less than this leaves float32's range
 
 
 class Sampler:
     """Chooses one row's tokens. Its random numbers depend on its seed alone, not on the rows beside it."""
 
     def __init__(self, request: Generation) -> None:
-        self.greedy = request.temperature < _GREEDY_BELOW
+        self.greedy = request.temperature < GREEDY_BELOW
         self._presence, self._frequency = request.presence_penalty, request.frequency_penalty
         self._counts = Counter[int]()  # of the answer's tokens
         self._top = request.logprobs
