@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..errors import BaseModelError
 from ..models.base import Base
-from ..models.forward import contiguous_head
 from .model_runner import KVBatch, ModelRunner
 
 GREEDY_BELOW = 1e-5  # a temperature; dividing logits by less than this leaves float32's range
@@ -68,8 +67,7 @@ def generate(
         return []
     if (runner := _runner_of(base.model)) is None:
         return [_by_transformers(base, ids, how, count, seed + n) for n, ids in enumerate(prompts)]
-    with contiguous_head(base.model):  # a batch of prompts is one slice of its states
-        return _Decoder(runner, how).decode(prompts, count, seed)
+    return _Decoder(runner, how).decode(prompts, count, seed)
 
 
 def _runner_of(model: Any) -> ModelRunner | None:

@@ -112,7 +112,8 @@ class ModelRunner:
             seen = torch.arange(width, device=device) < (width - padding)[:, None]
             mask = torch.cat([batch.mask, seen.to(batch.mask.dtype)], 1)
             positions = (mask.cumsum(1) - 1)[:, -width:]
-            self._forward(ids, mask, positions, batch.cache, sets)
+            with contiguous_head(self.model):
+                self._forward(ids, mask, positions, batch.cache, sets)
             batch.mask = mask
             batch.shift(padding)
         batch.newest = torch.tensor([row[-1:] for row in more], device=device)
