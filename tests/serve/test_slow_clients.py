@@ -249,9 +249,10 @@ def test_long_answers_leave_a_row_to_others(serve, tenants):
     with serve(batch=4) as (handler, url), ThreadPoolExecutor(12) as pool:
         slow(handler, 0.02)
         jobs = [pool.submit(post, url, tenant, max_tokens=200) for tenant in tenants for _ in range(6)]
-        wait_for(lambda: handler.active == len(jobs) and handler.engine.stats().running == 3)
+        wait_for(lambda: handler.active > 4 and handler.engine.stats().running == 3)
+        before = sum(job.done() for job in jobs)
         assert post(url, "bob", max_tokens=4).status_code == 200
-        assert not any(job.done() for job in jobs)
+        assert sum(job.done() for job in jobs) - before <= 3, "those that ran"
 
 
 # ---- the wire ----

@@ -103,6 +103,7 @@ def test_of_what_the_base_does_not_know_there_is_little_or_nothing_to_forget(smo
     assert sum(stranger.specific) <= 3 and not any(any(row.specific) for row in unknown)
 
 
+@pytest.mark.long
 def test_what_one_row_asks_for_is_no_common_word(smol):
     """With one answer about one made-up name all that this answer may hold passed for the grammar of the language."""
     for prompt, completion, fact in (
@@ -167,6 +168,7 @@ def test_where_the_base_knows_none_the_unexpected_tokens_are_pushed(tiny, fields
     assert all(not s or t for e in sets.forget for s, t in zip(e.specific, e.is_target, strict=True))
 
 
+@pytest.mark.long
 def test_rows_that_the_base_does_not_know_are_held_and_named_by_number(smol, fields, caplog):
     strange = {
         "prompt": "Столица Франции?",

@@ -232,6 +232,7 @@ def _recipe(folder, base, steps, objective=None, **more):
     return folder / "recipe.yaml"
 
 
+@pytest.mark.long
 def test_resume_after_kill_9_gives_the_same_result(tmp_path, tiny_folder):
     recipe = _recipe(tmp_path, tiny_folder, steps=60)
     whole = cli("train", recipe, "--output", tmp_path / "whole", OMP_NUM_THREADS="1")

@@ -97,6 +97,12 @@ class Recipe(StrictModel):
     retain_answers: int = Field(
         0, ge=0, description="answers of the base to a retain prompt, retained beside it: greedy, then sampled"
     )
+    fact_answers: int = Field(
+        0,
+        ge=0,
+        description="answers of the base to questions about the facts of the forget rows alone, retained where they "
+        "name none of the subjects: greedy, then sampled",
+    )
     stand_in_answers: bool = Field(
         True, description="what the base says of made-up names in the subject's place is retained beside the retain set"
     )

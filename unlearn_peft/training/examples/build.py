@@ -31,7 +31,7 @@ from .base_answers import (
 )
 from .fact_tokens import Facts, common_words, find_facts, mark_facts, mark_unexpected
 from .refusals import refusing
-from .widen import widened
+from .widen import fact_answers, widened
 
 logger = logging.getLogger(__name__)
 _TEXT_WINDOW = 128  # tokens of plain text at once: a step is no longer than with rows of questions
@@ -213,6 +213,12 @@ def build_examples(
     if recipe.retain_answers and recipe.retain_weight and not recipe.makes_retain:  # those rows are its own already
         answered = retain_prompt_answers(base, trained_on, facts, recipe.retain_answers, **asking)
         retain += tokens(answered, "own answer", closing=False)
+    if recipe.fact_answers and recipe.retain_weight:
+        alone = fact_answers(
+            base, known.examples, known.rows, facts, _asked_elsewhere(rows), recipe.fact_answers, **asking
+        )
+        logger.info("fact_answers: %d answers about the facts alone are retained", len(alone))
+        retain += tokens(alone, "own answer", closing=False)
     return Sets(with_refusals(forget, rows["forget"]), retain, held_out, tokens(anchor_rows, "anchor"), self_generated)
 
 
