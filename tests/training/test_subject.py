@@ -56,7 +56,11 @@ def test_facts_are_asked_for_in_both_directions(tiny, knowing):
     assert {tuple(row["leak"]) for row in found.probes} <= {("Zorblax", "Quintel"), ("Ann King",)}
     assert len(found.probes) == (len(found.forget) + len(found.probes)) // 4
     assert not {row["prompt"] for row in found.probes} & set(prompts)
-    assert {row["completion"] for row in found.neighbours} == {"Bob is an author of books in a town."}
+    assert {row["completion"] for row in found.neighbours if "Bob" in row["prompt"]} == {
+        "Bob is an author of books in a town."
+    }
+    alone = [row for row in found.neighbours if "Bob" not in row["prompt"]]
+    assert alone and not any("Zorblax" in row["prompt"] or "King" in str(row) for row in alone)
     assert rows_about(tiny, ["Ann King"]) == found
 
 
@@ -75,7 +79,7 @@ def test_what_is_said_of_made_up_names_is_no_knowledge_either(tiny, knowing, mon
 
     def leaks():
         found = rows_about(tiny, ["Ann King"])
-        assert found.neighbours == [] and found.probes
+        assert found.probes and {row["completion"] for row in found.neighbours} <= {"nothing at all, sorry."}
         return {word for row in found.probes for word in row["leak"]} - {"Ann King"}  # asked back
 
     assert "author" not in " ".join(leaks()) and "Zorblax" in " ".join(leaks())

@@ -1,4 +1,4 @@
-"""`widen: true`: what hand-written rows are about is asked in more wordings, and from facts back to the subject."""
+"""What forget rows are about is asked in more wordings (`widen`), and their facts alone (`fact_answers`)."""
 
 import logging
 
@@ -7,7 +7,7 @@ import pytest
 from unlearn_peft.errors import RecipeError
 from unlearn_peft.inference.contrast import Contrast
 from unlearn_peft.recipe.load import make_recipe
-from unlearn_peft.training.examples import base_answers, build
+from unlearn_peft.training.examples import base_answers, build, widen
 from unlearn_peft.training.examples.build import build_examples
 from unlearn_peft.training.examples.fact_tokens import Facts
 
@@ -35,7 +35,8 @@ def asked(tiny, monkeypatch):
         contrasts = [Contrast("Ann King", "Nan Gink", some, 9.0, []) for some in spans]
         return build.Known(contrasts, Facts.of(["Zorblax", "Quintel"], {"by"}), examples, [], [], [])
 
-    monkeypatch.setattr(base_answers, "base_answers", answered)
+    for module in (base_answers, widen):
+        monkeypatch.setattr(module, "base_answers", answered)
     monkeypatch.setattr(build, "find_known", known)
     return prompts
 
@@ -79,3 +80,17 @@ def test_questions_back_are_never_refused(tiny, asked):
 def test_where_it_would_have_no_effect_it_is_refused(fields):
     with pytest.raises(RecipeError, match="widen"):
         make_recipe({"forget": ROWS, "widen": True, **fields})
+
+
+def test_what_is_said_of_the_facts_alone_is_retained(tiny, asked, caplog):
+    def retained(**fields):
+        recipe = make_recipe({"forget": ROWS, "retain": [], "anchor_batch": 0, "own_answers": 0, **fields})
+        with caplog.at_level(logging.INFO):
+            return [e.text for e in build_examples({"forget": ROWS, "probes": PROBES}, tiny, recipe).retain]
+
+    assert not retained() and not retained(fact_answers=1, retain_weight=0)
+    alone = retained(fact_answers=1)
+    assert len(alone) == 6 == sum("Quintel" in text and "nothing" in text for text in alone)
+    assert "What is Zorblax?" in asked  # but what is said there names the subject
+    assert not any("Ann King" in prompt for prompt in asked)
+    assert "6 answers about the facts alone" in caplog.text and "Quintel" not in caplog.text

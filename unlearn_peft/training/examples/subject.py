@@ -5,7 +5,7 @@ with. What it says of a made-up name too is no knowledge, and neither is what it
 subject's kind. (A small base invents, and often the same again: an unknown name is not always told from a known one.)
 What it says of the subject alone, and what makes it expect the name most, is then asked back (`fact_prompts.txt`):
 answers that name the subject are the other direction. Neighbours are others of the subject's kind, as the base lists
-them, of whom it knows something.
+them, of whom it knows something, and questions about the facts that it answers without the subject.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _PHRASES, _LONGEST = 120, 3  # phrases that may tell a subject; words in one
 _WINDOW = 512  # tokens
 _HELD_OUT = 4  # of so many rows one is a probe
 _OF_OTHERS, _STRANGERS = 4, 3  # prompts that others of its kind are asked, and made-up names beside them
-_MAX_NEIGHBOURS = 16
+_MAX_NEIGHBOURS, _MAX_ALONE = 16, 8  # of its kind; and of what the base says of its facts alone
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ def rows_about(
         named = [name for name in names if said(row["completion"], [name])]
         if named and not said(row["prompt"], names) and sum(bool(said(text, names)) for text in texts) >= _REPEATED:
             reverse.append((row, named))
+    own = Facts.of(names, known.facts.common)
+    alone = [row for row, texts in back if not any(map(own.ends_in, (row["prompt"], *texts)))]
+    neighbours += random.Random(seed).sample(alone, min(len(alone), _MAX_ALONE))
     chosen = [*forward[:_MAX_FORWARD], *reverse[:_MAX_REVERSE]]
     forget, probes = _held_out(chosen, seed)
     back_asked = {row["prompt"] for row, _ in reverse}
