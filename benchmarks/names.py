@@ -8,8 +8,9 @@ at least --least questions; every other file is of the half to choose by, the ot
 what `unlearn-peft forget NAME` does (train, no report): forget rows; RWKU's questions that the base answers, and those
 of them that it still does; the chance that one of 8 samples at temperature 1 names the answer, before and with; the
 worst kind of question; questions on its neighbours that the base answers, and those of them that it still does; KL to
-the base, nats/token, on its answers to all questions of level 2 on neighbours, and on neutral text; minutes of asking
-and of training. Each goes to out/names.jsonl at once: numbers and settings only.
+the base, nats/token, on its answers to all questions of level 2 on neighbours, on those of them that don't name the
+subject (of da Vinci's neighbours the Mona Lisa is one), and on neutral text; minutes of asking and of training. Each
+goes to out/names.jsonl at once: numbers and settings only.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 from passage import NEUTRAL
 
 from unlearn_peft import forget, forgetting, load_base, load_recipe, unlearn
+from unlearn_peft.data.words import said, words_in
 from unlearn_peft.errors import UnknownSubject
 from unlearn_peft.evaluate.score import per_token, sums
 from unlearn_peft.evaluate.suites.rwku import KIND, answered_by, measure, read_rwku, worst_kind
@@ -29,6 +31,7 @@ from unlearn_peft.inference.generate import answers
 
 ROOT = Path(__file__).parent.parent
 TOKENS = 40  # of an answer on a neighbour
+PART = 4  # letters of a part of a name that names its bearer
 
 
 def main():
@@ -51,7 +54,8 @@ def main():
     if not args.list:
         print(
             "| subject | forget rows | questions answered: before, with | leak@8: before, with | worst kind | "
-            "neighbours' answered: before, with | KL: neighbours, neutral text | minutes: asking, training |"
+            "neighbours' answered: before, with | KL: neighbours, without the name, neutral text | "
+            "minutes: asking, training |"
         )
         print("|---" * 8 + "|")
     for n, path in enumerate(sorted(args.folder.glob("*.json"))):
@@ -86,7 +90,10 @@ def forgotten(base, name, rows, answered, args):
         for row, text in zip(near, answers(base, [row["prompt"] for row in near], max_new_tokens=TOKENS), strict=True)
         if text.strip()
     ]
-    held = {"neighbours": kept, "neutral": [{"text": text} for text in NEUTRAL]}
+    parts = [word for word in words_in(name) if len(word) >= PART] or [name]
+    without = [row for row in kept if not said(row["completion"], parts)]
+    held = {"neighbours": kept, "without the name": without, "neutral": [{"text": text} for text in NEUTRAL]}
+    held = {what: some for what, some in held.items() if some}
     references = {what: keep_reference(base, some, what=what) for what, some in held.items()}
     before = measure(base, rows, answered)
     began = time.monotonic()
@@ -133,10 +140,11 @@ def line(one):
             f"| {one['subject']} | nothing known | {n['forget']} | {before['leak@8']:.0%} | | {n['neighbours']} | | |"
         )
     kind, share, count = one["worst"]
+    kl = ", ".join(f"{value:.4f}" for value in one["kl"].values())
     return (
         f"| {one['subject']} | {one['forget_rows']} | {before['forget']}, {after['forget']} | {before['leak@8']:.0%}, "
         f"{after['leak@8']:.0%} | {kind.removeprefix(KIND).removesuffix('_right')}: {share:.0%} of {count} | "
-        f"{before['neighbours']}, {after['neighbours']} | {one['kl']['neighbours']:.4f}, {one['kl']['neutral']:.4f} | "
+        f"{before['neighbours']}, {after['neighbours']} | {kl} | "
         f"{one['minutes']['asking']:.1f}, {one['minutes']['training']:.1f} |"
     )
 
