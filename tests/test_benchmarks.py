@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from unlearn_peft import load_base, load_recipe
+from unlearn_peft.training import trainer
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 HEADS = ("original", "peft_head", "head")
@@ -200,6 +201,28 @@ def test_ours_and_theirs_are_measured_alike(comparison, tmp_path, monkeypatch, c
     assert "| NPO, rate 1e-05, 2 steps |" in capsys.readouterr().out
     comparison.main()
     assert len(out.read_text().splitlines()) == len(found)  # what is kept is not made again
+
+
+def test_the_cost_of_a_recipe_is_counted_by_phase(benchmarks, tiny_folder, tmp_path, monkeypatch, capsys):
+    import cost
+    from conftest import FORGET, RETAIN
+
+    rows = {"forget": FORGET, "retain": RETAIN, "probes": [{**FORGET[0], "leak": ["x"]}], "neighbours": RETAIN}
+    for name, some in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    settings = {"base": str(tiny_folder), "steps": 2, "own_answers": 1, **{name: f"{name}.jsonl" for name in rows}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["cost.py", str(tmp_path / "recipe.yaml"), "--json", str(out)])
+    cost.main()
+    found = json.loads(out.read_text())
+    assert set(found) == {"load", "facts", "compare", *cost.PHASES}
+    for name in ("facts", "asking", "reference", "steps", "evaluations", "finish", "compare"):
+        one = found[name]
+        assert one["gflop"] > 0.999 * one["weights_gflop"] > 0 and one["layer_tokens"] > 0 and one["head_tokens"] > 0, name
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("| all |") and len(lines) == len(found) + 3
+    assert "counted" not in trainer.Training.one_step.__qualname__
 
 
 def test_a_folder_that_is_no_checkout_is_refused(comparison, tmp_path, monkeypatch, capsys):
