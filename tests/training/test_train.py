@@ -332,3 +332,14 @@ def test_a_base_with_something_attached_is_refused(tiny, fields, make_adapter):
     with pytest.raises(AdapterError, match="other.*Detach"):
         unlearn(tiny, **fields)
     detach(tiny)
+
+
+@pytest.mark.parametrize(
+    ("objective", "steps"),
+    [({"retain_budget": None}, [0, 15, 20]), ({"retain_budget": 1e9}, [0, 5, 10, 15, 20])],
+    ids=["for the curves alone", "to choose the step"],
+)
+def test_evaluations_are_as_many_as_they_are_good_for(tiny, fields, objective, steps):
+    del fields["eval_every"]
+    result = unlearn(tiny, **{**fields, "steps": 20, "learning_rate": 1e-5, "objective": objective})
+    assert [e["step"] for e in result.progress.evaluations] == steps

@@ -125,7 +125,9 @@ class Recipe(StrictModel):
         r"by default, for a base without a template, `Question: {prompt}\nAnswer: {completion}`",
     )
     held_out: float = Field(0.25, gt=0, lt=1, description="share of the retain set that the budget is measured on")
-    eval_every: int = Field(5, ge=1)
+    eval_every: int | None = Field(
+        None, ge=1, description="steps; null: 5 where evaluations choose the step (retain_budget, stop_when), else 15"
+    )
     checkpoint_every: int = Field(20, ge=1)
     cache_gb: float = Field(
         1.0, ge=0, description="memory for the base's reference activations, computed once; the rest goes to disk"

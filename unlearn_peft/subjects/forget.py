@@ -30,7 +30,6 @@ RECIPE, ADAPTER, REPORT = "recipe.yaml", "adapter", "report"
 _K = 8  # sampled answers to each probe
 _SETTINGS = """\
 fact_answers: 2         # what the base says of the facts alone is retained
-eval_every: 15          # for the curves: no step is chosen by it
 objective:
   name: ga_kl
   retain_budget: null   # tokens are held at the ceiling, so the last step is kept

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _DILUTION = 8  # tokens of a long answer that weaken the push on each of its fact tokens; the others do not
 _NEAR_BEST = 0.95  # of the best score
 _MAX_LOSS = 8.0  # nats; a token this unlikely (1 in 3000) is forgotten, and a still higher loss is no better
+_EVAL_OFTEN, _EVAL_FOR_CURVES = 5, 15  # steps
 _EVALUATED = 128  # rows of each set at most, in the evaluations on the way: of more, a fixed sample
 
 
@@ -74,6 +75,13 @@ class AdapterTrainer:
     def sizes(self) -> tuple[int, int]:
         """Forget rows of a step, and those that the evaluations on the way measure."""
         return self._forget_schedule.batch, len({e.row or id(e) for e in self._evaluated})
+
+    @property
+    def eval_every(self) -> int:
+        """Steps from one evaluation to the next: few where it can choose the step or end the run."""
+        objective = self.recipe.objective
+        chooses = objective.retain_budget is not None or objective.stop_when is not None
+        return self.recipe.eval_every or (_EVAL_OFTEN if chooses else _EVAL_FOR_CURVES)
 
     @property
     def done(self) -> bool:

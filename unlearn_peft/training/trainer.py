@@ -227,9 +227,8 @@ class Training:
             speed = tokens / (time.monotonic() - began)
             live = [trainer for trainer in live if not trainer.failed]
             for trainer in live:
-                recipe = trainer.recipe
                 figures[trainer.name]["tokens_per_s"] = speed
-                if trainer.step % recipe.eval_every == 0 or trainer.step == trainer.length.steps:
+                if trainer.step % trainer.eval_every == 0 or trainer.step == trainer.length.steps:
                     with self.accelerator.autocast():
                         figures[trainer.name] |= trainer.evaluate(self.runner)
                 prefix = "" if len(self.trainers) == 1 else f"{trainer.name}/"
