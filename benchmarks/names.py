@@ -1,7 +1,7 @@
 """Does a name alone make the base forget? Over RWKU's real persons, on questions that nobody here wrote.
 
     python benchmarks/names.py RWKU_FOLDER [--half choose|confirm] [--only 001 ...] [--least 4] [--base GGUF] [--list]
-                               [--set FIELD=VALUE ...] [--abstain] [--dtype D]
+                               [--set FIELD=VALUE ...] [--abstain] [--dtype D] [--kept]
 
 RWKU_FOLDER holds RWKU's files of one subject each (001_stephen_king.json). Measured are those of which the base answers
 at least --least questions; every other file is of the half to choose by, the others confirm. A line a subject, with
@@ -10,7 +10,8 @@ of them that it still does; the chance that one of 8 samples at temperature 1 na
 worst kind of question; questions on its neighbours that the base answers, and those of them that it still does; KL to
 the base, nats/token, on its answers to all questions of level 2 on neighbours, on those of them that don't name the
 subject (of da Vinci's neighbours the Mona Lisa is one), and on neutral text; minutes of asking and of training. Each
-goes to out/names.jsonl at once: numbers and settings only.
+goes to out/names.jsonl at once: numbers and settings only; --kept shows the newest line of each subject, base and
+setting in it, and runs nothing.
 """
 
 import argparse
@@ -30,13 +31,19 @@ from unlearn_peft.evaluate.token_scores import keep_reference, kl_to_reference
 from unlearn_peft.inference.generate import answers
 
 ROOT = Path(__file__).parent.parent
+HEAD = (
+    "| subject | base | forget rows | questions answered: before, with | leak@8: before, with | worst kind | "
+    "neighbours' answered: before, with | KL: neighbours, without the name, neutral text | minutes: asking, training |\n"
+    f"{'|---' * 9}|"
+)
 TOKENS = 40  # of an answer on a neighbour
 PART = 4  # letters of a part of a name that names its bearer
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="of RWKU's files")
+    parser.add_argument("folder", type=Path, nargs="?", help="of RWKU's files")
+    parser.add_argument("--kept", action="store_true", help="show what --output holds")
     parser.add_argument("--half", choices=["choose", "confirm"], help="all by default")
     parser.add_argument("--only", nargs="+", metavar="NUMBER", help="subjects by the number their file begins with")
     parser.add_argument("--least", type=int, default=4, help="questions that the base must answer")
@@ -49,15 +56,18 @@ def main():
     args = parser.parse_args()
     if args.least < 1:
         parser.error(f"--least is {args.least}: expected at least 1, a base that answers nothing has nothing to forget")
+    if args.kept:
+        newest = {}
+        for one in map(json.loads, args.output.read_text().splitlines()):
+            newest[(one["subject"], one["base"], one["abstain"], *one["set"])] = one
+        print(HEAD, *map(line, newest.values()), sep="\n")
+        return
+    if args.folder is None:
+        parser.error("expected the folder of RWKU's files")
     base = load_base(args.base, args.dtype)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if not args.list:
-        print(
-            "| subject | forget rows | questions answered: before, with | leak@8: before, with | worst kind | "
-            "neighbours' answered: before, with | KL: neighbours, without the name, neutral text | "
-            "minutes: asking, training |"
-        )
-        print("|---" * 8 + "|")
+        print(HEAD)
     for n, path in enumerate(sorted(args.folder.glob("*.json"))):
         number = path.stem.partition("_")[0]
         half = ("choose", "confirm")[n % 2]
@@ -70,10 +80,10 @@ def main():
             continue
         if len(answered.about) < args.least:
             continue
-        one = {"subject": number, "half": half, **forgotten(base, name_in(path), rows, answered, args)}
         settings = {"base": args.base, "set": args.set, "abstain": args.abstain, "dtype": args.dtype}
+        one = {"subject": number, "half": half, **settings, **forgotten(base, name_in(path), rows, answered, args)}
         with args.output.open("a") as file:
-            file.write(json.dumps({**one, **settings, "finished": time.time()}) + "\n")
+            file.write(json.dumps({**one, "finished": time.time()}) + "\n")
         print(line(one), flush=True)
 
 
@@ -135,14 +145,14 @@ def figures(state, scores, answered):
 def line(one):
     """Format one row of the table."""
     before, after, n = one["before"], one.get("with"), one["n"]
+    which = f"{one['subject']} | {Path(one['base']).stem}{', abstain' if one['abstain'] else ''}"
+    which = ", ".join([which, *one["set"]])
     if after is None:
-        return (
-            f"| {one['subject']} | nothing known | {n['forget']} | {before['leak@8']:.0%} | | {n['neighbours']} | | |"
-        )
+        return f"| {which} | nothing known | {n['forget']} | {before['leak@8']:.0%} | | {n['neighbours']} | | |"
     kind, share, count = one["worst"]
     kl = ", ".join(f"{value:.4f}" for value in one["kl"].values())
     return (
-        f"| {one['subject']} | {one['forget_rows']} | {before['forget']}, {after['forget']} | {before['leak@8']:.0%}, "
+        f"| {which} | {one['forget_rows']} | {before['forget']}, {after['forget']} | {before['leak@8']:.0%}, "
         f"{after['leak@8']:.0%} | {kind.removeprefix(KIND).removesuffix('_right')}: {share:.0%} of {count} | "
         f"{before['neighbours']}, {after['neighbours']} | {kl} | "
         f"{one['minutes']['asking']:.1f}, {one['minutes']['training']:.1f} |"

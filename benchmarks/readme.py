@@ -3,11 +3,11 @@
     python benchmarks/readme.py [BLOCK ...]
 
 README.md has the demo, cut short; docs/results.md has all blocks, whole. They are demo, eval, changed, unseen, tipped,
-seed, passage, auto_retain, tofu, frontier and ways.
+seed, passage, auto_retain, tofu, frontier, names and ways.
 
 By default demo, changed, unseen, tipped, eval and seed: about an hour on 2 cores. (What is between `demo` and `seed`
-measures the adapter that `demo` made.) passage takes half an hour, auto_retain an hour. tofu and frontier show what
-benchmarks/tofu_smollm2.py and benchmarks/frontier.py have kept so far: run these before.
+measures the adapter that `demo` made.) passage takes half an hour, auto_retain an hour. tofu, frontier and names
+show what benchmarks/tofu_smollm2.py, frontier.py and names.py have kept so far: run these before.
 """
 
 import os
@@ -40,6 +40,7 @@ BLOCKS = {
     "auto_retain": [["benchmarks/auto_retain.py", "harry_potter", "apple"]],
     "tofu": [["benchmarks/tofu_smollm2.py", "--kept"]],
     "frontier": [["benchmarks/frontier.py", "--kept"]],
+    "names": [["benchmarks/names.py", "--kept"]],
     "ways": [
         [*KEPT, "star_wars", "gandhi"],
         [*KEPT, "star_wars", "gandhi", "titanic", "sherlock_holmes", *ONE_WAY],
@@ -91,7 +92,7 @@ def markdown(name, printed):
         return f"{section}\n\n{quoted('sampled answers with|what the attack', printed[0][1])}".rstrip()
     if name == "changed":
         return quoted("neighbours whose answer", printed[0][1])
-    if name in ("tipped", "passage", "auto_retain", "tofu", "frontier", "ways"):
+    if name in ("tipped", "passage", "auto_retain", "tofu", "frontier", "names", "ways"):
         tables = ["\n".join(line for line in text.splitlines() if line.startswith("|")) for _, text in printed]
         if len(tables) == 1:
             return tables[0]

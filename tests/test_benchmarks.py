@@ -219,7 +219,9 @@ def test_the_cost_of_a_recipe_is_counted_by_phase(benchmarks, tiny_folder, tmp_p
     assert set(found) == {"load", "facts", "compare", *cost.PHASES}
     for name in ("facts", "asking", "reference", "steps", "evaluations", "finish", "compare"):
         one = found[name]
-        assert one["gflop"] > 0.999 * one["weights_gflop"] > 0 and one["layer_tokens"] > 0 and one["head_tokens"] > 0, name
+        assert one["gflop"] > 0.999 * one["weights_gflop"] > 0 and one["layer_tokens"] > 0 and one["head_tokens"] > 0, (
+            name
+        )
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("| all |") and len(lines) == len(found) + 3
     assert "counted" not in trainer.Training.one_step.__qualname__
@@ -249,12 +251,17 @@ def test_a_line_by_name_counts_the_questions_that_are_still_answered(benchmarks)
         return [score(name, "share", False, values) for name, values in values.items()]
 
     before, after = scores([1.0], [1.0, 1.0], [1.0, 1.0]), scores([0.0], [1.0, 0.0], [1.0, 0.0])
-    one = {"subject": "001", "forget_rows": 9, **figures("before", before, answered)}
+    settings = {"base": "a/b.gguf", "abstain": True, "set": ["seed=1"]}
+    one = {"subject": "001", "forget_rows": 9, **settings, **figures("before", before, answered)}
     assert one["before"] == {"forget": 3, "neighbours": 2, "leak@8": 0.375}
     assert one["n"] == {"forget": 3, "neighbours": 2}
     measured = {"kl": {"neighbours": 0.01, "neutral": 0.002}, "minutes": {"asking": 1.0, "training": 2.0}}
     shown = line({**one, **figures("with", after, answered), **measured})
-    for figure in ("| 001 | 9 | 3, 1 | 38%, 38% |", "reverse_query: 50% of 2", "| 2, 1 | 0.0100, 0.0020 | 1.0, 2.0 |"):
+    for figure in (
+        "| 001 | b, abstain, seed=1 | 9 | 3, 1 | 38%, 38% |",
+        "reverse_query: 50% of 2",
+        "| 2, 1 | 0.0100, 0.0020 | 1.0, 2.0 |",
+    ):
         assert figure in shown
 
 
