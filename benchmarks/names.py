@@ -33,7 +33,7 @@ from unlearn_peft.inference.generate import answers
 ROOT = Path(__file__).parent.parent
 HEAD = (
     "| subject | base | forget rows | questions answered: before, with | leak@8: before, with | worst kind | "
-    "neighbours' answered: before, with | KL: neighbours, without the name, neutral text | minutes: asking, training |\n"
+    "neighbours' answered: before, with | KL: neighbours, without the name, neutral | minutes: asking, training |\n"
     f"{'|---' * 9}|"
 )
 TOKENS = 40  # of an answer on a neighbour
