@@ -1,12 +1,14 @@
 """The admin port: what `unlearn-peft tenant` does, over HTTP, with keys of its own; metrics and TLS."""
 
 import json
+import re
 import socket
 import sqlite3
 import ssl
 import subprocess
 import sys
 import threading
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import httpx
@@ -105,6 +107,114 @@ def test_command_and_port_see_one_store(world):
     assert world("GET", "/v1/tenants").json() == {"tenants": ["acme", "bolt"], "next": None}
 
 
+SAME = [  # arguments of the command, then what the port gets for the same; {} is the adapter's folder
+    (["key", "acme", "--name", "laptop", "--expires", "2027-01-31", "--scopes", "add,logprobs"],
+     "POST", "/v1/tenants/acme/keys", {"name": "laptop", "expires": "2027-01-31", "scopes": ["add", "logprobs"]}),
+    (["key", "acme", "--scopes", "none", "--why", "a kiosk"],
+     "POST", "/v1/tenants/acme/keys", {"scopes": [], "why": "a kiosk"}),
+    (["key", "acme", "--revoke", "first"], "DELETE", "/v1/tenants/acme/keys/first", None),
+    (["quota", "acme", "--requests", "60/minute", "--tokens", "9/day"],
+     "PATCH", "/v1/tenants/acme/quotas", {"requests": "60/minute", "tokens": "9/day"}),
+    (["quota", "acme", "--tokens", "none"], "PATCH", "/v1/tenants/acme/quotas", {"tokens": None}),
+    (["adapter", "hp", "{}", "--probes", "{}/../hp.jsonl", "--canary", "warn"],
+     "PUT", "/v1/adapters/hp", {"path": "{}", "probes": "{}/../hp.jsonl", "canary": "warn"}),
+    (["adapter", "hp", "{}", "--canary", "off"], "PUT", "/v1/adapters/hp", {"path": "{}", "canary": "off"}),
+]  # fmt: skip
+REFUSED = [
+    (["key", "acme", "--expires", "soon"], "POST", "/v1/tenants/acme/keys", {"expires": "soon"}),
+    (["key", "acme", "--expires", "2027-13-01"], "POST", "/v1/tenants/acme/keys", {"expires": "2027-13-01"}),
+    (["key", "acme", "--scopes", "add,admin"], "POST", "/v1/tenants/acme/keys", {"scopes": ["add", "admin"]}),
+    (["key", "acme", "--name", "two words"], "POST", "/v1/tenants/acme/keys", {"name": "two words"}),
+    (["key", "acme", "--name", "first"], "POST", "/v1/tenants/acme/keys", {"name": "first"}),
+    (["key", "none", "--name", "x"], "POST", "/v1/tenants/none/keys", {"name": "x"}),
+    (["quota", "acme"], "PATCH", "/v1/tenants/acme/quotas", {}),
+    (["quota", "acme", "--requests", "many"], "PATCH", "/v1/tenants/acme/quotas", {"requests": "many"}),
+    (["adapter", "hp", "{}", "--canary", "loud"], "PUT", "/v1/adapters/hp", {"path": "{}", "canary": "loud"}),
+    (["adapter", "hp", "{}", "--probes", "{}/none"], "PUT", "/v1/adapters/hp", {"path": "{}", "probes": "{}/none"}),
+    (["adapter", "hp", "{}", "--probes", "{}/README.md"],
+     "PUT", "/v1/adapters/hp", {"path": "{}", "probes": "{}/README.md"}),
+]  # fmt: skip
+
+
+def filled(values, folder):
+    return json.loads(json.dumps(values).replace("{}", str(folder)) if values else "null")
+
+
+@pytest.fixture
+def prepared(world, adapters, tmp_path):
+    """A world whose store has a copy beside it, on which the command works; returns both stores and the adapter."""
+    (folder := tmp_path / "hp").mkdir()
+    for file in adapters["a"].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "hp.jsonl").write_text('{"prompt": "PROBE", "leak": "word"}')
+    stores = world.store, PolicyStore(tmp_path / "other.db", create=True)
+    for store in stores:
+        store.add("acme", who="test")
+        store.add_key("acme", {"name": "first"}, who="test")
+        store.quota("acme", {"tokens": "5/day"}, who="test")
+    yield *stores, folder
+    stores[1].close()
+
+
+def without_digests(what):
+    return json.loads(re.sub(r'"(key|keys\.)[0-9a-f]{12}', r'"\1', re.sub('"key": "[0-9a-f]{12}"', '"key": ""', what)))
+
+
+@pytest.mark.parametrize("arguments,method,path,body", SAME)
+def test_command_and_port_do_the_same(prepared, world, run, arguments, method, path, body):
+    ours, theirs, folder = prepared
+    code, out, err = run("tenant", *filled(arguments, folder), "--store", theirs._name)
+    assert code == 0, err
+    found = world(method, path, json=filled(body, folder) if body else None)
+    assert found.is_success, found.text
+    made, by_command = ours.history(1)[0], theirs.history(1)[0]
+    assert (made.action, made.why, made.revision) == (by_command.action, by_command.why, by_command.revision)
+    assert without_digests(json.dumps(made.what)) == without_digests(json.dumps(by_command.what))
+    assert made.who == "admin:ops" and [line["event"] for line in world.lines()] == ["admin", "admin_finished"]
+    policies = [store.read_all() for store in (ours, theirs)]
+    assert policies[0].adapters == policies[1].adapters and policies[0].tenants["acme"].quotas == (
+        policies[1].tenants["acme"].quotas
+    )
+    entries = [[key.model_dump() for key in policy.tenants["acme"].keys.values()] for policy in policies]
+    assert sorted(entries[0], key=str) == sorted(entries[1], key=str)
+
+
+@pytest.mark.parametrize("arguments,method,path,body", REFUSED)
+def test_command_and_port_refuse_the_same_with_the_same_words(prepared, world, run, arguments, method, path, body):
+    ours, theirs, folder = prepared
+    before = len(ours.history())
+    code, _, err = run("tenant", *filled(arguments, folder), "--store", theirs._name)
+    assert code == 2 and err.startswith("error: ")
+    found = world(method, path, json=filled(body, folder) or {})
+    assert found.status_code == (404 if "none" in path else 400), found.text
+    words = [" ".join(re.sub(r"keys\.[0-9a-f]{12}", "keys.", text).split())
+             for text in (found.json()["error"]["message"], err.removeprefix("error: "))]  # fmt: skip
+    assert words[0] == words[1] and len(ours.history()) == len(theirs.history()) == before
+
+
+def test_a_key_with_settings_over_the_port(world):
+    world.store.add("acme", who="test")
+    made = world("POST", "/v1/tenants/acme/keys", json={"name": "laptop", "expires": "90d", "scopes": ["add"]}).json()
+    short = made["sha256"][:12]
+    world.store.note_uses({made["sha256"]: "2026-11-30T12:00:00+00:00"})
+    shown = world("GET", "/v1/tenants/acme").json()
+    settings = shown["key_settings"][short]
+    left = datetime.fromisoformat(settings["expires"]) - datetime.now(timezone.utc)
+    assert timedelta(days=89) < left <= timedelta(days=90) and (settings["name"], settings["scopes"]) == (
+        "laptop", ["add"]
+    )  # fmt: skip
+    assert shown["key_uses"] == {short: "2026-11-30T12:00:00+00:00"}
+    line = world.lines()[0]
+    assert line["settings"] == {"name": "laptop", "expires": "90d", "scopes": ["add"]} and line["key"] == "ops"
+
+
+def test_a_canary_without_effect_is_told_and_what_is_pinned(world, adapters):
+    found = world("PUT", "/v1/adapters/a", json={"path": str(adapters["a"]), "canary": "warn"}).json()
+    assert found["sha256"] == read_identity(adapters["a"]) and "the canary of 'a' has no effect" in found["note"]
+    assert world("PUT", "/v1/adapters/a", json={"path": str(adapters["a"]), "canary": "off"}).json()["note"] is None
+    assert world("GET", "/v1/adapters").json()["adapters"]["a"]["canary"] == "off"
+
+
 def test_names_come_in_pages(world):
     for name in "abcde":
         world.store.add(name, who="test")
@@ -122,9 +232,9 @@ def routes(app):
 def test_every_route_needs_a_key_and_a_key_that_only_looks_changes_nothing(world):
     world.store.add("acme", who="test")
     known = routes(world.app)
-    assert len(known) == 17
+    assert len(known) == 18
     for method, path in known:
-        path = path.format(tenant="acme", adapter="a", name="a", digest="0" * 8, key="k")
+        path = path.format(tenant="acme", adapter="a", name="a", key="k")
         for key in (None, "ua-guess", KEYS["alice"]):
             assert world(method, path, key=key, json={}).status_code == 401, (method, path)
         found = world(method, path, key=world.read, json={})
@@ -159,11 +269,25 @@ def test_a_key_that_is_taken_out_of_the_file_ends_at_once(world):
     ("POST", "/v1/tenants/acme/trusted-keys", {"keys": {"a": "no key"}}, 400),
     ("DELETE", "/v1/tenants/acme/trusted-keys", None, 400), ("GET", "/v1/none", None, 404),
     ("POST", "/v1/history", {}, 405),
+    ("PUT", "/v1/adapters/x", {"path": "/a\0b", "probes": "/c"}, 400),
 ])  # fmt: skip
 def test_what_is_wrong_is_told(world, method, path, body, status):
     world.store.add("acme", who="test")
     found = world(method, path, json=body)
     assert found.status_code == status and found.json()["error"]["message"], found.text
+    assert len(world.store.history()) == 1
+
+
+def test_half_a_character_is_refused(world):
+    world.store.add("acme", who="test")
+    for method, path, body in (
+        ("POST", "/v1/tenants", '{"name": "?"}'), ("PUT", "/v1/adapters/x", '{"path": "?"}'),
+        ("POST", "/v1/tenants/acme/keys", '{"name": "?"}'), ("POST", "/v1/tenants/acme/keys", '{"expires": "?"}'),
+        ("POST", "/v1/tenants/acme/keys", '{"scopes": ["?"]}'), ("PATCH", "/v1/tenants/acme/quotas", '{"tokens": "?"}'),
+    ):  # fmt: skip
+        headers = {"content-type": "application/json"}
+        found = world(method, path, content=body.replace("?", r"\ud83d"), headers=headers)
+        assert found.status_code == 400 and found.json()["error"]["message"], (path, body)
     assert len(world.store.history()) == 1
 
 

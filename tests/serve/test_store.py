@@ -343,7 +343,7 @@ def test_an_adapter_keeps_its_canary_until_another_is_given(filled, where):
 def test_the_command_says_when_a_canary_has_no_effect(tenant, tiny, make_adapter, tmp_path):
     adapter, probes = make_adapter(tiny, "hp"), tmp_path / "probes.jsonl"
     code, _, err = tenant("adapter", "hp", adapter, "--canary", "warn")
-    assert code == 0 and "its canary 'warn' has no effect: there is no" in err
+    assert code == 0 and "the canary of 'hp' has no effect: it has no probes" in err
     probes.write_text('{"prompt": "PROBE"}')
     code, _, err = tenant("adapter", "hp", adapter, "--probes", probes)
     assert code == 2 and "row 1: no 'leak' words" in err and "PROBE" not in err

@@ -193,7 +193,7 @@ def serve(
     from ..serve.api.app import create_app  # after that: these take seconds
     from ..serve.api.playground import Playground
     from ..serve.audit import AuditLog
-    from ..serve.canary import idle_canaries
+    from ..serve.canary import idle_note
     from ..serve.engine.local import LocalEngine
     from ..serve.handler import RequestHandler
     from ..serve.policy.store import PolicyStore
@@ -210,7 +210,7 @@ def serve(
         admin = source, admin_keys
         if admin_host not in LOOPBACK and not tls:
             logger.warning("admin keys and the keys that are made cross the network in the clear: --ssl-certfile")
-    if idle := idle_canaries(now.adapters):
+    if idle := [name for name, entry in now.adapters.items() if idle_note(name, entry)]:
         logger.warning(
             "the policy has a canary for %s, without effect: there are no probes at ADAPTER.probes.jsonl, and `probes` "
             "names none", ", ".join(idle[:8]) + " and others" * (len(idle) > 8),

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import PolicyError, printable
+from ..errors import printable
 from . import tenant_keys
 from .options import JsonOption
 from .tenant_store import (
@@ -91,12 +91,9 @@ def show(name: TenantArgument, store: StoreOption = STORE, as_json: JsonOption =
     unlearn-peft tenant show acme
     """
     from ..serve.policy.edits import summary
-    from ..serve.policy.policy import KEY_ID
 
     opened = open_store(store)
-    facts = {"tenant": name, **summary(opened.tenant(name))}
-    uses = {digest[:KEY_ID]: time for digest, time in opened.key_uses(name).items()}
-    facts |= {"key_uses": uses} if uses else {}
+    facts = {"tenant": name, **summary(opened.tenant(name), opened.key_uses(name))}
     if as_json:
         print(json.dumps(facts))
         return
@@ -112,7 +109,7 @@ def show(name: TenantArgument, store: StoreOption = STORE, as_json: JsonOption =
             f"key {key}..." + (f" {given['name']}" if "name" in given else ""),
             *([f"ends {given['expires']}"] if "expires" in given else []),
             *([f"may {', '.join(scopes) or 'only ask'}"] if scopes is not None else []),
-            *([f"last used {uses[key]}"] if key in uses else []),
+            *([f"last used {used}"] if (used := facts.get("key_uses", {}).get(key)) else []),
         ]
         print("; ".join(parts))
     for key, digest in facts.get("trusted_keys", {}).items():
@@ -196,8 +193,6 @@ def quota(
     unlearn-peft tenant quota acme --requests 60/minute --tokens 1000000/day
     """
     given = {kind: value for kind, value in (("requests", requests), ("tokens", tokens)) if value is not None}
-    if not given:
-        raise PolicyError("which quota? Give --requests, --tokens or both")
     done = f"tenant '{name}' has the quotas " + ", ".join(f"{kind} {value}" for kind, value in given.items())
     changes = {kind: None if value == "none" else value for kind, value in given.items()}
     edit("quota", name, changes, done=done, store=store, who=who, why=why, as_json=as_json)
@@ -233,23 +228,16 @@ def adapter_(
 
       unlearn-peft tenant adapter hp out/harry_potter --probes hp.jsonl --canary warn
     """
-    from ..adapters.read import read_identity
-    from ..serve.canary import idle_canaries, read_probes
+    from ..serve.canary import check_adapter, idle_note
 
-    digest = read_identity(path, sha256)
-    if probes is not None:
-        read_probes(probes)
+    digest = check_adapter(path, sha256, probes)
     done = f"adapter '{name}' is {path.absolute()} ({digest})"
     edit(
         "adapter", name, path, digest, probes, canary, done=done, store=store, who=who, why=why, as_json=as_json,
         create=True,
     )  # fmt: skip
-    entry = open_store(store).current().adapters[name]
-    if idle_canaries({name: entry}):
-        print(
-            f"its canary '{entry.canary}' has no effect: there is no {path}.probes.jsonl, give --probes",
-            file=sys.stderr,
-        )
+    if note := idle_note(name, open_store(store).current().adapters[name]):
+        print(note, file=sys.stderr)
 
 
 @app.command()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +44,7 @@ def key(
     from ..serve.policy.policy import key_digest
 
     settings = {
-        "name": key_name, "expires": expires and _end(expires),
+        "name": key_name, "expires": expires,
         "scopes": scopes if scopes is None else [scope.strip() for scope in scopes.split(",")] * (scopes != "none"),
     }  # fmt: skip
     api_key = open_store(store).add_key(name, settings, who=user_name(who), why=why)
@@ -92,16 +90,3 @@ def untrust(
         raise PolicyError("which key? Give its name, or --all to ask for no signatures any more")
     done = f"tenant '{name}' " + ("asks for no signatures" if every else f"no longer trusts '{key}'")
     edit("untrust", name, key, done=done, store=store, who=who, why=why, as_json=as_json)
-
-
-def _end(text: str) -> str:
-    """Return a time of a span from now, such as 90d or 12h, or of a time."""
-    from ..serve.policy.entries import parse_time
-
-    if not (span := re.fullmatch(r"(\d{1,5})([dh])", text)):
-        try:
-            return parse_time(text)
-        except ValueError as error:
-            raise PolicyError(f"--expires is {text!r}: {error}, or a span such as 90d or 12h") from None
-    length = timedelta(**{"days" if span[2] == "d" else "hours": int(span[1])})
-    return (datetime.now(timezone.utc) + length).isoformat(timespec="seconds")

@@ -24,10 +24,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ..adapters.read import read_identity
 from ..data.rows import read_rows
 from ..data.source import Row
 from ..data.words import said
-from ..errors import AdapterError, DataError, OutputError
+from ..errors import AdapterError, DataError, OutputError, safe_repr
 from ..files.untrusted import read_file
 from .engine.base import AdapterLease, Engine, Generation, GenerationError, Unavailable
 from .fair_queue import FairQueue
@@ -225,9 +226,27 @@ def read_probes(path: Path) -> Probes:
         raise DataError(str(error)) from None
 
 
-def idle_canaries(adapters: Mapping[str, AdapterEntry]) -> list[str]:
-    """Return the adapters whose policy has a `canary` without effect, since they have no probes. Looks for files."""
-    return [name for name, entry in adapters.items() if entry.canary not in (None, "off") and not entry.probes_path]
+def check_adapter(path: str | Path, sha256: str | None = None, probes: str | Path | None = None) -> str:
+    """Read what a policy is to name, and return the adapter's `Bundle.identity`, to be pinned.
+
+    Raises:
+        AdapterError: see `read_identity`; or a path has other than printable characters.
+        DataError: see `read_probes`.
+    """
+    for given in filter(None, (path, probes)):
+        if not str(given).isprintable():
+            raise AdapterError(f"{safe_repr(str(given))} is no path: expected printable characters")
+    identity = read_identity(path, sha256)
+    if probes is not None:
+        read_probes(Path(probes))
+    return identity
+
+
+def idle_note(name: str, entry: AdapterEntry) -> str | None:
+    """Return that an adapter's `canary` is without effect, since it has no probes; or None. Looks for files."""
+    if entry.canary in (None, "off") or entry.probes_path:
+        return None
+    return f"the canary of '{name}' has no effect: it has no probes, expected {entry.path}.probes.jsonl or `probes`"
 
 
 @lru_cache(maxsize=1000)
@@ -253,8 +272,7 @@ def _watch(call: Call, lease: AdapterLease, own: Mapping[str, float]) -> list[_W
         entry, strength = call.policy.adapters[applied.name], own.get(applied.name, applied.strength)
         path = None if entry.canary == "off" else entry.probes_path
         if path is None:
-            if entry.canary not in (None, "off"):
-                _log_idle(applied.name, entry)
+            _log_idle(applied.name, entry)
             continue
         try:
             probes = read_probes(path)
@@ -270,7 +288,8 @@ def _watch(call: Call, lease: AdapterLease, own: Mapping[str, float]) -> list[_W
 
 @lru_cache(maxsize=1000)
 def _log_idle(name: str, entry: AdapterEntry) -> None:
-    logger.warning("the canary of '%s' has no effect: it has no probes, expected %s.probes.jsonl", name, entry.path)
+    if note := idle_note(name, entry):
+        logger.warning("%s", note)
 
 
 def _reason(error: Exception) -> str:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,11 +22,11 @@ from pydantic import BaseModel, Field
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
-from ...adapters.read import read_identity
-from ...errors import AdapterError, OutputError, PolicyError
+from ...errors import AdapterError, DataError, OutputError, PolicyError
 from ..audit import AuditLog
+from ..canary import check_adapter, idle_note
 from ..policy.edits import UnknownName, summary
-from ..policy.entries import MAX_STRENGTH
+from ..policy.entries import MAX_STRENGTH, Name
 from ..policy.policy import key_digest
 from ..policy.store import PolicyStore
 from ..request import ApiError
@@ -36,6 +37,8 @@ _MAX_BODY = 65_536  # bytes
 _OPEN = ("/healthz", "/openapi.json")  # without a key
 _READS = ("GET", "HEAD")
 
+FilePath = Annotated[str, Field(min_length=1, max_length=4096)]
+Word = Annotated[str, Field(max_length=200)]  # such a bound also refuses half of a character
 Why = Annotated[str, Query(max_length=2000, description="The reason, for the history.")]
 
 
@@ -48,7 +51,7 @@ class Reason(BaseModel, extra="forbid"):
 class NewTenant(Reason):
     """A tenant that forgets nothing and has no key yet."""
 
-    name: str
+    name: Name
 
 
 class Strength(Reason):
@@ -60,8 +63,37 @@ class Strength(Reason):
 class NewAdapter(Reason):
     """An adapter's directory, the same on every server; its content is pinned."""
 
-    path: str = Field(min_length=1, max_length=4096)
+    path: FilePath
     sha256: str | None = Field(None, description="The expected one, as `unlearn-peft inspect` prints it.")
+    probes: FilePath | None = Field(
+        None,
+        description="What must not come back: a file of JSON lines with prompt and leak. Left out: as before; without "
+        "one, PATH.probes.jsonl, if it is there.",
+    )
+    canary: Word | None = Field(
+        None, description="What happens to a set in which a probe does: refuse, warn or off. Left out: as before."
+    )
+
+
+class KeySettings(Reason):
+    """Of a new API key; without any it has no name, never ends, and may do everything."""
+
+    name: Word | None = Field(None, description="A name, by which it can be revoked.")
+    expires: Word | None = Field(
+        None, description="When it ends: after a span such as 90d or 12h, or a time (UTC) such as 2027-01-31."
+    )
+    scopes: list[Word] | None = Field(
+        None,
+        max_length=16,
+        description="What it may do beside asking: add, logprobs, playground. []: nothing; left out: all.",
+    )
+
+
+class Quotas(Reason):
+    """Quotas such as 60/minute (or second, hour, day); null removes one, one that is left out stays."""
+
+    requests: Word | None = None
+    tokens: Word | None = Field(None, description="Read and generated.")
 
 
 class TrustedKeys(Reason):
@@ -74,6 +106,13 @@ class Done(BaseModel):
     """A change that was made."""
 
     revision: int = Field(description="Of the store, as the history counts.")
+
+
+class Registered(Done):
+    """An adapter that is in the policy now."""
+
+    sha256: str = Field(description="What is pinned.")
+    note: str | None = Field(None, description="Why its canary has no effect, where it has none.")
 
 
 class NewKey(BaseModel):
@@ -102,7 +141,8 @@ def create_admin_app(store: PolicyStore, keys: Path, audit: AuditLog | None = No
     async def wrong_values(_: Request, error: Any) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part)[:64] for part in first["loc"][1:]) or "body"
-        return JSONResponse(ApiError(400, f"{where}: {first['msg']}", param=where, code="invalid_value").body, 400)
+        message = f"{where}: {first['msg'].removeprefix('Value error, ')}"
+        return JSONResponse(ApiError(400, message, param=where, code="invalid_value").body, 400)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -144,8 +184,8 @@ def create_admin_app(store: PolicyStore, keys: Path, audit: AuditLog | None = No
 
     @app.get("/v1/tenants/{tenant}")
     async def show(tenant: str) -> dict[str, Any]:
-        """What a tenant forgets and may add, the keys that it trusts, the first digits of its API keys' sha256."""
-        return {"tenant": tenant, **await look(lambda: summary(store.tenant(tenant)))}
+        """What a tenant forgets and may add, its quotas, the keys that it trusts, its API keys by their sha256."""
+        return {"tenant": tenant, **await look(lambda: summary(store.tenant(tenant), store.key_uses(tenant)))}
 
     @app.delete("/v1/tenants/{tenant}")
     async def remove(request: Request, tenant: str, why: Why = "") -> Done:
@@ -170,16 +210,23 @@ def create_admin_app(store: PolicyStore, keys: Path, audit: AuditLog | None = No
     strengths("may-add", "allow", "disallow", "Let a tenant's requests add an adapter, up to a strength")
 
     @app.post("/v1/tenants/{tenant}/keys", status_code=201)
-    async def add_key(request: Request, response: Response, tenant: str, body: Reason) -> NewKey:
+    async def add_key(request: Request, response: Response, tenant: str, body: KeySettings) -> NewKey:
         """Make an API key. To rotate: make one, give it to the tenant, then delete the old one."""
-        key = await change(request, "add_key", tenant, why=body.why, tenant=tenant)
+        settings = body.model_dump(exclude={"why"}, exclude_none=True)
+        key = await change(request, "add_key", tenant, settings, why=body.why, tenant=tenant, settings=settings)
         response.headers["cache-control"] = "no-store"
         return NewKey(key=key, sha256=key_digest(key))
 
-    @app.delete("/v1/tenants/{tenant}/keys/{digest}")
-    async def revoke_key(request: Request, tenant: str, digest: str, why: Why = "") -> Done:
-        """Revoke an API key, by 8 or more digits of its sha256."""
-        return Done(revision=await change(request, "revoke_key", tenant, digest, why=why, tenant=tenant))
+    @app.delete("/v1/tenants/{tenant}/keys/{key}")
+    async def revoke_key(request: Request, tenant: str, key: str, why: Why = "") -> Done:
+        """Revoke an API key, by its name or 8 or more digits of its sha256."""
+        return Done(revision=await change(request, "revoke_key", tenant, key, why=why, tenant=tenant))
+
+    @app.patch("/v1/tenants/{tenant}/quotas")
+    async def quota(request: Request, tenant: str, body: Quotas) -> Done:
+        """Limit a tenant's requests and tokens in a second, minute, hour or day; beyond that it gets 429."""
+        quotas = body.model_dump(exclude={"why"}, exclude_unset=True)
+        return Done(revision=await change(request, "quota", tenant, quotas, why=body.why, tenant=tenant, quotas=quotas))
 
     @app.post("/v1/tenants/{tenant}/trusted-keys")
     async def trust(request: Request, tenant: str, body: TrustedKeys) -> Done:
@@ -198,16 +245,21 @@ def create_admin_app(store: PolicyStore, keys: Path, audit: AuditLog | None = No
 
     @app.get("/v1/adapters")
     async def adapters() -> dict[str, Any]:
-        """All adapters by name: path and sha256."""
+        """All adapters by name: path, sha256, and the file of probes and the canary where the policy names them."""
         found = await look(lambda: store.current().adapters)
         return {"adapters": {name: entry.model_dump() for name, entry in found.items()}}
 
     @app.put("/v1/adapters/{name}")
-    async def adapter(request: Request, name: str, body: NewAdapter) -> Done:
+    async def adapter(request: Request, name: str, body: NewAdapter) -> Registered:
         """Register an adapter under a name, or replace the one of that name. It is read, checked and pinned now."""
-        digest = await look(lambda: read_identity(body.path, body.sha256))
-        arguments = (name, body.path, digest)
-        return Done(revision=await change(request, "adapter", *arguments, why=body.why, adapter=name, sha256=digest))
+        digest = await look(lambda: check_adapter(body.path, body.sha256, body.probes))
+        given = body.model_dump(include={"probes", "canary"}, exclude_none=True)
+        arguments = (name, body.path, digest, body.probes, body.canary)
+        revision = await change(request, "adapter", *arguments, why=body.why, adapter=name, sha256=digest, **given)
+        note = None
+        with suppress(ApiError, KeyError):  # the change is made, whatever happens to the store meanwhile
+            note = await look(lambda: idle_note(name, store.current().adapters[name]))
+        return Registered(revision=revision, sha256=digest, note=note)
 
     @app.delete("/v1/adapters/{name}")
     async def unadapter(request: Request, name: str, why: Why = "") -> Done:
@@ -278,7 +330,7 @@ def _translated(run: Callable[[], Any]) -> Any:
             logger.error("admin: %s", error)
             raise ApiError(503, str(error), code="policy_unavailable") from None
         raise ApiError(400, str(error), code="refused") from None
-    except AdapterError as error:
+    except (AdapterError, DataError) as error:
         raise ApiError(400, str(error), code="adapter_refused") from None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import PolicyError, did_you_mean, safe_repr
-from .entries import check_name
+from .entries import check_name, parse_end
 from .policy import KEY_ID, Policy, key_digest
 
 Content = dict[str, Any]  # as in YAML: adapters and tenants by name
@@ -94,8 +94,10 @@ def unadapter(content: Content, name: str) -> Content:
 
 
 def add_key(content: Content, tenant: str, digest: str, settings: Content | None = None) -> Content:
-    """Add an API key to a tenant, by its sha256; for its settings see `KeyEntry`."""
+    """Add an API key to a tenant, by its sha256; for its settings see `KeyEntry`. `expires` may be a span, as 90d."""
     keys, settings = get_entry(content, "tenant", tenant)["keys"], _given(settings or {})
+    if "expires" in settings:
+        settings["expires"] = parse_end(settings["expires"])
     if "name" in settings and any(entry.get("name") == settings["name"] for entry in keys.values()):
         raise PolicyError(f"tenant '{tenant}' has a key called {safe_repr(settings['name'])}: revoke that one first")
     keys[digest] = settings
@@ -118,6 +120,8 @@ def revoke_key(content: Content, tenant: str, key: str) -> Content:
 
 def quota(content: Content, tenant: str, quotas: Mapping[str, str | None]) -> Content:
     """Change quotas of a tenant, such as {"requests": "60/minute"}; None removes one."""
+    if not quotas:
+        raise PolicyError("which quota? Give requests, tokens or both")
     entry = get_entry(content, "tenant", tenant)
     before = entry.get("quotas") or {}
     entry["quotas"] = {kind: value for kind, value in {**before, **quotas}.items() if value is not None}
@@ -162,8 +166,8 @@ def replace(content: Content, policy: Policy) -> Content:
     return {"adapters": {name: _given(entry) for name, entry in content["adapters"].items()}, "tenants": tenants}
 
 
-def summary(entry: Content) -> Content:
-    """Return a tenant's entry with prefixes of digests in place of its keys."""
+def summary(entry: Content, uses: Mapping[str, str] | None = None) -> Content:
+    """Return a tenant's entry with prefixes of digests in place of its keys; `uses`: see `PolicyStore.key_uses`."""
     trusted = entry.get("trusted_keys")
     more: Content = {"trusted_keys": _fingerprints(trusted)} if trusted else {}
     settings = {digest[:KEY_ID]: given for digest, key in entry["keys"].items() if (given := _given(key))}
@@ -171,6 +175,7 @@ def summary(entry: Content) -> Content:
         more["key_settings"] = settings
     more |= {"quotas": entry["quotas"]} if entry.get("quotas") else {}
     more |= {"may_add": entry["may_add"]} if entry.get("may_add") else {}
+    more |= {"key_uses": {digest[:KEY_ID]: time for digest, time in uses.items()}} if uses else {}
     return {"forget": entry["forget"], "keys": _prefixes(entry["keys"]), **more}
 
 

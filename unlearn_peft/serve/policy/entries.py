@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping
-from datetime import date, datetime, timezone
+from datetime import date, datetime, timedelta, timezone
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,13 +15,14 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 
-from ...errors import TrustError, did_you_mean, safe_repr
+from ...errors import PolicyError, TrustError, did_you_mean, safe_repr
 
 _NAME = re.compile(r"(?!.*\.\.)(?!\.$)[A-Za-z0-9._-]{1,64}")
 MAX_STRENGTH = 16.0  # far beyond what still gives text; more could overflow
 _STRENGTHS = f"a number above 0, at most {MAX_STRENGTH:g} (1 is as trained)"
 DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 QUOTAS = ("requests", "tokens")
+_SPAN = re.compile(r"([0-9]{1,5})([dh])")
 _QUOTA = re.compile(r"[1-9][0-9]{0,14}/(second|minute|hour|day)")
 SCOPES = ("add", "logprobs", "playground")
 CANARIES = ("refuse", "warn", "off")
@@ -154,6 +155,21 @@ def parse_time(value: object) -> str:
         return time.astimezone(timezone.utc).isoformat(timespec="seconds")
     except (ValueError, OverflowError):
         raise ValueError("expected a time such as 2027-01-31 or 2027-01-31T12:00:00+00:00") from None
+
+
+def parse_end(value: object) -> str:
+    """Return a time as `parse_time` does, also of a span from now such as 90d or 12h.
+
+    Raises:
+        PolicyError: it is neither.
+    """
+    if not isinstance(value, str) or not (span := _SPAN.fullmatch(value)):
+        try:
+            return parse_time(value)
+        except ValueError as error:
+            raise PolicyError(f"expires is {safe_repr(value)}: {error}, or a span such as 90d or 12h") from None
+    length = timedelta(**{"days" if span[2] == "d" else "hours": int(span[1])})
+    return parse_time(_now() + length)
 
 
 def _now() -> datetime:

@@ -209,6 +209,8 @@ def key_digest(api_key: str) -> str:
 def _describe(item: dict[str, Any]) -> str:
     """Describe an error of pydantic without the value: it may be an API key in the wrong place."""
     parts = [str(part) for part in item["loc"] if part != "[key]"]
+    if parts[2:3] == ["keys"]:  # by the digits that logs have
+        parts[3:4] = [digest[:KEY_ID] for digest in parts[3:4]]
     where = ".".join(parts)
     if item["type"] == "extra_forbidden":
         models: dict[str, type[BaseModel]] = {"adapters": AdapterEntry, "tenants": TenantEntry}
