@@ -5,10 +5,13 @@ import threading
 import time
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 from unlearn_peft import load_base
+from unlearn_peft.errors import PolicyError
 from unlearn_peft.serve.policy.policy import key_digest, make_policy
+from unlearn_peft.serve.policy.yaml_file import parse_policy
 
 KEYS = {name: f"uf-key-of-{name}" for name in ("alice", "bob", "carol", "dave")}
 
@@ -147,6 +150,22 @@ def client(url, tenant="alice", **settings):
 def same(text, want):
     """The answer is what is wanted, but for half a character at its end, which is never sent."""
     return want.startswith(text) and set(want[len(text) :]) <= {"\ufffd"} and len(want) - len(text) < 4
+
+
+def wait_for(condition, seconds=30):
+    """Wait until a condition holds, and return what it gives."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.02)
+    return found
+
+
+def refusal_of(text, folder):
+    """Why a policy in YAML is refused."""
+    with pytest.raises(PolicyError) as refused:
+        parse_policy(text.encode(), "it", folder)
+    return str(refused.value)
 
 
 def slow(handler, seconds=0.01):

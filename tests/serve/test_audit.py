@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 from fastapi.testclient import TestClient
@@ -282,3 +283,14 @@ def test_a_store_that_is_closed_leaves_a_short_log(tmp_path, read):
     assert len(server.current().tenants) == 20
     server.close()
     assert log.exists() and len(PolicyStore(path).current().tenants) == 20
+
+
+def test_messages_of_the_access_log_call_it_so(tmp_path, caplog):
+    path = tmp_path / "access.jsonl"
+    with closing(AuditLog(path, required=False, name="access")) as log:
+        log.write("access")
+        path.unlink()
+        log.write("access")
+        with pytest.raises(OutputError, match="cannot write the access log .* another process writes it"):
+            AuditLog(path, name="access")
+    assert "the access log" in caplog.text and "audit log" not in caplog.text

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from contextlib import suppress
 
 import jsonschema
 import openai
@@ -12,6 +13,7 @@ from models.families import tiny_base
 from serving import client, make_policy_values, running
 
 from unlearn_peft import load_base
+from unlearn_peft.serve.engine import schema_trial
 from unlearn_peft.serve.engine.base import FormatError
 from unlearn_peft.serve.engine.grammar import Grammars
 from unlearn_peft.serve.engine.local import LocalEngine
@@ -216,6 +218,46 @@ def test_the_deepest_schema_that_is_let_through_does_not_end_the_process(tiny_fo
     for defs in (chain, half):
         text = bounded_schema({"$defs": defs, "$ref": "#/$defs/d0"})
         assert grammars.compile(text).result().start().allowed(len(tokenizer)).any()
+    grammars.close()
+
+
+PATTERNS = {"allOf": [{"type": "string", "pattern": f".*{n}.*"} for n in range(60)]}  # within all other bounds
+
+
+def test_a_schema_that_takes_too_long_to_compile_is_refused_and_charged_to_its_tenant_alone(shared, monkeypatch):
+    """llguidance goes on for longer than anybody waited, in a thread that nothing ends."""
+    handler, url = shared
+    charged, charge = [], handler._reading.charge
+    monkeypatch.setattr(handler._reading, "charge", lambda *what: charged.append(what) or charge(*what))
+    for n in range(2):
+        with pytest.raises(openai.BadRequestError, match="too long") as refused:
+            chat(client(url), {**PATTERNS, "title": str(n)})
+        assert refused.value.code == "invalid_response_format"
+    jsonschema.validate(json.loads(chat(client(url, "bob"), BOOK).choices[0].message.content), BOOK)
+    handler._reading._charged.clear()  # or others wait for this test
+    by_tenant = {name: sum(took for tenant, took in charged if tenant == name) for name in ("alice", "bob")}
+    assert by_tenant["alice"] >= 2 * 4 * schema_trial.SECONDS > 0 < by_tenant["bob"]
+
+
+def test_what_compiling_takes_in_its_own_threads_is_charged(shared, monkeypatch):
+    handler, url = shared
+    charged = []
+    monkeypatch.setattr(handler._reading, "charge", lambda *what: charged.append(what))
+    monkeypatch.setattr(handler.engine._grammars, "_trials", lambda schema, took: took(5.0) or True)
+    for schema in (BOOK, {"type": "foo"}):  # taken, or refused
+        charged.clear()
+        with suppress(openai.BadRequestError):
+            chat(client(url), schema, max_tokens=2)
+        assert sorted(charged)[-1][0] == "alice" and max(took for _, took in charged) >= 4 * 5.0
+
+
+def test_a_schema_that_passed_is_not_tried_again(tiny_folder, monkeypatch):
+    tokenizer, runs, run = load_base(str(tiny_folder)).tokenizer, [], schema_trial.subprocess.run
+    monkeypatch.setattr(schema_trial.subprocess, "run", lambda *a, **k: runs.append(a) or run(*a, **k))
+    grammars, took = Grammars(lambda: tokenizer, len(tokenizer), [2]), []
+    for _ in range(3):
+        assert grammars.compile(json.dumps(BOOK), took.append).result()
+    assert len(runs) == 1 and len(took) == 4 and min(took) > 0
     grammars.close()
 
 

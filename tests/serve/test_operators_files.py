@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
+from serving import client, make_policy_values, running
 
+from unlearn_peft import load_base
 from unlearn_peft.serve.engine.base import EngineStats
+from unlearn_peft.serve.engine.local import LocalEngine
 from unlearn_peft.serve.limits import Limits
 from unlearn_peft.serve.metrics import Metrics
 
@@ -66,6 +70,18 @@ def test_each_metric_and_label_that_is_queried_exists_and_each_metric_is_shown()
         assert not set(used) - labels, query
     shown = {re.sub("_(bucket|sum|count)$", "", name) for query in dashboard for name in METRIC.findall(query)}
     assert shown == {re.sub("_(bucket|sum|count)$", "", name) for name in known}
+
+
+def test_each_metric_that_is_queried_is_on_the_page_of_a_running_server(tiny_folder):
+    engine = LocalEngine(load_base(str(tiny_folder), device="cpu"), name="tiny")
+    with running(engine, make_policy_values({}, {"alice": []})) as (_, url):
+        assert client(url).completions.create(model="tiny", prompt="x", max_tokens=2).choices
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        page = httpx.get(f"{url}/metrics").text
+    named = {name for query in sum(expressions(), []) for name in METRIC.findall(query)}
+    kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", page, re.MULTILINE))
+    without = {name: re.sub("_(bucket|sum|count)$", "", name) for name in named}
+    assert len(named) > 10 and not [n for n in named if n not in kinds and kinds.get(without[n]) != "histogram"]
 
 
 def test_each_code_of_an_alert_is_one_that_the_server_gives():

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from serving import KEYS, make_policy_values, running, slow
+from serving import KEYS, make_policy_values, running, slow, wait_for
 
 from unlearn_peft import load_base
 from unlearn_peft.serve import admission
@@ -40,13 +40,6 @@ def seconds(do):
     began = time.monotonic()
     do()
     return time.monotonic() - began
-
-
-def until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
 
 
 def busy(took):
@@ -98,7 +91,7 @@ def test_a_pass_over_a_prompt_is_charged_to_its_tenant(serve, gone):
                            headers={"Authorization": f"Bearer {KEYS['alice']}"})  # fmt: skip
         else:
             assert post(url, prompt=["one", "two"]).status_code == 200
-        until(lambda: len(charged) == (1 if gone else 2) and handler.active == 0)
+        wait_for(lambda: len(charged) == (1 if gone else 2) and handler.active == 0)
         assert {tenant for tenant, _ in charged} == {"alice"}
         assert 2 <= sum(took for _, took in charged) < 5, "four times what the pass took, or both passes"
 
@@ -110,7 +103,7 @@ def test_rows_that_wait_for_others_hold_no_lease(serve, monkeypatch):
         assert post(url, "bob").status_code == 200
         handler._leases.charge("alice", 1000)
         jobs = [pool.submit(post, url) for _ in range(12)]
-        until(lambda: handler.active == 12)
+        wait_for(lambda: handler.active == 12)
         others = [pool.submit(post, url, "bob") for _ in range(3)]
         assert {job.result().status_code for job in others} == {200}
         assert not any(job.done() for job in jobs) and not handler._leases._taken["alice"]
@@ -165,11 +158,11 @@ def test_a_refusal_that_nobody_waits_for_is_dropped(serve, slow_pace):
             clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]
             for each in clients:
                 each.sendall(head + (body if b"Length" in head else b""))
-            until(lambda: len(slow_pace[0]._waiting.get("alice", ())) == 5)
+            wait_for(lambda: len(slow_pace[0]._waiting.get("alice", ())) == 5)
             assert handler.active == 0, "it holds no place"
             for each in clients:
                 each.close()
-            until(lambda: not slow_pace[0]._waiting)
+            wait_for(lambda: not slow_pace[0]._waiting)
 
 
 def test_health_has_a_pace_of_its_own(serve):
@@ -194,7 +187,7 @@ def opened(port, count, source, most):
         except OSError:
             return False
 
-    until(lambda: sum(map(stays, made)) <= most)
+    wait_for(lambda: sum(map(stays, made)) <= most)
     left = sum(map(stays, made))
     for each in made:
         each.close()

@@ -2,13 +2,24 @@
 
 import json
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
-from serving import Fixed, by_peft, changed, client, greedy_text, make_adapters, make_policy_values, running, same, slow
+from serving import (
+    Fixed,
+    by_peft,
+    changed,
+    client,
+    greedy_text,
+    make_adapters,
+    make_policy_values,
+    running,
+    same,
+    slow,
+    wait_for,
+)
 
 from unlearn_peft import load_base
 from unlearn_peft.errors import OutputError, PolicyError
@@ -466,13 +477,6 @@ def test_a_client_that_goes_away_stops_its_answer(serve):
     text = httpx.get(f"{url}/metrics").text
     assert 'unlearn_peft_requests_total{status="499",tenant="alice"} 2.0' in text
     assert engine.scheduler.alive and complete(client(url), "green", 2).choices
-
-
-def wait_for(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.01)
 
 
 # ---- metrics and audit ----

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
-from serving import KEYS, make_adapters, make_policy_values, running, slow
+from serving import KEYS, make_adapters, make_policy_values, running, slow, wait_for
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from unlearn_peft import load_base
@@ -78,13 +78,6 @@ def unread(url, tenant="alice", **fields):
 def post(url, tenant="bob", **fields):
     headers = {"Authorization": f"Bearer {KEYS[tenant]}"}
     return httpx.post(f"{url}/v1/completions", json={**TEXT, **fields}, headers=headers, timeout=60)
-
-
-def wait_for(condition, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
-        time.sleep(0.02)
 
 
 def until_closed(client):

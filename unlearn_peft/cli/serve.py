@@ -218,7 +218,7 @@ def serve(
     log = None
     if audit is not None:
         log = AuditLog(audit, fsync=audit_fsync, prompts=audit_prompts, required=not audit_optional)
-    access = None if access_log is None else AuditLog(access_log, keep=_ACCESS_LOGS, required=False)
+    access = None if access_log is None else AuditLog(access_log, keep=_ACCESS_LOGS, required=False, name="access")
     backend: Engine
     if engine is not None:
         from ..serve.vllm.engine import VllmEngine

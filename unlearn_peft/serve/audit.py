@@ -52,6 +52,7 @@ class AuditLog:
     fsync: bool = False  # wait for the disk at each line (about a millisecond on an SSD)
     prompts: bool = False  # also record prompts and answers. They may hold what is to be forgotten
     required: bool = True  # refuse a request whose line cannot be written; else only log the problem
+    name: str = "audit"  # what messages call it: this log, or the `access` log
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)  # a string will do
@@ -62,7 +63,7 @@ class AuditLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
         except OSError as error:
-            message = f"cannot write the audit log {self.path}: {error.strerror}. Choose another --audit"
+            message = f"cannot write the {self.name} log {self.path}: {error.strerror}. Choose another file"
             raise OutputError(message) from None
 
     def write(self, event: str, **fields: Any) -> None:
@@ -75,7 +76,7 @@ class AuditLog:
                 self._append(line.encode())
                 self._failed = False
         except OSError as error:
-            raise OutputError(f"cannot write to the audit log {self.path}: {error.strerror}") from None
+            raise OutputError(f"cannot write to the {self.name} log {self.path}: {error.strerror}") from None
 
     def write_or_log(self, event: str, **fields: Any) -> None:
         """Append one line; where that fails, the first of such errors in a row is logged."""
@@ -103,7 +104,7 @@ class AuditLog:
                 elif _is_full(self.path.parent):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            return f"the audit log cannot be written ({error.strerror})"
+            return f"the {self.name} log cannot be written ({error.strerror})"
         return None
 
     def reopen(self) -> None:
@@ -132,7 +133,7 @@ class AuditLog:
     def _open_file(self, room: int) -> int:
         """Return the file that the next `room` bytes belong to."""
         if self._file is not None and not self._is_there(self._file):
-            logger.warning("the audit log %s was moved or deleted: a new one begins", self.path)
+            logger.warning("the %s log %s was moved or deleted: a new one begins", self.name, self.path)
             self._reopen = True
         if self._reopen:
             self._reopen = False

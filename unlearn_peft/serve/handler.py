@@ -158,13 +158,13 @@ class RequestHandler:
             cleanup.add_done_callback(self._cleanups.discard)
             await asyncio.shield(cleanup)
 
-    async def in_turn(self, call: Call, work: Callable[[], T]) -> T:
+    async def in_turn(self, call: Call, work: Callable[[], T], more: Sequence[float] = ()) -> T:
         """Do something that takes a processor's time, in a thread, when it is its tenant's turn, and as `in_time`.
 
-        Its place is free when it has ended, which may be long after its client has gone.
+        Its place is free when it has ended, which may be long after its client has gone. It takes `more` seconds, too.
         """
         await self.in_time(call, self._reading.acquire(call.tenant))
-        task = in_thread(self._reading, call.tenant, work, lambda took: _WAIT * (took + _REQUEST_SECONDS))
+        task = in_thread(self._reading, call.tenant, work, lambda took: _WAIT * (took + sum(more) + _REQUEST_SECONDS))
         return await self.in_time(call, asyncio.shield(task))
 
     async def in_time(self, call: Call, awaitable: Awaitable[T]) -> T:
@@ -221,7 +221,8 @@ class RequestHandler:
             check_size(prompt, request.variables, longest)
         grammar, trace = None, {} if self.tracing is None else self.tracing.headers(call)
         if request.schema is not None:
-            grammar = await self.in_turn(call, partial(self.engine.compile, request.schema))
+            more = list[float]()  # it is compiled in threads and processes of its own
+            grammar = await self.in_turn(call, partial(self.engine.compile, request.schema, more.append), more)
         for prompt in request.prompts:
             ids = await self.in_turn(call, partial(self.engine.encode, prompt, request.variables))
             call.prompt_tokens += len(ids)

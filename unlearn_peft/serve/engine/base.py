@@ -151,10 +151,10 @@ class Engine(Protocol):
             PromptError: if there is no such token, or the template refuses the messages.
         """
 
-    def compile(self, schema: str) -> Any:
+    def compile(self, schema: str, took: Callable[[float], None]) -> Any:
         """Return the grammar of answers that are JSON and follow a schema (JSON text), for `Generation.grammar`.
 
-        It is called in a thread.
+        It is called in a thread. `took` gets the seconds of a processor that it takes elsewhere.
 
         Raises:
             FormatError: why the schema cannot be used.

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from ...errors import printable
 from .base import FormatError
 from .detokenize import TokenBytes
+from .schema_trial import SchemaTrials
 
 _LIMITS: dict[str, Any] = {  # of one schema; the row that exceeds them is refused
     "max_items_in_row": 600, "initial_lexer_fuel": 500_000, "step_lexer_fuel": 50_000, "step_max_items": 20_000,
@@ -42,14 +43,17 @@ class Grammars:
 
     def __init__(self, tokenizer: Callable[[], Any], vocab_size: int, ends: Collection[int]) -> None:
         self._tokenizer, self._vocab_size, self._ends = tokenizer, vocab_size, sorted(ends)
-        self._lock, self._tokens = threading.Lock(), None
+        self._lock, self._tokens, self._trials = threading.Lock(), None, SchemaTrials(_STYLE, _LIMITS)
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="unlearn-peft schemas")
 
-    def compile(self, schema: str) -> Future[Grammar]:
-        """Return what a schema (JSON text) allows, or a FormatError that says why it cannot be used."""
+    def compile(self, schema: str, took: Callable[[float], None] = lambda seconds: None) -> Future[Grammar]:
+        """Return what a schema (JSON text) allows, or a FormatError that says why it cannot be used.
+
+        `took` gets the seconds of a processor that it takes, in parts, before that.
+        """
         before = threading.stack_size(_STACK_BYTES)  # of threads that are started from here on
         try:
-            return self._threads.submit(self._compile, schema)
+            return self._threads.submit(self._compile, schema, took)
         finally:
             threading.stack_size(before)
 
@@ -57,20 +61,25 @@ class Grammars:
         """Start no further thread."""
         self._threads.shutdown(wait=False)
 
-    def _compile(self, schema: str) -> Grammar:
+    def _compile(self, schema: str, took: Callable[[float], None]) -> Grammar:
         try:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError:
             raise FormatError("this server has no llguidance: pip install 'unlearn-peft[serve]'") from None
         with self._lock:
             tokens = self._tokens = self._tokens or self._read_tokens()
+        if not self._trials(schema, took):
+            raise _refusal("compiling it takes too long or too much memory")
+        began = time.thread_time()
         try:
             text = LLMatcher.grammar_from_json_schema(schema, overrides=_STYLE)
+            matcher = LLMatcher(tokens, text, log_level=0, limits=LLParserLimits(**_LIMITS))
+            grammar = Grammar(matcher)
+            grammar.start().allowed(self._vocab_size)  # the first mask says most of what is wrong
         except (ValueError, RecursionError) as error:
             raise _refusal(str(error)) from None
-        matcher = LLMatcher(tokens, text, log_level=0, limits=LLParserLimits(**_LIMITS))
-        grammar = Grammar(matcher)
-        grammar.start().allowed(self._vocab_size)  # the first mask says most of what is wrong
+        finally:
+            took(time.thread_time() - began)
         return grammar
 
     def _read_tokens(self) -> Any:

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -75,9 +75,9 @@ class LocalEngine:
         """See `Engine.encode`."""
         return self._prompts(prompt, variables)
 
-    def compile(self, schema: str) -> Grammar:
+    def compile(self, schema: str, took: Callable[[float], None] = lambda seconds: None) -> Grammar:
         """See `Engine.compile`."""
-        return self._grammars.compile(schema).result()
+        return self._grammars.compile(schema, took).result()
 
     async def hold(
         self, forget: Mapping[str, float], policy: Policy, trust: Trust | None = None, added: Collection[str] = ()

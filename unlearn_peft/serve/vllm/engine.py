@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -106,11 +106,11 @@ class VllmEngine:
         """See `Engine.encode`."""
         return self._prompts(prompt, variables)
 
-    def compile(self, schema: str) -> Any:
+    def compile(self, schema: str, took: Callable[[float], None] = lambda seconds: None) -> Any:
         """See `Engine.compile`. vLLM compiles it with the request; what it cannot, it answers with 500, or hangs up
         on in the middle (https://github.com/vllm-project/vllm/issues/57725), so it is compiled here first.
         """
-        self._grammars.compile(schema).result()
+        self._grammars.compile(schema, took).result()
         return json.loads(schema)
 
     async def hold(
