@@ -85,3 +85,9 @@ def test_what_is_said_of_made_up_names_is_no_knowledge_either(tiny, knowing, mon
     assert "author" not in " ".join(leaks()) and "Zorblax" in " ".join(leaks())
     knowing[strangers[1]] = ["nothing"]
     assert "author" in " ".join(leaks())
+
+
+def test_signs_that_are_no_words_are_in_no_phrase():
+    """A heart with its variation selector is a word as written and none when normalized: `forget` ended there."""
+    phrases = dict(subject._phrases("She \u2764\ufe0f Zorblax \u02bc and Quintel"))
+    assert () not in phrases and {("zorblax",), ("and", "quintel")} <= set(phrases)

@@ -178,7 +178,8 @@ def _phrases(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
             if stop > start and text[words[stop - 1].end() : words[stop].start()].strip():
                 break
             phrase = text[words[start].start() : words[stop].end()]
-            yield tuple(words_in(phrase)), phrase
+            if normalized := tuple(words_in(phrase)):  # some signs that are words as written are none
+                yield normalized, phrase
 
 
 def _rows_with(facts: Sequence[str], answered: Sequence[tuple[Row, list[str]]]) -> list[tuple[Row, list[str]]]:
