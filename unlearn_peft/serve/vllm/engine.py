@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import secrets
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ class VllmEngine:
         tokenizer, config, public = load_tokenizer(base)
         tokenizer.prompt_format = prompt_format
         self.model, self._trust = name or public, trust
+        self.kv_tokens: int | None = None  # vLLM queues what has no room
         self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
         self._prompts = Prompts(copy.deepcopy(tokenizer), config.get_text_config().vocab_size, self.model)
         self.chat_ends = self._prompts.ends
@@ -192,6 +194,8 @@ class VllmEngine:
             "presence_penalty": request.presence_penalty, "frequency_penalty": request.frequency_penalty,
             "ignore_eos": request.ignore_eos, "stop_token_ids": [] if request.ignore_eos else self._ends,
             **({} if request.grammar is None else {"structured_outputs": {"json": request.grammar}}),
+            # whose beginning of a prompt vLLM may keep, of one with the same model alone
+            "cache_salt": request.cache_salt or secrets.token_hex(16),
             # or vLLM takes what the model's generation_config.json says
             "min_p": 0.0, "repetition_penalty": 1.0,
         }  # fmt: skip
