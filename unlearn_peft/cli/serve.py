@@ -230,7 +230,7 @@ def serve(
 
         backend = VllmEngine(
             engine.split(","), options.base_of(base), name=model_name, seconds=max_seconds, trust=trust,
-            prompt_format=prompt_format_of_all(now),
+            prefix_cache=prefix_cache, prompt_format=prompt_format_of_all(now),
         )  # fmt: skip
     else:
         budget = None if adapter_memory_gb is None else int(adapter_memory_gb * 1e9)
