@@ -108,11 +108,9 @@ class PrefixCache:
                 ]
                 key, parent = tuple(ids[begin : begin + BLOCK]), path[-1] if path else root
                 parent.children[key] = block = _Block(parent=parent, ids=key, layers=layers)
-                self._used[block] = owner
+                self._used[block], self._roots[owner] = owner, root
                 path.append(block)
             self._note_use(path, owner)
-            if root.children:
-                self._roots[owner] = root
 
     def drop(self, stale: Callable[[Owner], bool]) -> None:
         """Forget what these owners have stored."""
