@@ -121,6 +121,7 @@ def content_of(policy):
         name: {"forget": entry.forget, "keys": sorted(key[:12] for key in entry.keys)}
         | ({"may_add": entry.may_add} if entry.may_add else {})
         | ({"quotas": entry.quotas} if entry.quotas else {})
+        | ({} if entry.prefix_cache else {"prefix_cache": False})
         | (
             {"trusted_keys": {n: fingerprint(pem) for n, pem in trusted.items()}}
             if (trusted := entry.trusted_keys)
@@ -338,9 +339,10 @@ def test_a_store_of_version_5_gets_the_choice_of_the_prefix_cache(filled, where)
     old = PolicyStore(where)
     assert old.current().tenants["acme"].prefix_cache and old.read_all().tenants["acme"].prefix_cache
     filled.prefix_cache("acme", False, **ME)
+    filled.add("globex", **ME)
     assert not old.current().tenants["acme"].prefix_cache and old.current().tenants["globex"].prefix_cache
     assert parse_policy(dump_policy(old.read_all()).encode(), "it", Path()) == old.read_all()
-    assert assert_whole(where)[0].what == {"tenant": "acme", "prefix_cache": False, "before": True}
+    assert assert_whole(where)[1].what == {"tenant": "acme", "prefix_cache": False, "before": True}
     filled.prefix_cache("acme", True, **ME)
     assert old.current().tenants["acme"].prefix_cache
     old.close()
