@@ -229,8 +229,16 @@ def test_each_change_and_its_history(store, where):
     assert other.current().tenant_of(third) is None and list(other.current().tenants) == ["acme"]
     assert other.read_all().dump() == {
         "adapters": {"news": {"path": "/srv/newer", "sha256": "b" * 64, "probes": None, "canary": None}},
-        "tenants": {"acme": {"forget": {"news": 2.0}, "keys": {}, "trusted_keys": None, "may_add": {}, "quotas": {},
-                             "prefix_cache": True}},  # fmt: skip
+        "tenants": {
+            "acme": {
+                "forget": {"news": 2.0},
+                "keys": {},
+                "trusted_keys": None,
+                "may_add": {},
+                "quotas": {},
+                "prefix_cache": True,
+            }
+        },  # fmt: skip
     }
     store.trust("acme", {"x": PEMS[0], "y": PEMS[1]}, **ME)
     assert other.current().tenants["acme"].trusted_keys == {"x": PEMS[0], "y": PEMS[1]}
