@@ -16,6 +16,9 @@ Adapters have random weights: what is computed does not depend on them. Then, fo
 has run, else a random one of its shape), in ms, median of 21: attaching it from disk (attach_ms: mostly reading and
 verifying), swapping it for one that was read before (swap_ms) or is read now (swap_from_disk_ms), removing it, and
 asking for another set of resident ones in the next batch (switch_ms: what its first token costs more than the second).
+
+Last, through the server's scheduler, with one adapter: the time to the first token of a second request that begins with
+the same 1,000 tokens as the first, against the first one's (shared_prompt_second_vs_first, median over the turns).
 """
 
 import argparse
@@ -101,6 +104,7 @@ def measured(args, folder):
         "crowd_registered": crowd.stats.registered,
         "greedy_answers_equal_peft": same,
         **changes(base, args.adapter, folder),
+        **shared_prompt(base, paths[0], args.turns),
         "turns": args.turns, "rank": args.rank, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
@@ -170,6 +174,38 @@ def changes(base, adapter, folder):
         sets = [{"resident": 1 + n / 100}]  # never the same set twice: nothing of it is laid out already
         took["switch_ms"].append(timed(step, sets) - timed(step, sets))
     return {name: median(values) for name, values in took.items()} | {"adapter": str(path) if found else "random"}
+
+
+def shared_prompt(base, path, turns):
+    """Return the times to the first token of two requests with the same system prompt, in seconds, and their ratio."""
+    import queue
+
+    from unlearn_peft import Bank
+    from unlearn_peft.serve.engine.base import Generation
+    from unlearn_peft.serve.engine.rows import ActiveRow
+    from unlearn_peft.serve.engine.scheduler import Scheduler
+
+    bank = Bank(base.model, base.tokenizer)
+    bank.load("a", path)
+    scheduler, ids = Scheduler(base.model, base.tokenizer, bank), torch.randint(1000, 20000, (1000 + 2 * 20,)).tolist()
+
+    def first_token(question, salt):
+        pieces, held = queue.Queue(), bank.hold(["a"])
+        request = Generation((*ids[:1000], *question), 1, temperature=0, ignore_eos=True, cache_salt=salt)
+        began = time.perf_counter()
+        scheduler.submit(ActiveRow(request, held, pieces.put, held.release))
+        piece = pieces.get()
+        if isinstance(piece, Exception):
+            raise piece
+        return time.perf_counter() - began
+
+    took = [[first_token(ids[at : at + 20], f"{turn}") for at in (1000, 1020)] for turn in range(turns + 1)][1:]
+    scheduler.close()
+    return {
+        "shared_prompt_first_s": median(first for first, _ in took),
+        "shared_prompt_second_s": median(second for _, second in took),
+        "shared_prompt_second_vs_first": median(second / first for first, second in took),
+    }
 
 
 def show(result):

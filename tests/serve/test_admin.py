@@ -116,6 +116,7 @@ SAME = [  # arguments of the command, then what the port gets for the same; {} i
     (["quota", "acme", "--requests", "60/minute", "--tokens", "9/day"],
      "PATCH", "/v1/tenants/acme/quotas", {"requests": "60/minute", "tokens": "9/day"}),
     (["quota", "acme", "--tokens", "none"], "PATCH", "/v1/tenants/acme/quotas", {"tokens": None}),
+    (["prefix-cache", "acme", "off"], "PUT", "/v1/tenants/acme/prefix-cache", {"on": False}),
     (["adapter", "hp", "{}", "--probes", "{}/../hp.jsonl", "--canary", "warn"],
      "PUT", "/v1/adapters/hp", {"path": "{}", "probes": "{}/../hp.jsonl", "canary": "warn"}),
     (["adapter", "hp", "{}", "--canary", "off"], "PUT", "/v1/adapters/hp", {"path": "{}", "canary": "off"}),
@@ -172,9 +173,9 @@ def test_command_and_port_do_the_same(prepared, world, run, arguments, method, p
     assert without_digests(json.dumps(made.what)) == without_digests(json.dumps(by_command.what))
     assert made.who == "admin:ops" and [line["event"] for line in world.lines()] == ["admin", "admin_finished"]
     policies = [store.read_all() for store in (ours, theirs)]
-    assert policies[0].adapters == policies[1].adapters and policies[0].tenants["acme"].quotas == (
-        policies[1].tenants["acme"].quotas
-    )
+    assert policies[0].adapters == policies[1].adapters
+    found = [(policy.tenants["acme"].quotas, policy.tenants["acme"].prefix_cache) for policy in policies]
+    assert found[0] == found[1] and found[0][1] == ("prefix-cache" not in arguments)
     entries = [[key.model_dump() for key in policy.tenants["acme"].keys.values()] for policy in policies]
     assert sorted(entries[0], key=str) == sorted(entries[1], key=str)
 

@@ -120,6 +120,7 @@ def test_a_second_writer_is_locked_out(tmp_path, monkeypatch):
 class Engine:
     """As much of an engine as /readyz asks for."""
 
+    kv_tokens = None
     trouble = None
 
     async def problem(self):

@@ -138,6 +138,21 @@ def test_vllm_is_told_every_setting(world):
     assert {**body, **given, **always} == body
 
 
+def test_vllm_keeps_what_prompts_begin_with_for_the_same_salt_alone(world):
+    fake, policy = world.fake(), world.source.current()
+
+    async def ask_with(engine, *salts):
+        for salt in salts:
+            await ask(engine, policy, "alice", cache_salt=salt)
+
+    for engine, salts in (
+        (world.engine(fake), ("me", "me", "you", None, None)), (world.engine(fake, prefix_cache=False), ("me",)),
+    ):  # fmt: skip
+        run(engine, ask_with(engine, *salts))
+    salts = [body["cache_salt"] for body in fake.asked]
+    assert salts[:3] == ["me", "me", "you"] and len(set(salts)) == 5 and all(salts)
+
+
 def test_a_policy_change_takes_effect_at_once(world):
     fake = world.fake()
     engine = world.engine(fake)

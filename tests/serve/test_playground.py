@@ -42,7 +42,7 @@ class Held:
 class Scripted:
     """An engine that says what it is told to, token by token: `says(forget)` gives tokens with their probability."""
 
-    model, context, chat_ends = "scripted", 4096, ()
+    model, context, kv_tokens, chat_ends = "scripted", 4096, None, ()
 
     def __init__(self, says, pause=0.0):
         self.says, self.pause, self.gone, self.asked, self.broken = says, pause, 0, [], None

@@ -121,6 +121,7 @@ def content_of(policy):
         name: {"forget": entry.forget, "keys": sorted(key[:12] for key in entry.keys)}
         | ({"may_add": entry.may_add} if entry.may_add else {})
         | ({"quotas": entry.quotas} if entry.quotas else {})
+        | ({} if entry.prefix_cache else {"prefix_cache": False})
         | (
             {"trusted_keys": {n: fingerprint(pem) for n, pem in trusted.items()}}
             if (trusted := entry.trusted_keys)
@@ -170,6 +171,10 @@ def replay(history):
             case "quota":
                 assert tenants[what["tenant"]].pop("quotas", {}) == what["before"]
                 tenants[what["tenant"]] |= {"quotas": what["quotas"]} if what["quotas"] else {}
+            case "prefix_cache":
+                entry = tenants[what["tenant"]]
+                assert entry.pop("prefix_cache", True) == what["before"]
+                entry |= {} if what["prefix_cache"] else {"prefix_cache": False}
             case "trust":
                 entry = tenants[what["tenant"]]
                 entry["trusted_keys"] = {**entry.get("trusted_keys", {}), **what["trusted_keys"]}
@@ -224,7 +229,16 @@ def test_each_change_and_its_history(store, where):
     assert other.current().tenant_of(third) is None and list(other.current().tenants) == ["acme"]
     assert other.read_all().dump() == {
         "adapters": {"news": {"path": "/srv/newer", "sha256": "b" * 64, "probes": None, "canary": None}},
-        "tenants": {"acme": {"forget": {"news": 2.0}, "keys": {}, "trusted_keys": None, "may_add": {}, "quotas": {}}},
+        "tenants": {
+            "acme": {
+                "forget": {"news": 2.0},
+                "keys": {},
+                "trusted_keys": None,
+                "may_add": {},
+                "quotas": {},
+                "prefix_cache": True,
+            }
+        },  # fmt: skip
     }
     store.trust("acme", {"x": PEMS[0], "y": PEMS[1]}, **ME)
     assert other.current().tenants["acme"].trusted_keys == {"x": PEMS[0], "y": PEMS[1]}
@@ -302,14 +316,14 @@ def test_a_store_of_version_4_is_served_and_gets_its_columns_at_the_first_change
     key = filled.add_key("acme", **ME)
     with filled._engine.begin() as connection:
         for column in ("adapters.probes", "adapters.canary", "keys.name", "keys.expires", "keys.scopes", "keys.used",
-                       "tenants.quotas"):  # fmt: skip
+                       "tenants.quotas", "tenants.prefix_cache"):  # fmt: skip
             table, _, name = column.partition(".")
             connection.exec_driver_sql(f"ALTER TABLE unlearn_{table} DROP COLUMN {name}")
         connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 4")
     old = PolicyStore(where)
     assert old.current().forget_of("acme") == {"hp": 1.0} and old.current().adapters["hp"].canary is None
     assert old.read_all().adapters["hp"].probes is None and old.key_uses("acme") == {}
-    assert old.current().tenants["acme"].quotas == {}
+    assert old.current().tenants["acme"].quotas == {} and old.current().tenants["acme"].prefix_cache
     with pytest.raises(PolicyError, match="cannot write to the store"):  # until the first change
         old.note_uses({key_digest(key): "2026-11-30T12:00:00+00:00"})
     found = old.current().find_key(key)
@@ -324,6 +338,22 @@ def test_a_store_of_version_4_is_served_and_gets_its_columns_at_the_first_change
     assert (found.probes, found.canary) == (str(Path("news.jsonl").absolute()), "warn")
     old.close()
     assert_whole(where)
+
+
+def test_a_store_of_version_5_gets_the_choice_of_the_prefix_cache(filled, where):
+    with filled._engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE unlearn_tenants DROP COLUMN prefix_cache")
+        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 5")
+    old = PolicyStore(where)
+    assert old.current().tenants["acme"].prefix_cache and old.read_all().tenants["acme"].prefix_cache
+    filled.prefix_cache("acme", False, **ME)
+    filled.add("globex", **ME)
+    assert not old.current().tenants["acme"].prefix_cache and old.current().tenants["globex"].prefix_cache
+    assert parse_policy(dump_policy(old.read_all()).encode(), "it", Path()) == old.read_all()
+    assert assert_whole(where)[1].what == {"tenant": "acme", "prefix_cache": False, "before": True}
+    filled.prefix_cache("acme", True, **ME)
+    assert old.current().tenants["acme"].prefix_cache
+    old.close()
 
 
 def test_an_adapter_keeps_its_canary_until_another_is_given(filled, where):
@@ -852,7 +882,7 @@ def test_what_is_no_store(tmp_path, where):
     sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE x (y)").connection.close()
     newer = PolicyStore(where, create=True)
     with newer._engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 6")
+        connection.exec_driver_sql("UPDATE unlearn_state SET schema_version = 7")
     newer.close()
     told = {
         tmp_path / "none.db": "no store at",
@@ -860,7 +890,7 @@ def test_what_is_no_store(tmp_path, where):
         tmp_path / "short.db": "short.db is no store",
         tmp_path / "empty.db": "empty.db is no store",
         tmp_path / "other.db": "holds no store",
-        where: "has schema version 6, expected at most 5: update",
+        where: "has schema version 7, expected at most 6: update",
         "sqlite://": "would be lost",
         "postgresql://ann:geheim@127.0.0.1:1/x": "cannot open the store postgresql+psycopg://127.0.0.1:1/x: conn",
         "postgresql://ann:geheim@h:port/x": "the store's URL is not understood",

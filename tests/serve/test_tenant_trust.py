@@ -384,7 +384,7 @@ def test_a_store_of_the_version_before_is_read_and_brought_up_to_date(pems, tmp_
     assert policy.trust_of("acme") is None and len(store.history()) == 6
     assert version() == 1
     store.forget("globex", "news", **ME)
-    assert version() == schema.SCHEMA_VERSION == 5
+    assert version() == schema.SCHEMA_VERSION == 6
     assert serving_.current().forget_of("globex") == {"news": 1.0}
     indexes = {row[0] for row in sqlite3.connect(where).execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
     assert {"unlearn_keys_tenant", "unlearn_forgets_adapter"} <= indexes, "or a change looks at every row"
@@ -395,8 +395,8 @@ def test_a_store_of_the_version_before_is_read_and_brought_up_to_date(pems, tmp_
     assert serving_.current().forget_of("acme", {"news": 1.5}) == {"hp": 0.5, "news": 1.5}
     store.trust("globex", pems, **ME)
     with sqlite3.connect(where) as newer:
-        newer.execute("UPDATE unlearn_state SET schema_version = 6, revision = revision + 1, token = 'x'")
-    with pytest.raises(PolicyError, match="schema version 6, expected at most 5: update"):
+        newer.execute("UPDATE unlearn_state SET schema_version = 7, revision = revision + 1, token = 'x'")
+    with pytest.raises(PolicyError, match="schema version 7, expected at most 6: update"):
         serving_.current()  # it cannot tell what the newer tables ask for
     for one in (store, serving_):
         one.close()

@@ -40,7 +40,7 @@ def test_a_wrong_format_is_refused_before_any_work(tiny, fields):
 
 def test_a_server_asks_as_its_adapters_were_trained(tmp_path, caplog):
     from unlearn_peft.adapters.bundle import MANIFEST
-    from unlearn_peft.cli.serve import _prompt_format
+    from unlearn_peft.cli.serve_policy import prompt_format_of_all
     from unlearn_peft.serve.policy.policy import make_policy
 
     def asked(**manifests):
@@ -48,7 +48,7 @@ def test_a_server_asks_as_its_adapters_were_trained(tmp_path, caplog):
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / MANIFEST).write_text(manifest)
         adapters = {name: {"path": str(tmp_path / name)} for name in (*manifests, "elsewhere")}
-        return _prompt_format(make_policy({"adapters": adapters, "tenants": {}}, "policy"))
+        return prompt_format_of_all(make_policy({"adapters": adapters, "tenants": {}}, "policy"))
 
     with_format, without = '{"recipe": {"prompt_format": "F: {prompt}\\nA: {completion}"}}', '{"recipe": {}}'
     assert asked() is None and asked(a=without) is None

@@ -6,27 +6,23 @@ import importlib.util
 import logging
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import AdapterError, UnlearnError
+from ..errors import UnlearnError
 from . import options
+from .serve_policy import TENANT, open_or_make_policy, prompt_format_of_all
 
 if TYPE_CHECKING:
-    from ..adapters.bundle import Bundle
     from ..serve.engine.base import Engine
-    from ..serve.policy.policy import Policy, PolicySource
 
 
 logger = logging.getLogger(__name__)
 _ACCESS_LOGS = 10  # full files that are kept
-_TENANT = "local"  # the only tenant, where there is no policy
 
 
 def serve(
@@ -77,6 +73,15 @@ def serve(
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 8192,
     max_body_bytes: Annotated[int, typer.Option(min=1)] = 1_000_000,
     max_seconds: Annotated[float, typer.Option(min=0.001, help="From a request's arrival until all is sent.")] = 300,
+    kv_memory_gb: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Memory for keys and values. Default: what a full batch can need, at most half of what is free."
+        ),
+    ] = None,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Keep what a tenant's prompts begin with, in what of that memory no answer needs.")
+    ] = True,
     drain_seconds: Annotated[float, typer.Option(min=0, help="Time that running requests get after SIGTERM.")] = 30,
     adapter_memory_gb: Annotated[
         float | None,
@@ -200,7 +205,7 @@ def serve(
     from ..serve.tracing import Tracing
 
     bundles = options.read_adapters(adapter, trust)
-    source = _policy_source(policy, bundles)
+    source = open_or_make_policy(policy, bundles)
     now = source.current()
     admin: tuple[PolicyStore, Path] | None = None
     if admin_keys is not None:
@@ -225,14 +230,15 @@ def serve(
 
         backend = VllmEngine(
             engine.split(","), options.base_of(base), name=model_name, seconds=max_seconds, trust=trust,
-            prompt_format=_prompt_format(now),
+            prefix_cache=prefix_cache, prompt_format=prompt_format_of_all(now),
         )  # fmt: skip
     else:
         budget = None if adapter_memory_gb is None else int(adapter_memory_gb * 1e9)
         live = options.load(base, bundles, dtype, device, quantize)
-        live.prompt_format = live.prompt_format or _prompt_format(now)
+        live.prompt_format = live.prompt_format or prompt_format_of_all(now)
         backend = LocalEngine(
             live, name=model_name, max_batch=max_batch, budget_bytes=budget, trust=trust,
+            kv_bytes=None if kv_memory_gb is None else int(kv_memory_gb * 1e9), prefix_cache=prefix_cache,
             allow_different_base=allow_different_base,
         )  # fmt: skip
     limits = Limits(
@@ -243,7 +249,7 @@ def serve(
     tracing = Tracing() if traces else None
     if tracing is not None:
         context.call_on_close(tracing.close)
-    open_tenant = _TENANT if policy is None else None
+    open_tenant = TENANT if policy is None else None
     page = Playground(playground_base, tuple(playground_offer or ())) if playground else None
     handler = RequestHandler(backend, source, limits=limits, audit=log, open_tenant=open_tenant, tracing=tracing)
 
@@ -296,55 +302,3 @@ def _read_trust_anew(engine: Engine, trusted_keys: list[Path], required: bool) -
     assert trust is not None
     engine.set_trust(trust)
     logger.warning("trusted keys: %s", ", ".join(trust.signers))
-
-
-def _prompt_format(policy: Policy) -> str | None:
-    """Return how the policy's adapters were trained to be asked, from their manifests alone; None: by the template.
-
-    One server asks in one way: where they differ, a warning says so, and the template is used.
-    """
-    from ..adapters.bundle import MANIFEST, prompt_format_of
-    from ..data.prompt import parse_format
-    from ..files.untrusted import read_file, strict_json
-
-    found = set()
-    for entry in policy.adapters.values():
-        with suppress(AdapterError, ValueError):  # what cannot be read is refused when it is asked for
-            text = prompt_format_of(strict_json(read_file(Path(entry.path) / MANIFEST)))
-            if text is not None:
-                parse_format(text)
-            found.add(text)
-    if len(found) > 1:
-        logger.warning("the adapters were trained with different prompt formats: all are asked by the base's template")
-        return None
-    return next(iter(found), None)
-
-
-@dataclass
-class FixedPolicy:
-    """A policy that never changes."""
-
-    policy: Policy
-    problem: str | None = None
-
-    def current(self) -> Policy:
-        """Return the policy."""
-        return self.policy
-
-
-def _policy_source(policy: str | None, bundles: Sequence[Bundle]) -> PolicySource:
-    """Open the policy, or make one of a tenant without keys who may add these adapters."""
-    from ..serve.policy.entries import MAX_STRENGTH
-    from ..serve.policy.policy import make_policy
-    from ..serve.policy.store import open_policy
-
-    if policy is not None:
-        return open_policy(policy)
-    entries: dict[str, Any] = {}
-    for bundle in bundles:
-        if bundle.name in entries:
-            raise UnlearnError(f"two adapters are called '{bundle.name}': rename one's folder")
-        entries[bundle.name] = {"path": str(bundle.path.absolute()), "canary": "off"}  # whoever tries it out may see
-    may_add = dict.fromkeys(entries, MAX_STRENGTH)
-    values = {"adapters": entries, "tenants": {_TENANT: {"forget": [], "may_add": may_add}}}
-    return FixedPolicy(make_policy(values, "--adapter"))

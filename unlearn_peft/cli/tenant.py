@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import printable
-from . import tenant_keys
+from . import tenant_keys, tenant_limits
 from .options import JsonOption
 from .tenant_store import (
     STORE,
@@ -102,6 +102,8 @@ def show(name: TenantArgument, store: StoreOption = STORE, as_json: JsonOption =
         print(f"its requests may add {format_strengths(may_add)} at most")
     for kind, value in facts.get("quotas", {}).items():
         print(f"quota of {kind}: {value}")
+    if not facts.get("prefix_cache", True):
+        print("nothing is kept of its prompts (prefix-cache off)")
     for key in facts["keys"]:
         given = facts.get("key_settings", {}).get(key, {})
         scopes = given.get("scopes")
@@ -181,23 +183,6 @@ def disallow(
     edit("disallow", name, adapter, done=done, store=store, who=who, why=why, as_json=as_json)
 
 
-@app.command()
-def quota(
-    name: TenantArgument,
-    requests: Annotated[str | None, typer.Option(metavar="N/minute", help="Requests; `none` removes it.")] = None,
-    tokens: Annotated[str | None, typer.Option(metavar="N/day", help="Tokens, read and generated.")] = None,
-    store: StoreOption = STORE, who: WhoOption = None, why: WhyOption = "", as_json: JsonOption = False,
-) -> None:  # fmt: skip
-    """Limit a tenant's requests and tokens in a second, minute, hour or day; beyond that it gets 429.
-
-    unlearn-peft tenant quota acme --requests 60/minute --tokens 1000000/day
-    """
-    given = {kind: value for kind, value in (("requests", requests), ("tokens", tokens)) if value is not None}
-    done = f"tenant '{name}' has the quotas " + ", ".join(f"{kind} {value}" for kind, value in given.items())
-    changes = {kind: None if value == "none" else value for kind, value in given.items()}
-    edit("quota", name, changes, done=done, store=store, who=who, why=why, as_json=as_json)
-
-
 @app.command("adapter")
 def adapter_(
     name: Annotated[str, typer.Argument(help="Its name in the policy.")],
@@ -251,8 +236,10 @@ def unadapter(
     edit("unadapter", name, done=f"adapter '{name}' removed", store=store, who=who, why=why, as_json=as_json)
 
 
-for command in (tenant_keys.key, tenant_keys.trust, tenant_keys.untrust):
-    app.command()(command)
+for command in (
+    tenant_limits.quota, tenant_limits.prefix_cache, tenant_keys.key, tenant_keys.trust, tenant_keys.untrust,
+):  # fmt: skip
+    app.command(command.__name__.replace("_", "-"))(command)
 
 
 @app.command()

@@ -31,6 +31,11 @@ class KVBatch:
     mask: Tensor  # (B, T): 0 on padding, which is on the left only
     newest: Tensor  # (B, 1)
 
+    @property
+    def places(self) -> int:
+        """Tokens that keys and values are kept of, padding included."""
+        return self.mask.numel()
+
     def select(self, rows: Sequence[int]) -> None:
         """Drop all other rows, and the padding that the selected ones share."""
         index = torch.tensor(rows, device=self.mask.device)
@@ -81,7 +86,8 @@ class ModelRunner:
     """Runs a model over batches, inside `rows` of the sets of adapters of a batch's rows; without it, as it is.
 
     Raises a BaseModelError if joined rows do not give what each gives alone: state-space models keep no such cache.
-    `token_bytes` are those of one token's keys and values, in all layers.
+    `token_bytes` are those of one token's keys and values, in all layers. `splits` says whether a prompt may be read in
+    parts, and its beginning kept for another: not where a token's place is encoded by the length of what is read.
     """
 
     def __init__(self, model: Any, rows: Callable[[Sequence[Any]], AbstractContextManager[Any]] = nullcontext) -> None:
@@ -89,6 +95,7 @@ class ModelRunner:
         accepted = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._positions = "position_ids" in accepted
+        self.splits = not _rotates_by_length(model.config)
         self._check()
 
     @torch.no_grad()
@@ -105,6 +112,12 @@ class ModelRunner:
     @torch.no_grad()
     def append(self, batch: KVBatch, more: Sequence[Sequence[int]], sets: Sequence[Any] = ()) -> Tensor:
         """Run further tokens of each row, at least one; returns logits (B, V) behind its last."""
+        self.read(batch, more, sets)
+        return self.step(batch, sets)
+
+    @torch.no_grad()
+    def read(self, batch: KVBatch, more: Sequence[Sequence[int]], sets: Sequence[Any] = ()) -> None:
+        """Run further tokens of each row, at least one, but for its last: that is `newest` then, still to be run."""
         device, width = self.model.device, max(map(len, more)) - 1
         if width:
             ids = torch.tensor([[*row[:-1], *[row[-1]] * (width + 1 - len(row))] for row in more], device=device)
@@ -115,9 +128,9 @@ class ModelRunner:
             with contiguous_head(self.model):
                 self._forward(ids, mask, positions, batch.cache, sets)
             batch.mask = mask
-            batch.shift(padding)
+            if len({len(row) for row in more}) > 1:
+                batch.shift(padding)
         batch.newest = torch.tensor([row[-1:] for row in more], device=device)
-        return self.step(batch, sets)
 
     @torch.no_grad()
     def step(self, batch: KVBatch, sets: Sequence[Any] = ()) -> Tensor:
@@ -150,7 +163,7 @@ class ModelRunner:
                 kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none of transformers' own"
                 raise BaseModelError(f"{refusal}its cache ({kinds}) is not keys and values alone")
             states = [part for layer in layers for part in (layer.keys, layer.values)]
-            self.token_bytes = sum(part.nbytes // part.shape[2] for part in states)
+            self.token_bytes: int = sum(part.nbytes // part.shape[2] for part in states)
             batch.extend(other)
             together = self.step(batch, base)
             batch.select([1])
@@ -170,3 +183,11 @@ class ModelRunner:
                 f"{refusal}rows in one batch differ from the same rows alone by {difference:.1e} of the largest logit. "
                 "Expected a model that uses attention_mask and position_ids, such as Llama, Mistral, Qwen2 or SmolLM."
             )
+
+
+def _rotates_by_length(config: Any) -> bool:
+    """Whether a model's rotary embeddings depend on how many tokens there are, not on each token's place alone."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]  # by kind of layer
+    kinds = {str(one.get("rope_type")) for one in each}
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)

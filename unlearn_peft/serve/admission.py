@@ -99,7 +99,7 @@ def answer_tokens(prompt: int, asked: int | None, limits: Limits, context: int) 
         raise too_long(f"{prompt} tokens: at most {longest}")
     most = min(limits.max_tokens, context - prompt)
     if asked is not None and asked > most:
-        message = f"max_tokens is {asked}: at most {most} for this prompt"
+        message = f"max_tokens is {asked}: at most {most} for this prompt. Ask for fewer, or shorten it"
         raise ApiError(400, message, code="context_length_exceeded", param="max_tokens")
     return most if asked is None else asked
 
@@ -111,4 +111,4 @@ def is_chat(prompt: Prompt) -> bool:
 
 def too_long(what: str) -> ApiError:
     """Return the refusal of a prompt that has `what`."""
-    return ApiError(400, f"the prompt has {what}", code="context_length_exceeded")
+    return ApiError(400, f"the prompt has {what}. Shorten it", code="context_length_exceeded")

@@ -203,7 +203,8 @@ class Canary:
         if count < 1:
             raise DataError(f"a probe has {len(ids)} tokens, and this base takes {self._engine.context}")
         generation, text = Generation(ids, count, temperature=0.0, stop=self._engine.chat_ends), ""
-        async with self._rows.place(call.tenant), aclosing(self._engine.stream(generation, lease)) as stream:
+        place = self._rows.place(call.tenant, generation.size)
+        async with place, aclosing(self._engine.stream(generation, lease)) as stream:
             async for chunk in stream:
                 text += chunk.text
                 if chunk.finish_reason is not None:

@@ -1,5 +1,8 @@
 """Places that tenants get in turn, so that the flood of one delays another by no more than what has a place already.
 
+A place can have a size. Those that are taken have room together, each as large as the largest of them: rows of a batch
+are padded to its longest. Who finds no room is overtaken by others for a while, and then they wait for it.
+
 What a tenant did with a place can be charged to it: then it gets no further one for a while, so that others have their
 part of the processor, too. While it waits it holds no place.
 """
@@ -11,11 +14,21 @@ import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
 _LOOK_AGAIN = 0.25  # seconds, whether those are still there for whom a tenant waits
 _MANY = 1024  # tenants whose charges are kept before those that are over are looked for
+
+
+@dataclass(eq=False)
+class _Turn:
+    """Somebody who waits for a place."""
+
+    size: int
+    given: asyncio.Future[None]
+    overtaken: int = 0  # by how many, for want of room
 
 
 class FairQueue:
@@ -26,46 +39,50 @@ class FairQueue:
         per_tenant: of these, what one tenant can have; all by default.
         spare: of these, what only tenants get that have none yet.
         burst: seconds that may be charged to a tenant before it waits.
+        room: for the sizes of places, none of which may be larger; None: they don't matter. Where there are `spare`
+            places, a tenant that has some leaves room for one more.
         present: the tenants for whom another waits: not one that was charged less than each of them. None: all wait.
     """
 
     def __init__(
         self, places: float, per_tenant: float | None = None, *, spare: int = 0, burst: float = 0.0,
-        present: Callable[[], Collection[str]] | None = None,
+        room: int | None = None, present: Callable[[], Collection[str]] | None = None,
     ) -> None:  # fmt: skip
         self._free, self._per_tenant = places, places if per_tenant is None else per_tenant
         self._spare, self._burst, self._present = spare, burst, present
+        self._room, self._sizes, self._patience = room, Counter[int](), places
         self._charged = dict[str, float]()  # until when, by the monotonic clock
         self._timer: asyncio.TimerHandle | None = None
         self._taken = Counter[str]()
-        self._waiting = OrderedDict[str, deque[asyncio.Future[None]]]()  # the tenant whose turn it is comes first
+        self._waiting = OrderedDict[str, deque[_Turn]]()  # the tenant whose turn it is comes first
 
     @asynccontextmanager
-    async def place(self, tenant: str) -> AsyncIterator[None]:
+    async def place(self, tenant: str, size: int = 0) -> AsyncIterator[None]:
         """Wait for a place, and have it until the block ends."""
-        await self.acquire(tenant)
+        await self.acquire(tenant, size)
         try:
             yield
         finally:
-            self.release(tenant)
+            self.release(tenant, size)
 
-    async def acquire(self, tenant: str) -> None:
+    async def acquire(self, tenant: str, size: int = 0) -> None:
         """Wait for a place; `release` gives it back."""
-        turn = asyncio.get_running_loop().create_future()
+        turn = _Turn(size, asyncio.get_running_loop().create_future())
         self._waiting.setdefault(tenant, deque()).append(turn)
         self._give()
         try:
-            await turn
+            await turn.given
         except asyncio.CancelledError:
-            if turn.cancelled():
+            if turn.given.cancelled():
                 self._forget(tenant, turn)
             else:  # it was given at this very moment
-                self.release(tenant)
+                self.release(tenant, size)
             raise
 
-    def release(self, tenant: str) -> None:
+    def release(self, tenant: str, size: int = 0) -> None:
         """Give a place back; the next tenant gets it at once."""
         self._free += 1
+        self._sizes -= Counter([size])
         self._taken[tenant] -= 1
         if not self._taken[tenant]:
             del self._taken[tenant]
@@ -84,22 +101,36 @@ class FairQueue:
             self._waiting.move_to_end(tenant)
             if not self._waiting[tenant]:
                 del self._waiting[tenant]
-            if not turn.done():
-                turn.set_result(None)
+            if not turn.given.done():
+                turn.given.set_result(None)
                 self._free -= 1
+                self._sizes[turn.size] += 1
                 self._taken[tenant] += 1
 
     def _next(self) -> str | None:
-        waits = list[float]()
-        for tenant in self._waiting:
+        waits, overtaken = list[float](), list[_Turn]()
+        for tenant, turns in self._waiting.items():
             taken = self._taken[tenant]
             if taken < self._per_tenant and (not taken or self._free > self._spare):
-                if (wait := self._wait(tenant)) <= 0:
+                if (wait := self._wait(tenant)) > 0:
+                    waits.append(wait)
+                elif self._has_room(turns[0], taken):
+                    for turn in overtaken:
+                        turn.overtaken += 1
                     return tenant
-                waits.append(wait)
+                elif not taken:
+                    if turns[0].overtaken >= self._patience:
+                        return None  # what is free stays so, until it is enough
+                    overtaken.append(turns[0])
         if waits and (self._timer is None or self._timer.when() - asyncio.get_running_loop().time() > min(waits)):
             self._look_again(min(waits))
         return None
+
+    def _has_room(self, turn: _Turn, taken: int) -> bool:
+        if self._room is None:
+            return True
+        count = sum(self._sizes.values()) + 1 + (1 if taken and self._spare else 0)
+        return count * max([turn.size, *self._sizes]) <= self._room
 
     def _wait(self, tenant: str) -> float:
         """Return for how many seconds a tenant gets no place, at least."""
@@ -119,12 +150,13 @@ class FairQueue:
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(seconds, look)
 
-    def _forget(self, tenant: str, turn: asyncio.Future[None]) -> None:
+    def _forget(self, tenant: str, turn: _Turn) -> None:
         turns = self._waiting.get(tenant)
         if turns and turn in turns:
             turns.remove(turn)
             if not turns:
                 del self._waiting[tenant]
+            self._give()  # others may have waited for it
 
 
 def in_thread(

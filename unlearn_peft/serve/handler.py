@@ -13,9 +13,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequen
 from contextlib import aclosing, suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from ..errors import OutputError, PolicyError
+from ..errors import PolicyError
 from .admission import Places, answer_tokens, check_size, is_chat
 from .audit import AuditLog, describe
 from .canary import Canary
@@ -26,6 +26,7 @@ from .limits import Limits
 from .metrics import Metrics
 from .policy.policy import Key, Policy, PolicySource
 from .quotas import Quotas
+from .recorder import Recorder
 from .request import ApiError, Call, ParsedRequest, as_api_error
 from .tracing import Tracing
 
@@ -54,6 +55,7 @@ class RequestHandler:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self._stats)
+        self._recorder = Recorder(self.audit, self.metrics, self.tracing)
         self.draining = False
         self.shows_base = False  # set by the playground alone, if it was started so
         self.metrics.active.set_function(lambda: self.active)
@@ -64,8 +66,8 @@ class RequestHandler:
         self._leases = FairQueue(self.limits.batch + 2 * _AHEAD, spare=_AHEAD, present=self._places.present)
         # nor do they take all of the batch, however long their answers: a further tenant starts at once
         spare = 0 if self.open_tenant is not None or self.limits.batch == 1 else 1 + _AHEAD
-        self._rows = FairQueue(self.limits.batch + _AHEAD, spare=spare)
-        self._canary = Canary(self.engine, self._rows, self._record, self.metrics, self.limits.seconds)
+        self._rows = FairQueue(self.limits.batch + _AHEAD, spare=spare, room=self.engine.kv_tokens)
+        self._canary = Canary(self.engine, self._rows, self._recorder.write, self.metrics, self.limits.seconds)
         self._quotas = Quotas(self.limits.quotas)
         self._keys = KeyLog(self.policies)
         self._cleanups = set[asyncio.Future[None]]()
@@ -87,14 +89,15 @@ class RequestHandler:
             policy, found = await asyncio.to_thread(self._look_up, key)
         except PolicyError as error:
             logger.error("no policy, all requests are refused: %s", error)
-            raise self._refused(ApiError(503, "there is no policy to serve under", code="policy_unavailable")) from None
+            refusal = ApiError(503, "there is no policy to serve under", code="policy_unavailable")
+            raise self._recorder.refused(refusal) from None
         self.metrics.policy_problem.set(self.policies.problem is not None)
         if self.open_tenant is not None:
             return Call(self.open_tenant, policy, client=client)
         try:
             found = self._keys.check(found, client, given=bool(key))
         except ApiError as error:
-            raise self._refused(error) from None
+            raise self._recorder.refused(error) from None
         call = Call(found.tenant, policy, found, client)
         call.require(*([scope] if scope else []))
         return call
@@ -138,18 +141,18 @@ class RequestHandler:
                     self.metrics.first.observe(call.first - call.began)
                 call.completion_tokens += chunk.tokens
                 running -= chunk.finish_reason is not None
-                if self._records_text:
+                if self._recorder.keeps_text:
                     texts[number] += chunk.text
                 if not running:
-                    await self._finish(call, 200, answers=texts)
+                    await self._recorder.finish(call, 200, answers=texts)
                     recorded = True
                 yield number, chunk
         except (asyncio.CancelledError, GeneratorExit):
             client_gone = not recorded
             raise
         except Exception as error:
-            refusal = self._refused(as_api_error(error))
-            await self._finish(call, refusal.status, refusal.code)
+            refusal = self._recorder.refused(as_api_error(error))
+            await self._recorder.finish(call, refusal.status, refusal.code)
             raise refusal from error
         finally:
             # in its own task, since a client that goes away cancels each wait in here again
@@ -179,7 +182,7 @@ class RequestHandler:
     async def refuse(self, call: Call, error: ApiError) -> None:
         """Record a request that was refused before `answer`."""
         self.leave(call)
-        await self._finish(call, self._refused(error).status, error.code)
+        await self._recorder.finish(call, self._recorder.refused(error).status, error.code)
 
     async def close(self) -> None:
         """Stop the engine and close the audit log."""
@@ -219,6 +222,7 @@ class RequestHandler:
         longest = min(limits.prompt_tokens, self.engine.context - 1)
         for prompt in request.prompts:
             check_size(prompt, request.variables, longest)
+        salt = call.policy.tenants[call.tenant].cache_salt(call.tenant, request.cache_salt)
         grammar, trace = None, {} if self.tracing is None else self.tracing.headers(call)
         if request.schema is not None:
             more = list[float]()  # it is compiled in threads and processes of its own
@@ -227,7 +231,7 @@ class RequestHandler:
             ids = await self.in_turn(call, partial(self.engine.encode, prompt, request.variables))
             call.prompt_tokens += len(ids)
             max_tokens = answer_tokens(len(ids), request.max_tokens, limits, self.engine.context)
-            settings = {**request.settings, "grammar": grammar, "trace": trace}
+            settings = {**request.settings, "grammar": grammar, "trace": trace, "cache_salt": salt}
             settings["stop"] += self.engine.chat_ends * is_chat(prompt)
             for n in range(request.n):
                 if settings["seed"] is not None:  # n different answers, the same ones each time
@@ -253,7 +257,8 @@ class RequestHandler:
         async with self._leases.place(call.tenant):
             lease = await self._hold(call)
             try:
-                await self._record("admitted", call, **({"asked": request.prompts} if self._records_text else {}))
+                asked = {"asked": request.prompts} if self._recorder.keeps_text else {}
+                await self._recorder.write("admitted", call, **asked)
                 await asyncio.gather(
                     *(self._generate(call, number, one, lease, chunks) for number, one in enumerate(generations))
                 )
@@ -286,7 +291,8 @@ class RequestHandler:
         self, call: Call, number: int, generation: Generation, lease: AdapterLease, chunks: _Chunks
     ) -> None:
         try:
-            async with self._rows.place(call.tenant), aclosing(self.engine.stream(generation, lease)) as stream:
+            place = self._rows.place(call.tenant, generation.size)
+            async with place, aclosing(self.engine.stream(generation, lease)) as stream:
                 call.placed = call.placed or time.monotonic()
                 async for chunk in stream:
                     call.generated += chunk.tokens
@@ -303,48 +309,8 @@ class RequestHandler:
             await asyncio.gather(producer, return_exceptions=True)
         self.leave(call)
         if client_gone:
-            await self._finish(call, 499, "client_gone")
+            await self._recorder.finish(call, 499, "client_gone")
 
     def _stats(self) -> EngineStats:
         stats = self.engine.stats()
         return stats if stats.running is None else replace(stats, waiting=max(self.active - stats.running, 0))
-
-    @property
-    def _records_text(self) -> bool:
-        return self.audit is not None and self.audit.prompts
-
-    async def _finish(self, call: Call, status: int, code: str | None = None, answers: list[str] | None = None) -> None:
-        """Record and count a request's end. If that cannot be written, only an answer that is not whole yet fails."""
-        try:
-            await self._record(
-                "finished", call, status=status, code=code, prompt_tokens=call.prompt_tokens,
-                completion_tokens=call.completion_tokens,
-                **({"answers": answers} if self._records_text and answers else {}),
-            )  # fmt: skip
-        except OutputError:
-            if status == 200:
-                raise
-        if self.tracing is not None:
-            self.tracing.finish(call, status, code)
-        self.metrics.requests.labels(call.tenant, str(status)).inc()
-        self.metrics.seconds.observe(time.monotonic() - call.began)
-        for kind, count in (("prompt", call.prompt_tokens), ("completion", call.completion_tokens)):
-            self.metrics.tokens.labels(call.tenant, kind).inc(count)
-
-    async def _record(self, event: str, call: Call, **fields: Any) -> None:
-        if self.audit is None:
-            return
-        line = {**call.record(), **fields}
-        try:
-            if self.audit.fsync:
-                await asyncio.to_thread(self.audit.write, event, **line)
-            else:
-                self.audit.write(event, **line)
-        except OutputError as error:
-            logger.error("%s", error)
-            if self.audit.required:
-                raise
-
-    def _refused(self, error: ApiError) -> ApiError:
-        self.metrics.refusals.labels(error.code or "none").inc()
-        return error

@@ -17,6 +17,10 @@ _ENGINE = {  # field of `EngineStats` -> its metric
     "waiting": (GaugeMetricFamily, "queue_size", "Answers that wait for a place in the batch."),
     "resident": (GaugeMetricFamily, "resident_adapters", "Adapters in memory."),
     "resident_bytes": (GaugeMetricFamily, "resident_adapter_bytes", "Memory that they take."),
+    "kv_used_bytes": (GaugeMetricFamily, "kv_used_bytes", "Keys and values of answers and of the prefix cache."),
+    "kv_bytes": (GaugeMetricFamily, "kv_bytes", "The room for them."),
+    "prefix_bytes": (GaugeMetricFamily, "prefix_cache_bytes", "Of these, what the prefix cache has."),
+    "prefix_tokens": (CounterMetricFamily, "prefix_cache_tokens", "Tokens of prompts that were not read again."),
     "loads": (CounterMetricFamily, "adapter_loads", "Adapters read and verified."),
     "load_seconds": (CounterMetricFamily, "adapter_load_seconds", "Seconds that reading and verifying took."),
 }

@@ -88,6 +88,7 @@ class ParsedRequest:
     variables: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
     schema: str | None = None  # JSON text: the answers are JSON that follows it
     called: Any = None  # the `CalledTools` one of which the answers call
+    cache_salt: str | None = None  # shares what prompts begin with among requests of its tenant with the same one alone
 
 
 @dataclass

@@ -18,7 +18,6 @@ from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
-from pydantic import BaseModel, Field
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
@@ -26,10 +25,21 @@ from ...errors import AdapterError, DataError, OutputError, PolicyError
 from ..audit import AuditLog
 from ..canary import check_adapter, idle_note
 from ..policy.edits import UnknownName, summary
-from ..policy.entries import MAX_STRENGTH, Name
 from ..policy.policy import key_digest
 from ..policy.store import PolicyStore
 from ..request import ApiError
+from .bodies import (
+    Done,
+    KeySettings,
+    NewAdapter,
+    NewKey,
+    NewTenant,
+    PrefixCache,
+    Quotas,
+    Registered,
+    Strength,
+    TrustedKeys,
+)
 from .keys import find_admin_key
 
 logger = logging.getLogger(__name__)
@@ -37,89 +47,7 @@ _MAX_BODY = 65_536  # bytes
 _OPEN = ("/healthz", "/openapi.json")  # without a key
 _READS = ("GET", "HEAD")
 
-FilePath = Annotated[str, Field(min_length=1, max_length=4096)]
-Word = Annotated[str, Field(max_length=200)]  # such a bound also refuses half of a character
 Why = Annotated[str, Query(max_length=2000, description="The reason, for the history.")]
-
-
-class Reason(BaseModel, extra="forbid"):
-    """The reason of a change, for the history."""
-
-    why: str = Field("", max_length=2000)
-
-
-class NewTenant(Reason):
-    """A tenant that forgets nothing and has no key yet."""
-
-    name: Name
-
-
-class Strength(Reason):
-    """How strongly; 1 is as trained."""
-
-    strength: float = Field(1.0, gt=0, le=MAX_STRENGTH)
-
-
-class NewAdapter(Reason):
-    """An adapter's directory, the same on every server; its content is pinned."""
-
-    path: FilePath
-    sha256: str | None = Field(None, description="The expected one, as `unlearn-peft inspect` prints it.")
-    probes: FilePath | None = Field(
-        None,
-        description="What must not come back: a file of JSON lines with prompt and leak. Left out: as before; without "
-        "one, PATH.probes.jsonl, if it is there.",
-    )
-    canary: Word | None = Field(
-        None, description="What happens to a set in which a probe does: refuse, warn or off. Left out: as before."
-    )
-
-
-class KeySettings(Reason):
-    """Of a new API key; without any it has no name, never ends, and may do everything."""
-
-    name: Word | None = Field(None, description="A name, by which it can be revoked.")
-    expires: Word | None = Field(
-        None, description="When it ends: after a span such as 90d or 12h, or a time (UTC) such as 2027-01-31."
-    )
-    scopes: list[Word] | None = Field(
-        None,
-        max_length=16,
-        description="What it may do beside asking: add, logprobs, playground. []: nothing; left out: all.",
-    )
-
-
-class Quotas(Reason):
-    """Quotas such as 60/minute (or second, hour, day); null removes one, one that is left out stays."""
-
-    requests: Word | None = None
-    tokens: Word | None = Field(None, description="Read and generated.")
-
-
-class TrustedKeys(Reason):
-    """Public keys in PEM, by name."""
-
-    keys: dict[str, str] = Field(min_length=1, max_length=64)
-
-
-class Done(BaseModel):
-    """A change that was made."""
-
-    revision: int = Field(description="Of the store, as the history counts.")
-
-
-class Registered(Done):
-    """An adapter that is in the policy now."""
-
-    sha256: str = Field(description="What is pinned.")
-    note: str | None = Field(None, description="Why its canary has no effect, where it has none.")
-
-
-class NewKey(BaseModel):
-    """An API key. It is not shown again."""
-
-    key: str
-    sha256: str
 
 
 def create_admin_app(store: PolicyStore, keys: Path, audit: AuditLog | None = None) -> FastAPI:
@@ -227,6 +155,12 @@ def create_admin_app(store: PolicyStore, keys: Path, audit: AuditLog | None = No
         """Limit a tenant's requests and tokens in a second, minute, hour or day; beyond that it gets 429."""
         quotas = body.model_dump(exclude={"why"}, exclude_unset=True)
         return Done(revision=await change(request, "quota", tenant, quotas, why=body.why, tenant=tenant, quotas=quotas))
+
+    @app.put("/v1/tenants/{tenant}/prefix-cache")
+    async def prefix_cache(request: Request, tenant: str, body: PrefixCache) -> Done:
+        """Keep what a tenant's prompts begin with for its next ones, or not."""
+        facts = {"tenant": tenant, "prefix_cache": body.on}
+        return Done(revision=await change(request, "prefix_cache", tenant, body.on, why=body.why, **facts))
 
     @app.post("/v1/tenants/{tenant}/trusted-keys")
     async def trust(request: Request, tenant: str, body: TrustedKeys) -> Done:

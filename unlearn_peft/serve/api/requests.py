@@ -119,6 +119,7 @@ class _Common(BaseModel, extra="allow"):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     ignore_eos: bool = False  # an extension, as vLLM has it
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)  # likewise
     response_format: _Format | None = None
     stream: bool = False
     stream_options: _StreamOptions | None = None
@@ -230,7 +231,7 @@ def read_request(body: bytes, *, chat: bool) -> ParsedRequest:
     usage = request.stream_options is not None and request.stream_options.include_usage
     return ParsedRequest(
         request.model, chat, prompts, request.n, max_tokens, settings, request.stream, usage, dict(request.forget),
-        variables, schema, called,
+        variables, schema, called, request.cache_salt,
     )  # fmt: skip
 
 

@@ -65,6 +65,12 @@ class Generation:
     grammar: Any = None  # what `Engine.compile` returned: the answer follows it
     # gets the seconds for which all other answers waited for this one's prompt, whether or not it is still wanted then
     prefilled: Callable[[float], None] = field(default=lambda seconds: None, compare=False)
+    cache_salt: str | None = None  # what the prompt begins with may be kept for requests with the same; None: for none
+
+    @property
+    def size(self) -> int:
+        """Tokens that it may come to have, whose keys and values take memory."""
+        return len(self.ids) + self.max_tokens
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,10 @@ class EngineStats:
     resident_bytes: int | None = None
     loads: int | None = None  # adapters read since the start
     load_seconds: float | None = None  # in all
+    kv_used_bytes: int | None = None  # keys and values of rows, padding included, and of the prefix cache
+    kv_bytes: int | None = None  # the room for them
+    prefix_bytes: int | None = None  # of these, what the prefix cache has
+    prefix_tokens: int | None = None  # tokens of prompts that were not read again since the start, thanks to it
 
 
 class Engine(Protocol):
@@ -136,6 +146,12 @@ class Engine(Protocol):
     @property
     def context(self) -> int:
         """The most tokens that a prompt and its answer may have together."""
+
+    @property
+    def kv_tokens(self) -> int | None:
+        """Tokens whose keys and values have room; each answer under way takes as many as the longest may come to have.
+        None: the engine sees to that itself.
+        """
 
     @property
     def chat_ends(self) -> tuple[str, ...]:

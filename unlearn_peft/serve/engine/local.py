@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 import copy
 import hashlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...adapters.bundle import Bundle
 from ...adapters.read import read_bundle
-from ...errors import UnlearnError
+from ...errors import BaseModelError, UnlearnError
 from ...inference.adapter_cache import AdapterLease, Applied
 from ...inference.bank import Bank
 from ...models.base import Base
@@ -26,12 +28,16 @@ from . import base as protocol
 from .base import EngineStats, Generation, TextChunk, Unavailable
 from .encode import Prompt, Prompts
 from .grammar import Grammar, Grammars
-from .scheduler import ActiveRow, Scheduler
+from .memory import context_of
+from .rows import ActiveRow
+from .scheduler import Scheduler
 
 if TYPE_CHECKING:
     from ...adapters.trust import Trust
     from ..policy.policy import Policy
 
+logger = logging.getLogger(__name__)
+_MIN_KV_TOKENS = 64  # a short question and its answer
 _MAX_POLICIES = 4  # versions whose requests may still be on their way here
 
 
@@ -41,11 +47,13 @@ class LocalEngine:
     Args:
         name: the public name; the base's own by default.
         max_batch: answers that are generated at once.
+        kv_bytes: for keys and values, see `Scheduler`.
+        prefix_cache: whether what prompts begin with is kept, for requests of the same tenant with the same set.
         budget_bytes, trust: see `Bank`.
         allow_different_base: see `attach`.
 
     Raises:
-        BaseModelError: see `ModelRunner`.
+        BaseModelError: see `ModelRunner`; or there is no room for the keys and values of one answer.
     """
 
     def __init__(
@@ -54,17 +62,21 @@ class LocalEngine:
         *,
         name: str | None = None,
         max_batch: int = 8,
+        kv_bytes: int | None = None,
+        prefix_cache: bool = True,
         budget_bytes: int | None = None,
         allow_different_base: bool = False,
         trust: Trust | None = None,
     ) -> None:
         self.model = name or base.name
-        self.context = int(getattr(base.model.config.get_text_config(), "max_position_embeddings", 0) or 1 << 20)
         self._prompts = Prompts(base.tokenizer, base.model.get_input_embeddings().weight.shape[0], self.model)
         self.chat_ends = self._prompts.ends
         self._allow_different_base = allow_different_base
         self.bank = Bank(base.model, base.tokenizer, budget_bytes=budget_bytes, trust=trust)
-        self.scheduler = Scheduler(base.model, copy.deepcopy(base.tokenizer), self.bank, max_batch=max_batch)
+        tokenizer = copy.deepcopy(base.tokenizer)
+        self.scheduler = Scheduler(base.model, tokenizer, self.bank, max_batch=max_batch, kv_bytes=kv_bytes)
+        self.kv_tokens, self._keeps_prefixes = self.scheduler.kv_tokens, prefix_cache
+        self.context = _context(context_of(base.model.config), self.kv_tokens)
         self._grammars = Grammars(self._prompts.copied_tokenizer, self._prompts.vocab_size, self.scheduler.ends)
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="unlearn-peft engine")
         self._registering = threading.Lock()
@@ -103,6 +115,8 @@ class LocalEngine:
             loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
         row_lease = lease.copy()  # a cancelled row is in the batch until the next step, its request may end before
+        if not self._keeps_prefixes:
+            request = replace(request, cache_salt=None)
         row = ActiveRow(request, row_lease, deliver, row_lease.release)
         self.scheduler.submit(row)
         try:
@@ -126,6 +140,8 @@ class LocalEngine:
         return EngineStats(
             running=self.scheduler.running, waiting=self.scheduler.waiting, resident=bank.resident,
             resident_bytes=bank.resident_bytes, loads=bank.loads, load_seconds=bank.load_seconds,
+            kv_used_bytes=self.scheduler.kv_used_bytes, kv_bytes=self.scheduler.kv_bytes,
+            prefix_bytes=self.scheduler.prefixes.bytes, prefix_tokens=self.scheduler.reused,
         )  # fmt: skip
 
     async def close(self) -> None:
@@ -188,6 +204,7 @@ class LocalEngine:
             if key in self.bank.known:
                 self.bank.remove(key)
                 self.bank.register(key, policy.adapters[name].path, allow_different_base=self._allow_different_base)
+        self.scheduler.prefixes.drop(lambda owner: any(name == part[0] for part in owner.adapters))
 
     def _register(self, policy: Policy) -> None:
         """Make a policy's adapters known, and forget those that no recent policy names."""
@@ -204,6 +221,27 @@ class LocalEngine:
                     self.bank.register(key, entry.path, allow_different_base=self._allow_different_base)
             for key in before.difference(*self._recent.values()):
                 self.bank.remove(key)
+        self.scheduler.prefixes.drop(lambda owner: not all(self._is_current(part, policy) for part in owner.adapters))
+
+    def _is_current(self, part: tuple[str, str, float], policy: Policy) -> bool:
+        """Whether an adapter that something was computed with is the one that a policy names."""
+        name, sha256, _ = part
+        return name in policy.adapters and self._identities.get(_key(name, policy)) == sha256
+
+
+def _context(longest: int, kv_tokens: int) -> int:
+    """Return how many tokens a prompt and its answer may have, of a model that takes `longest`."""
+    if kv_tokens < min(longest, _MIN_KV_TOKENS):
+        raise BaseModelError(
+            f"the memory for keys and values has room for {kv_tokens} tokens, expected {_MIN_KV_TOKENS} or more: give "
+            "more (--kv-memory-gb), or free some"
+        )
+    if kv_tokens < longest:
+        logger.warning(
+            "The memory for keys and values has room for %d tokens: longer prompts, with their answers, are refused, "
+            "though the base takes %d (--kv-memory-gb)", kv_tokens, longest,
+        )  # fmt: skip
+    return min(longest, kv_tokens)
 
 
 def _release(done: asyncio.Future[AdapterLease]) -> None:

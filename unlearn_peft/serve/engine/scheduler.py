@@ -1,25 +1,26 @@
 """Continuous batching over one model, a set of adapters for each row: requests join and leave between two steps.
 
-One worker thread owns the model. Waiting requests are prefilled together, padded on the left; their KV caches are
-joined with those of the running batch, rows that end are dropped from it, and padding that all rows share is cut.
-No pass runs outside `bank.rows`. There is no prefix cache: keys and values live and die with their request, so they
-cannot reach another set.
+One worker thread owns the model. Before each step of the running rows there is one pass over prompts, of at most
+`prefill_tokens`: short prompts together, padded on the left, or a part of a long one, in turn. So nobody's next token
+waits for more than that. The keys and values of a prompt that is read are joined with those of the running batch, rows
+that end are dropped from it, and padding that all rows share is cut. No pass runs outside `bank.rows`.
 
-Why not transformers' own continuous batching (5.23, generation/continuous_batching)? On a CPU it is as fast as
-`generate` (SmolLM2, 8 answers of 24 tokens: 2.6 s, 2.7 s), but it packs all rows into one of shape (1, T), and only
-private objects know which token is whose, so a row cannot have its own adapters. It samples all rows or none, from one
-global source of random numbers, has no logprobs of the likeliest tokens, and shares prefixes between requests by token
-ids alone, which would cross sets.
+What prompts begin with is kept (`prefix_cache.py`) for prompts of the same tenant under the same set of adapters, in
+the memory for keys and values that no row may need.
+
+Why not transformers' own continuous batching (5.23, generation/continuous_batching)? It packs all rows into one of
+shape (1, T): the model's arguments say where each sequence ends, but not whose it is, and that changes from pass to
+pass, so a row cannot have its own adapters. It shares prefixes between requests by a digest of 64 bits of their tokens
+alone, which would cross sets and tenants. It samples all rows or none, from the process's one source of random numbers:
+no seed of a request's own. It has the log-probability of the chosen token alone, and after temperature and the like.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -29,44 +30,39 @@ from ...errors import AdapterError
 from ...inference.bank import Bank
 from ...inference.generate import own_ends
 from ...inference.model_runner import KVBatch, ModelRunner
-from .base import FormatError, Generation, GenerationError, TextChunk, TokenLogprobs, Unavailable
+from .base import FormatError, GenerationError, TextChunk, TokenLogprobs, Unavailable
 from .detokenize import TextStream, TokenBytes
-from .sampling import Sampler
+from .memory import default_kv_bytes
+from .prefill import Prefill
+from .prefix_cache import PrefixCache
+from .rows import ActiveRow
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class ActiveRow:
-    """One answer that is generated; the worker's thread calls its functions."""
-
-    request: Generation
-    lease: Any  # the row's adapters, for `bank.rows`
-    deliver: Callable[[TextChunk | Exception], None]  # gets each chunk, or the error that ended the answer
-    done: Callable[[], None]  # called once, when no pass will use `lease` any more
-    generated: int = 0  # tokens
-    undelivered: int = 0  # tokens that no chunk has counted yet
-    cancelled: bool = False
-    ended: bool = False
-    text: TextStream = field(init=False)  # set when it is submitted
-
-    def __post_init__(self) -> None:
-        self.sampler = Sampler(self.request)
 
 
 class Scheduler:
     """Runs rows in one batch of at most `max_batch` until they end; raises what `ModelRunner` raises.
 
-    The tokenizer is the worker's own, since tokenizers don't like to be shared by threads. `prefill_tokens` (padding
-    included) may join at once; a longer prompt joins alone.
+    The tokenizer is the worker's own, since tokenizers don't like to be shared by threads.
+
+    Args:
+        prefill_tokens: of prompts in one pass, padding included; by default 256 on a CPU, else 1024. Where a model's
+            prompts cannot be read in parts (see `ModelRunner.splits`), a longer one is read alone, and nothing is kept.
+        kv_bytes: for keys and values. It is for the caller to submit no more than has room: all rows under way, each as
+            long as the longest may become (`Generation.size`). None: see `default_kv_bytes`.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, bank: Bank, *, max_batch: int = 8, prefill_tokens: int = 2048
-    ) -> None:
-        self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
+        self, model: Any, tokenizer: Any, bank: Bank, *, max_batch: int = 8, prefill_tokens: int | None = None,
+        kv_bytes: int | None = None,
+    ) -> None:  # fmt: skip
+        self.max_batch = max_batch
         self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
         self._runner = ModelRunner(model, bank.rows)
+        self.kv_bytes = default_kv_bytes(self._runner, max_batch) if kv_bytes is None else kv_bytes
+        self.prefixes = PrefixCache(self._runner.token_bytes)
+        most = prefill_tokens or (256 if self._runner.model.device.type == "cpu" else 1024)
+        self._prefill = Prefill(self._runner, self.prefixes, most)
         self.ends = _end_tokens(model, tokenizer)
         self._waiting: deque[ActiveRow] = deque()
         self._rows: list[ActiveRow] = []  # row n of _batch
@@ -93,9 +89,26 @@ class Scheduler:
             self._wake.notify()
 
     @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values have room, padding included."""
+        return self.kv_bytes // self._runner.token_bytes
+
+    @property
+    def reused(self) -> int:
+        """Tokens of prompts that were not read again, thanks to the prefix cache."""
+        return self._prefill.reused
+
+    @property
+    def kv_used_bytes(self) -> int:
+        """Memory of keys and values: of rows, padding included, and of the prefix cache."""
+        batches = (self._batch, *(row.batch for row in list(self._prefill.rows)))
+        places = sum(batch.places for batch in batches if batch is not None)
+        return places * self._runner.token_bytes + self.prefixes.bytes
+
+    @property
     def running(self) -> int:
-        """Rows in the batch."""
-        return len(self._rows)
+        """Rows in the batch, or about to join it."""
+        return len(self._rows) + len(self._prefill.rows)
 
     @property
     def waiting(self) -> int:
@@ -119,36 +132,39 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._waiting or self._rows or self._closed)
+                self._wake.wait_for(lambda: self._waiting or self._prefill.rows or self._rows or self._closed)
                 if self._closed:
                     break
-                joining = self._next_rows()
+                self._give_places()
             self._guarded(self._rows, self._drop_cancelled)
-            if joining:
-                self._guarded(joining, self._join)
+            self.prefixes.set_limit(self.kv_bytes - self._reserved_bytes())
+            for row in list(self._prefill.rows):
+                self._guarded([row], self._prefill.use_prefix)
+            if rows := self._prefill.next_rows():
+                self._guarded(rows, self._read)
             if self._rows:
                 self._guarded(self._rows, self._step)
         with self._wake:
-            unfinished = [*self._rows, *self._waiting]
+            unfinished = [*self._rows, *self._prefill.rows, *self._waiting]
             self._waiting.clear()
         self._fail(unfinished, GenerationError("the server is shutting down"))
+        self._prefill.remove(unfinished)
         self._rows, self._batch = [], None
 
-    def _next_rows(self) -> list[ActiveRow]:
-        """Take waiting rows, in their order, that fit into the batch and into one prefill."""
-        taken: list[ActiveRow] = []
-        width = 0
-        while self._waiting and len(self._rows) + len(taken) < self.max_batch:
-            row = self._waiting[0]
-            width = max(width, len(row.request.ids))
-            if taken and width * (len(taken) + 1) > self.prefill_tokens:
-                break
-            self._waiting.popleft()
-            if row.cancelled:
-                self._end(row)
-            else:
-                taken.append(row)
-        return taken
+    def _give_places(self) -> None:
+        """Let waiting rows begin to be read, in their order; cancelled ones of either kind end."""
+        cancelled = [row for row in self._prefill.rows if row.cancelled]
+        self._prefill.remove(cancelled)
+        while self._waiting and self.running < self.max_batch:
+            row = self._waiting.popleft()
+            (cancelled if row.cancelled else self._prefill.rows).append(row)
+        for row in cancelled:
+            self._end(row)
+
+    def _reserved_bytes(self) -> int:
+        """Return what the rows under way may need: each row of a batch takes as much as its longest."""
+        sizes = [row.request.size for row in (*self._rows, *self._prefill.rows)]
+        return len(sizes) * max(sizes, default=0) * self._runner.token_bytes
 
     def _guarded(self, rows: Sequence[ActiveRow], run: Callable[[Sequence[ActiveRow]], None]) -> None:
         """A failure ends these rows, never the worker; rows that were not part of it go on."""
@@ -156,6 +172,7 @@ class Scheduler:
             run(rows)
         except Exception as error:
             logger.exception("a pass over %d rows failed; they are refused", len(rows))
+            self._prefill.remove(rows)
             self._remove(rows)
             if isinstance(error, AdapterError):
                 self._fail(rows, Unavailable(str(error), error.adapter))
@@ -163,14 +180,12 @@ class Scheduler:
                 message = f"a pass over the model failed ({type(error).__name__}); see the server's log"
                 self._fail(rows, GenerationError(message))
 
-    def _join(self, rows: Sequence[ActiveRow]) -> None:
-        began = time.monotonic()
-        try:
-            batch, logits = self._runner.prefill([row.request.ids for row in rows], [row.lease for row in rows])
-        finally:
-            for row in rows:
-                row.request.prefilled((time.monotonic() - began) / len(rows))
-        if remaining := self._advance(rows, batch, logits):
+    def _read(self, rows: Sequence[ActiveRow]) -> None:
+        """Read prompts, or a part of one; those that are wholly read join the running rows."""
+        if (read := self._prefill.read(rows)) is None:
+            return
+        batch, logits = read
+        if remaining := rows if logits is None else self._advance(rows, batch, logits):
             if self._batch is None:
                 self._batch = batch
             else:

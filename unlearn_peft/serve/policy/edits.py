@@ -128,6 +128,13 @@ def quota(content: Content, tenant: str, quotas: Mapping[str, str | None]) -> Co
     return {"tenant": tenant, "quotas": entry["quotas"], "before": before}
 
 
+def prefix_cache(content: Content, tenant: str, on: bool) -> Content:
+    """Let what a tenant's prompts begin with be kept for its next ones, or not."""
+    entry = get_entry(content, "tenant", tenant)
+    before, entry["prefix_cache"] = entry.get("prefix_cache", True), on
+    return {"tenant": tenant, "prefix_cache": on, "before": before}
+
+
 def trust(content: Content, tenant: str, keys: Mapping[str, str]) -> Content:
     """Add public keys (name -> PEM) to those that a tenant trusts: it is served signed adapters only."""
     entry = get_entry(content, "tenant", tenant)
@@ -174,6 +181,7 @@ def summary(entry: Content, uses: Mapping[str, str] | None = None) -> Content:
     if settings:
         more["key_settings"] = settings
     more |= {"quotas": entry["quotas"]} if entry.get("quotas") else {}
+    more |= {} if entry.get("prefix_cache", True) else {"prefix_cache": False}
     more |= {"may_add": entry["may_add"]} if entry.get("may_add") else {}
     more |= {"key_uses": {digest[:KEY_ID]: time for digest, time in uses.items()}} if uses else {}
     return {"forget": entry["forget"], "keys": _prefixes(entry["keys"]), **more}

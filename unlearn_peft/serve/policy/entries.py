@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import re
 import textwrap
 from collections import Counter
@@ -12,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationInfo
+from pydantic import BaseModel, StrictBool, ValidationInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 
 from ...errors import PolicyError, TrustError, did_you_mean, safe_repr
@@ -212,6 +214,13 @@ class TenantEntry(BaseModel, extra="forbid", frozen=True):
     trusted_keys: dict[Name, PublicKey] | None = None
     may_add: dict[Name, Strength] = {}
     quotas: dict[str, Quota] = {}  # of "requests" and of "tokens", see `serve/quotas.py`
+    prefix_cache: StrictBool = True  # whether what its prompts begin with may be kept for its next ones
+
+    def cache_salt(self, tenant: str, wanted: str | None) -> str | None:
+        """Return what requests must share to share what their prompts begin with: their tenant, and what they want."""
+        if not self.prefix_cache:
+            return None
+        return hashlib.sha256(json.dumps([tenant, wanted]).encode()).hexdigest()
 
     @field_validator("quotas")
     @classmethod

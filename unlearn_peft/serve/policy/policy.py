@@ -222,8 +222,8 @@ def _describe(item: dict[str, Any]) -> str:
     if item["type"] == "value_error":
         message = item["msg"].removeprefix("Value error, ")
         return f"{safe_repr(where)}: {message}" if where else message
-    expected = {"string_type": "text (put it in quotes)", "tuple_type": "a list"}.get(item["type"], "a mapping")
-    return f"{safe_repr(where)}: expected {expected}, found {_kind(item['input'])}"
+    expected = {"string_type": "text (put it in quotes)", "tuple_type": "a list", "bool_type": "true or false"}
+    return f"{safe_repr(where)}: expected {expected.get(item['type'], 'a mapping')}, found {_kind(item['input'])}"
 
 
 def _kind(value: object) -> str:

@@ -23,9 +23,9 @@ except ModuleNotFoundError:
 
 
 sql = sqlalchemy
-# 4 has neither probes nor settings of keys nor quotas, 3 nothing that requests may add either, 2 no changes and no
-# indexes either, 1 no trusted keys either; the first edit adds what is missing
-SCHEMA_VERSION = 5
+# 5 has no choice of the prefix cache, 4 neither probes nor settings of keys nor quotas either, 3 nothing that requests
+# may add either, 2 no changes and no indexes either, 1 no trusted keys either; the first edit adds what is missing
+SCHEMA_VERSION = 6
 _TRIES = 5
 
 _metadata = sql.MetaData()
@@ -48,6 +48,7 @@ TENANTS = Table(
     "unlearn_tenants", _metadata,
     Column("name", String(64), primary_key=True),
     Column("quotas", Text),  # JSON; null: none
+    Column("prefix_cache", Integer),  # 0: off; null: on
 )  # fmt: skip
 
 

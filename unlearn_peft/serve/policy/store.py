@@ -200,6 +200,7 @@ class PolicyStore:
     unadapter = partialmethod(edit, "unadapter", edits.unadapter, names=("adapter",))
     revoke_key = partialmethod(edit, "revoke", edits.revoke_key, names=("tenant",))
     quota = partialmethod(edit, "quota", edits.quota, names=("tenant",))
+    prefix_cache = partialmethod(edit, "prefix_cache", edits.prefix_cache, names=("tenant",))
     trust = partialmethod(edit, "trust", edits.trust, names=("tenant",))
     untrust = partialmethod(edit, "untrust", edits.untrust, names=("tenant",))
     replace = partialmethod(edit, "import", edits.replace)

@@ -142,6 +142,8 @@ def read_tenants(
                 tenants[row.tenant] = {"forget": {}, "keys": {}}
                 if row.text is not None:
                     tenants[row.tenant]["quotas"] = json.loads(row.text)
+                if row.strength == 0:
+                    tenants[row.tenant]["prefix_cache"] = False
             elif row.kind == 1:
                 tenants[row.tenant]["forget"][row.name] = row.strength
             elif row.kind == 2:
@@ -198,7 +200,7 @@ def _tenant_rows(some: str | None, schema_version: int) -> Any:
     null = sql.null()
     settings, quotas = ([KEYS.c[name] for name in _KEY], TENANTS.c.quotas) if schema_version >= 5 else ([], null)
     columns: list[tuple[Any, ...]] = [
-        (TENANTS.c.name, null, null, quotas),
+        (TENANTS.c.name, null, TENANTS.c.prefix_cache if schema_version >= 6 else null, quotas),
         (FORGETS.c.tenant, FORGETS.c.adapter, FORGETS.c.strength),
         (KEYS.c.tenant, KEYS.c.digest, null, null, *settings),
         (TRUSTED.c.tenant, TRUSTED.c.name, null, TRUSTED.c.pem),
@@ -230,7 +232,10 @@ def _rows(content: Mapping[str, Any]) -> dict[Table, dict[tuple[str, ...], dict[
     return {
         ADAPTERS: {(name,): entry for name, entry in content["adapters"].items()},
         TENANTS: {
-            (name,): {"quotas": json.dumps(quotas) if (quotas := entry.get("quotas")) else None}
+            (name,): {
+                "quotas": json.dumps(quotas) if (quotas := entry.get("quotas")) else None,
+                "prefix_cache": None if entry.get("prefix_cache", True) else 0,
+            }
             for name, entry in tenants.items()
         },
         FORGETS: _strengths(tenants, "forget"),

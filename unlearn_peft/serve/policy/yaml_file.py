@@ -118,6 +118,7 @@ def dump_policy(policy: Policy) -> str:
         for name, entry in entries.items():
             defaults: dict[str, Any] = {
                 "sha256": None, "probes": None, "canary": None, "trusted_keys": None, "may_add": {}, "quotas": {},
+                "prefix_cache": True,
             }  # fmt: skip
             if keys := entry.get("keys"):
                 settings = {key: {f: v for f, v in more.items() if v is not None} for key, more in keys.items()}

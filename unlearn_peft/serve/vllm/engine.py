@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import secrets
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class VllmEngine:
         name: the public name; the base's own by default.
         trust: see `Bank`. Signatures are checked here, where the adapters must lie at the same paths then. What is
             signed is named by its digest, so that vLLM applies that or refuses.
+        prefix_cache: whether vLLM may keep what prompts begin with, for requests of the same tenant with the same set.
         prompt_format: how messages are asked, see `data.prompt`; None: by the base's template.
     """
 
@@ -89,11 +91,14 @@ class VllmEngine:
         names: int = 1000,
         seconds: float = 300.0,
         trust: Trust | None = None,
+        prefix_cache: bool = True,
         prompt_format: str | None = None,
     ) -> None:
         tokenizer, config, public = load_tokenizer(base)
         tokenizer.prompt_format = prompt_format
         self.model, self._trust = name or public, trust
+        self.kv_tokens: int | None = None  # vLLM queues what has no room
+        self._keeps_prefixes = prefix_cache
         self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
         self._prompts = Prompts(copy.deepcopy(tokenizer), config.get_text_config().vocab_size, self.model)
         self.chat_ends = self._prompts.ends
@@ -192,6 +197,8 @@ class VllmEngine:
             "presence_penalty": request.presence_penalty, "frequency_penalty": request.frequency_penalty,
             "ignore_eos": request.ignore_eos, "stop_token_ids": [] if request.ignore_eos else self._ends,
             **({} if request.grammar is None else {"structured_outputs": {"json": request.grammar}}),
+            # whose beginning of a prompt vLLM may keep, of one with the same model alone
+            "cache_salt": (self._keeps_prefixes and request.cache_salt) or secrets.token_hex(16),
             # or vLLM takes what the model's generation_config.json says
             "min_p": 0.0, "repetition_penalty": 1.0,
         }  # fmt: skip
