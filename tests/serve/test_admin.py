@@ -233,7 +233,7 @@ def routes(app):
 def test_every_route_needs_a_key_and_a_key_that_only_looks_changes_nothing(world):
     world.store.add("acme", who="test")
     known = routes(world.app)
-    assert len(known) == 18
+    assert len(known) == 19
     for method, path in known:
         path = path.format(tenant="acme", adapter="a", name="a", key="k")
         for key in (None, "ua-guess", KEYS["alice"]):
