@@ -61,7 +61,7 @@ class Run:
             self.bank.register(name, path)
         self.scheduler = Scheduler(model, tokenizer, self.bank, **settings)
         runner = self.scheduler._runner
-        for kind in ("prefill", "read", "step"):
+        for kind in ("prefill", "read", "append", "step"):
             setattr(runner, kind, self.noted(kind, getattr(runner, kind)))
         model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: self.tokens.append(inputs[0].numel()))
         self.tokens = []  # through the layers, by pass
@@ -148,7 +148,7 @@ def test_running_rows_get_a_token_between_any_two_parts(run):
     long = one.submit(prompts()[5] * 3, max_tokens=2)  # 360 tokens
     one.result(long)
     parts = [n for n, (kind, _) in enumerate(one.passes) if kind != "step"]
-    assert len(parts) == math.ceil(359 / 16) and max(one.passes[n][1] for n in parts) == 16
+    assert len(parts) == math.ceil(360 / 16) and max(one.passes[n][1] for n in parts) == 16
     steps = [one.passes[before + 1 : after] for before, after in zip(parts, parts[1:], strict=False)]
     assert steps == [[("step", 2)]] * len(steps), "both running rows, once between two parts"
     assert len(one.charges) == len(parts), "each part is charged when it has been read"

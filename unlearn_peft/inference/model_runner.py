@@ -112,8 +112,13 @@ class ModelRunner:
     @torch.no_grad()
     def append(self, batch: KVBatch, more: Sequence[Sequence[int]], sets: Sequence[Any] = ()) -> Tensor:
         """Run further tokens of each row, at least one; returns logits (B, V) behind its last."""
-        self.read(batch, more, sets)
-        return self.step(batch, sets)
+        if len({len(row) for row in more}) > 1:
+            self.read(batch, more, sets)
+            return self.step(batch, sets)
+        ids = torch.tensor([[*row] for row in more], device=self.model.device)
+        logits = self._run(batch, ids, torch.ones_like(ids), sets)
+        batch.newest = ids[:, -1:]
+        return logits
 
     @torch.no_grad()
     def read(self, batch: KVBatch, more: Sequence[Sequence[int]], sets: Sequence[Any] = ()) -> None:
@@ -122,12 +127,7 @@ class ModelRunner:
         if width:
             ids = torch.tensor([[*row[:-1], *[row[-1]] * (width + 1 - len(row))] for row in more], device=device)
             padding = torch.tensor([width + 1 - len(row) for row in more], device=device)
-            seen = torch.arange(width, device=device) < (width - padding)[:, None]
-            mask = torch.cat([batch.mask, seen.to(batch.mask.dtype)], 1)
-            positions = (mask.cumsum(1) - 1)[:, -width:]
-            with contiguous_head(self.model):
-                self._forward(ids, mask, positions, batch.cache, sets)
-            batch.mask = mask
+            self._run(batch, ids, torch.arange(width, device=device) < (width - padding)[:, None], sets)
             if len({len(row) for row in more}) > 1:
                 batch.shift(padding)
         batch.newest = torch.tensor([row[-1:] for row in more], device=device)
@@ -137,6 +137,14 @@ class ModelRunner:
         """Run the newest token of each row; returns logits (B, V)."""
         mask = pad(batch.mask, (0, 1), value=1)
         logits = self._forward(batch.newest, mask, mask.sum(1, keepdim=True) - 1, batch.cache, sets)
+        batch.mask = mask
+        return logits
+
+    def _run(self, batch: KVBatch, ids: Tensor, seen: Tensor, sets: Sequence[Any]) -> Tensor:
+        mask = torch.cat([batch.mask, seen.to(batch.mask.dtype)], 1)
+        positions = (mask.cumsum(1) - 1)[:, -ids.shape[1] :]
+        with contiguous_head(self.model):
+            logits = self._forward(ids, mask, positions, batch.cache, sets)
         batch.mask = mask
         return logits
 
