@@ -496,7 +496,7 @@ def test_serving_leaves_no_prompt_and_no_answer(place, search, tiny_folder, trai
             raise RuntimeError("out of memory")
 
         with monkeypatch.context() as patch:
-            patch.setattr(engine.scheduler._runner, "prefill", fail)
+            patch.setattr(engine.scheduler._runner, "_forward", fail)
             assert ask({"prompt": secret}) == 500
         (place.home / "metrics.txt").write_text(httpx.get(f"{url}/metrics").text)
     log.close()
