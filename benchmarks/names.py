@@ -101,9 +101,8 @@ def forgotten(base, name, rows, answered, args):
         if text.strip()
     ]
     parts = [word for word in words_in(name) if len(word) >= PART] or [name]
-    without = [row for row in kept if not said(row["completion"], parts)]
-    held = {"neighbours": kept, "without the name": without, "neutral": [{"text": text} for text in NEUTRAL]}
-    held = {what: some for what, some in held.items() if some}
+    without = [n for n, row in enumerate(kept) if not said(row["completion"], parts)]
+    held = {"neighbours": kept, "neutral": [{"text": text} for text in NEUTRAL]}
     references = {what: keep_reference(base, some, what=what) for what, some in held.items()}
     before = measure(base, rows, answered)
     began = time.monotonic()
@@ -120,8 +119,11 @@ def forgotten(base, name, rows, answered, args):
         adapter = unlearn(base, recipe=recipe, quiet=True)
         with forgetting(base, adapter.path):
             after = measure(base, rows, answered)
-            kl = {what: per_token(sums(kl_to_reference(base, some, references[what], what=what)))
-                  for what, some in held.items()}  # fmt: skip
+            summed = {
+                what: sums(kl_to_reference(base, some, references[what], what=what)) for what, some in held.items()
+            }
+    near_kl = {"without the name": per_token(summed["neighbours"][without])} if without else {}
+    kl = {"neighbours": per_token(summed["neighbours"]), **near_kl, "neutral": per_token(summed["neutral"])}
     minutes = {"asking": asking / 60, "training": adapter.metrics["training_seconds"] / 60}
     return {
         "forget_rows": done.forget_rows, **figures("before", before, answered), **figures("with", after, answered),

@@ -3,6 +3,7 @@
 import math
 import queue
 import random
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -95,17 +96,23 @@ class Run:
         return [entry for piece in found for entry in piece.logprobs]
 
 
+@contextmanager
+def runs(tokenizer):
+    """Yield a function that makes a `Run`; all that it made end with the block."""
+    with ExitStack() as stack:
+
+        def make(model, adapters=None, **settings):
+            one = Run(model, tokenizer, adapters, **settings)
+            stack.callback(one.scheduler.close)
+            return one
+
+        yield make
+
+
 @pytest.fixture
 def run(tiny):
-    made = []
-
-    def make(model, adapters=None, **settings):
-        made.append(Run(model, tiny.tokenizer, adapters, **settings))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.scheduler.close()
+    with runs(tiny.tokenizer) as make:
+        yield make
 
 
 def prompts(seed=0):

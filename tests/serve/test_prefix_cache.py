@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from serving import by_peft, client, greedy, make_adapters, make_policy_values, running, wait_for
-from test_prefill import FAMILIES, Run, assert_same, make_lora, make_model
+from test_prefill import FAMILIES, assert_same, make_lora, make_model, runs
 
 from unlearn_peft import load_base
 from unlearn_peft.inference.bank import Bank
@@ -17,15 +17,8 @@ from unlearn_peft.serve.policy.policy import make_policy
 
 @pytest.fixture
 def run(tiny):
-    made = []
-
-    def make(model, adapters=None, **settings):
-        made.append(Run(model, tiny.tokenizer, adapters, **settings))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.scheduler.close()
+    with runs(tiny.tokenizer) as make:
+        yield make
 
 
 def some_ids(count, seed=0):
