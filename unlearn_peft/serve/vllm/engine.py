@@ -96,7 +96,7 @@ class VllmEngine:
         self._prompts = Prompts(copy.deepcopy(tokenizer), config.get_text_config().vocab_size, self.model)
         self.chat_ends = self._prompts.ends
         self._ends = end_tokens(tokenizer)  # beside those of generation_config.json, which vLLM knows
-        self._servers = Servers(urls, tokenizer, names=names, seconds=seconds)
+        self._servers = Servers(urls, tokenizer, self._prompts, names=names, seconds=seconds)
         self.context = min(server.context for server in self._servers.all if server.base)
 
     async def encode(self, prompt: Prompt, variables: Mapping[str, Any] | None = None) -> tuple[int, ...]:
