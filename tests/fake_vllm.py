@@ -58,11 +58,15 @@ def install_vllm(monkeypatch):
 
 
 class FakeVllm:
-    """`trouble`: None, or validation (it answers for unknown names), model, break, busy, error or grammar."""
+    """`trouble`: None, or validation (it answers for unknown names), model, break, busy, error or grammar.
+
+    `applied`: which LoRARequest is applied for one; `asked` are bodies of streams, `scored` those of other completions.
+    """
 
     def __init__(self, base, resolver, trouble=None, context=128):
         self.base, self.resolver, self.trouble, self.context = base, resolver, trouble, context
-        self.known, self.asked, self.unloaded, self.aborted = {}, [], [], 0
+        self.known, self.asked, self.scored, self.unloaded, self.aborted = {}, [], [], [], 0
+        self.applied = lambda request: request
         self._lock, self._locks = threading.Lock(), {}
         self.app = FastAPI()
         self.app.get("/health")(self.health)
@@ -91,7 +95,7 @@ class FakeVllm:
     async def completions(self, body: dict):
         if refused := await self._resolve(body["model"]):
             return refused
-        self.asked.append(body)
+        (self.asked if body.get("stream") else self.scored).append(body)
         if self.trouble in ("busy", "error"):
             status = {"busy": 503, "error": 500}[self.trouble]
             return JSONResponse({"error": {"message": "no", "code": status}}, status)
@@ -100,7 +104,8 @@ class FakeVllm:
         request = self.known.get(body["model"])
         told = "base" if request is None or self.trouble == "model" else request.lora_name
         if not body.get("stream"):
-            return {"model": told, "choices": []}
+            choices = [] if request is None else await asyncio.to_thread(self._score, body, request)
+            return {"model": told, "choices": choices}
         return StreamingResponse(self._events(body, request, told))
 
     async def _resolve(self, name):
@@ -147,8 +152,18 @@ class FakeVllm:
             self.aborted += 1
             raise
 
+    def _score(self, body, request):
+        """Choices with the logprobs of `logprob_token_ids` after each prompt."""
+        choices = []
+        for index, ids in enumerate(body["prompt"]):
+            logprobs = self._logits(ids, request).log_softmax(-1)
+            top = {f"token_id:{token}": logprobs[token].item() for token in body["logprob_token_ids"]}
+            choices.append({"index": index, "text": "", "logprobs": {"top_logprobs": [top]}})
+        return choices
+
     @torch.no_grad()
     def _logits(self, ids, request):
+        request = request and self.applied(request)
         with self._lock, forgetting(self.base, request.lora_path) if request else nullcontext():
             return self.base.model(input_ids=torch.tensor([ids])).logits[0, -1].float()
 

@@ -204,9 +204,104 @@ def test_an_unpinned_adapter_that_is_gone_is_named_too(world):
 def test_what_goes_wrong_in_vllm_is_never_an_answer(world, trouble, error):
     fake = world.fake()
     engine, policy = world.engine(fake), world.source.current()
+
+    async def before_and_after():
+        assert await ask(engine, policy, "bob")
+        fake.trouble = trouble
+        with pytest.raises(error):
+            await ask(engine, policy, "bob")
+
+    run(engine, before_and_after())
+
+
+@pytest.mark.parametrize(("trouble", "error"), [("model", Unavailable), ("busy", Busy), ("error", Unavailable)])
+def test_what_goes_wrong_when_a_set_is_loaded_refuses_it(world, trouble, error):
+    fake = world.fake()
+    engine, policy = world.engine(fake), world.source.current()
     fake.trouble = trouble
     with pytest.raises(error):
         run(engine, ask(engine, policy, "bob"))
+    assert not fake.asked and len(fake.unloaded) == 1 and fake.unloaded[0] not in fake.known
+
+
+def test_a_set_that_silently_is_the_base_is_refused(world):
+    """As vLLM ignores deltas for modules that it does not find."""
+    fake = world.fake()
+    engine, policy = world.engine(fake), world.source.current()
+    fake.applied = lambda request: None
+
+    async def held():
+        with pytest.raises(Unavailable, match="it changes nothing") as refused:
+            await engine.hold(policy.forget_of("alice"), policy)
+        fake.applied = lambda request: request
+        assert refused.value.adapter == "a" and len(fake.unloaded) == 1 and not fake.known.keys() & set(fake.unloaded)
+        return await ask(engine, policy, "alice"), await ask(engine, policy, "dave")
+
+    texts = ["".join(piece.text for piece in pieces) for pieces in run(engine, held())]
+    assert texts == [world.expected("alice"), world.expected("dave")]
+
+
+def test_a_set_that_is_another_than_when_it_was_first_loaded_is_refused(world):
+    """On the same server or on another one: here bob's set silently is alice's, and then half of itself."""
+    fakes = [world.fake(), world.fake()]
+    engine, policy = world.engine(*fakes), world.source.current()
+
+    def weaker(request):
+        import json
+        import types
+
+        folder = shutil.copytree(request.lora_path, world.tmp_path / "weaker", dirs_exist_ok=True)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["lora_alpha"] /= 2
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        (folder / "forget.json").unlink()
+        return types.SimpleNamespace(lora_path=folder)
+
+    async def held():
+        first, other = [await engine.hold(policy.forget_of(tenant), policy) for tenant in ("bob", "alice")]
+        alices = next(fake for fake in fakes if fake.url == other.server.url).known[other.model]
+        for crossed in (lambda _: alices, lambda request: None, weaker):
+            for fake, server in zip(fakes, engine._servers.all, strict=True):
+                server.names.clear()
+                fake.applied = lambda request, to=crossed: to(request) if request.lora_name == first.model else request
+            for server in engine._servers.all:
+                server.streams = 100 if server.url == first.server.url else 0  # so that it moves
+            with pytest.raises(Unavailable, match="changes nothing|not what an earlier load was"):
+                await engine.hold(policy.forget_of("bob"), policy)
+            for fake in fakes:
+                fake.applied = lambda request: request
+        return "".join(piece.text for piece in await ask(engine, policy, "bob"))
+
+    assert run(engine, held()) == world.expected("bob")
+
+
+def test_to_forget_nothing_with_anothers_adapter_is_refused(world):
+    fake = world.fake()
+    engine, policy = world.engine(fake), world.source.current()
+
+    async def held():
+        lease = await engine.hold(policy.forget_of("alice"), policy)
+        fake.applied = lambda request: fake.known[lease.model]
+        with pytest.raises(Unavailable, match="the set of nothing has changed"):
+            await engine.hold({}, policy)
+
+    run(engine, held())
+
+
+def test_a_load_costs_one_short_request_more(world):
+    fake = world.fake()
+    engine, policy = world.engine(fake), world.source.current()
+
+    async def hold():
+        for tenant in ("alice", "bob", "alice", "carol"):
+            (await engine.hold(policy.forget_of(tenant), policy)).release()
+
+    before = len(fake.scored)  # handshakes
+    run(engine, hold())
+    asked = [body["model"] for body in fake.scored[before:]]
+    assert [name.startswith("set:@") for name in asked] == [True, True, False, False, False]
+    assert all(body["max_tokens"] == 1 for body in fake.scored[before:])
+    assert len({body["cache_salt"] for body in fake.scored[before:]}) == 5
 
 
 def test_a_vllm_that_answers_for_anything_is_not_taken(world):

@@ -21,6 +21,7 @@ from unlearn_peft import forgetting, read_bundle
 from unlearn_peft.files.paths import cache_folder
 from unlearn_peft.serve.engine.base import Generation, Unavailable
 from unlearn_peft.serve.policy.yaml_file import PolicyFile
+from unlearn_peft.serve.vllm.lora_cache import digest_of
 from unlearn_peft.serve.vllm.lora_names import SetName
 
 pytestmark = pytest.mark.vllm
@@ -34,6 +35,7 @@ QUESTIONS = [
 ]  # fmt: skip
 TARGETS = [("q_proj", "v_proj"), ("lm_head",), ("down_proj", "o_proj"), ("gate_proj", "k_proj"), ("up_proj", "lm_head")]
 LENGTH = 24  # tokens
+NOTES = "Some notes of a reader, in no order: " + "the weather was fine, the tea was cold, the train was late. " * 8
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +83,19 @@ def url(smol, policy_path):
         **os.environ, "UNLEARN_PEFT_POLICY": str(policy_path), "UNLEARN_PEFT_SETS": str(log.parent / "sets"),
         "UNLEARN_PEFT_SETS_GB": "0.000001", "UNLEARN_PEFT_SETS_GRACE": "3",  # what may go, goes soon
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "1800",  # or a step on a busy machine ends the engine
         "PYTHONPATH": str(ROOT), "PATH": f"{PYTHON.parent}:{os.environ['PATH']}",
     }  # fmt: skip
     command = [
         PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "base",
         "--dtype", "float32", "--enable-lora", "--max-lora-rank", "64", "--max-loras", "4", "--max-cpu-loras", "6",
         "--enforce-eager", "--max-model-len", "512", "--host", "127.0.0.1", "--port", port,
+        "--enable-prefix-caching", "--block-size", "32", "--enable-prompt-tokens-details", "--max-num-seqs", "32",
     ]  # fmt: skip
     with log.open("w") as file:
         process = subprocess.Popen(list(map(str, command)), env=environment, stdout=file, stderr=file, cwd=log.parent)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while True:
             try:
                 if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
@@ -152,6 +156,13 @@ def embedded(smol, adapters, forget, question, length=LENGTH):
     with forgetting(smol, *(adapters[name] for name in forget), strength=list(forget.values())), torch.no_grad():
         out = smol.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False)
     return smol.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def complete(url, model, ids, length=LENGTH, **settings):
+    """Ask vLLM itself; returns the text, and how many tokens of the prompt came from the prefix cache."""
+    body = {"model": model, "prompt": list(ids), "max_tokens": length, "temperature": 0, **settings}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=300).raise_for_status().json()
+    return answer["choices"][0]["text"], (answer["usage"]["prompt_tokens_details"] or {}).get("cached_tokens") or 0
 
 
 def test_same_greedy_answers_as_embedded(engine, smol, adapters, policy_path):
@@ -352,3 +363,152 @@ def test_the_whole_server_before_vllm(engine, smol, adapters, policy_path):
                 client(where, "uf-nobody").chat.completions.create(**settings)
     finally:
         write(policy_path, adapters, sets)
+
+
+def test_running_answers_keep_their_sets_while_others_are_loaded(engine, url, smol, adapters, policy_path):
+    """As many answers as vLLM has places for sets, and sets loaded by /tokenize alone, which takes places away.
+
+    https://github.com/vllm-project/vllm/issues/47724: a running request got the adapter that took its place.
+    """
+    policy, question = PolicyFile(policy_path).current(), QUESTIONS[7]
+    sets = [{"a0": 1.0}, {"a1": 1.0}, {"a2": 1.0}, {"a3": 1.0}]
+    loaded, running = [], []
+
+    async def answer(forget):
+        ids, lease = engine.encode(chat(question)), await engine.hold(forget, policy)
+        running.append(forget)
+        text = ""
+        async with aclosing(engine.stream(Generation(ids, 2 * LENGTH, 0.0), lease)) as pieces:
+            async for piece in pieces:
+                text += piece.text
+        running.remove(forget)
+        return text
+
+    async def run():
+        answers = [asyncio.create_task(answer(forget)) for forget in sets]
+        async with httpx.AsyncClient(timeout=300) as http:
+            while not all(task.done() for task in answers):
+                if running:
+                    forget = {"a4": 1 + len(loaded) / 100}
+                    name = str(SetName(digest_of(forget, policy), None, forget))
+                    response = await http.post(f"{url}/tokenize", json={"model": name, "prompt": "a"})
+                    assert response.status_code == 200
+                    loaded.append((name, len(running)))
+                await asyncio.sleep(0.02)
+        await engine.close()
+        return [task.result() for task in answers]
+
+    found = asyncio.run(run())
+    for name, _ in loaded:
+        httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name})
+    expected = [embedded(smol, adapters, forget, question, 2 * LENGTH) for forget in sets]
+    print(f"\n{len(loaded)} sets were loaded while up to {max(count for _, count in loaded)} answers ran")
+    assert len(set(expected)) == 4 and found == expected
+    assert sum(count == 4 for _, count in loaded) >= 2
+
+
+def test_the_prefix_cache_is_no_way_from_set_to_set(engine, url, smol, adapters, policy_path):
+    """One long beginning for all: each set reads back its own blocks, whatever salt (44701), and the base none (42008).
+
+    https://github.com/vllm-project/vllm/issues/44701: a name and a salt that are equal shared blocks.
+    """
+    policy, question = PolicyFile(policy_path).current(), NOTES + QUESTIONS[0]
+    tenants = ["demo", "nothing", "t3", "t4"]
+    expected = {tenant: embedded(smol, adapters, policy.forget_of(tenant), question) for tenant in tenants}
+    assert len(set(expected.values())) == len(tenants)
+
+    async def run():
+        for _ in range(2):
+            for tenant in tenants:
+                assert (await ask(engine, policy, tenant, question))[0] == expected[tenant]
+        mixed = await asyncio.gather(*(ask(engine, policy, tenant, question) for tenant in tenants * 2))
+        assert [text for text, _ in mixed] == [expected[tenant] for tenant in tenants * 2]
+        leases = {tenant: await engine.hold(policy.forget_of(tenant), policy) for tenant in tenants}
+        ids = engine.encode(chat(question))
+        await engine.close()
+        return ids, {tenant: lease.model for tenant, lease in leases.items()}
+
+    ids, names = asyncio.run(run())
+    ends = {"stop_token_ids": engine._ends}
+    for tenant, name in names.items():
+        text, cached = complete(url, name, ids, **ends)
+        assert text == expected[tenant] and cached >= 64, "the cache was not used: this test shows nothing"
+        for other in set(names.values()) - {name}:
+            text, cached = complete(url, name, ids, **ends, cache_salt=other)
+            assert text == expected[tenant] and cached == 0
+    print(f"\n{len(names)} sets with one beginning of {len(ids)} tokens: none read another's blocks")
+
+
+def test_other_contents_are_not_answered_from_the_cache(engine, smol, adapters, policy_path, tmp_path):
+    """https://github.com/vllm-project/vllm/issues/42125: here the policy's name and path stay, the digest does not."""
+    import shutil
+
+    place, question = tmp_path / "v", NOTES + QUESTIONS[4]
+    sets = {name: dict(entry.forget) for name, entry in PolicyFile(policy_path).current().tenants.items()}
+
+    async def run():
+        found = []
+        for version in ("a0", "a2", "a0"):
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(adapters[version], place)
+            write(policy_path, {**adapters, "v": place}, {**sets, "versioned": {"v": 1.0}})
+            policy = PolicyFile(policy_path).current()
+            found += [(await ask(engine, policy, "versioned", question))[0] for _ in range(2)]
+        await engine.close()
+        return found
+
+    try:
+        found = asyncio.run(run())
+    finally:
+        write(policy_path, adapters, sets)
+    first, second = [embedded(smol, adapters, {version: 1.0}, question) for version in ("a0", "a2")]
+    assert first != second and found == [first, first, second, second, first, first]
+
+
+def test_the_canary_finds_the_base_and_another_set(engine, url, smol, adapters, policy_path, tmp_path):
+    """Adapters loaded by hand under a set's name: one whose modules vLLM does not find (34186), and another set's."""
+    from safetensors.torch import load_file, save_file
+
+    policy = PolicyFile(policy_path).current()
+    forget = {"a0": 0.75}
+    lost = tmp_path / "lost"
+    lost.mkdir()
+    (lost / "adapter_config.json").write_text((adapters["a0"] / "adapter_config.json").read_text())
+    weights = load_file(adapters["a0"] / "adapter_model.safetensors")
+    renamed = {
+        key.replace(".model.layers.", ".language_model.model.layers."): tensor for key, tensor in weights.items()
+    }
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, lost / "adapter_model.safetensors")
+    name = str(SetName(digest_of(forget, policy), None, forget))
+
+    def put(folder):
+        httpx.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name}, timeout=300)
+        body = {"lora_name": name, "lora_path": str(folder)}
+        httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=300).raise_for_status()
+        engine._servers.all[0].names.clear()
+
+    async def refused(folder, reason):
+        await asyncio.to_thread(put, folder)
+        with pytest.raises(Unavailable, match=reason) as error:
+            await engine.hold(forget, policy)
+        print(f"\n{error.value}")
+        models = (await asyncio.to_thread(httpx.get, f"{url}/v1/models")).json()["data"]
+        assert name not in [model["id"] for model in models]
+
+    async def run():
+        await refused(lost, "it changes nothing")
+        (await engine.hold(forget, policy)).release()  # the resolver's own
+        await refused(adapters["a2"], "not what an earlier load was")
+        await refused(lost, "it changes nothing")
+        for tenant in ("demo", "nothing"):
+            (await engine.hold(policy.forget_of(tenant), policy)).release()
+        lease, ids = await engine.hold(forget, policy), engine.encode(chat(QUESTIONS[5]))
+        text = "".join([piece.text async for piece in engine.stream(Generation(ids, LENGTH, 0.0), lease)])
+        await engine.close()
+        return text
+
+    assert asyncio.run(run()) == embedded(smol, adapters, forget, QUESTIONS[5])
+    reference, known = engine._servers.all[0].reference, engine._servers._canary._known
+    effects = {digest[:8]: round(effect, 4) for digest, (_, effect) in known.items()}
+    print(f"\nwhat sets change on the canary's prompts, nats: {effects}; repeated runs: {reference.rounding:.2g}")

@@ -104,7 +104,7 @@ class VllmEngine:
         self.chat_ends = self._prompts.ends
         self._grammars = Grammars(self._prompts.copied_tokenizer, self._prompts.vocab_size, end_tokens(tokenizer))
         self._ends = end_tokens(tokenizer)  # beside those of generation_config.json, which vLLM knows
-        self._servers = Servers(urls, tokenizer, names=names, seconds=seconds)
+        self._servers = Servers(urls, tokenizer, self._prompts, names=names, seconds=seconds)
         self.context = min(server.context for server in self._servers.all if server.base)
 
     def encode(self, prompt: Prompt, variables: Mapping[str, Any] | None = None) -> tuple[int, ...]:

@@ -1,5 +1,9 @@
 """Sets of adapters on disk, each as one LoRA for vLLM, named by its contents: made on first use, verified on every use.
 
+vLLM applies one LoRA to a request: in 0.32.0, the newest on PyPI in November 2026, `LoRARequest` (vllm/lora/request.py)
+still has one name, one path and no strength, and several in one request are a proposal
+(https://github.com/vllm-project/vllm/issues/51940). So a set is composed here.
+
 vLLM reads a set's folder again whenever it has dropped the weights from memory, and its whole engine dies if the folder
 is gone (seen with 0.32.0). So a folder is deleted only once no process uses it: whoever uses it holds a shared lock on
 it, and `used_by` ties that lock to the life of the object through which vLLM knows the set.

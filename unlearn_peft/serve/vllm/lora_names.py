@@ -1,7 +1,8 @@
 """The name under which vLLM is asked for a set of adapters; it has the set's digest, and so each version its own name.
 
 vLLM asks a resolver once for a name and keeps the result (OpenAIServingModels.lora_requests), and its prefix cache is
-keyed by that name: a tenant's name alone would go on meaning what it first meant, whatever the policy says later.
+keyed by that name and the path that it got: a tenant's name alone would go on meaning what it first meant, whatever the
+policy says later.
 
     set:acme=0.5+hp=1@DIGEST     adapters of the policy, with strengths; set:@DIGEST is the empty set
     tenant:NAME@DIGEST           what the policy has a tenant forget; NAME@DIGEST is the same

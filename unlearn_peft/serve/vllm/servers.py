@@ -8,20 +8,24 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
+from weakref import WeakValueDictionary
 
 import httpx
 
 from ...errors import BaseModelError
-from ..engine.base import Unavailable
-from .lora_names import SetName
+from ..engine.base import Busy, Unavailable
+from ..engine.encode import Prompt
+from .canary import Canary, Logprobs, Reference
+from .lora_names import SetName, set_digest
 
 _PROBE = "What was it that 12 of them said? Ünlearn — 3.14!"
 _MAX_LOAD, _LOW_LOAD = 1.1, 8  # of a server, times the mean; a load that never counts as too much
 _RETRY_AFTER = 2.0  # seconds until a server that did not answer is asked again
+_NOTHING = str(SetName(set_digest(()), None, {}))
 logger = logging.getLogger(__name__)
 
 
@@ -35,19 +39,30 @@ class VllmServer:
     down_until: float = 0.0
     streams: int = 0
     names: OrderedDict[str, int] = field(default_factory=OrderedDict)  # loaded sets -> leases on them
+    reference: Reference | None = None  # of the canary
+    loading: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
 
 class Servers:
     """vLLM servers with one base, such as http://10.0.0.7:8000; raises what `handshake` raises, or if none answers.
 
     A server may have `names` sets loaded; beyond this, the least recently used are unloaded. `seconds` is how long to
-    wait for a server's next bytes.
+    wait for a server's next bytes; `encode` is for the canary.
     """
 
-    def __init__(self, urls: Sequence[str], tokenizer: Any, *, names: int, seconds: float) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        tokenizer: Any,
+        encode: Callable[[Prompt], Sequence[int]],
+        *,
+        names: int,
+        seconds: float,
+    ) -> None:
         self.all = [VllmServer(url.rstrip("/").removesuffix("/v1")) for url in dict.fromkeys(urls)]
         self.loads, self.load_seconds = 0, 0.0
         self._tokenizer, self._names, self._timeout = tokenizer, names, httpx.Timeout(seconds, connect=5.0)
+        self._canary = Canary(encode)
         key = os.environ.get("UNLEARN_PEFT_ENGINE_KEY")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client: httpx.AsyncClient | None = None
@@ -84,7 +99,7 @@ class Servers:
         return self._client
 
     async def acquire(self, digest: str, name: str) -> VllmServer:
-        """Return the server for a set, which has loaded it and keeps it until the lease is released.
+        """Return the server for a set, which has loaded it (see canary.py) and keeps it until the lease is released.
 
         Rendezvous hashing of the digest with bounded loads: always the same server, unless that one is down or has more
         than its share to do; then the next in an order of the set's own (benchmarks/zipf.py shows what that saves).
@@ -103,7 +118,7 @@ class Servers:
                 continue
             try:
                 await self._ready(server)
-                await self._load(server, name)
+                await self._load(server, digest, name)
                 return server
             except httpx.HTTPError as error:
                 self.mark_down(server)
@@ -116,29 +131,77 @@ class Servers:
         """Note that a server does not answer: there is a new handshake before it gets another request."""
         server.down_until, server.base = time.monotonic() + _RETRY_AFTER, ""
         server.names.clear()
+        server.reference = None
 
     async def _ready(self, server: VllmServer) -> None:
         if not server.base:
             await asyncio.to_thread(self.handshake, server)
 
-    async def _load(self, server: VllmServer, name: str) -> None:
-        """Let a server load a set, by a request that generates nothing: /tokenize with the set's name."""
-        if name in server.names:
+    async def _load(self, server: VllmServer, digest: str, name: str) -> None:
+        """Let a server load a set, by a request that generates nothing: /tokenize with the set's name; then check it.
+
+        Who else needs the set meanwhile waits for that.
+
+        Raises:
+            Unavailable: if it does not load, or is not what it should be (canary.py); vLLM forgets its name then.
+            Busy: if vLLM takes no requests.
+        """
+        async with server.loading.setdefault(name, asyncio.Lock()):
+            if name not in server.names:
+                await self._load_new(server, digest, name)
             server.names.move_to_end(name)
             server.names[name] += 1
-            return
+
+    async def _load_new(self, server: VllmServer, digest: str, name: str) -> None:
         began = time.monotonic()
         response = await self.http().post(f"{server.url}/tokenize", json={"model": name, "prompt": "a"})
         if response.status_code != 200:
             raise Unavailable(f"vLLM does not serve the set ({response.status_code}: {message_of(response.content)})")
+        try:
+            await self._check(server, digest, name)
+        except (Busy, Unavailable):
+            await self._unload(server, name)
+            raise
         self.loads, self.load_seconds = self.loads + 1, self.load_seconds + time.monotonic() - began
-        server.names[name] = server.names.get(name, 0) + 1
-        unused = [known for known, users in server.names.items() if users == 0]
+        server.names[name] = 0
+        unused = [known for known, users in server.names.items() if users == 0 and known != name]
         for known in unused[: max(0, len(server.names) - self._names)]:
             del server.names[known]
             task = asyncio.create_task(self._unload(server, known))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    async def _check(self, server: VllmServer, digest: str, name: str) -> None:
+        """Raise Unavailable if the canary finds a set wrong twice, the second time beside the set of nothing."""
+        async with server.loading.setdefault("", asyncio.Lock()):
+            known = server.reference = server.reference or await self._measure(server)
+        for again in (False, True):
+            reference = await self._measure(server) if again and digest else known
+            found = await self._ask_canary(server, name)
+            problem = self._canary.problem("", reference.logprobs, known)
+            problem = problem or self._canary.problem(digest, found, reference)
+            if problem is None:
+                return
+            logger.warning("%s: the canary finds a set wrong (%s): %s", server.url, name, problem)
+        raise Unavailable(f"vLLM has loaded the set, but {problem}")
+
+    async def _measure(self, server: VllmServer) -> Reference:
+        return Reference.of_runs(*[await self._ask_canary(server, _NOTHING, copies) for copies in (1, 2)])
+
+    async def _ask_canary(self, server: VllmServer, name: str, copies: int = 1) -> Logprobs:
+        request = self._canary.request(name, copies)
+        response = await self.http().post(f"{server.url}/v1/completions", json=request)
+        if response.status_code in (429, 503):
+            raise Busy(f"vLLM refuses ({response.status_code}: {message_of(response.content)})")
+        if response.status_code != 200:
+            raise Unavailable(f"vLLM cannot answer a set ({response.status_code}: {message_of(response.content)})")
+        try:
+            answer = response.json()
+            if answer["model"] != name:
+                raise Unavailable("vLLM answered with another model than the set that was asked for")
+            return self._canary.read(answer)
+        except (KeyError, TypeError, IndexError, ValueError):
+            raise Unavailable("vLLM gives no logprobs of `logprob_token_ids`: 0.32.0 does") from None
 
     async def _unload(self, server: VllmServer, name: str) -> None:
         """Let vLLM forget a set's name, so that its folder can be deleted; a later request makes it again."""
