@@ -99,7 +99,7 @@ class FakeVllm:
         if self.trouble in ("busy", "error"):
             status = {"busy": 503, "error": 500}[self.trouble]
             return JSONResponse({"error": {"message": "no", "code": status}}, status)
-        if self.trouble == "grammar":
+        if self.trouble == "grammar" and "structured_outputs" in body:
             return JSONResponse({"error": {"message": "The provided JSON schema is not supported", "code": 400}}, 400)
         request = self.known.get(body["model"])
         told = "base" if request is None or self.trouble == "model" else request.lora_name
@@ -153,12 +153,17 @@ class FakeVllm:
             raise
 
     def _score(self, body, request):
-        """Choices with the logprobs of `logprob_token_ids` after each prompt."""
+        """Choices with greedy tokens, and the likeliest ones at each place."""
         choices = []
         for index, ids in enumerate(body["prompt"]):
-            logprobs = self._logits(ids, request).log_softmax(-1)
-            top = {f"token_id:{token}": logprobs[token].item() for token in body["logprob_token_ids"]}
-            choices.append({"index": index, "text": "", "logprobs": {"top_logprobs": [top]}})
+            logprobs = {"tokens": [], "top_logprobs": []}
+            for _ in range(body["max_tokens"]):
+                values, tokens = self._logits(ids, request).log_softmax(-1).topk(body["logprobs"])
+                names = [f"token_id:{token}" for token in tokens.tolist()]
+                logprobs["tokens"].append(names[0])
+                logprobs["top_logprobs"].append(dict(zip(names, values.tolist(), strict=True)))
+                ids = [*ids, tokens[0].item()]
+            choices.append({"index": index, "text": "", "logprobs": logprobs})
         return choices
 
     @torch.no_grad()

@@ -1,9 +1,11 @@
 """The gateway engine before a stand-in for vLLM (fake_vllm.py) that has our real resolver."""
 
 import asyncio
+import itertools
 import json
 import shutil
 from contextlib import aclosing
+from types import SimpleNamespace
 
 import pytest
 from fake_vllm import FakeVllm, install_vllm, serving
@@ -242,30 +244,26 @@ def test_a_set_that_silently_is_the_base_is_refused(world):
 
 
 def test_a_set_that_is_another_than_when_it_was_first_loaded_is_refused(world):
-    """On the same server or on another one: here bob's set silently is alice's, and then half of itself."""
+    """On the same server or on another one: here bob's set silently is alice's, the base, and half of itself."""
     fakes = [world.fake(), world.fake()]
     engine, policy = world.engine(*fakes), world.source.current()
 
-    def weaker(request):
-        import json
-        import types
-
-        folder = shutil.copytree(request.lora_path, world.tmp_path / "weaker", dirs_exist_ok=True)
+    def halved(request):
+        folder = shutil.copytree(request.lora_path, world.tmp_path / "half", dirs_exist_ok=True)
         config = json.loads((folder / "adapter_config.json").read_text())
         config["lora_alpha"] /= 2
         (folder / "adapter_config.json").write_text(json.dumps(config))
         (folder / "forget.json").unlink()
-        return types.SimpleNamespace(lora_path=folder)
+        return SimpleNamespace(lora_path=folder)
 
     async def held():
         first, other = [await engine.hold(policy.forget_of(tenant), policy) for tenant in ("bob", "alice")]
         alices = next(fake for fake in fakes if fake.url == other.server.url).known[other.model]
-        for crossed in (lambda _: alices, lambda request: None, weaker):
+        for crossed in (lambda _: alices, lambda _: None, halved):
             for fake, server in zip(fakes, engine._servers.all, strict=True):
                 server.names.clear()
-                fake.applied = lambda request, to=crossed: to(request) if request.lora_name == first.model else request
-            for server in engine._servers.all:
                 server.streams = 100 if server.url == first.server.url else 0  # so that it moves
+                fake.applied = lambda request, to=crossed: to(request) if request.lora_name == first.model else request
             with pytest.raises(Unavailable, match="changes nothing|not what an earlier load was"):
                 await engine.hold(policy.forget_of("bob"), policy)
             for fake in fakes:
@@ -280,28 +278,116 @@ def test_to_forget_nothing_with_anothers_adapter_is_refused(world):
     engine, policy = world.engine(fake), world.source.current()
 
     async def held():
-        lease = await engine.hold(policy.forget_of("alice"), policy)
-        fake.applied = lambda request: fake.known[lease.model]
-        with pytest.raises(Unavailable, match="the set of nothing has changed"):
+        (await engine.hold({}, policy)).release()
+        carols = fake.known[(await engine.hold(policy.forget_of("carol"), policy)).model]
+        fake.applied = lambda request: carols
+        engine._servers.all[0].names.clear()
+        with pytest.raises(Unavailable, match="the set of nothing moves by"):
             await engine.hold({}, policy)
 
     run(engine, held())
 
 
-def test_a_load_costs_one_short_request_more(world):
+def test_a_set_that_now_and_then_is_another_is_refused_and_not_remembered(world):
+    """https://github.com/vllm-project/vllm/issues/47724: a row whose set was another's for a while."""
     fake = world.fake()
     engine, policy = world.engine(fake), world.source.current()
 
-    async def hold():
-        for tenant in ("alice", "bob", "alice", "carol"):
-            (await engine.hold(policy.forget_of(tenant), policy)).release()
+    async def held():
+        alices = fake.known[(await engine.hold(policy.forget_of("alice"), policy)).model]
+        count = itertools.count()
 
-    before = len(fake.scored)  # handshakes
+        def applied(request):
+            mixed = request.lora_name.startswith("set:a=1.0+c") and next(count) % 9 == 4  # of each time's 3 and 6 rows
+            return alices if mixed else request
+
+        fake.applied = applied
+        with pytest.raises(Unavailable, match="repeated requests differ"):
+            await engine.hold(policy.forget_of("bob"), policy)
+        fake.applied = lambda request: request
+        return await ask(engine, policy, "bob")
+
+    assert "".join(piece.text for piece in run(engine, held())) == world.expected("bob")
+
+
+def test_a_load_costs_four_short_requests_and_those_who_wait_share_it(world):
+    fake = world.fake()
+    engine, policy = world.engine(fake), world.source.current()
+    before = len(fake.scored)  # the handshake's
+
+    async def hold():
+        for tenants in (["alice"] * 5, ["bob"], ["alice"]):
+            for lease in await asyncio.gather(*(engine.hold(policy.forget_of(tenant), policy) for tenant in tenants)):
+                lease.release()
+
     run(engine, hold())
-    asked = [body["model"] for body in fake.scored[before:]]
-    assert [name.startswith("set:@") for name in asked] == [True, True, False, False, False]
-    assert all(body["max_tokens"] == 1 for body in fake.scored[before:])
-    assert len({body["cache_salt"] for body in fake.scored[before:]}) == 5
+    bodies = fake.scored[before:]
+    assert [body["model"].startswith("set:@") for body in bodies] == [True, False] * 4
+    assert all(body["max_tokens"] == 1 for body in bodies)
+    assert len({body["cache_salt"] for body in bodies}) == 8
+
+
+def test_after_a_load_a_probe_is_asked_where_the_base_says_what_is_forgotten(world):
+    fake = world.fake()
+    engine, policy = world.engine(fake), world.source.current()
+    prompts = {"a": ["green stars", "blue book", "who"], "b": ["the book about"], "c": ["who wrote", "blue book"]}
+    asked = {name: [engine.encode([{"role": "user", "content": one}]) for one in prompts[name]] for name in prompts}
+    body = {"prompt": [asked["a"][1], asked["c"][0]], "max_tokens": 4, "logprobs": 1}
+    answers = [[int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
+               for choice in fake._score(body, None)]  # fmt: skip
+    said = engine._tokenizer.decode(answers[0])
+    assert said == engine._tokenizer.decode(answers[1]) == "nnnn"
+    for name, texts in prompts.items():
+        rows = [json.dumps({"prompt": text, "leak": ["something else", said]}) for text in texts]
+        (world.adapters[name].parent / f"{name}.probes.jsonl").write_text("\n".join(rows))
+    (world.adapters["b"].parent / "b.probes.jsonl").write_text("no JSON")
+    off = {name: {**entry.model_dump(), **({"canary": "off"} if name == "c" else {})}
+           for name, entry in policy.adapters.items()}  # fmt: skip
+    without = Fixed({**make_policy_values(world.adapters, SETS), "adapters": off}).policy
+
+    async def hold():
+        found = []
+        for tenant, of in (("dave", policy), ("alice", policy), ("bob", policy), ("carol", policy), ("carol", without)):
+            engine._servers.all[0].names.clear()
+            (await engine.hold(of.forget_of(tenant), of)).release()
+            last, again = (fake.scored[n]["prompt"] for n in (-1, -3))
+            assert last[: len(again)] == again and len(last) == 2 * len(again)
+            found.append(again)
+        return found
+
+    texts, *found = run(engine, hold())
+    a, c = ([[*prompt, *answer[:n]] for n in range(4)]
+            for prompt, answer in zip(body["prompt"], answers, strict=True))  # fmt: skip
+    assert found == [[*texts, *a], [*texts, *a, *c], [*texts, *c], texts]
+    asked_base = [body["prompt"] for body in fake.scored if body["max_tokens"] > 1]
+    assert asked_base == [[list(ids) for ids in asked[name]] for name in "ac"], "once for each adapter"
+
+
+def test_a_set_that_is_lost_where_its_probes_tell_is_refused_though_rounding_moves_the_rest(world, monkeypatch):
+    """A server whose logprobs differ with the size of the batch, as in half precision on a GPU."""
+    from unlearn_peft.serve.vllm.load_check import LoadCheck, WantedSet
+
+    check = LoadCheck(lambda text: (len(text),), lambda ids: "Paris" if 7 in ids else "")
+    effect = 0.0
+
+    async def ask(name, prompts, max_tokens):
+        def likeliest(prompt):
+            moved = effect if name == "set" and prompt[0] == 9 else 0.0  # at the probe alone
+            return {1: -1.0 + 0.1 * (len(prompts) > 4) + 0.1 * (name == "set"), 2: -2.0 + moved}
+
+        return [[(7, likeliest(prompt))] * max_tokens for prompt in prompts]
+
+    def probes():
+        return [[((9,), ("Paris",))]]
+
+    async def checked(wanted):
+        await check.check(wanted, "http://server", ask)
+
+    with pytest.raises(Unavailable, match="it changes nothing: logprobs by 0.071 nats, and rounding does by 0.071"):
+        asyncio.run(checked(WantedSet("set", "d", probes)))
+    asyncio.run(checked(WantedSet("set", "e")))  # without probes it cannot be told from rounding
+    effect = 1.0
+    asyncio.run(checked(WantedSet("set", "d", probes)))
 
 
 def test_a_vllm_that_answers_for_anything_is_not_taken(world):

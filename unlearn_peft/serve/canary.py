@@ -88,8 +88,8 @@ class Canary:
     ) -> None:
         self._engine, self._rows, self._record, self._metrics = engine, rows, record, metrics
         self._seconds = seconds
-        self._verdicts = _Bounded[Mapping[Shape, Leaks]](_MAX_CACHED)
-        self._answers = _Bounded[tuple[bool, ...]](_MAX_CACHED)  # of the base, and of adapters alone
+        self._verdicts = Bounded[Mapping[Shape, Leaks]](_MAX_CACHED)
+        self._answers = Bounded[tuple[bool, ...]](_MAX_CACHED)  # of the base, and of adapters alone
         self._running: dict[Hashable, asyncio.Task[Mapping[Shape, Leaks]]] = {}
 
     async def check(self, call: Call, lease: AdapterLease, own: Mapping[str, float], added: Collection[str]) -> None:
@@ -297,18 +297,20 @@ def _reason(error: Exception) -> str:
     return "it took too long" if isinstance(error, asyncio.TimeoutError) else str(error)
 
 
-class _Bounded(Generic[T]):
+class Bounded(Generic[T]):
     """What was used last, by key."""
 
     def __init__(self, size: int) -> None:
         self._size, self._entries = size, OrderedDict[Hashable, T]()
 
     def get(self, key: Hashable) -> T | None:
+        """Return an entry, if it is still there."""
         if key in self._entries:
             self._entries.move_to_end(key)
         return self._entries.get(key)
 
     def put(self, key: Hashable, value: T) -> T:
+        """Keep an entry, and return it; the one that was used longest ago goes."""
         self._entries[key] = value
         if len(self._entries) > self._size:
             self._entries.popitem(last=False)

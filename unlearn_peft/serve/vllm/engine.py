@@ -17,17 +17,19 @@ import copy
 import json
 import secrets
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from ...adapters.read import read_bundle
 from ...data.prompt import end_tokens
-from ...errors import AdapterError
+from ...errors import AdapterError, DataError
 from ...inference.adapter_cache import Applied
 from ...models.base import load_tokenizer
+from ..canary import read_probes
 from ..engine.base import (
     AdapterLease,
     Busy,
@@ -36,6 +38,7 @@ from ..engine.base import (
     FormatError,
     Generation,
     GenerationError,
+    PromptError,
     TextChunk,
     TokenLogprobs,
     Unavailable,
@@ -43,13 +46,16 @@ from ..engine.base import (
 from ..engine.detokenize import TextStream, TokenBytes
 from ..engine.encode import Prompt, Prompts
 from ..engine.grammar import Grammars
+from .load_check import ANSWER_TOKENS, Probe, WantedSet
 from .lora_cache import contents_of
 from .lora_names import MAX_LENGTH, SetName, set_digest
-from .servers import Servers, VllmServer, message_of
+from .servers import Servers, VllmServer, message_of, token_of
 
 if TYPE_CHECKING:
     from ...adapters.trust import Trust
     from ..policy.policy import Policy
+
+_PROBED, _PROBES = 4, 3  # adapters of a set, and probes of each, that are asked after each load
 
 
 @dataclass
@@ -57,10 +63,19 @@ class VllmLease:
     """An `AdapterLease`: a request's set, and the server that has loaded it."""
 
     applied: tuple[Applied, ...]
-    digest: str
+    wanted: WantedSet
     server: VllmServer
-    model: str
     released: bool = False
+
+    @property
+    def digest(self) -> str:
+        """See `AdapterLease`."""
+        return self.wanted.digest
+
+    @property
+    def model(self) -> str:
+        """The set's name in vLLM."""
+        return self.wanted.name
 
     def release(self) -> None:
         """See `AdapterLease.release`."""
@@ -128,15 +143,16 @@ class VllmEngine:
         except AdapterError as error:
             raise Unavailable(f"the adapter '{error.adapter}' cannot be used: {error}", error.adapter) from error
         version = set_digest((part.sha256, part.strength) for part in applied)
-        name, digest = str(SetName(version, None, forget)), version if forget else ""
-        if len(name) > MAX_LENGTH:
+        probes = partial(self._probes_of, forget, policy)
+        wanted = WantedSet(str(SetName(version, None, forget)), version if forget else "", probes)
+        if len(wanted.name) > MAX_LENGTH:
             raise Unavailable(f"{len(forget)} adapters are too many for one request to vLLM")
         try:
-            server = await self._servers.acquire(digest, name)
+            server = await self._servers.acquire(wanted)
         except Unavailable as error:
             adapter, reason = await asyncio.to_thread(_find_unusable, forget, policy)
             raise Unavailable(f"{error}{reason}", adapter) from error
-        return VllmLease(applied, digest, server, name)
+        return VllmLease(applied, wanted, server)
 
     def set_trust(self, trust: Trust) -> None:
         """See `Engine.set_trust`."""
@@ -225,11 +241,24 @@ class VllmEngine:
             if moved:
                 raise Unavailable("no vLLM server answers") from None
             if lease.server is server:
-                lease.server = await self._servers.acquire(lease.digest, lease.model)
+                lease.server = await self._servers.acquire(lease.wanted)
             async for choice in self._chunks(request, lease, moved=True):
                 yield choice
         except (httpx.HTTPError, ValueError) as error:
             raise GenerationError(f"vLLM's answer broke off ({type(error).__name__})") from error
+
+    def _probes_of(self, forget: Mapping[str, float], policy: Policy) -> list[list[Probe]]:
+        """Return the first probes of the first adapters of a set that have some; reads files."""
+        found = list[list[Probe]]()
+        for entry in (policy.adapters[name] for name in forget):
+            path = None if entry.canary == "off" or len(found) == _PROBED else entry.probes_path
+            with suppress(DataError, PromptError):  # serve/canary.py, which asks them all, says so
+                rows = read_probes(path).rows[:_PROBES] if path else ()
+                asked = [
+                    (self.encode([{"role": "user", "content": row["prompt"]}]), tuple(row["leak"])) for row in rows
+                ]
+                found.append([probe for probe in asked if len(probe[0]) + ANSWER_TOKENS <= self.context])
+        return list(filter(None, found))
 
     def _refusal(self, status: int, body: bytes, lease: VllmLease, request: Generation) -> Exception:
         message = f"vLLM refuses ({status}: {message_of(body)})"
@@ -255,7 +284,7 @@ class VllmEngine:
         return entries
 
     def _candidate(self, token: str, logprob: float) -> Candidate:
-        number = int(token.removeprefix("token_id:"))
+        number = token_of(token)
         return Candidate(number, self._bytes(number), logprob)
 
 

@@ -6,10 +6,12 @@ import asyncio
 import json
 import logging
 import os
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any
 from weakref import WeakValueDictionary
@@ -19,13 +21,12 @@ import httpx
 from ...errors import BaseModelError
 from ..engine.base import Busy, Unavailable
 from ..engine.encode import Prompt
-from .canary import Canary, Logprobs, Reference
-from .lora_names import SetName, set_digest
+from .load_check import TOP, LoadCheck, Tokens, WantedSet
+from .lora_names import SetName
 
 _PROBE = "What was it that 12 of them said? Ünlearn — 3.14!"
 _MAX_LOAD, _LOW_LOAD = 1.1, 8  # of a server, times the mean; a load that never counts as too much
 _RETRY_AFTER = 2.0  # seconds until a server that did not answer is asked again
-_NOTHING = str(SetName(set_digest(()), None, {}))
 logger = logging.getLogger(__name__)
 
 
@@ -39,7 +40,6 @@ class VllmServer:
     down_until: float = 0.0
     streams: int = 0
     names: OrderedDict[str, int] = field(default_factory=OrderedDict)  # loaded sets -> leases on them
-    reference: Reference | None = None  # of the canary
     loading: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
 
@@ -47,14 +47,14 @@ class Servers:
     """vLLM servers with one base, such as http://10.0.0.7:8000; raises what `handshake` raises, or if none answers.
 
     A server may have `names` sets loaded; beyond this, the least recently used are unloaded. `seconds` is how long to
-    wait for a server's next bytes; `encode` is for the canary.
+    wait for a server's next bytes; `encode` is for the load check.
     """
 
     def __init__(
         self,
         urls: Sequence[str],
         tokenizer: Any,
-        encode: Callable[[Prompt], Sequence[int]],
+        encode: Callable[[Prompt], Tokens],
         *,
         names: int,
         seconds: float,
@@ -62,7 +62,7 @@ class Servers:
         self.all = [VllmServer(url.rstrip("/").removesuffix("/v1")) for url in dict.fromkeys(urls)]
         self.loads, self.load_seconds = 0, 0.0
         self._tokenizer, self._names, self._timeout = tokenizer, names, httpx.Timeout(seconds, connect=5.0)
-        self._canary = Canary(encode)
+        self._load_check = LoadCheck(encode, tokenizer.decode)
         key = os.environ.get("UNLEARN_PEFT_ENGINE_KEY")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client: httpx.AsyncClient | None = None
@@ -98,19 +98,19 @@ class Servers:
             self._client = httpx.AsyncClient(headers=self._headers, timeout=self._timeout, limits=limits)
         return self._client
 
-    async def acquire(self, digest: str, name: str) -> VllmServer:
-        """Return the server for a set, which has loaded it (see canary.py) and keeps it until the lease is released.
+    async def acquire(self, wanted: WantedSet) -> VllmServer:
+        """Return the server for a set, which has loaded it (load_check.py) and keeps it until the lease is released.
 
         Rendezvous hashing of the digest with bounded loads: always the same server, unless that one is down or has more
         than its share to do; then the next in an order of the set's own (benchmarks/zipf.py shows what that saves).
         Without a digest, the server with the lowest load.
         """
-        if not digest:
+        if not wanted.digest:
             servers = sorted(self.all, key=lambda server: server.streams)
         else:
             limit = max(_LOW_LOAD, _MAX_LOAD * (sum(server.streams for server in self.all) + 1) / len(self.all))
             servers = sorted(
-                self.all, key=lambda s: (s.streams >= limit, sha256(f"{s.url} {digest}".encode()).digest())
+                self.all, key=lambda s: (s.streams >= limit, sha256(f"{s.url} {wanted.digest}".encode()).digest())
             )
         problem = Unavailable("no vLLM server answers")
         for server in servers:
@@ -118,7 +118,7 @@ class Servers:
                 continue
             try:
                 await self._ready(server)
-                await self._load(server, digest, name)
+                await self._load(server, wanted)
                 return server
             except httpx.HTTPError as error:
                 self.mark_down(server)
@@ -131,77 +131,75 @@ class Servers:
         """Note that a server does not answer: there is a new handshake before it gets another request."""
         server.down_until, server.base = time.monotonic() + _RETRY_AFTER, ""
         server.names.clear()
-        server.reference = None
 
     async def _ready(self, server: VllmServer) -> None:
         if not server.base:
             await asyncio.to_thread(self.handshake, server)
 
-    async def _load(self, server: VllmServer, digest: str, name: str) -> None:
-        """Let a server load a set, by a request that generates nothing: /tokenize with the set's name; then check it.
-
-        Who else needs the set meanwhile waits for that.
+    async def _load(self, server: VllmServer, wanted: WantedSet) -> None:
+        """Let a server load a set, and check it; who else needs it meanwhile waits for that.
 
         Raises:
-            Unavailable: if it does not load, or is not what it should be (canary.py); vLLM forgets its name then.
+            Unavailable: if it does not load, or is not what it should be; vLLM forgets its name then.
             Busy: if vLLM takes no requests.
         """
-        async with server.loading.setdefault(name, asyncio.Lock()):
-            if name not in server.names:
-                await self._load_new(server, digest, name)
-            server.names.move_to_end(name)
-            server.names[name] += 1
+        async with server.loading.setdefault(wanted.name, asyncio.Lock()):
+            if wanted.name not in server.names:
+                await self._load_new(server, wanted)
+            server.names.move_to_end(wanted.name)
+            server.names[wanted.name] += 1
 
-    async def _load_new(self, server: VllmServer, digest: str, name: str) -> None:
+    async def _load_new(self, server: VllmServer, wanted: WantedSet) -> None:
         began = time.monotonic()
-        response = await self.http().post(f"{server.url}/tokenize", json={"model": name, "prompt": "a"})
+        # a request that generates nothing makes vLLM load a set
+        response = await self.http().post(f"{server.url}/tokenize", json={"model": wanted.name, "prompt": "a"})
         if response.status_code != 200:
             raise Unavailable(f"vLLM does not serve the set ({response.status_code}: {message_of(response.content)})")
         try:
-            await self._check(server, digest, name)
+            await self._load_check.check(wanted, server.url, partial(self._ask, server))
         except (Busy, Unavailable):
-            await self._unload(server, name)
+            await self._unload(server, wanted.name)
             raise
         self.loads, self.load_seconds = self.loads + 1, self.load_seconds + time.monotonic() - began
-        server.names[name] = 0
-        unused = [known for known, users in server.names.items() if users == 0 and known != name]
+        server.names[wanted.name] = 0
+        unused = [known for known, users in server.names.items() if users == 0 and known != wanted.name]
         for known in unused[: max(0, len(server.names) - self._names)]:
             del server.names[known]
             task = asyncio.create_task(self._unload(server, known))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _check(self, server: VllmServer, digest: str, name: str) -> None:
-        """Raise Unavailable if the canary finds a set wrong twice, the second time beside the set of nothing."""
-        async with server.loading.setdefault("", asyncio.Lock()):
-            known = server.reference = server.reference or await self._measure(server)
-        for again in (False, True):
-            reference = await self._measure(server) if again and digest else known
-            found = await self._ask_canary(server, name)
-            problem = self._canary.problem("", reference.logprobs, known)
-            problem = problem or self._canary.problem(digest, found, reference)
-            if problem is None:
-                return
-            logger.warning("%s: the canary finds a set wrong (%s): %s", server.url, name, problem)
-        raise Unavailable(f"vLLM has loaded the set, but {problem}")
-
-    async def _measure(self, server: VllmServer) -> Reference:
-        return Reference.of_runs(*[await self._ask_canary(server, _NOTHING, copies) for copies in (1, 2)])
-
-    async def _ask_canary(self, server: VllmServer, name: str, copies: int = 1) -> Logprobs:
-        request = self._canary.request(name, copies)
-        response = await self.http().post(f"{server.url}/v1/completions", json=request)
+    async def _ask(
+        self, server: VllmServer, name: str, prompts: Sequence[Tokens], max_tokens: int
+    ) -> list[list[tuple[int, dict[int, float]]]]:
+        """See `Ask`."""
+        body = {
+            "model": name, "prompt": prompts, "max_tokens": max_tokens, "temperature": 0.0, "logprobs": TOP,
+            "repetition_penalty": 1.0, "return_tokens_as_token_ids": True, "cache_salt": secrets.token_hex(16),
+        }  # fmt: skip
+        response = await self.http().post(f"{server.url}/v1/completions", json=body)
+        problem = f"({response.status_code}: {message_of(response.content)})"
         if response.status_code in (429, 503):
-            raise Busy(f"vLLM refuses ({response.status_code}: {message_of(response.content)})")
+            raise Busy(f"vLLM refuses {problem}")
         if response.status_code != 200:
-            raise Unavailable(f"vLLM cannot answer a set ({response.status_code}: {message_of(response.content)})")
+            raise Unavailable(f"vLLM cannot answer with a set that it has loaded {problem}")
         try:
             answer = response.json()
             if answer["model"] != name:
                 raise Unavailable("vLLM answered with another model than the set that was asked for")
-            return self._canary.read(answer)
-        except (KeyError, TypeError, IndexError, ValueError):
-            raise Unavailable("vLLM gives no logprobs of `logprob_token_ids`: 0.32.0 does") from None
+            logprobs = [choice["logprobs"] for choice in sorted(answer["choices"], key=lambda one: int(one["index"]))]
+            answers = [
+                [
+                    (token_of(token), {token_of(likely): float(value) for likely, value in top.items()})
+                    for token, top in zip(one["tokens"], one["top_logprobs"], strict=True)
+                ]
+                for one in logprobs
+            ]
+            if len(answers) != len(prompts) or not all(answers):
+                raise ValueError("answers are missing")
+            return answers
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise Unavailable(f"vLLM gives no logprobs ({type(error).__name__}): is its --max-logprobs 0?") from None
 
     async def _unload(self, server: VllmServer, name: str) -> None:
         """Let vLLM forget a set's name, so that its folder can be deleted; a later request makes it again."""
@@ -236,6 +234,11 @@ class Servers:
         except (KeyError, TypeError, ValueError, StopIteration) as error:
             raise BaseModelError(f"{server.url} does not speak as vLLM does ({type(error).__name__})") from None
         server.base, server.context = base["id"], int(base["max_model_len"])
+
+
+def token_of(text: str) -> int:
+    """Return the token that vLLM writes as `token_id:N`."""
+    return int(text.removeprefix("token_id:"))
 
 
 def message_of(body: bytes) -> str:
