@@ -64,7 +64,8 @@ test-slow: install $(VENV)/.gemma
 out/harry_potter/forget.json: | install
 	$(BIN)/unlearn-peft train recipes/harry_potter.yaml --output out/harry_potter --quiet
 
-test-vllm: install .venv-vllm/.installed out/harry_potter/forget.json
+UNLEARN_PEFT_DEMO_ADAPTER ?= out/harry_potter
+test-vllm: install .venv-vllm/.installed $(UNLEARN_PEFT_DEMO_ADAPTER)/forget.json
 	$(BIN)/python -m pytest -m vllm -s tests/serve/test_vllm.py
 
 test-cuda: install $(VENV)/.for-tests

@@ -512,7 +512,7 @@ def test_the_load_check_finds_the_base_and_another_set(engine, url, smol, adapte
             (await engine.hold(forget, policy)).release()  # the resolver's own
             await refused(forget, adapters["a2"], "not what an earlier load was")
             await refused(forget, without, "it changes nothing")
-        await refused({}, adapters["a2"], "the set of nothing moves by")
+        await refused({}, adapters["a0"], "the set of nothing moves by")
         for tenant in ("demo", "nothing"):
             (await engine.hold(policy.forget_of(tenant), policy)).release()
         text = (await ask(engine, policy, "demo", QUESTIONS[0]))[0]

@@ -251,14 +251,16 @@ class VllmEngine:
         """Return the first probes of the first adapters of a set that have some; reads files."""
         found = list[list[Probe]]()
         for entry in (policy.adapters[name] for name in forget):
-            path = None if entry.canary == "off" or len(found) == _PROBED else entry.probes_path
+            path = None if entry.canary == "off" or len(found) >= _PROBED else entry.probes_path
+            if path is None:
+                continue
             with suppress(DataError, PromptError):  # serve/canary.py, which asks them all, says so
-                rows = read_probes(path).rows[:_PROBES] if path else ()
-                asked = [
-                    (self.encode([{"role": "user", "content": row["prompt"]}]), tuple(row["leak"])) for row in rows
-                ]
-                found.append([probe for probe in asked if len(probe[0]) + ANSWER_TOKENS <= self.context])
-        return list(filter(None, found))
+                rows = read_probes(path).rows[:_PROBES]
+                prompts = [self.encode([{"role": "user", "content": row["prompt"]}]) for row in rows]
+                probes = [(prompt, tuple(row["leak"])) for prompt, row in zip(prompts, rows, strict=True)]
+                if fitting := [probe for probe in probes if len(probe[0]) + ANSWER_TOKENS <= self.context]:
+                    found.append(fitting)
+        return found
 
     def _refusal(self, status: int, body: bytes, lease: VllmLease, request: Generation) -> Exception:
         message = f"vLLM refuses ({status}: {message_of(body)})"
