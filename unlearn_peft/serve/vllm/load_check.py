@@ -120,7 +120,9 @@ class LoadCheck:
         self, wanted: WantedSet, key: Hashable, telling: bool,
         nothing: Logprobs, found: Logprobs, nothing_again: Logprobs, found_again: Logprobs,
     ) -> str | None:  # fmt: skip
-        rounding = max(distance(nothing, nothing_again), self._moved(NOTHING, nothing[: len(self._prompts)]))
+        rounding = distance(nothing, nothing_again)
+        if rounding <= _FAR:  # else it is not remembered
+            rounding = max(rounding, self._moved(NOTHING, nothing[: len(self._prompts)]))
         if rounding > _FAR:
             return f"the set of nothing moves by {rounding:.2g} nats"
         if not wanted.digest:

@@ -199,7 +199,7 @@ class Servers:
                 raise ValueError("answers are missing")
             return answers
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise Unavailable(f"vLLM gives no logprobs ({type(error).__name__}): is its --max-logprobs 0?") from None
+            raise Unavailable(f"vLLM gives no logprobs as 0.32.0 does ({type(error).__name__})") from None
 
     async def _unload(self, server: VllmServer, name: str) -> None:
         """Let vLLM forget a set's name, so that its folder can be deleted; a later request makes it again."""
