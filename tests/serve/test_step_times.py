@@ -16,7 +16,7 @@ def test_rows_within_so_many_times_a_row_alone():
     assert (times.rows_within(2.0) or 1000) > 100
 
 
-@pytest.mark.parametrize("steps", [[], [3] * 50, [8, 1] * 50], ids=["none", "all of three rows", "more rows, less time"])
+@pytest.mark.parametrize("steps", [[], [3] * 50, [8, 1] * 50], ids=["none", "all of three", "more rows, less time"])
 def test_what_no_number_of_rows_is_known_for(steps):
     times = StepTimes()
     for rows in steps:
