@@ -9,12 +9,13 @@ class StepTimes:
     """A line through the seconds of the last steps by their rows (least squares, weighted)."""
 
     def __init__(self) -> None:
-        self._sums = (0.0,) * 5  # of weights, rows, seconds, rows * rows, rows * seconds
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of weights, rows, seconds, rows * rows, rows * seconds
 
     def add(self, rows: int, seconds: float) -> None:
         """Note a step."""
         terms = (1.0, rows, seconds, rows * rows, rows * seconds)
-        self._sums = tuple(_DECAY * old + new for old, new in zip(self._sums, terms, strict=True))
+        weight, all_rows, all_seconds, squares, products = map(lambda old, new: _DECAY * old + new, self._sums, terms)
+        self._sums = weight, all_rows, all_seconds, squares, products
 
     def rows_within(self, times: float) -> float | None:
         """Return with how many rows a step takes `times` as long as with one; None if no number is known to."""
