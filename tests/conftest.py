@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -55,6 +56,17 @@ def make_tiny(folder, *, tied=True, seed=0, layers=2):
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def quick_curves(monkeypatch):
+    """Curves that are not drawn but copied, in this process: drawing takes a sixth of a tiny model's training."""
+    from unlearn_peft.training import save
+
+    copied = (Path(__file__).parents[1] / "docs" / "curves.png").read_bytes()
+    monkeypatch.setattr(
+        save, "draw_curves", create_autospec(save.draw_curves, side_effect=lambda path, *_: path.write_bytes(copied))
+    )
 
 
 @pytest.fixture(scope="session")

@@ -168,12 +168,13 @@ def refusal_of(text, folder):
     return str(refused.value)
 
 
-def slow(handler, seconds=0.01):
-    """Make each step take longer, so that there is time to look."""
+def slow(handler, seconds=0.01, gate=None):
+    """Make each step take longer, so that there is time to look; with a `gate`, none ends before that is set."""
     step = handler.engine.scheduler._runner.step
 
     def slower(*arguments):
         time.sleep(seconds)
+        assert gate is None or gate.wait(60)
         return step(*arguments)
 
     handler.engine.scheduler._runner.step = slower

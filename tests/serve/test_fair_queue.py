@@ -95,6 +95,24 @@ def test_the_last_places_are_for_those_that_have_none():
     asyncio.run(run())
 
 
+def test_a_share_that_changes_holds_from_the_next_place_on():
+    async def run():
+        share = 3
+        queue = FairQueue(8, share=lambda: share)
+        for _ in range(3):
+            await asyncio.wait_for(queue.acquire("a"), 1)
+        waiting = asyncio.create_task(queue.acquire("a"))
+        await asyncio.wait_for(queue.acquire("b"), 1)
+        share = 2
+        queue.release("a")
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        queue.release("a")
+        await asyncio.wait_for(waiting, 1)
+
+    asyncio.run(run())
+
+
 async def seconds_until(queue, tenant):
     began = time.monotonic()
     await asyncio.wait_for(queue.acquire(tenant), 5)

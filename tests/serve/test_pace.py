@@ -203,6 +203,20 @@ def test_who_opens_connections_too_fast_is_cut_off(serve, monkeypatch):
         assert opened(port, 8, "127.0.0.3", 8) == 8 and httpx.get(f"{url}/healthz", timeout=45).status_code == 200
 
 
+def test_the_event_loop_takes_a_connection_and_goes_on():
+    with listening.listen("127.0.0.1", 0) as made:
+        made.setblocking(False)
+        clients = [socket.create_connection(made.getsockname()) for _ in range(3)]
+        for _ in clients:
+            made.accept()[0].close()
+            with pytest.raises(BlockingIOError):
+                made.accept()
+        with pytest.raises(BlockingIOError):  # there is none
+            made.accept()
+        for client in clients:
+            client.close()
+
+
 def test_an_address_of_ipv6_is_a_network():
     assert address_of(("10.0.0.1", 5)) == "10.0.0.1" and address_of(None) == ""
     one, same, other = (

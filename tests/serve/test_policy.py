@@ -261,7 +261,7 @@ def test_a_file_that_is_gone_fails_closed(file, monkeypatch):
             assert source.current() == first and source.problem
         now[0] += 6
         for _ in range(2):
-            with pytest.raises(PolicyError, match="nobody is served until it is back"):
+            with pytest.raises(PolicyError, match="nobody is served until a valid one is there"):
                 source.current()
         if kind == "a folder":
             file.rmdir()
@@ -271,6 +271,14 @@ def test_a_file_that_is_gone_fails_closed(file, monkeypatch):
     put(file, "not a policy")
     now[0] += 100
     assert source.current() == first and source.problem, "a mistake in it is no order to stop"
+    file.unlink()
+    assert source.current() == first
+    put(file, "not a policy")
+    now[0] += 21
+    with pytest.raises(PolicyError, match="holds a str.*nobody is served"):
+        source.current()
+    put(file, GOOD)
+    assert source.current() == first
 
 
 def test_a_file_that_cannot_be_used_at_first(tmp_path):

@@ -228,9 +228,10 @@ def test_the_share_of_one_tenant_leaves_room_for_others(serve):
 @pytest.mark.parametrize("answers", [1, 3])
 def test_a_flood_delays_another_tenant_by_one_batch_at_most(serve, answers):
     with serve(batch=2, queue=100) as (handler, url), ThreadPoolExecutor(32) as pool:
-        slow(handler, 0.02)
+        slow(handler, 0.02, gate := threading.Event())
         jobs = [pool.submit(post, url, "alice", max_tokens=12, n=answers) for _ in range(18 // answers)]
         wait_for(lambda: handler.active == 18 and handler.engine.stats().running == 1)
+        gate.set()
         assert post(url, "bob", max_tokens=12).status_code == 200
         done = sum(job.done() and job.result().status_code == 200 for job in jobs) * answers
         assert done <= 2 + 2 + 2 + answers, "those that ran, those next to them, those that ran beside it"
@@ -246,6 +247,21 @@ def test_long_answers_leave_a_row_to_others(serve, tenants):
         before = sum(job.done() for job in jobs)
         assert post(url, "bob", max_tokens=4).status_code == 200
         assert sum(job.done() for job in jobs) - before <= 3, "those that ran"
+
+
+@pytest.mark.parametrize(("within", "of_each"), [(4.0, 2), (None, 5)])
+def test_rows_that_slow_each_other_are_shared_evenly(serve, within, of_each):
+    with serve(batch=8) as (handler, url), ThreadPoolExecutor(12) as pool:
+        slow(handler, 0.02)
+        handler.engine.scheduler.step_times.rows_within = lambda times: {2.0: within}[times]
+        assert post(url, "bob", max_tokens=1).status_code == 200
+        jobs = [pool.submit(post, url, "alice", max_tokens=30) for _ in range(8)]
+        most = 0
+        while not all(job.done() for job in jobs[:2]):
+            most = max(most, handler.engine.stats().running)
+            time.sleep(0.005)
+        assert most == 2 if within else most >= of_each
+        assert all(job.result().status_code in (200, 429) for job in jobs)
 
 
 # ---- the wire ----

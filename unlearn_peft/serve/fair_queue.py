@@ -42,14 +42,16 @@ class FairQueue:
         room: for the sizes of places, none of which may be larger; None: they don't matter. Where there are `spare`
             places, a tenant that has some leaves room for one more.
         present: the tenants for whom another waits: not one that was charged less than each of them. None: all wait.
+        share: what one tenant can have at the moment, at least 1; None: as ever.
     """
 
     def __init__(
         self, places: float, per_tenant: float | None = None, *, spare: int = 0, burst: float = 0.0,
         room: int | None = None, present: Callable[[], Collection[str]] | None = None,
+        share: Callable[[], float] | None = None,
     ) -> None:  # fmt: skip
         self._free, self._per_tenant = places, places if per_tenant is None else per_tenant
-        self._spare, self._burst, self._present = spare, burst, present
+        self._spare, self._burst, self._present, self._share = spare, burst, present, share
         self._room, self._sizes, self._patience = room, Counter[int](), places
         self._charged = dict[str, float]()  # until when, by the monotonic clock
         self._timer: asyncio.TimerHandle | None = None
@@ -109,9 +111,10 @@ class FairQueue:
 
     def _next(self) -> str | None:
         waits, overtaken = list[float](), list[_Turn]()
+        most = self._per_tenant if self._share is None else min(self._per_tenant, self._share())
         for tenant, turns in self._waiting.items():
             taken = self._taken[tenant]
-            if taken < self._per_tenant and (not taken or self._free > self._spare):
+            if taken < most and (not taken or self._free > self._spare):
                 if (wait := self._wait(tenant)) > 0:
                     waits.append(wait)
                 elif self._has_room(turns[0], taken):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
@@ -66,7 +67,8 @@ class RequestHandler:
         self._leases = FairQueue(self.limits.batch + 2 * _AHEAD, spare=_AHEAD, present=self._places.present)
         # nor do they take all of the batch, however long their answers: a further tenant starts at once
         spare = 0 if self.open_tenant is not None or self.limits.batch == 1 else 1 + _AHEAD
-        self._rows = FairQueue(self.limits.batch + _AHEAD, spare=spare, room=self.engine.kv_tokens)
+        rows, room = self.limits.batch + _AHEAD, self.engine.kv_tokens
+        self._rows = FairQueue(rows, spare=spare, room=room, share=self._row_share)
         self._canary = Canary(self.engine, self._rows, self._recorder.write, self.metrics, self.limits.seconds)
         self._quotas = Quotas(self.limits.quotas)
         self._keys = KeyLog(self.policies)
@@ -310,6 +312,11 @@ class RequestHandler:
         self.leave(call)
         if client_gone:
             await self._recorder.finish(call, 499, "client_gone")
+
+    def _row_share(self) -> float:
+        """Return how many rows a tenant may have, so that no other's answer takes much longer than twice its time."""
+        present, within = len(self._places.present()), self.engine.stats().half_speed_rows
+        return math.inf if present < 2 or within is None else max(within // present, 1)
 
     def _stats(self) -> EngineStats:
         stats = self.engine.stats()

@@ -21,6 +21,7 @@ _ENGINE = {  # field of `EngineStats` -> its metric
     "kv_bytes": (GaugeMetricFamily, "kv_bytes", "The room for them."),
     "prefix_bytes": (GaugeMetricFamily, "prefix_cache_bytes", "Of these, what the prefix cache has."),
     "prefix_tokens": (CounterMetricFamily, "prefix_cache_tokens", "Tokens of prompts that were not read again."),
+    "half_speed_rows": (GaugeMetricFamily, "half_speed_rows", "Answers in a batch at which each is half as fast."),
     "loads": (CounterMetricFamily, "adapter_loads", "Adapters read and verified."),
     "load_seconds": (CounterMetricFamily, "adapter_load_seconds", "Seconds that reading and verifying took."),
 }

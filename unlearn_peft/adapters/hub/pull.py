@@ -161,8 +161,9 @@ def _from_hub(
                 _read(folder, f"hub:{source.where}@{commit}", None)
             finally:  # before the folder appears: after a kill nobody would delete them
                 shutil.rmtree(downloads, ignore_errors=True)
-    with atomic_file(known) as temporary:
-        temporary.write_text(json.dumps({**_json_or_empty(known), revision: commit}, indent=2) + "\n")
+    if revision != commit:  # for a branch or tag; a commit's next pull comes no further than its folder
+        with atomic_file(known) as temporary:
+            temporary.write_text(json.dumps({**_json_or_empty(known), revision: commit}, indent=2) + "\n")
     return place, commit
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import UnlearnError
 from ..limits import OPENING_SECONDS, Limits
 
-_AT_ONCE = 1000  # connections that are cut off before the event loop goes on
+_CUT_AT_ONCE = 50  # connections, before the event loop goes on with those that it has; of those taken, one
 _MANY = 1024  # addresses that are kept before those that are over are looked for
 
 
@@ -20,17 +20,22 @@ class Listening(socket.socket):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
+        self._took_one = False  # since the event loop went on
         self._until = dict[str, float]()  # by address: when its share is whole again, by the monotonic clock
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Return the next connection and its address; one of an address that opened too many is closed at once."""
-        for _ in range(_AT_ONCE):
-            connection, address = super().accept()
-            if self._admits(address_of(address)):
-                return connection, address
-            connection.close()
-            if self.gettimeout() != 0:  # the next may not be there yet
-                break
+        if not self._took_one:  # asyncio asks again at once, until there is none, or a BlockingIOError
+            waits = self.gettimeout() != 0
+            for _ in range(_CUT_AT_ONCE):
+                connection, address = super().accept()
+                if self._admits(address_of(address)):
+                    self._took_one = not waits
+                    return connection, address
+                connection.close()
+                if waits:  # the next may not be there yet
+                    break
+        self._took_one = False
         raise BlockingIOError
 
     def _admits(self, address: str) -> bool:

@@ -142,6 +142,7 @@ class LocalEngine:
             resident_bytes=bank.resident_bytes, loads=bank.loads, load_seconds=bank.load_seconds,
             kv_used_bytes=self.scheduler.kv_used_bytes, kv_bytes=self.scheduler.kv_bytes,
             prefix_bytes=self.scheduler.prefixes.bytes, prefix_tokens=self.scheduler.reused,
+            half_speed_rows=self.scheduler.step_times.rows_within(2.0),
         )  # fmt: skip
 
     async def close(self) -> None:

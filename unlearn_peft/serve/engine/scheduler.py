@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,6 +37,7 @@ from .memory import default_kv_bytes
 from .prefill import Prefill
 from .prefix_cache import PrefixCache
 from .rows import ActiveRow
+from .step_times import StepTimes
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class Scheduler:
         most = prefill_tokens or (256 if self._runner.model.device.type == "cpu" else 1024)
         self._prefill = Prefill(self._runner, self.prefixes, most)
         self.ends = _end_tokens(model, tokenizer)
+        self.step_times = StepTimes()
         self._waiting: deque[ActiveRow] = deque()
         self._rows: list[ActiveRow] = []  # row n of _batch
         self._batch: KVBatch | None = None
@@ -194,8 +197,10 @@ class Scheduler:
 
     def _step(self, rows: Sequence[ActiveRow]) -> None:
         assert self._batch is not None
+        began = time.perf_counter()
         logits = self._runner.step(self._batch, [row.lease for row in rows])
         self._rows = self._advance(rows, self._batch, logits)
+        self.step_times.add(len(rows), time.perf_counter() - began)
         if not self._rows:
             self._batch = None
 

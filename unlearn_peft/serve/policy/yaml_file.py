@@ -31,7 +31,7 @@ class PolicyFile:
     """A policy in a YAML file, read again when the file changes; if the new one is wrong, the old one stays.
 
     A file that is deleted or cannot be read serves for `grace` seconds more, then nobody is served: whoever took it
-    away may have meant that. A call of `current` that begins after a change never returns an older policy. Replace the
+    away may have meant that; so a wrong one in its place changes nothing about it. A call of `current` that begins after a change never returns an older policy. Replace the
     file by renaming a whole one onto it: one that is written in place is read once it has not changed for 50 ms.
 
     Raises:
@@ -68,7 +68,8 @@ class PolicyFile:
                     self._reload()
         if self._gone_at is not None and time.monotonic() - self._gone_at > self.grace:
             gone = PolicyError(
-                f"{self.problem}. It is gone for more than {self.grace:g} s: nobody is served until it is back"
+                f"{self.problem}. It was taken away more than {self.grace:g} s ago: nobody is served until a valid one "
+                "is there"
             )
             gone.public = "the policy file cannot be read"
             raise gone
@@ -80,9 +81,10 @@ class PolicyFile:
             stat_key, data = _read_settled(self.path)
             try:
                 self._policy = parse_policy(data, str(self.path), self.path.parent)
+                self._gone_at = None
             except PolicyError as error:
                 problem = str(error)
-            self._last_stat, self._gone_at = stat_key, None
+            self._last_stat = stat_key
         except OSError as error:
             problem, self._last_stat = _unreadable(self.path, error), ()
             self._gone_at = self._read_at if self._gone_at is None else self._gone_at
