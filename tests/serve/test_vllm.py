@@ -9,6 +9,7 @@ import random
 import subprocess
 import time
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -422,12 +423,8 @@ def test_the_prefix_cache_is_no_way_from_set_to_set(engine, url, smol, adapters,
 
     async def run():
         names = [(await engine.hold(forget, policy)).model for forget in sets]
-        rounds = [
-            await asyncio.gather(
-                *(asyncio.to_thread(complete, url, name, ids, **ends, cache_salt=salt) for name in names)
-            )
-            for _ in range(2)
-        ]
+        told = partial(asyncio.to_thread, complete, url, ids=ids, **ends, cache_salt=salt)
+        rounds = [await asyncio.gather(*(told(name) for name in names)) for _ in range(2)]
         await engine.close()
         return names, *rounds
 
