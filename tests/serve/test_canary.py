@@ -317,8 +317,10 @@ def test_the_gateway_does_the_same_through_vllm(made, tiny_folder, tmp_path, mon
         engine = VllmEngine([where], str(tiny_folder), name="tiny")
         with running(engine, source) as (_, url):
             with pytest.raises(openai.PermissionDeniedError, match="what 'a' forgets comes back"):
-                ask(url, "alice", forget=["against"])
+                ask(url, "alice", forget={"against": 0.98})
             assert ask(url, "alice", forget=["b"]) and checks(url) == {"passed": 1, "leaked": 1}
+            with pytest.raises(openai.InternalServerError, match="it changes nothing"):  # the load check's own
+                ask(url, "alice", forget=["against"])
 
 
 def test_a_policy_says_what_is_wrong_with_it(tmp_path):
