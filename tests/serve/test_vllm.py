@@ -413,7 +413,7 @@ def test_running_answers_keep_their_sets_while_others_are_loaded(engine, url, sm
 def test_the_prefix_cache_is_no_way_from_set_to_set(engine, url, smol, adapters, policy_path):
     """One long beginning and one salt for all: each set reads back its own blocks alone.
 
-    https://github.com/vllm-project/vllm/issues/44701: a set's name as the salt of another gave the first one's blocks.
+    https://github.com/vllm-project/vllm/issues/44701: a set's name as the salt of the base gave it the set's blocks.
     """
     policy, question, salt = PolicyFile(policy_path).current(), NOTES + QUESTIONS[7], "the same"
     sets = [{}, {"a0": 1.0}, {"a1": 1.0}, {"a2": 1.0}]
@@ -434,10 +434,9 @@ def test_the_prefix_cache_is_no_way_from_set_to_set(engine, url, smol, adapters,
     assert all(cached >= 64 for _, cached in second), "the cache was not used: this test shows nothing"
     for name, text in zip(names, texts, strict=True):
         assert complete(url, name, ids, **ends) == (text, 0)  # of no salt
-    for name in names:
-        for other, text in zip([*names, "base"], [*texts, None], strict=True):
-            found, cached = complete(url, other, ids, 1 if other == "base" else 4, **ends, cache_salt=name)
-            assert cached == 0 and (text or found).startswith(found), (other, name)
+        body = {"model": "base", "prompt": list(ids), "max_tokens": 1, "cache_salt": name}
+        refused = httpx.post(f"{url}/v1/completions", json=body)
+        assert refused.status_code == 400 and "cache_salt" in refused.text  # no salt may have the @ of our names
     print(f"\n{len(names)} sets with one beginning of {len(ids)} tokens: none read another's blocks")
 
 
