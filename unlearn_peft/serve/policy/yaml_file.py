@@ -31,8 +31,9 @@ class PolicyFile:
     """A policy in a YAML file, read again when the file changes; if the new one is wrong, the old one stays.
 
     A file that is deleted or cannot be read serves for `grace` seconds more, then nobody is served: whoever took it
-    away may have meant that; so a wrong one in its place changes nothing about it. A call of `current` that begins after a change never returns an older policy. Replace the
-    file by renaming a whole one onto it: one that is written in place is read once it has not changed for 50 ms.
+    away may have meant that; so a wrong one in its place changes nothing about it. A call of `current` that begins
+    after a change never returns an older policy. Replace the file by renaming a whole one onto it: one that is written
+    in place is read once it has not changed for 50 ms.
 
     Raises:
         PolicyError: the file cannot be used at first: there is no old policy then.
