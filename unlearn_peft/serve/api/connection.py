@@ -1,13 +1,15 @@
 """One client's connection: how long each part of a request and its response may take, and how many may be open.
 
 uvicorn bounds the time between two requests alone. A head or a body that never ends, a response that nobody reads, and
-sockets that say nothing would each hold a file and memory for ever. And who is refused asks again at once: so answers
-that cost their client nothing, refusals above all, are sent to each at a steady pace.
+sockets that say nothing would each hold a file and memory for ever. A head of thousands of lines, or a body in parts of
+a byte, would keep the event loop for long. And who is refused asks again at once: so answers that cost their client
+nothing, refusals above all, are sent to each at a steady pace.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import resource
 import socket
@@ -24,9 +26,14 @@ from .listening import address_of
 
 _OTHER_FILES = 64  # of all that the process may have open: adapters, the store, logs
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\nretry-after: 5\r\n\r\n"
+_HEAD_BYTES, _HEAD_LINES = 16_384, 100  # of a request's head; also bytes that may come before it is answered
+_LONG_HEAD = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_PARTS, _PART_BYTES = 256, 256  # parts of a body that may be smaller than so many bytes on average
 _PACE, _BURST = 0.05, 1.0  # seconds from one free answer to the next, and how many seconds' worth are sent at once
 _HEALTH_PACE = 0.005
 _GRACE = 2.0  # seconds, beyond those in which the app itself refuses in plain words
+_errors = logging.getLogger(f"{__name__}.errors")  # instead of uvicorn's, without its lines on what clients send
+_errors.setLevel(logging.ERROR)
 
 
 def free_answers() -> FairQueue:
@@ -34,11 +41,29 @@ def free_answers() -> FairQueue:
     return FairQueue(math.inf, per_tenant=1, burst=_BURST)
 
 
+class _Parser(h11.Connection):
+    """h11, without bodies of small parts: each part takes as much time as a large one."""
+
+    _parts = _size = 0  # of this request's body
+
+    def next_event(self) -> Any:
+        """Return the next event; see h11 for errors."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._parts = self._size = 0
+        elif isinstance(event, h11.Data):
+            self._parts, self._size = self._parts + 1, self._size + len(event.data)
+            if self._parts > _PARTS + self._size // _PART_BYTES:
+                raise h11.RemoteProtocolError("the body comes in too many small parts")
+        return event
+
+
 class Connection(H11Protocol):
     """uvicorn's HTTP/1.1, with the bounds of the app's `Limits`; what exceeds them is cut off."""
 
     def __init__(self, config: Any, *args: Any, **settings: Any) -> None:
         super().__init__(config, *args, **settings)
+        self.conn, self.logger = _Parser(h11.SERVER), _errors
         self._limits: Limits = config.app.state.handler.limits
         self._free_answers: FairQueue = config.app.state.free_answers
         self._turn: asyncio.Future[None] | None = None  # of a free answer to this client
@@ -65,8 +90,26 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by asyncio."""
+        if self.conn.their_state is h11.IDLE:
+            head = (self.conn.trailing_data[0] + data).partition(b"\r\n\r\n")[0]
+            if len(head) > _HEAD_BYTES or head.count(b"\n") > _HEAD_LINES:
+                self.transport.write(_LONG_HEAD)
+                self.transport.close()
+                return
         super().data_received(data)
+        if self.conn.their_state is not h11.SEND_BODY and len(self.conn.trailing_data[0]) > _HEAD_BYTES:
+            self.transport.abort()  # it sends further requests before it has an answer
         self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn where what comes is no HTTP; a response may be under way."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def on_response_complete(self) -> None:
         """Called when a response was written; the next request begins with its head's first byte."""
@@ -97,6 +140,9 @@ class Connection(H11Protocol):
         if self._turn is not None:
             self._turn.cancel()
         super().connection_lost(exc)
+
+    def _should_upgrade(self) -> bool:
+        return False  # HTTP/1.1 is all that there is
 
     def _is_one_too_many(self) -> bool:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]

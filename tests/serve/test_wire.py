@@ -1,0 +1,119 @@
+"""What a client may send over a connection: whatever costs the event loop long, or memory, is cut off."""
+
+import logging
+import socket
+import time
+from contextlib import suppress
+
+import h11
+import pytest
+from serving import KEYS, make_policy_values, running
+
+from unlearn_peft.serve.api import connection
+from unlearn_peft.serve.engine.base import EngineStats
+
+
+class Engine:
+    """Answers nothing."""
+
+    model, context, kv_tokens, chat_ends = "none", 100, None, ()
+
+    async def problem(self):
+        return None
+
+    def stats(self):
+        return EngineStats()
+
+    async def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def url():
+    with running(Engine(), make_policy_values({}, {"alice": []})) as (_, url):
+        yield url
+
+
+def send(url, *parts, until=b""):
+    """Send parts, and return what came back when it holds `until`, or to the end of the connection."""
+    got = b""
+    with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as client:
+        client.settimeout(20)
+        with suppress(ConnectionResetError, BrokenPipeError):
+            for part in parts:
+                client.sendall(part)
+                time.sleep(0.05)
+            while (part := client.recv(65536)) and not (got := got + part).endswith(until or b"\0"):
+                pass
+    return got
+
+
+def head(lines=0, size=0, more=""):
+    fill = "".join(f"a{n}: {'b' * (size // max(lines, 1))}\r\n" for n in range(lines))
+    return f"GET /healthz HTTP/1.1\r\nHost: x\r\n{fill}{more}\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (head(90), b"200"), (head(4, 15_000), b"200"), (head(150), b"431"), (head(4, 20_000), b"431"),
+        (head(1000) + b"x" * 10**5, b"431"),
+    ],
+)  # fmt: skip
+def test_heads_of_many_lines_or_bytes_are_refused_unread(url, sent, status, monkeypatch):
+    read, receive = [], h11.Connection.receive_data
+    monkeypatch.setattr(h11.Connection, "receive_data", lambda self, data: (read.append(data), receive(self, data)))
+    got = send(url, sent, until=b'"}')
+    assert got.startswith(b"HTTP/1.1 " + status) and bool(read) == (status == b"200")
+    read.clear()
+    slices = [sent[at : at + 1000] for at in range(0, min(len(sent), 20_000), 1000)]
+    got = send(url, *slices, until=b'"}')  # or a reset, where more was on its way
+    assert got.startswith(b"HTTP/1.1 200") == (status == b"200") and len(b"".join(read)) < 17_000
+
+
+def test_a_body_in_parts_of_a_byte_is_refused(url, monkeypatch):
+    parts, following = [], h11.Connection.next_event
+
+    def next_event(self):
+        if isinstance(event := following(self), h11.Data):
+            parts.append(event)
+        return event
+
+    monkeypatch.setattr(h11.Connection, "next_event", next_event)
+    start = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    start = f"{start}Authorization: Bearer {KEYS['alice']}\r\n\r\n".encode()
+    assert send(url, start, b"1\r\na\r\n" * 40_000).startswith(b"HTTP/1.1 400")
+    assert len(parts) < 300
+    whole = b"10000\r\n" + b" " * 65536 + b"\r\n"
+    got = send(url, start, b"1\r\n{\r\n" * 100, whole * 4, b"0\r\n\r\n", until=b"}}")
+    assert b"the body is not JSON" in got, "a few small ones, and large ones, are read"
+
+
+@pytest.mark.parametrize("more", ["", "Connection: close\r\n"])
+def test_requests_that_come_before_an_answer_are_not_kept(url, monkeypatch, more):
+    monkeypatch.setattr(connection, "_HEALTH_PACE", 0.2)
+    held = 0
+    made = connection.Connection.data_received
+
+    def received(self, data):
+        nonlocal held
+        made(self, data)
+        held = max(held, len(self.conn.trailing_data[0]))
+
+    monkeypatch.setattr(connection.Connection, "data_received", received)
+    both = send(url, head() + head(more="Connection: close\r\n"))
+    assert both.count(b"HTTP/1.1 200") == 2, "a few are answered in their order"
+    began = time.monotonic()
+    send(url, *[head(more=more) * 1000] * 40)
+    assert time.monotonic() - began < 15 and held < 300_000
+
+
+def test_what_is_no_http_leaves_neither_tracebacks_nor_lines(url, caplog, capfd):
+    start = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert send(url, start, b"zz\r\n").startswith(b"HTTP/1.1 401"), "then garbage, when it has an answer"
+            assert send(url, b"what?\r\n\r\n").startswith(b"HTTP/1.1 400")
+            assert send(url, head(more="Connection: upgrade\r\nUpgrade: websocket\r\n"), until=b'"}').endswith(b'"ok"}')
+    said = [record.getMessage() for record in caplog.records] + capfd.readouterr().err.splitlines()
+    assert [line for line in said if line and not line.startswith("refused a request without a key")] == []
