@@ -1,6 +1,7 @@
 """What a tenant's requests take of the processor is its own to wait for, and refusals come at a steady pace."""
 
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import pytest
 from serving import KEYS, make_policy_values, running, slow, wait_for
 
 from unlearn_peft import load_base
-from unlearn_peft.serve import admission
+from unlearn_peft.serve import admission, metrics
 from unlearn_peft.serve import handler as handler_module
 from unlearn_peft.serve.api import app, connection, listening
 from unlearn_peft.serve.api.listening import address_of
@@ -223,3 +224,19 @@ def test_an_address_of_ipv6_is_a_network():
         address_of((host, 5, 0, 0)) for host in ("2001:db8::1", "2001:db8:0:0:5::9%eth0", "2001:db8:0:1::1")
     )
     assert one == same != other
+
+
+def test_metrics_are_made_beside_the_event_loop_and_for_all_who_ask_at_once(serve, monkeypatch):
+    made = list[str]()
+
+    def slowly(registry):
+        made.append(threading.current_thread().name)
+        busy(0.3)
+        return b"found"
+
+    monkeypatch.setattr(metrics, "generate_latest", slowly)
+    with serve() as (_, url), ThreadPoolExecutor(8) as pool:
+        texts = [pool.submit(httpx.get, f"{url}/metrics", timeout=60) for _ in range(8)]
+        assert {text.result().text for text in texts} == {"found"}
+        assert len(made) == 1, "the next one waits for four times as long as that took"
+        assert "AnyIO" in made[0], "not the event loop's"

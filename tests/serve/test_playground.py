@@ -4,18 +4,22 @@ import asyncio
 import json
 import math
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 from browser import CHROMIUM, chromium
-from serving import KEYS, Fixed, make_adapters, make_policy_values, running
+from serving import KEYS, Fixed, make_adapters, make_policy_values, running, wait_for
 
 from unlearn_peft import load_base
 from unlearn_peft.adapters.read import read_bundle
 from unlearn_peft.errors import PolicyError
 from unlearn_peft.inference.adapter_cache import Applied
+from unlearn_peft.serve.api import playground as playground_module
 from unlearn_peft.serve.api.playground import Playground, card
 from unlearn_peft.serve.audit import AuditLog
 from unlearn_peft.serve.engine.base import Candidate, EngineStats, TextChunk, TokenLogprobs, Unavailable
@@ -282,6 +286,32 @@ def test_a_card_tells_whether_the_adapter_is_the_one_that_the_policy_pins(tmp_pa
     config = folder / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 1'))
     assert card("a", pinned)["as_policy"] is False
+
+
+def test_one_tenants_cards_are_read_one_request_after_another(tmp_path, monkeypatch):
+    gate, reading, most = threading.Event(), set(), []
+
+    def read(*_):
+        reading.add(threading.get_ident())
+        most.append(len(reading))
+        assert gate.wait(30)
+        reading.discard(threading.get_ident())
+        return {}
+
+    monkeypatch.setattr(playground_module, "card", read)
+    with (
+        scripted(tmp_path, {"alice": ["hp", "news", "secret"], "bob": []}) as (_, url, _),
+        ThreadPoolExecutor(16) as pool,
+    ):
+        jobs = [
+            pool.submit(httpx.get, f"{url}/playground/api/adapters", headers=as_tenant("alice"), timeout=60)
+            for _ in range(16)
+        ]
+        wait_for(lambda: reading)
+        time.sleep(0.3)
+        assert httpx.get(f"{url}/v1/models", headers=as_tenant("bob"), timeout=5).status_code == 200
+        gate.set()
+        assert {job.result().status_code for job in jobs} == {200} and max(most) == 1
 
 
 def test_the_page_is_self_contained_and_strict(tmp_path):

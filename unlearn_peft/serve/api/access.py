@@ -1,20 +1,25 @@
-"""Who asks: the key, the address and the id of a request; and the access log, a JSON line for each response."""
+"""Who asks, and whether still: the key, the address and the id of a request; and the access log, a JSON line for each
+response.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 from fastapi import Request
 
 from ...errors import printable
 from ..audit import AuditLog
 from ..handler import RequestHandler
-from ..request import Call
+from ..request import ApiError, Call
 
 _CALL = "unlearn_peft.call"  # in an ASGI scope
 _UNLOGGED = ("/healthz", "/readyz", "/metrics")
 _MAX_PATH = 200
+T = TypeVar("T")
 
 
 async def identify(handler: RequestHandler, request: Request, scope: str | None = None) -> Call:
@@ -24,6 +29,29 @@ async def identify(handler: RequestHandler, request: Request, scope: str | None 
     request.scope[_CALL] = call
     request.state.tenant = call.tenant  # its free answers wait for this tenant's turn, not for its address's
     return call
+
+
+async def while_connected(request: Request, awaitable: Awaitable[T]) -> T:
+    """Await something, and cancel it when the client goes away.
+
+    Raises:
+        ApiError: 499 when it has.
+    """
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    work, watch = asyncio.ensure_future(awaitable), asyncio.ensure_future(disconnected())
+    try:
+        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ApiError(499, "the client has gone", code="client_gone")
+        return await work
+    finally:
+        for task in (work, watch):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 class AccessLog:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
@@ -21,14 +21,13 @@ from ..engine.base import TextChunk
 from ..handler import RequestHandler
 from ..limits import LOOPBACK, Limits
 from ..request import ApiError, Call, ParsedRequest, as_api_error
-from .access import AccessLog, identify
+from .access import AccessLog, identify, while_connected
 from .connection import free_answers
 from .document import add_document
 from .playground import Playground, add_playground
 from .requests import read_request
 from .responses import Answer, ResponseFormat
 
-T = TypeVar("T")
 Chunks = AsyncGenerator[tuple[int, TextChunk], None]  # each with the number of its answer
 
 
@@ -89,7 +88,7 @@ def create_app(
     if metrics:
 
         @app.get("/metrics", response_class=PlainTextResponse)
-        async def metrics_text() -> Response:
+        def metrics_text() -> Response:  # in a thread of its own: where tenants are many, it takes seconds
             return Response(handler.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
@@ -145,7 +144,7 @@ async def _respond(handler: RequestHandler, request: Request, *, chat: bool, bas
             handler.enter(call)
             body = await handler.in_time(call, _read_body(request, handler.limits))
             reading = handler.in_turn(call, partial(read_request, body, chat=chat))
-            parsed = await _while_connected(request, reading)
+            parsed = await while_connected(request, reading)
             del body
         except Exception as error:
             refusal = as_api_error(error)
@@ -153,9 +152,9 @@ async def _respond(handler: RequestHandler, request: Request, *, chat: bool, bas
             raise refusal from error
         chunks = handler.answer(call, parsed)
         if parsed.stream:
-            first = await _while_connected(request, anext(chunks))
+            first = await while_connected(request, anext(chunks))
         else:
-            answers = await _while_connected(request, _collect(chunks))
+            answers = await while_connected(request, _collect(chunks))
     except BaseException as error:
         handler.leave(call)
         if isinstance(error, ApiError):
@@ -201,25 +200,6 @@ async def _read_body(request: Request, limits: Limits) -> bytes:
         message = f"the body did not arrive within {limits.body_seconds:g} s: {len(body)} bytes of it did"
         raise ApiError(408, message, code="body_timeout", headers={"Connection": "close"}) from None
     return bytes(body)
-
-
-async def _while_connected(request: Request, awaitable: Awaitable[T]) -> T:
-    """Await something, and cancel it when the client goes away."""
-
-    async def disconnected() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    work, watch = asyncio.ensure_future(awaitable), asyncio.ensure_future(disconnected())
-    try:
-        await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ApiError(499, "the client has gone", code="client_gone")
-        return await work
-    finally:
-        for task in (work, watch):
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
 
 async def _collect(chunks: Chunks) -> list[Answer]:

@@ -15,9 +15,9 @@ import json
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -29,8 +29,8 @@ from ...errors import AdapterError, PolicyError
 from ...files.untrusted import read_file, sha256_of
 from ..handler import RequestHandler
 from ..policy.entries import AdapterEntry
-from ..request import ApiError, Call
-from .access import identify
+from ..request import ApiError, Call, as_api_error
+from .access import identify, while_connected
 
 PICTURES = (CURVES, FIGURES)  # the second by `unlearn-peft eval`, which writes to ADAPTER.eval by default
 _PAGE = Path(__file__).parent / "page"
@@ -45,6 +45,7 @@ _HEADERS = {
     "x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cross-origin-resource-policy": "same-origin"
 }  # fmt: skip
 Respond = Callable[..., Awaitable[Response]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,20 @@ def add_playground(app: FastAPI, handler: RequestHandler, playground: Playground
     for name, kind in _FILES.items():
         app.get(f"/playground/{name}")(_static((_PAGE / name).read_text(encoding="utf-8"), kind))
 
+    async def in_turn(request: Request, call: Call, work: Callable[[], T]) -> T:
+        """Read files when it is the tenant's turn: where they are many, a flood would keep other requests waiting."""
+        try:
+            return await while_connected(request, handler.in_turn(call, work))
+        except asyncio.TimeoutError as error:
+            raise as_api_error(error) from None
+
     @app.get("/playground/api/adapters")
     async def adapters(request: Request) -> JSONResponse:
         """What this key may see: its tenant, what that forgets in any case and may add, the adapters' cards."""
         call = await identify(handler, request, "playground")
         own, may_add = call.policy.tenants[call.tenant].forget, call.policy.tenants[call.tenant].may_add
         visible = _visible(playground, call)
-        cards = await asyncio.gather(*(asyncio.to_thread(card, name, entry) for name, entry in visible.items()))
+        cards = await in_turn(request, call, lambda: [card(name, entry) for name, entry in visible.items()])
         body = {
             "model": handler.engine.model, "tenant": call.tenant, "own": own, "may_add": may_add, "adapters": cards,
             "base": "v1" if not own else "playground/api/base" if playground.base else None,
@@ -88,7 +96,9 @@ def add_playground(app: FastAPI, handler: RequestHandler, playground: Playground
     async def picture(request: Request, name: str, picture: str) -> Response:
         call = await identify(handler, request, "playground")
         entry = _visible(playground, call).get(name)
-        data = None if entry is None else await asyncio.to_thread(read_picture, Path(entry.path), picture)
+        data = None
+        if entry is not None:
+            data = await in_turn(request, call, partial(read_picture, Path(entry.path), picture))
         if data is None:
             raise ApiError(404, "there is no such picture", code="not_found")
         headers = {**_HEADERS, "cache-control": "no-store", "content-security-policy": "default-src 'none'; sandbox"}
