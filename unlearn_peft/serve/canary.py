@@ -6,7 +6,8 @@ at the strength of the policy, has come back. What then happens is the policy's 
 refused, or that is only logged. A few greedy answers show what comes back there, not that nothing does elsewhere.
 
 Each exact set (contents and strengths) is checked once, through the engine, in rows of the tenant whose request was
-first; further requests for it wait. Neither probes nor answers are logged.
+first; further requests of that tenant for it wait. A tenant's sets are checked one at a time, and nobody waits for what
+another tenant's requests began: that could take as long as that one's own. Neither probes nor answers are logged.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, Sequence
@@ -90,7 +92,8 @@ class Canary:
         self._seconds = seconds
         self._verdicts = Bounded[Mapping[Shape, Leaks]](_MAX_CACHED)
         self._answers = Bounded[tuple[bool, ...]](_MAX_CACHED)  # of the base, and of adapters alone
-        self._running: dict[Hashable, asyncio.Task[Mapping[Shape, Leaks]]] = {}
+        self._running: dict[Hashable, asyncio.Task[Mapping[Shape, Leaks]]] = {}  # by set and tenant
+        self._turns = FairQueue(math.inf, per_tenant=1)
 
     async def check(self, call: Call, lease: AdapterLease, own: Mapping[str, float], added: Collection[str]) -> None:
         """Let a call go on with its set, or refuse it; sets `call.leaks`.
@@ -115,7 +118,7 @@ class Canary:
         verdict = self._verdicts.get(key)
         if verdict is None:
             try:
-                verdict = await asyncio.shield(self._check_once(key, call, lease, watched, added))
+                verdict = await self._check_once(key, call, lease, watched, added)
             except (Unavailable, OutputError):
                 raise
             except Exception as error:
@@ -133,21 +136,27 @@ class Canary:
             message = f"the adapters of this tenant undo {names}, so this request is refused"
             raise ApiError(503, message, code="canary_leaks", adapter=refusing[0])
 
-    def _check_once(
+    async def _check_once(
         self, key: Hashable, call: Call, lease: AdapterLease, watched: Sequence[_Watched], added: Collection[str]
-    ) -> asyncio.Task[Mapping[Shape, Leaks]]:
-        """Return the check of a set that runs, begun if need be; it goes on when its first client has gone."""
-        if key not in self._running:
+    ) -> Mapping[Shape, Leaks]:
+        """Wait for the check of a set, begun if need be; then it goes on when its clients have gone."""
+        running = (key, call.tenant)
+        if running not in self._running:
+            await self._turns.acquire(call.tenant)
+            if (verdict := self._verdicts.get(key)) is not None:
+                self._turns.release(call.tenant)
+                return verdict
             work = self._ask_all(key, call, lease.digest, watched, added)
-            task = self._running[key] = asyncio.ensure_future(asyncio.wait_for(work, self._seconds))
+            task = self._running[running] = asyncio.ensure_future(asyncio.wait_for(work, self._seconds))
 
             def ended(done: asyncio.Task[Any]) -> None:
-                del self._running[key]
+                del self._running[running]
+                self._turns.release(call.tenant)
                 if not done.cancelled() and done.exception() is not None:
                     self._metrics.canary.labels("failed").inc()
 
             task.add_done_callback(ended)
-        return self._running[key]
+        return await asyncio.shield(self._running[running])
 
     async def _ask_all(
         self, key: Hashable, call: Call, digest: str, watched: Sequence[_Watched], added: Collection[str]
