@@ -168,7 +168,8 @@ async def _respond(handler: RequestHandler, request: Request, *, chat: bool, bas
     headers = {"x-request-id": call.id}
     if parsed.stream:
         return _EventStream(chunks, _events(response, call, parsed, first, chunks), headers)
-    return JSONResponse(response.body(answers, call.usage), headers=headers)
+    text = await asyncio.to_thread(response.text, answers, call.usage)
+    return Response(text, headers=headers, media_type="application/json")
 
 
 def _refuse_other_pages(request: Request) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -9,6 +10,8 @@ from typing import Any
 
 from ..engine.base import Candidate, TokenLogprobs
 from .tools import CalledTools
+
+_PARTS = 5  # levels of a body down to one token's log-probabilities
 
 
 @dataclass
@@ -32,6 +35,10 @@ class ResponseFormat:
     fingerprint: str  # of the base and exactly the adapters that were applied
     logprobs: bool
     called: CalledTools | None = None  # the answers call one of these tools
+
+    def text(self, answers: Sequence[Answer], usage: Mapping[str, int]) -> str:
+        """Return the whole response as JSON. From asyncio, call it in a thread: log-probabilities can be 30 MB."""
+        return _in_parts(self.body(answers, usage), _PARTS)
 
     def body(self, answers: Sequence[Answer], usage: Mapping[str, int]) -> dict[str, Any]:
         """Return the whole response."""
@@ -99,3 +106,12 @@ class ResponseFormat:
 
 def _token(candidate: Candidate) -> dict[str, Any]:
     return {"token": candidate.text, "logprob": candidate.logprob, "bytes": list(candidate.data)}
+
+
+def _in_parts(value: Any, levels: int) -> str:
+    """Return JSON, whose parts are made one by one: `json.dumps` keeps Python's lock until it ends."""
+    if levels and isinstance(value, dict):
+        return "{" + ",".join(f"{json.dumps(name)}:{_in_parts(part, levels - 1)}" for name, part in value.items()) + "}"
+    if levels and isinstance(value, list):
+        return "[" + ",".join(_in_parts(part, levels - 1) for part in value) + "]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
