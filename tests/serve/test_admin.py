@@ -1,6 +1,7 @@
 """The admin port: what `unlearn-peft tenant` does, over HTTP, with keys of its own; metrics and TLS."""
 
 import json
+import os
 import re
 import socket
 import sqlite3
@@ -8,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -362,6 +364,15 @@ def test_keys_of_the_file(tmp_path):
         with pytest.raises(PolicyError) as refused:
             read_admin_keys(path)
         assert "secret-word" not in str(refused.value)
+    path.unlink()
+    os.mkfifo(path)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_admin_keys, path)
+        try:
+            with pytest.raises(PolicyError, match="no regular file"):
+                reading.result(10)
+        finally:
+            os.close(os.open(path, os.O_RDWR | os.O_NONBLOCK))  # ends what waits for a writer
 
 
 def test_metrics_on_a_port_of_their_own(tiny_folder):

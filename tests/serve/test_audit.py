@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,6 +116,27 @@ def test_a_second_writer_is_locked_out(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert numbers(path) == [2, 4]
     log.close()
+
+
+def test_a_pipe_that_nobody_reads_is_an_error_and_is_not_waited_for(tmp_path):
+    path, before = tmp_path / "audit.jsonl", signal.signal(signal.SIGALRM, signal.default_int_handler)
+    log = AuditLog(path)
+    path.unlink()
+    os.mkfifo(path)
+    signal.alarm(10)  # which ends what waits for ever
+    try:
+        for again in (lambda: AuditLog(path), lambda: log.write("x")):
+            with pytest.raises(OutputError, match="cannot write"):
+                again()
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+            log.write("x", n=1)
+            assert b'"n": 1' in reader.read(1000)
+            with pytest.raises(OutputError, match="cannot write"):
+                for _ in range(100):
+                    log.write("x", filler="y" * 4000)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Engine:

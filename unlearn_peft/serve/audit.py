@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _BLOCK = 4096  # bytes that must be free
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # of a pipe whose reader is not there, or does not read: an error
 
 
 @dataclass(eq=False)
@@ -147,7 +148,7 @@ class AuditLog:
 
     def _open(self) -> None:
         while self._file is None:
-            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_WAIT, 0o600)
             try:
                 if fcntl is not None and stat.S_ISREG(os.fstat(file).st_mode):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

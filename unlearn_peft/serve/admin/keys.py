@@ -37,6 +37,8 @@ def read_admin_keys(path: Path) -> dict[str, AdminKey]:
         PolicyError: the file cannot be read or is not valid. It quotes none of its values.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no regular file")
         keys = _FILE.validate_python(read_yaml(path) or {})
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
