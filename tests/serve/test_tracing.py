@@ -94,6 +94,15 @@ def test_the_clients_trace_goes_on(url, spans):
     assert second.parent is None and second.context.trace_id != first.context.trace_id
 
 
+def test_what_a_client_writes_for_a_trace_is_short_and_in_no_log(url, spans, caplog):
+    headers = {"authorization": f"Bearer {KEYS['bob']}", "traceparent": PARENT}
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    for state in ("my secret words", "x=1", ",".join(f"a{n}=1" for n in range(200))):
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers | {"tracestate": state}).is_success
+    assert [len(span.parent.trace_state) for span in spans.get_finished_spans()] == [0, 1, 0]
+    assert "secret" not in caplog.text
+
+
 def test_refusals_have_spans_and_unknown_keys_have_none(url, spans):
     with pytest.raises(openai.BadRequestError):
         ask(url, max_tokens=100_000)

@@ -6,6 +6,7 @@ for generative AI, and vLLM's own for what these leave out (`gen_ai.latency...`)
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -16,7 +17,8 @@ from ..errors import UnlearnError
 if TYPE_CHECKING:
     from .request import Call
 
-_HEADERS = ("traceparent", "tracestate")
+_HEADERS, _LONGEST = ("traceparent", "tracestate"), 512  # characters: as many as W3C wants
+logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)  # its warnings quote what a client wrote there
 
 
 class Tracing:
@@ -47,7 +49,8 @@ class Tracing:
 
     def start(self, call: Call, headers: Mapping[str, str], model: str, *, chat: bool) -> None:
         """Begin the span of a request whose tenant is known."""
-        parent = self._propagator.extract({name: headers[name] for name in _HEADERS if name in headers})
+        given = {name: headers[name] for name in _HEADERS if len(headers.get(name, "")) in range(1, _LONGEST + 1)}
+        parent = self._propagator.extract(given)
         operation = "chat" if chat else "text_completion"
         call.span = self._tracer.start_span(
             f"{operation} {model}", parent, self._kind,
