@@ -1,6 +1,7 @@
 """What prompts begin with is read once: for one tenant, one exact set, and the same answers as without."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from unlearn_peft import load_base
 from unlearn_peft.inference.bank import Bank
 from unlearn_peft.inference.model_runner import ModelRunner
 from unlearn_peft.serve.engine.local import LocalEngine
+from unlearn_peft.serve.engine.prefill import Prefill
 from unlearn_peft.serve.engine.prefix_cache import BLOCK, Owner, PrefixCache
 from unlearn_peft.serve.policy.policy import make_policy
 
@@ -255,3 +257,17 @@ def test_what_was_computed_with_an_adapter_goes_with_it(tiny_folder, tmp_path):
         handler.policies.policy = make_policy(values, "test")
         ask(url, "carol")
         assert kept() == {"a"}
+
+
+def test_copying_what_is_known_of_a_prompt_is_charged(monkeypatch):
+    times = iter([100.0, 100.5, 200.0, 200.25])
+    monkeypatch.setattr("unlearn_peft.serve.engine.prefill.time", SimpleNamespace(monotonic=lambda: next(times)))
+    found = [SimpleNamespace(places=64), None]
+    prefixes = SimpleNamespace(find=lambda *_: found.pop(0))
+    prefill, charged = Prefill(SimpleNamespace(splits=True), prefixes, 256), []
+    request = SimpleNamespace(ids=range(100), prefilled=charged.append)
+    row = SimpleNamespace(owner="alice", request=request, read=0, batch=None)
+    prefill.use_prefix([row])
+    assert charged == [0.5] and prefill.reused == row.read == 64
+    prefill.use_prefix([row])
+    assert charged == [0.5], "nothing more is known"

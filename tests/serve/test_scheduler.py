@@ -300,6 +300,37 @@ def test_text_comes_whole_in_any_script(tiny_folder):
         assert len(said) > 10
 
 
+def test_many_stop_strings_and_penalties_cost_no_other_row_time(tiny_folder):
+    stops, tries = [f"{n}" + "y" * 255 for n in range(16)], 0
+
+    class Stop(str):
+        def __getitem__(self, part):
+            nonlocal tries
+            tries += 1
+            return str.__getitem__(self, part)
+
+    tokenizer = load_base(str(tiny_folder), device="cpu").tokenizer
+    stream = TextStream(tokenizer, [], [Stop(stop) for stop in stops])
+    for token in tokenizer("who wrote the book")["input_ids"]:
+        stream.push(token)
+        stream.take()
+    assert 0 < tries < 1000, "not each of 4080 beginnings for each token"
+
+    sampler = Sampler(Generation((1,), 9, temperature=0, presence_penalty=0.5, frequency_penalty=0.1))
+    sampler._counts.update({token: token for token in range(500)})
+    sampler._presence = Penalty(0.5)
+    assert sampler.choose(torch.zeros(1000), lambda token: b"") == (500, None)
+    assert Penalty.used < 5, "not once for each token of the answer"
+
+
+class Penalty(float):
+    used = 0
+
+    def __add__(self, other):
+        Penalty.used += 1
+        return float(self) + other
+
+
 def test_sampler_settings():
     logits = torch.tensor([1.0, 3.0, 2.0, -1.0])
     name = lambda token: b"%d" % token  # noqa: E731

@@ -67,7 +67,7 @@ class TextStream:
     def _held_back(self) -> int:
         """Return how many characters at the end of the unsent text could begin a stop string."""
         unsent = self._text[self._sent :]
-        begins = (stop[:n] for stop in self._stop for n in range(1, len(stop)))
+        begins = (stop[:n] for stop in self._stop for n in range(1, min(len(stop), len(unsent) + 1)))
         return max((len(begin) for begin in begins if unsent.endswith(begin)), default=0)
 
     def _decode(self, ids: Sequence[int]) -> str:

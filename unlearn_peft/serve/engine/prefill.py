@@ -35,13 +35,18 @@ class Prefill:
             self.rows.remove(row)
 
     def use_prefix(self, rows: Sequence[ActiveRow]) -> None:
-        """Go on behind what is known of the beginning of prompts, if that is more than was read of them."""
+        """Go on behind what is known of the beginning of prompts, if that is more than was read of them.
+
+        Copying it is charged to them, as reading is.
+        """
         for row in rows:
+            began = time.monotonic()
             if row.owner is not None and self._runner.splits:
                 found = self._prefixes.find(row.owner, row.request.ids[:-1], row.read)
                 if found is not None:
                     self.reused += found.places - row.read
                     row.batch, row.read = found, found.places
+                    row.request.prefilled(time.monotonic() - began)
 
     def next_rows(self) -> list[ActiveRow]:
         """Return the rows of the next pass: the one whose turn it is, and others that fit beside it."""

@@ -48,8 +48,9 @@ class Sampler:
             FormatError: the answer cannot follow its response format any further.
         """
         scores = logits.clone() if self._counts else logits
-        for token, count in self._counts.items():
-            scores[token] -= self._presence + count * self._frequency
+        if self._counts:
+            counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype)
+            scores[list(self._counts)] -= self._presence + counts * self._frequency
         if self._constraint is not None:
             allowed = self._constraint.allowed(len(logits))
             scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~allowed, -torch.inf)
