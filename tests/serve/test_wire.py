@@ -9,8 +9,9 @@ import h11
 import pytest
 from serving import KEYS, make_policy_values, running
 
-from unlearn_peft.serve.api import connection
+from unlearn_peft.serve.api import connection, listening
 from unlearn_peft.serve.engine.base import EngineStats
+from unlearn_peft.serve.limits import Limits
 
 
 class Engine:
@@ -124,3 +125,27 @@ def test_what_is_no_http_leaves_neither_tracebacks_nor_lines(url, caplog, capfd)
             assert send(url, head(more="Connection: upgrade\r\nUpgrade: websocket\r\n"), until=b'"}').endswith(b'"ok"}')
     said = [record.getMessage() for record in caplog.records] + capfd.readouterr().err.splitlines()
     assert [line for line in said if line and not line.startswith("refused a request without a key")] == []
+
+
+def test_connections_that_begin_nothing_are_counted_before_a_tls_handshake(monkeypatch):
+    monkeypatch.setattr(listening, "OPENING_SECONDS", 0.0)  # however slowly they are opened
+    port = listening.listen("127.0.0.1", 0)
+    port.limits = Limits(connections=100, per_address=2)
+    port.setblocking(False)
+    clients = [socket.create_connection(port.getsockname()) for _ in range(10)]
+    taken = list[socket.socket]()
+
+    def take():
+        for _ in range(10):
+            with suppress(BlockingIOError):
+                taken.append(port.accept()[0])
+
+    take()
+    assert len(taken) == 4, "twice its share, so that one too many can be told so"
+    assert clients[-1].recv(1) == b"", "the others are closed"
+    taken.pop().close()
+    clients.append(socket.create_connection(port.getsockname()))
+    take()
+    assert len(taken) == 4
+    for each in (*clients, *taken, port):
+        each.close()

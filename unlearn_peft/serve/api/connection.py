@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import resource
 import socket
 from typing import Any
 
@@ -22,9 +21,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..fair_queue import FairQueue
 from ..limits import Limits
 from ..request import ApiError
-from .listening import address_of
+from .listening import address_of, most_open
 
-_OTHER_FILES = 64  # of all that the process may have open: adapters, the store, logs
 _FULL = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nconnection: close\r\nretry-after: 5\r\n\r\n"
 _HEAD_BYTES, _HEAD_LINES = 16_384, 100  # of a request's head; also bytes that may come before it is answered
 _LONG_HEAD = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -145,8 +143,7 @@ class Connection(H11Protocol):
         return False  # HTTP/1.1 is all that there is
 
     def _is_one_too_many(self) -> bool:
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        limit = min(self._limits.connections, max(files - _OTHER_FILES, 8))
+        limit = most_open(self._limits)
         address = address_of(self.client)
         of_this = sum(address_of(getattr(one, "client", None)) == address for one in self.connections)
         per_address = self._limits.per_address

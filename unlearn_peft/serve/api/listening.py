@@ -1,15 +1,21 @@
-"""The listening socket: whoever opens connections faster than its share is cut off before they cost more than that."""
+"""The listening socket: whoever opens connections faster than its share, or has too many open, is cut off before they
+cost more than that. With TLS, this alone counts those that begin no handshake.
+"""
 
 from __future__ import annotations
 
+import resource
 import socket
 import time
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ...errors import UnlearnError
 from ..limits import OPENING_SECONDS, Limits
 
 _CUT_AT_ONCE = 50  # connections, before the event loop goes on with those that it has; of those taken, one
+_OTHER_FILES = 64  # of all that the process may have open: adapters, the store, logs
+_MORE = 32  # connections that are taken beyond the limit, to be told so
 _MANY = 1024  # addresses that are kept before those that are over are looked for
 
 
@@ -21,6 +27,7 @@ class Listening(socket.socket):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._took_one = False  # since the event loop went on
+        self._open = WeakKeyDictionary[socket.socket, str]()  # connections that were taken, with their addresses
         self._until = dict[str, float]()  # by address: when its share is whole again, by the monotonic clock
 
     def accept(self) -> tuple[socket.socket, Any]:
@@ -29,8 +36,8 @@ class Listening(socket.socket):
             waits = self.gettimeout() != 0
             for _ in range(_CUT_AT_ONCE):
                 connection, address = super().accept()
-                if self._admits(address_of(address)):
-                    self._took_one = not waits
+                if self._admits(client := address_of(address)):
+                    self._took_one, self._open[connection] = not waits, client
                     return connection, address
                 connection.close()
                 if waits:  # the next may not be there yet
@@ -41,6 +48,9 @@ class Listening(socket.socket):
     def _admits(self, address: str) -> bool:
         if self.limits is None:
             return True
+        taken = [client for connection, client in self._open.items() if connection.fileno() >= 0]
+        if len(taken) >= most_open(self.limits) + _MORE or taken.count(address) >= 2 * self.limits.address_share:
+            return False
         now = time.monotonic()
         if len(self._until) >= _MANY:
             self._until = {name: until for name, until in self._until.items() if until > now}
@@ -64,6 +74,11 @@ def listen(host: str, port: int) -> Listening:
             f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port or --host"
         ) from None
     return Listening(fileno=made.detach())
+
+
+def most_open(limits: Limits) -> int:
+    """Return how many connections may be open at once: fewer than `limits` says where files are few."""
+    return min(limits.connections, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OTHER_FILES, 8))
 
 
 def address_of(peer: Any) -> str:
