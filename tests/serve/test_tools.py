@@ -9,6 +9,8 @@ from models.families import tiny_base
 from serving import client, make_policy_values, running
 
 from unlearn_peft import load_base
+from unlearn_peft.serve.engine.base import PromptError
+from unlearn_peft.serve.engine.encode import Prompts
 from unlearn_peft.serve.engine.local import LocalEngine
 
 MODEL = "tiny"
@@ -133,6 +135,19 @@ def test_all_that_a_template_may_write_counts_to_the_prompts_size(url):
     ):
         with pytest.raises(openai.BadRequestError, match="bytes, more than"):
             chat(url, [turn], tool_choice="none")
+
+
+def test_a_template_that_makes_much_of_little_is_refused_before_it_is_tokenized(tiny_folder):
+    tokenizer = load_base(str(tiny_folder), device="cpu").tokenizer
+    tokenizer.chat_template = "{{ tools | tojson(indent=4) }}" + tokenizer.chat_template
+    prompts, message = Prompts(tokenizer, 400, "x"), [{"role": "user", "content": "x"}]
+    deep = [1] * 2000
+    for _ in range(200):
+        deep = [deep]
+    with pytest.raises(PromptError, match="the chat template makes [0-9]{7} characters"):
+        prompts(message, {"tools": [{"parameters": deep}]})
+    assert len(prompts(message, {"tools": [{"parameters": [1] * 2000}]})) > 2000
+    assert prompts([{"role": "user", "content": "<|im_end|>" * 5000}], {"tools": []}), "nor are words that look so"
 
 
 def test_a_template_without_tools_refuses_them(tiny_folder):

@@ -16,6 +16,8 @@ from ...errors import DataError
 from .base import PromptError
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+# what a template may make of messages and variables: deep tools, indented (Llama 3), would be hundreds of times as long
+_FREE_CHARACTERS, _GROWTH = 65_536, 8
 
 
 class Prompts:
@@ -55,7 +57,8 @@ class Prompts:
     def _encode(self, messages: Sequence[Any], variables: Mapping[str, Any] | None) -> list[int]:
         """Encode messages, in whose texts the names of special tokens are words and no tokens."""
         others = [{name: value for name, value in message.items() if name != "content"} for message in messages]
-        if self._special.search(json.dumps([variables, others], ensure_ascii=False)):
+        told = json.dumps([variables, others], ensure_ascii=False)
+        if self._special.search(told):
             what = "a tool, a call of one, a name, or a variable of the chat template"
             raise PromptError(f"{what} holds a special token of this base: leave it out")
         nonce, words = secrets.token_hex(8), list[str]()
@@ -65,8 +68,13 @@ class Prompts:
             return f"\ue002{nonce}{len(words) - 1}\ue003"
 
         hidden = [{**message, "content": self._special.sub(hide, message["content"])} for message in messages]
+        most = _FREE_CHARACTERS + _GROWTH * (len(told) + sum(len(message["content"]) for message in hidden))
         try:
             text = ask(hidden, self._tokenizer, variables=variables)
+            if len(text) > most:
+                raise PromptError(
+                    f"the chat template makes {len(text)} characters of this, expected at most {most}: nest less deeply"
+                )
             if "tools" in (variables or {}):
                 without = ask(hidden, self._tokenizer, variables={**(variables or {}), "tools": None})
                 if text == without:
