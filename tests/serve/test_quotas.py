@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -16,6 +17,8 @@ from unlearn_peft.serve.limits import Limits
 from unlearn_peft.serve.policy.policy import make_policy
 from unlearn_peft.serve.policy.store import PolicyStore
 from unlearn_peft.serve.policy.yaml_file import dump_policy, parse_policy
+from unlearn_peft.serve.quotas import Quotas
+from unlearn_peft.serve.request import ApiError
 
 ME = {"who": "me"}
 
@@ -143,3 +146,17 @@ def test_the_commands(run, tmp_path, monkeypatch):
     assert "expected a quota such as" in run("tenant", "quota", "acme", "--tokens", "many")[2]
     arguments = ("serve", "--adapter", tmp_path / "none", "--quota-tokens", "many")
     assert "--quota-tokens is 'many': expected a quota" in run(*arguments)[2]
+
+
+def test_a_clock_that_is_set_back_makes_no_window_longer(monkeypatch):
+    now = [1.8e9]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    quotas = Quotas({"requests": "2/minute"})
+    call = SimpleNamespace(tenant="t", policy=SimpleNamespace(tenants={"t": SimpleNamespace(quotas={})}))
+    for _ in range(3):
+        quotas.admit(call)
+        quotas.admit(call)
+        with pytest.raises(ApiError) as refused:
+            quotas.admit(call)
+        assert 0 < int(refused.value.headers["Retry-After"]) <= 60
+        now[0] -= 86_400
