@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -983,6 +984,19 @@ def test_the_command_line(tenant, tiny, make_adapter, tmp_path):
     assert len(done("history", "--limit", 1).splitlines()) == 1
     text = done("history")
     assert "acme" in text and key not in text and made["key"] not in text
+
+
+def test_what_a_database_holds_steers_no_terminal(tenant, tmp_path):
+    assert tenant("add", "acme")[0] == tenant("key", "acme")[0] == 0
+    assert tenant("quota", "acme", "--requests", "5/minute")[0] == 0
+    with closing(sqlite3.connect(tmp_path / "tenants.db")) as database:
+        database.execute("UPDATE unlearn_keys SET used = 'never' || char(27) || '[2J' || char(10) || 'tenant evil'")
+        database.execute("""UPDATE unlearn_tenants SET quotas = '{"requests": "5\\u001b[2J\\u202e"}' """)
+        database.commit()
+    code, out, _ = tenant("show", "acme")
+    assert (
+        code == 0 and "never\\u001b[2J\\u000atenant evil" in out and "5\\u001b[2J\\u202e" in out and "\x1b" not in out
+    )
 
 
 def test_help_teaches_and_stays_light(tenant):

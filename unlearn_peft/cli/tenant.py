@@ -97,13 +97,17 @@ def show(name: TenantArgument, store: StoreOption = STORE, as_json: JsonOption =
     if as_json:
         print(json.dumps(facts))
         return
-    print(f"tenant {name} forgets {format_strengths(facts['forget'])}")
+
+    def say(line: str) -> None:
+        print(printable(line, lines=False))  # a database may hold anything
+
+    say(f"tenant {name} forgets {format_strengths(facts['forget'])}")
     if may_add := facts.get("may_add"):
-        print(f"its requests may add {format_strengths(may_add)} at most")
+        say(f"its requests may add {format_strengths(may_add)} at most")
     for kind, value in facts.get("quotas", {}).items():
-        print(f"quota of {kind}: {value}")
+        say(f"quota of {kind}: {value}")
     if not facts.get("prefix_cache", True):
-        print("nothing is kept of its prompts (prefix-cache off)")
+        say("nothing is kept of its prompts (prefix-cache off)")
     for key in facts["keys"]:
         given = facts.get("key_settings", {}).get(key, {})
         scopes = given.get("scopes")
@@ -113,9 +117,9 @@ def show(name: TenantArgument, store: StoreOption = STORE, as_json: JsonOption =
             *([f"may {', '.join(scopes) or 'only ask'}"] if scopes is not None else []),
             *([f"last used {used}"] if (used := facts.get("key_uses", {}).get(key)) else []),
         ]
-        print("; ".join(parts))
+        say("; ".join(parts))
     for key, digest in facts.get("trusted_keys", {}).items():
-        print(f"trusts {key} ({digest}...)")
+        say(f"trusts {key} ({digest}...)")
 
 
 @app.command()
