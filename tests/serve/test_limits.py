@@ -261,3 +261,12 @@ def test_active_answers_are_shown_while_they_run(serve):
             assert time.monotonic() < deadline and not all(job.done() for job in jobs)
         assert all(job.result().status_code == 200 for job in jobs)
     assert "unlearn_peft_active_answers 0.0" in httpx.get(f"{url}/metrics").text
+
+
+def test_numbers_that_no_engine_holds_are_refused():
+    for field in ("top_k", "seed"):  # vLLM's refusal would be taken for one of the set
+        for number in (2**63, 10**30):
+            body = json.dumps({"model": "m", "prompt": "x", field: number}).encode()
+            with pytest.raises(ApiError) as refused:
+                requests.read_request(body, chat=False)
+            assert refused.value.body["error"]["param"] == field

@@ -110,7 +110,7 @@ class _Common(BaseModel, extra="allow"):
     n: int = Field(1, ge=1, le=10_000)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)  # an extension, as vLLM has it; 0 and -1: all
+    top_k: int = Field(0, ge=-1, lt=2**31)  # an extension, as vLLM has it; 0 and -1: all
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH)]],
