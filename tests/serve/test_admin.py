@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving import KEYS, client, make_adapters, running
+from serving import KEYS, client, make_adapters, running, wait_for
 from typer.testing import CliRunner
 
 from unlearn_peft import load_base
@@ -406,6 +406,24 @@ def certificate(tmp_path_factory):
     )
     subprocess.run([*command.split(), "-keyout", names[1], "-out", names[0]], check=True, capture_output=True)
     return names
+
+
+def test_connections_that_begin_no_handshake_are_bounded_on_the_ports_beside(certificate):
+    cert, key = certificate
+    listening = listen("127.0.0.1", 0)
+
+    def is_closed(connection):
+        connection.setblocking(False)
+        try:
+            return connection.recv(1) == b""
+        except BlockingIOError:
+            return False
+
+    with running_beside(create_metrics_app(bytes), listening, ssl_certfile=cert, ssl_keyfile=key):
+        silent = [socket.create_connection(listening.getsockname()) for _ in range(200)]
+        wait_for(lambda: sum(map(is_closed, silent)) >= 40)
+        for connection in silent:
+            connection.close()
 
 
 def test_tls(certificate, tmp_path):

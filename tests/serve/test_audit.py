@@ -139,6 +139,15 @@ def test_a_pipe_that_nobody_reads_is_an_error_and_is_not_waited_for(tmp_path):
         signal.signal(signal.SIGALRM, before)
 
 
+def test_no_text_looks_like_another_line_or_steers_a_terminal(tmp_path):
+    log = AuditLog(tmp_path / "audit.jsonl")
+    text = 'so\n\r\x85\u2028{"event": "finished"}\u2029\x1b[2J\x9b2J\u202e ö 東'
+    log.write("x", asked=text)
+    written = (tmp_path / "audit.jsonl").read_text()
+    assert len(written.splitlines()) == 1 and written.strip().isprintable() and "ö 東" in written
+    assert json.loads(written)["asked"] == text
+
+
 class Engine:
     """As much of an engine as /readyz asks for."""
 

@@ -10,6 +10,7 @@ import pytest
 from serving import KEYS, make_policy_values, running
 
 from unlearn_peft.serve.api import connection, listening
+from unlearn_peft.serve.api.loading import answering
 from unlearn_peft.serve.engine.base import EngineStats
 from unlearn_peft.serve.limits import Limits
 
@@ -149,3 +150,17 @@ def test_connections_that_begin_nothing_are_counted_before_a_tls_handshake(monke
     assert len(taken) == 4
     for each in (*clients, *taken, port):
         each.close()
+
+
+def test_one_address_leaves_threads_to_others_while_the_model_loads():
+    port = listening.listen("127.0.0.1", 0)
+    with port, answering(port):
+        slow = [socket.create_connection(port.getsockname(), source_address=("127.0.0.2", 0)) for _ in range(40)]
+        for one in slow:
+            with suppress(OSError):
+                one.sendall(b"GET /heal")
+        time.sleep(0.5)
+        url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        assert send(url, b"GET /healthz HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.0 200")
+        for one in slow:
+            one.close()

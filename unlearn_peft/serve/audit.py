@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OutputError
+from ..errors import OutputError, printable
 
 try:
     import fcntl
@@ -68,9 +68,9 @@ class AuditLog:
             raise OutputError(message) from None
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one line; see the class for errors."""
+        """Append one line, whatever ends of lines the fields hold; see the class for errors."""
         time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": time, "event": event, **fields}, ensure_ascii=False) + "\n"
+        line = printable(json.dumps({"time": time, "event": event, **fields}, ensure_ascii=False)) + "\n"
         try:
             with self._lock:
                 self._failed = True

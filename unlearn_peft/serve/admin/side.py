@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI, Response
 
 from ..api.connection import Connection, free_answers
+from ..api.listening import Listening
 from ..limits import Limits
 
 _LIMITS = Limits(seconds=60, connections=64, per_address=64, header_seconds=5, body_seconds=10, stall_seconds=10)
@@ -34,9 +34,10 @@ def create_metrics_app(metrics: Callable[[], bytes]) -> FastAPI:
 
 
 @contextmanager
-def running_beside(app: FastAPI, listening: socket.socket, **ssl: Any) -> Iterator[None]:
+def running_beside(app: FastAPI, listening: Listening, **ssl: Any) -> Iterator[None]:
     """Serve an app on a listening socket until the block ends, within bounds of its own (see `Connection`)."""
     app.state.handler, app.state.free_answers = SimpleNamespace(limits=_LIMITS), free_answers()
+    listening.limits = _LIMITS
     config = uvicorn.Config(
         app, log_level="warning", http=Connection, ws="none", lifespan="off", timeout_graceful_shutdown=1, **ssl
     )

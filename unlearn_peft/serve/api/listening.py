@@ -48,9 +48,6 @@ class Listening(socket.socket):
     def _admits(self, address: str) -> bool:
         if self.limits is None:
             return True
-        taken = [client for connection, client in self._open.items() if connection.fileno() >= 0]
-        if len(taken) >= most_open(self.limits) + _MORE or taken.count(address) >= 2 * self.limits.address_share:
-            return False
         now = time.monotonic()
         if len(self._until) >= _MANY:
             self._until = {name: until for name, until in self._until.items() if until > now}
@@ -58,7 +55,8 @@ class Listening(socket.socket):
         if until - now > 2 * OPENING_SECONDS:  # so that one too many is told so
             return False
         self._until[address] = until
-        return True
+        taken = [client for connection, client in self._open.items() if connection.fileno() >= 0]
+        return len(taken) < most_open(self.limits) + _MORE and taken.count(address) < 2 * self.limits.address_share
 
 
 def listen(host: str, port: int) -> Listening:

@@ -6,6 +6,7 @@ import json
 import socket
 import ssl
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,9 +15,10 @@ from typing import Any
 
 from ...errors import UnlearnError
 from ..request import ApiError
+from .listening import address_of
 
 _HEAD_SECONDS = 5.0  # for a request's head, after which its thread ends
-_MAX_THREADS = 32
+_MAX_THREADS, _PER_ADDRESS = 32, 8
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -54,7 +56,7 @@ class _Server(ThreadingHTTPServer):
         super().__init__(listening.getsockname()[:2], _Answer, bind_and_activate=False)
         self.socket.close()
         self.socket = listening
-        self._places = threading.BoundedSemaphore(_MAX_THREADS)
+        self._lock, self._taken = threading.Lock(), Counter[str]()  # threads, by address
 
     def get_request(self) -> tuple[Any, Any]:
         request, address = super().get_request()
@@ -64,7 +66,11 @@ class _Server(ThreadingHTTPServer):
         return request, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._places.acquire(blocking=False):
+        address = address_of(client_address)
+        with self._lock:
+            has_place = self._taken.total() < _MAX_THREADS and self._taken[address] < _PER_ADDRESS
+            self._taken[address] += has_place
+        if has_place:
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
@@ -73,7 +79,8 @@ class _Server(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._places.release()
+            with self._lock:
+                self._taken -= Counter([address_of(client_address)])
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that has gone is no error of ours."""
