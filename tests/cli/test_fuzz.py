@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import gc
 import io
 import os
 import shutil
@@ -49,11 +50,17 @@ def world(tmp_path_factory):
                 job.recipe.steps = 2
         return trained(live, jobs, *rest, **named)
 
+    def served(self, sockets):
+        assert gc.get_freeze_count() > 100_000, "what is there is not looked through while requests wait"
+        gc.unfreeze()
+        for each in sockets:
+            each.close()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "_generate", few)
         patch.setattr(run, "train", short)
         patch.setattr(base, "demo_gguf", lambda: None)
-        patch.setattr(HttpServer, "run", lambda self, sockets: [one.close() for one in sockets])
+        patch.setattr(HttpServer, "run", served)
         for name, value in {
             "HOME": whole / "home",
             "UNLEARN_PEFT_TRACEBACK": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import signal
@@ -283,6 +284,8 @@ def serve(
     if metrics_socket is not None:
         context.with_resource(running_beside(create_metrics_app(handler.metrics.text), metrics_socket))
     app = create_app(handler, page, access, metrics=metrics_port is None)
+    gc.collect()
+    gc.freeze()  # what is there stays; looking through it for garbage would hold all up, for a quarter of a second
     HttpServer(app, ready=ready, **tls).run(sockets=[listening])
 
 
