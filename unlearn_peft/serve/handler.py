@@ -314,9 +314,12 @@ class RequestHandler:
             await self._recorder.finish(call, 499, "client_gone")
 
     def _row_share(self) -> float:
-        """Return how many rows a tenant may have, so that no other's answer takes much longer than twice its time."""
+        """Return how many rows a tenant may have, so that no other's answer takes more than about twice its time.
+
+        A part of those at half speed is for a tenant that may come, and for the prompts that are read meanwhile.
+        """
         present, within = len(self._places.present()), self.engine.stats().half_speed_rows
-        return math.inf if present < 2 or within is None else max(within // present, 1)
+        return math.inf if present < 2 or within is None else max(within // (present + 1), 1)
 
     def _stats(self) -> EngineStats:
         stats = self.engine.stats()
