@@ -14,6 +14,7 @@ from serving import KEYS, make_adapters, make_policy_values, running, slow, wait
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from unlearn_peft import load_base
+from unlearn_peft.serve import admission
 from unlearn_peft.serve.engine.local import LocalEngine
 from unlearn_peft.serve.limits import Limits
 
@@ -250,7 +251,8 @@ def test_long_answers_leave_a_row_to_others(serve, tenants):
 
 
 @pytest.mark.parametrize(("within", "of_each"), [(6.0, 2), (None, 5)])
-def test_rows_that_slow_each_other_are_shared_evenly(serve, within, of_each):
+def test_rows_that_slow_each_other_are_shared_evenly(serve, monkeypatch, within, of_each):
+    monkeypatch.setattr(admission, "_RECENT", 600)  # however slow the machine is
     with serve(batch=8) as (handler, url), ThreadPoolExecutor(12) as pool:
         slow(handler, 0.02)
         handler.engine.scheduler.step_times.rows_within = lambda times: {2.0: within}[times]
