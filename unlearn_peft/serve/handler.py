@@ -319,7 +319,7 @@ class RequestHandler:
         A part of those at half speed is for a tenant that may come, and for the prompts that are read meanwhile.
         """
         present, within = len(self._places.present()), self.engine.stats().half_speed_rows
-        return math.inf if present < 2 or within is None else max(within // (present + 1), 1)
+        return math.inf if present < 2 or within in (None, math.inf) else max(within // (present + 1), 1)
 
     def _stats(self) -> EngineStats:
         stats = self.engine.stats()

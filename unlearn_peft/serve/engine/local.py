@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _MIN_KV_TOKENS = 64  # a short question and its answer
 _MAX_POLICIES = 4  # versions whose requests may still be on their way here
+_HALF_SPEED_ROWS = 6.0  # as long as that is not known: as on a CPU
 
 
 class LocalEngine:
@@ -142,7 +143,7 @@ class LocalEngine:
             resident_bytes=bank.resident_bytes, loads=bank.loads, load_seconds=bank.load_seconds,
             kv_used_bytes=self.scheduler.kv_used_bytes, kv_bytes=self.scheduler.kv_bytes,
             prefix_bytes=self.scheduler.prefixes.bytes, prefix_tokens=self.scheduler.reused,
-            half_speed_rows=self.scheduler.step_times.rows_within(2.0),
+            half_speed_rows=self.scheduler.step_times.rows_within(2.0) or _HALF_SPEED_ROWS,
         )  # fmt: skip
 
     async def close(self) -> None:

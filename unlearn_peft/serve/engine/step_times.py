@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 _DECAY = 0.998  # of a step's weight with each further one, so that the last few hundred count
 
 
@@ -18,11 +20,14 @@ class StepTimes:
         self._sums = weight, all_rows, all_seconds, squares, products
 
     def rows_within(self, times: float) -> float | None:
-        """Return with how many rows a step takes `times` as long as with one; None if no number is known to."""
+        """Return with how many rows a step takes `times` as long as with one.
+
+        Infinity: with no number of rows. None: not known yet.
+        """
         weight, rows, seconds, squares, products = self._sums
         spread = weight * squares - rows * rows
         if weight < 1 or spread < 1e-6 * weight * weight:  # none yet, or all with as many rows
             return None
         slope = (weight * products - rows * seconds) / spread
         of_one = (seconds - slope * rows) / weight + slope
-        return 1 + (times - 1) * of_one / slope if slope > 0 and of_one > 0 else None
+        return 1 + (times - 1) * of_one / slope if slope > 0 and of_one > 0 else math.inf
