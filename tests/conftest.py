@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from unittest.mock import create_autospec
@@ -63,10 +64,9 @@ def quick_curves(monkeypatch):
     """Curves that are not drawn but copied, in this process: drawing takes a sixth of a tiny model's training."""
     from unlearn_peft.training import save
 
-    copied = (Path(__file__).parents[1] / "docs" / "curves.png").read_bytes()
-    monkeypatch.setattr(
-        save, "draw_curves", create_autospec(save.draw_curves, side_effect=lambda path, *_: path.write_bytes(copied))
-    )
+    copied = Path(__file__).parents[1] / "docs" / "curves.png"
+    copy = create_autospec(save.draw_curves, side_effect=lambda path, *_: shutil.copyfile(copied, path))
+    monkeypatch.setattr(save, "draw_curves", copy)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import torch
 
 from unlearn_peft import load_base
 from unlearn_peft.errors import PolicyError
+from unlearn_peft.serve.engine.base import EngineStats
 from unlearn_peft.serve.policy.policy import key_digest, make_policy
 from unlearn_peft.serve.policy.yaml_file import parse_policy
 
@@ -22,6 +23,21 @@ def make_policy_values(adapters, forget, may_add=None):
     for name, set_ in (may_add or {}).items():
         tenants[name]["may_add"] = set_
     return {"adapters": {name: {"path": str(path)} for name, path in adapters.items()}, "tenants": tenants}
+
+
+class StubEngine:
+    """An engine without a model, that answers nothing."""
+
+    model, context, kv_tokens, chat_ends = "none", 100, None, ()
+
+    async def problem(self):
+        return None
+
+    def stats(self):
+        return EngineStats()
+
+    async def close(self):
+        pass
 
 
 class Fixed:

@@ -11,12 +11,12 @@ from contextlib import closing
 
 import pytest
 from fastapi.testclient import TestClient
+from serving import StubEngine
 
 from unlearn_peft.errors import OutputError, PolicyError
 from unlearn_peft.serve import audit as audit_module
 from unlearn_peft.serve.api.app import create_app
 from unlearn_peft.serve.audit import AuditLog
-from unlearn_peft.serve.engine.base import EngineStats
 from unlearn_peft.serve.handler import RequestHandler
 from unlearn_peft.serve.policy.store import PolicyStore
 
@@ -148,20 +148,13 @@ def test_no_text_looks_like_another_line_or_steers_a_terminal(tmp_path):
     assert json.loads(written)["asked"] == text
 
 
-class Engine:
-    """As much of an engine as /readyz asks for."""
+class Engine(StubEngine):
+    """One that may be in trouble."""
 
-    kv_tokens = None
     trouble = None
 
     async def problem(self):
         return self.trouble
-
-    def stats(self):
-        return EngineStats()
-
-    async def close(self):
-        pass
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from browser import CHROMIUM, chromium
-from serving import KEYS, Fixed, make_adapters, make_policy_values, running, wait_for
+from serving import KEYS, Fixed, StubEngine, make_adapters, make_policy_values, running, wait_for
 
 from unlearn_peft import load_base
 from unlearn_peft.adapters.read import read_bundle
@@ -22,7 +22,7 @@ from unlearn_peft.inference.adapter_cache import Applied
 from unlearn_peft.serve.api import playground as playground_module
 from unlearn_peft.serve.api.playground import Playground, card
 from unlearn_peft.serve.audit import AuditLog
-from unlearn_peft.serve.engine.base import Candidate, EngineStats, TextChunk, TokenLogprobs, Unavailable
+from unlearn_peft.serve.engine.base import Candidate, TextChunk, TokenLogprobs, Unavailable
 from unlearn_peft.serve.policy.entries import MAX_STRENGTH, AdapterEntry
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\0" * 40
@@ -43,10 +43,10 @@ class Held:
         pass
 
 
-class Scripted:
+class Scripted(StubEngine):
     """An engine that says what it is told to, token by token: `says(forget)` gives tokens with their probability."""
 
-    model, context, kv_tokens, chat_ends = "scripted", 4096, None, ()
+    model, context = "scripted", 4096
 
     def __init__(self, says, pause=0.0):
         self.says, self.pause, self.gone, self.asked, self.broken = says, pause, 0, [], None
@@ -71,15 +71,6 @@ class Scripted:
                 yield TextChunk(text, 1, (TokenLogprobs(top[0], top),), "stop" if done else None)
         finally:
             self.gone += not done
-
-    async def problem(self):
-        return None
-
-    def stats(self):
-        return EngineStats()
-
-    async def close(self):
-        pass
 
 
 def books(forget):

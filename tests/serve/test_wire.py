@@ -7,32 +7,16 @@ from contextlib import suppress
 
 import h11
 import pytest
-from serving import KEYS, make_policy_values, running
+from serving import KEYS, StubEngine, make_policy_values, running
 
 from unlearn_peft.serve.api import connection, listening
 from unlearn_peft.serve.api.loading import answering
-from unlearn_peft.serve.engine.base import EngineStats
 from unlearn_peft.serve.limits import Limits
-
-
-class Engine:
-    """Answers nothing."""
-
-    model, context, kv_tokens, chat_ends = "none", 100, None, ()
-
-    async def problem(self):
-        return None
-
-    def stats(self):
-        return EngineStats()
-
-    async def close(self):
-        pass
 
 
 @pytest.fixture(scope="module")
 def url():
-    with running(Engine(), make_policy_values({}, {"alice": []})) as (_, url):
+    with running(StubEngine(), make_policy_values({}, {"alice": []})) as (_, url):
         yield url
 
 

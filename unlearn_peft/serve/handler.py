@@ -318,8 +318,10 @@ class RequestHandler:
 
         A part of those at half speed is for a tenant that may come, and for the prompts that are read meanwhile.
         """
-        present, within = len(self._places.present()), self.engine.stats().half_speed_rows
-        return math.inf if present < 2 or within in (None, math.inf) else max(within // (present + 1), 1)
+        if (present := len(self._places.present())) < 2:
+            return math.inf
+        within = self.engine.stats().half_speed_rows
+        return math.inf if within in (None, math.inf) else max(within // (present + 1), 1)
 
     def _stats(self) -> EngineStats:
         stats = self.engine.stats()

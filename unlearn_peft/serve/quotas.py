@@ -33,9 +33,7 @@ class Quotas:
         quotas = dict(self._of(call))
         for kind, item in quotas.items():
             left = self._limiter.get_window_stats(item, kind, call.tenant).reset_time - time.time()
-            if (
-                left > item.get_expiry() + 1
-            ):  # the clock was set back: else the window would last until it is there again
+            if left > item.get_expiry() + 1:  # the clock was set back: the window would last until it is there again
                 self._limiter.clear(item, kind, call.tenant)
             if not self._limiter.test(item, kind, call.tenant):
                 message = f"your quota of {item.amount} {kind} in {item.get_expiry()} s is used up"
