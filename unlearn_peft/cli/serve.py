@@ -201,11 +201,12 @@ def serve(
     from ..serve.audit import AuditLog
     from ..serve.canary import idle_note
     from ..serve.engine.local import LocalEngine
+    from ..serve.engine.threads import in_own_thread, switch_quickly
     from ..serve.handler import RequestHandler
     from ..serve.policy.store import PolicyStore
     from ..serve.tracing import Tracing
 
-    bundles = options.read_adapters(adapter, trust)
+    bundles = in_own_thread(lambda: options.read_adapters(adapter, trust))
     source = open_or_make_policy(policy, bundles)
     now = source.current()
     admin: tuple[PolicyStore, Path] | None = None
@@ -235,13 +236,17 @@ def serve(
         )  # fmt: skip
     else:
         budget = None if adapter_memory_gb is None else int(adapter_memory_gb * 1e9)
-        live = options.load(base, bundles, dtype, device, quantize)
-        live.prompt_format = live.prompt_format or prompt_format_of_all(now)
-        backend = LocalEngine(
-            live, name=model_name, max_batch=max_batch, budget_bytes=budget, trust=trust,
-            kv_bytes=None if kv_memory_gb is None else int(kv_memory_gb * 1e9), prefix_cache=prefix_cache,
-            allow_different_base=allow_different_base,
-        )  # fmt: skip
+
+        def load() -> LocalEngine:
+            live = options.load(base, bundles, dtype, device, quantize)
+            live.prompt_format = live.prompt_format or prompt_format_of_all(now)
+            return LocalEngine(
+                live, name=model_name, max_batch=max_batch, budget_bytes=budget, trust=trust,
+                kv_bytes=None if kv_memory_gb is None else int(kv_memory_gb * 1e9), prefix_cache=prefix_cache,
+                allow_different_base=allow_different_base,
+            )  # fmt: skip
+
+        backend = in_own_thread(load)
     limits = Limits(
         batch=max_batch, queue=max_queue, per_tenant=per_tenant, body_bytes=max_body_bytes,
         prompt_tokens=max_prompt_tokens, max_tokens=max_tokens, seconds=max_seconds, drain_seconds=drain_seconds,
@@ -284,6 +289,7 @@ def serve(
     if metrics_socket is not None:
         context.with_resource(running_beside(create_metrics_app(handler.metrics.text), metrics_socket))
     app = create_app(handler, page, access, metrics=metrics_port is None)
+    switch_quickly()
     gc.collect()
     gc.freeze()  # what is there stays; looking through it for garbage would hold all up, for a quarter of a second
     HttpServer(app, ready=ready, **tls).run(sockets=[listening])

@@ -31,6 +31,7 @@ from .grammar import Grammar, Grammars
 from .memory import context_of
 from .rows import ActiveRow
 from .scheduler import Scheduler
+from .threads import compute_alone
 
 if TYPE_CHECKING:
     from ...adapters.trust import Trust
@@ -79,7 +80,7 @@ class LocalEngine:
         self.kv_tokens, self._keeps_prefixes = self.scheduler.kv_tokens, prefix_cache
         self.context = _context(context_of(base.model.config), self.kv_tokens)
         self._grammars = Grammars(self._prompts.copied_tokenizer, self._prompts.vocab_size, self.scheduler.ends)
-        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="unlearn-peft engine")
+        self._threads = ThreadPoolExecutor(8, "unlearn-peft engine", initializer=compute_alone)
         self._registering = threading.Lock()
         self._recent: OrderedDict[str, set[str]] = OrderedDict()  # policy versions -> their adapters' keys in the bank
         self._identities: dict[str, str] = {}  # key -> the identity that it was first read with
