@@ -1,6 +1,7 @@
 """Only the thread that runs the model has workers."""
 
 import asyncio
+import sys
 import threading
 
 import pytest
@@ -11,7 +12,7 @@ from unlearn_peft.errors import UnlearnError
 from unlearn_peft.serve.engine.base import Generation
 from unlearn_peft.serve.engine.local import LocalEngine
 from unlearn_peft.serve.engine.rows import ActiveRow
-from unlearn_peft.serve.engine.threads import compute_alone, in_own_thread
+from unlearn_peft.serve.engine.threads import compute_alone, in_own_thread, switch_quickly
 
 
 @pytest.fixture
@@ -54,3 +55,14 @@ def test_what_a_thread_of_its_own_raises_is_raised_and_the_thread_has_gone():
     with pytest.raises(UnlearnError, match="loading") as caught:
         in_own_thread(fails)
     assert str(caught.value) not in [thread.name for thread in threading.enumerate()]
+
+
+def test_threads_take_turns_sooner_and_never_later():
+    before = sys.getswitchinterval()
+    try:
+        for interval in (5e-3, 1e-6):
+            sys.setswitchinterval(interval)
+            switch_quickly()
+            assert sys.getswitchinterval() <= min(interval, 1e-4)
+    finally:
+        sys.setswitchinterval(before)

@@ -176,9 +176,9 @@ class AuditLog:
             os.close(file)
 
     def _rotate(self) -> None:
-        assert self._file is not None
-        os.fsync(self._file)
-        self._close()
+        full, self._file = self._file, None
+        assert full is not None
+        threading.Thread(target=_flush_and_close, args=(full,), name="unlearn-peft log").start()  # a disk may be slow
         start = f"{self.path.name}."
         suffixes = [path.name.removeprefix(start) for path in self.path.parent.glob(f"{start}*")]
         for number in sorted((int(suffix) for suffix in suffixes if suffix.isdigit()), reverse=True):
@@ -193,6 +193,15 @@ class AuditLog:
 
     def _rotated(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")
+
+
+def _flush_and_close(file: int) -> None:
+    try:
+        os.fsync(file)
+    except OSError as error:
+        logger.error("a full log file could not be flushed to the disk: %s", error.strerror)
+    finally:
+        os.close(file)
 
 
 def _is_full(folder: Path) -> bool:
