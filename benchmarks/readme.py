@@ -2,11 +2,11 @@
 
     python benchmarks/readme.py [BLOCK ...]
 
-README.md has the demo, cut short; docs/results.md has all blocks, whole. They are demo, eval, changed, unseen, tipped,
-seed, passage, auto_retain, tofu, frontier, names and ways.
+README.md has the demo, cut short, and its cost; docs/results.md has all blocks, whole. They are demo, cost, eval,
+changed, unseen, tipped, seed, passage, auto_retain, tofu, frontier, names and ways.
 
-By default demo, changed, unseen, tipped, eval and seed: about an hour on 2 cores. (What is between `demo` and `seed`
-measures the adapter that `demo` made.) passage takes half an hour, auto_retain an hour. tofu, frontier and names
+By default demo, cost, changed, unseen, tipped, eval and seed: about an hour on 2 cores. (What is between `demo` and
+`seed` measures the adapter that `demo` made.) passage takes half an hour, auto_retain an hour. tofu, frontier and names
 show what benchmarks/tofu_smollm2.py, frontier.py and names.py have kept so far: run these before.
 """
 
@@ -29,6 +29,7 @@ BLOCKS = {
         [*CLI, "train", "recipes/harry_potter.yaml", "--output", "out/readme"],
         [*CLI, "compare", "out/readme", "--probes", DATA + "probes.jsonl", "--neighbours", DATA + "neighbours.jsonl"],
     ],
+    "cost": [["benchmarks/cost.py"]],
     "eval": [
         [*CLI, "eval", "out/readme", "--recipe", "recipes/harry_potter.yaml", "--attacks", "all", "--card"],
     ],
@@ -53,13 +54,15 @@ def main():
     """Run the blocks named on the command line, rewrite them, copy the curves."""
     if unknown := set(sys.argv[1:]) - set(BLOCKS):
         sys.exit(f"unknown block {', '.join(sorted(unknown))}: known are {', '.join(BLOCKS)}")
-    for name in sys.argv[1:] or ("demo", "changed", "unseen", "tipped", "eval", "seed"):
+    for name in sys.argv[1:] or ("demo", "cost", "changed", "unseen", "tipped", "eval", "seed"):
         printed = []
         for command in BLOCKS[name]:
             line = " ".join(command).replace(" ".join(CLI), "unlearn-peft")
             printed.append((line, run(command)))
         block = markdown(name, printed)
         put(RESULTS, name, block)
+        if name == "cost":
+            put(README, name, block)
         if name == "demo":
             put(README, name, shortened(block))
             shutil.copy(ROOT / "out" / "readme" / "curves.png", ROOT / "docs" / "curves.png")
@@ -92,7 +95,7 @@ def markdown(name, printed):
         return f"{section}\n\n{quoted('sampled answers with|what the attack', printed[0][1])}".rstrip()
     if name == "changed":
         return quoted("neighbours whose answer", printed[0][1])
-    if name in ("tipped", "passage", "auto_retain", "tofu", "frontier", "names", "ways"):
+    if name in ("cost", "tipped", "passage", "auto_retain", "tofu", "frontier", "names", "ways"):
         tables = ["\n".join(line for line in text.splitlines() if line.startswith("|")) for _, text in printed]
         if len(tables) == 1:
             return tables[0]

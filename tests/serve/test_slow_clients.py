@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -242,13 +243,22 @@ def test_a_flood_delays_another_tenant_by_one_batch_at_most(serve, answers):
 
 @pytest.mark.parametrize("tenants", [["alice"], ["alice", "carol"]], ids=["of one tenant", "of two"])
 def test_long_answers_leave_a_row_to_others(serve, tenants):
-    with serve(batch=4) as (handler, url), ThreadPoolExecutor(12) as pool:
-        slow(handler, 0.02)
-        jobs = [pool.submit(post, url, tenant, max_tokens=200) for tenant in tenants for _ in range(6)]
-        wait_for(lambda: handler.active > 4 and handler.engine.stats().running == 3)
-        before = sum(job.done() for job in jobs)
-        assert post(url, "bob", max_tokens=4).status_code == 200
-        assert sum(job.done() for job in jobs) - before <= 3, "those that ran"
+    steps = threading.Semaphore(0)
+    with serve(batch=4) as (handler, url), ThreadPoolExecutor(16) as pool:
+        slow(handler, 0, SimpleNamespace(wait=lambda seconds: steps.acquire(timeout=seconds)))
+        scheduler = handler.engine.scheduler
+        jobs = [pool.submit(post, url, tenant, max_tokens=100) for tenant in tenants]
+        wait_for(lambda: scheduler.running + scheduler.waiting == len(tenants))
+        jobs += [pool.submit(post, url, tenant, max_tokens=100) for tenant in tenants for _ in range(5)]
+        wait_for(lambda: handler.active > 4 and scheduler.running + scheduler.waiting == 3)
+        other = pool.submit(post, url, "bob", max_tokens=4)
+        try:
+            wait_for(lambda: scheduler.running + scheduler.waiting == 4)
+            steps.release(50)
+            assert other.result().status_code == 200
+            assert not any(job.done() and job.result().status_code == 200 for job in jobs)
+        finally:
+            steps.release(10_000)
 
 
 @pytest.mark.parametrize(("within", "of_each"), [(6.0, 2), (None, 2), (math.inf, 5)])
