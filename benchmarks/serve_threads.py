@@ -18,9 +18,14 @@ from threading import Event, Thread
 
 from readme import put
 
-LINES = [
-    (loaded, interval, busy) for busy in ("", "busy") for loaded, interval in (("ends", 5e-5), ("main", 5e-3))
-] + [("ends", 5e-3, "busy"), ("main", 5e-5, "busy")]  # fmt: skip
+LINES = [  # where the base is loaded, the switch interval, what another thread does
+    ("ends", 5e-5, ""),
+    ("main", 5e-3, ""),
+    ("ends", 5e-5, "busy"),
+    ("main", 5e-3, "busy"),
+    ("ends", 5e-3, "busy"),
+    ("main", 5e-5, "busy"),
+]
 
 
 def main():

@@ -35,11 +35,8 @@ def in_own_thread(run: Callable[[], T]) -> T:
 
     thread = Thread(target=work, name="unlearn-peft loading", daemon=True)  # Ctrl-C ends the process at once
     thread.start()
-    try:
-        return done.result()
-    finally:
-        if done.done():
-            thread.join()
+    thread.join()
+    return done.result()
 
 
 def compute_alone() -> None:
