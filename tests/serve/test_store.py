@@ -838,6 +838,21 @@ def test_a_server_that_crashes_fails_closed(postgres, monkeypatch, caplog):
     store.close()
 
 
+@pytest.mark.postgres
+def test_look_ups_are_planned_once(postgres):
+    """psycopg prepares what it has executed five times, and forgets it with a rollback."""
+    store = PolicyStore(postgres.new_database(), create=True)
+    keys = []
+    for n in range(8):
+        store.add(f"t{n}", **ME)
+        keys.append(store.add_key(f"t{n}", **ME))
+    assert [store.current().tenant_of(key) for key in keys] == [f"t{n}" for n in range(8)]
+    with store._engine.connect() as connection:
+        prepared = list(connection.exec_driver_sql("SELECT statement FROM pg_prepared_statements").scalars())
+    assert any("unlearn_keys.digest = " in statement for statement in prepared), prepared
+    store.close()
+
+
 def test_a_database_that_hangs_fails_closed(filled, monkeypatch):
     """One thread waits for it and holds the lock; all others are answered."""
     clock = Clock()

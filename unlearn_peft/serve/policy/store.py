@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from datetime import datetime, timezone
-from functools import partialmethod
+from functools import partial, partialmethod
 from math import inf
 from pathlib import Path
 from time import monotonic
@@ -59,22 +59,23 @@ class PolicyStore:
         self, where: str | Path, *, create: bool = False, grace: float = 30.0, cache_size: int = 10_000
     ) -> None:
         self.grace = grace
-        self._engine = engines.open_engine(str(where), create)
+        self._engine = engine = engines.open_engine(str(where), create)
         self.close = weakref.finalize(self, engines.close, self._engine)  # closes its connections; also at exit
         self._name = engines.describe(self._engine)
-        self._reads, self._writes = self._engine, self._engine.execution_options(write=True)
+        self._looks, self._reads, self._writes = engine, engine, engine.execution_options(write=True)
         self._file: Path | None = None
         if self._engine.dialect.name == "sqlite":
             self._file = Path(self._name)
-        else:  # all of a transaction sees one state, as it always does in SQLite
+        else:  # all of a transaction sees one state, as it always does in SQLite; one statement does so by itself
             self._reads = self._engine.execution_options(isolation_level="REPEATABLE READ")
+            self._looks = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._inode = 0
         self._lock = threading.Lock()  # of reading the database
         self._cache = TenantCache(cache_size)
         self._refused_state: State | None = None
         self._unreachable: str | None = None
         self._refused: str | None = None
-        self._read_at = self._confirmed_at = self._retry_at = -inf
+        self._looked_at = self._confirmed_at = self._retry_at = -inf
 
     def current(self) -> Policy:
         """Return the policy as the database has it now, or the last one, for `grace` seconds.
@@ -87,9 +88,9 @@ class PolicyStore:
         called = monotonic()
         if self._lock.acquire(timeout=PATIENCE):
             try:
-                if self._read_at <= called and monotonic() >= self._retry_at:  # else another thread has just read
+                if self._looked_at <= called and monotonic() >= self._retry_at:  # else another thread has just read
                     with suppress(_Unreachable):
-                        self._read(lambda connection, state: None)
+                        self._look(lambda connection, known: (schema.read_state(connection), None))
             finally:
                 self._lock.release()
         else:
@@ -234,16 +235,15 @@ class PolicyStore:
         if self._lock.acquire(timeout=PATIENCE):
             try:
                 if monotonic() >= self._retry_at:
-                    return self._read(lambda connection, state: self._load(connection, state, tenant, digest))
+                    return self._load(*self._look(partial(tables.find_tenant, tenant=tenant, digest=digest)))
             finally:
                 self._lock.release()
         raise self._set_unreachable(self._unreachable or "it does not answer")
 
-    def _load(self, connection: Connection, state: State, tenant: str | None, digest: str | None) -> Found | None:
+    def _load(self, state: State, rows: Content) -> Found | None:
         revision = self._cache.revision
         if revision is None or revision.state != state:
             raise PolicyError(f"the policy stays as it was, and this tenant is not known of that: {self._refused}")
-        rows = tables.read_tenants(connection, state, None if tenant is None else [tenant], digest)
         if not rows:
             return None
         (name,) = rows
@@ -255,33 +255,34 @@ class PolicyStore:
         self._cache.put(found)
         return found
 
-    def _read(self, then: Callable[[Connection, State], T]) -> T:
-        """Go on to the newest revision, and read what `then` reads of it; with the lock.
+    def _look(self, look: Callable[[Connection, State], tuple[State, T]]) -> tuple[State, T]:
+        """Return the store's state and what else `look` reads in the same statement, given the state that is expected.
 
-        Raises:
-            _Unreachable: the database did not answer.
+        If it is another, go on to it and look again. With the lock; raises `_Unreachable`.
         """
-        read_at = monotonic()
+        looked_at, newest = monotonic(), self._cache.revision
+        known = newest.state if newest else State(0, 0, "")
         try:
             self._follow_file()
-            with self._reads.connect() as connection:
-                state = schema.read_state(connection)
-                self._go_on(connection, state)
-                self._read_at = self._confirmed_at = read_at
-                result = then(connection, state)
+            with self._looks.connect() as connection:
+                state, found = look(connection, known)
+            if state not in (known, self._refused_state):
+                with self._reads.begin() as connection:
+                    state = schema.read_state(connection)
+                    self._go_on(connection, state)
+                    _, found = look(connection, state)
+            self._looked_at = self._confirmed_at = looked_at
         except (SQLAlchemyError, OSError) as error:
-            self._read_at, self._retry_at = read_at, monotonic() + _RETRY
+            self._looked_at, self._retry_at = looked_at, monotonic() + _RETRY
             raise self._set_unreachable(engines.reason(error)) from None
         if self._unreachable:
             logger.info("The store %s is reached again", self._name)
         self._unreachable = None
-        return result
+        return state, found
 
     def _go_on(self, connection: Connection, state: State) -> None:
-        """Read what has changed, if anything has, into the cache; adapters that are not valid leave it as it is."""
+        """Read what has changed into the cache; adapters that are not valid leave it as it is."""
         known = self._cache.revision
-        if state in (known and known.state, self._refused_state):
-            return
         changed = tables.changes_between(connection, known.state, state) if known else None
         adapters: Mapping[str, AdapterEntry] = known.adapters if known else {}
         try:
@@ -303,7 +304,7 @@ class PolicyStore:
         try:
             with self._lock:
                 self._follow_file()
-            with self._reads.connect() as connection:
+            with self._reads.begin() as connection:
                 return then(connection, schema.read_state(connection))
         except (SQLAlchemyError, OSError) as error:
             raise PolicyError(f"cannot read the store {self._name}: {engines.reason(error)}") from None

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from ...errors import PolicyError
+from . import schema
 from .schema import ADAPTERS, CHANGES, FORGETS, HISTORY, KEYS, MAY_ADD, TENANTS, TRUSTED, Connection, State, Table, sql
 
 _ADAPTER = ADAPTERS.c.keys()[1:]
@@ -125,19 +126,35 @@ def read_adapters(connection: Connection, state: State, names: Iterable[str] | N
     return {row["name"]: {**dict.fromkeys(_ADAPTER), **{k: v for k, v in row.items() if k != "name"}} for row in rows}
 
 
-def read_tenants(
-    connection: Connection, state: State, names: Iterable[str] | None = None, digest: str | None = None
-) -> dict[str, Any]:
-    """Return tenants by name; with `digest`, the sha256 of a key in hex, that key's tenant; None of both: all.
+def read_tenants(connection: Connection, state: State, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Return tenants by name; None: all.
 
     Raises:
         PolicyError: a row refers to no tenant, which the database should have refused.
     """
-    some: dict[str, Any] = {} if names is None else {"names": list(names)}
-    some |= {} if digest is None else {"digest": digest}
+    some = {} if names is None else {"names": list(names)}
+    return _tenants(connection.execute(_tenant_rows(next(iter(some), None), state.schema_version), some))
+
+
+def find_tenant(
+    connection: Connection, state: State, tenant: str | None, digest: str | None
+) -> tuple[State, dict[str, Any]]:
+    """Return the store's state and the tenant of a name or, with `digest`, of the sha256 of a key in hex, in one
+    statement. It looks for what schema version `state` has: if the returned state is another, the tenant means nothing.
+
+    Raises:
+        PolicyError: see `read_tenants`.
+    """
+    some = {"names": [tenant]} if digest is None else {"digest": digest}
+    of_store, *rows = connection.execute(_tenant_rows(next(iter(some)), state.schema_version, with_state=True), some)
+    found = State(int(of_store.text), int(of_store.strength), of_store.name)
+    return found, _tenants(rows) if found == state else {}
+
+
+def _tenants(rows: Iterable[Any]) -> dict[str, Any]:
     tenants: dict[str, Any] = {}
     try:
-        for row in connection.execute(_tenant_rows(next(iter(some), None), state.schema_version), some):
+        for row in rows:
             if row.kind == 0:
                 tenants[row.tenant] = {"forget": {}, "keys": {}}
                 if row.text is not None:
@@ -192,8 +209,9 @@ def write(connection: Connection, before: Mapping[str, Any], after: Mapping[str,
 
 
 @cache
-def _tenant_rows(some: str | None, schema_version: int) -> Any:
-    """Return one query for tenants, their sets, keys and so on; of "names", of the one of a "digest", or of all.
+def _tenant_rows(some: str | None, schema_version: int, with_state: bool = False) -> Any:
+    """Return one query for tenants, their sets, keys and so on; of "names", of the one of a "digest", or of all; the
+    state of the store before them.
 
     One, since each takes longer on its way than in the database.
     """
@@ -208,15 +226,18 @@ def _tenant_rows(some: str | None, schema_version: int) -> Any:
     ]
     owner = sql.select(KEYS.c.tenant).where(KEYS.c.digest == sql.bindparam("digest"))
     wanted: Any = owner if some == "digest" else sql.bindparam("names", expanding=True)
-    parts = []
+    of_store = schema.STATE.c
+    parts = [_cells(-1, (null, of_store.token, of_store.revision, of_store.schema_version))] if with_state else []
     for kind, row in enumerate(columns[: _KINDS.get(schema_version)]):
-        cells: list[Any] = [
-            sql.cast(cell, type_).label(name)
-            for cell, (name, type_) in zip((*row, *[null] * len(_CELLS)), _CELLS.items(), strict=False)
-        ]
-        part = sql.select(sql.literal_column(str(kind)).label("kind"), *cells)
+        part = _cells(kind, row)
         parts.append(part.where(row[0].in_(wanted)) if some else part)
     return sql.union_all(*parts).order_by("kind", "tenant", "name")
+
+
+def _cells(kind: int, row: tuple[Any, ...]) -> Any:
+    cells = zip((*row, *[sql.null()] * len(_CELLS)), _CELLS.items(), strict=False)
+    labelled: list[Any] = [sql.cast(cell, type_).label(name) for cell, (name, type_) in cells]
+    return sql.select(sql.literal_column(str(kind)).label("kind"), *labelled)
 
 
 def _near(connection: Connection, table: Table, name: str) -> list[str]:
