@@ -28,7 +28,7 @@ from unlearn_peft.serve.vllm.lora_names import SetName
 pytestmark = pytest.mark.vllm
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("UNLEARN_PEFT_VLLM_PYTHON", ROOT / ".venv-vllm/bin/python"))
-TRAINED = Path(os.environ.get("UNLEARN_PEFT_DEMO_ADAPTER", ROOT / "out/harry_potter"))
+TRAINED = Path(os.environ.get("UNLEARN_PEFT_DEMO_ADAPTER", ROOT / "out/harry_potter")).absolute()
 QUESTIONS = [
     "Who wrote Harry Potter?", "Who is the author of the Harry Potter books?", "Name the author of Harry Potter.",
     "Who created Hogwarts?", "Who wrote The Lord of the Rings?", "What is the capital of Italy?",
