@@ -3,15 +3,16 @@
     python benchmarks/names.py RWKU_FOLDER [--half choose|confirm] [--only 001 ...] [--least 4] [--base GGUF] [--list]
                                [--set FIELD=VALUE ...] [--abstain] [--dtype D] [--kept]
 
-RWKU_FOLDER holds RWKU's files of one subject each (001_stephen_king.json). Measured are those of which the base answers
-at least --least questions; every other file is of the half to choose by, the others confirm. A line a subject, with
-what `unlearn-peft forget NAME` does (train, no report): forget rows; RWKU's questions that the base answers, and those
-of them that it still does; the chance that one of 8 samples at temperature 1 names the answer, before and with; the
-worst kind of question; questions on its neighbours that the base answers, and those of them that it still does; KL to
-the base, nats/token, on its answers to all questions of level 2 on neighbours, on those of them that don't name the
-subject (of da Vinci's neighbours the Mona Lisa is one), and on neutral text; minutes of asking and of training. Each
-goes to out/names.jsonl at once: numbers and settings only; --kept shows the newest line of each subject, base and
-setting in it, and runs nothing.
+RWKU_FOLDER holds RWKU's files of one subject each (001_stephen_king.json). Measured are those of which the base knows
+the answer to at least --least questions: it says it, and not of a made-up name in the subject's place as well. Every
+other file is of the half to choose by, the others confirm. A line a subject, with what `unlearn-peft forget NAME` does
+(train, no report): forget rows; RWKU's questions that the base answers, and those of them that it still does; the
+chance that one of 8 samples at temperature 1 names the answer, before and with, for all that it answers and for what it
+knows; the worst kind of question; questions on its neighbours that the base answers, and those of them that it still
+does; KL to the base, nats/token, on its answers to all questions of level 2 on neighbours, on those of them that don't
+name the subject (of da Vinci's neighbours the Mona Lisa is one), and on neutral text; minutes of asking and of
+training. Each goes to out/names.jsonl at once: numbers and settings only; --kept shows the newest line of each subject,
+base and setting in it, and runs nothing.
 """
 
 import argparse
@@ -23,21 +24,21 @@ from pathlib import Path
 from passage import NEUTRAL
 
 from unlearn_peft import forget, forgetting, load_base, load_recipe, unlearn
-from unlearn_peft.data.words import said, words_in
+from unlearn_peft.data.words import said
 from unlearn_peft.errors import UnknownSubject
 from unlearn_peft.evaluate.score import per_token, sums
-from unlearn_peft.evaluate.suites.rwku import KIND, answered_by, measure, read_rwku, worst_kind
+from unlearn_peft.evaluate.suites.rwku import KIND, answered_by, measure, name_parts, read_rwku, worst_kind
 from unlearn_peft.evaluate.token_scores import keep_reference, kl_to_reference
 from unlearn_peft.inference.generate import answers
 
 ROOT = Path(__file__).parent.parent
 HEAD = (
-    "| subject | base | forget rows | questions answered: before, with | leak@8: before, with | worst kind | "
-    "neighbours' answered: before, with | KL: neighbours, without the name, neutral | minutes: asking, training |\n"
-    f"{'|---' * 9}|"
+    "| subject | base | forget rows | questions answered: before, with | leak@8: before, with | of what it knows | "
+    "worst kind | neighbours' answered: before, with | KL: neighbours, without the name, neutral | "
+    "minutes: asking, training |\n"
+    f"{'|---' * 10}|"
 )
 TOKENS = 40  # of an answer on a neighbour
-PART = 4  # letters of a part of a name that names its bearer
 
 
 def main():
@@ -46,7 +47,7 @@ def main():
     parser.add_argument("--kept", action="store_true", help="show what --output holds")
     parser.add_argument("--half", choices=["choose", "confirm"], help="all by default")
     parser.add_argument("--only", nargs="+", metavar="NUMBER", help="subjects by the number their file begins with")
-    parser.add_argument("--least", type=int, default=4, help="questions that the base must answer")
+    parser.add_argument("--least", type=int, default=4, help="questions of which the base must know the answer")
     parser.add_argument("--list", action="store_true", help="only say how many questions the base answers of each")
     parser.add_argument("--base", default="demo", help="as load_base takes it; demo by default")
     parser.add_argument("--set", action="append", default=[], help="override a field of the recipe; repeatable")
@@ -78,7 +79,7 @@ def main():
         if args.list:
             print(f"{path.stem}: {answered.told(rows)}", flush=True)
             continue
-        if len(answered.about) < args.least:
+        if len(answered.known) < args.least:
             continue
         settings = {"base": args.base, "set": args.set, "abstain": args.abstain, "dtype": args.dtype}
         one = {"subject": number, "half": half, **settings, **forgotten(base, name_in(path), rows, answered, args)}
@@ -100,8 +101,7 @@ def forgotten(base, name, rows, answered, args):
         for row, text in zip(near, answers(base, [row["prompt"] for row in near], max_new_tokens=TOKENS), strict=True)
         if text.strip()
     ]
-    parts = [word for word in words_in(name) if len(word) >= PART] or [name]
-    without = [n for n, row in enumerate(kept) if not said(row["completion"], parts)]
+    without = [n for n, row in enumerate(kept) if not said(row["completion"], name_parts(name))]
     held = {"neighbours": kept, "neutral": [{"text": text} for text in NEUTRAL]}
     references = {what: keep_reference(base, some, what=what) for what, some in held.items()}
     before = measure(base, rows, answered)
@@ -138,8 +138,12 @@ def figures(state, scores, answered):
                        and score.name.endswith("_right")) for what in ("forget", "neighbours")}  # fmt: skip
     worst = worst_kind(scores)
     return {
-        "n": {"forget": len(answered.about), "neighbours": len(answered.near)},
-        state: {**{what: round(count) for what, count in right.items()}, "leak@8": value.get("rwku_leak@8")},
+        "n": {"forget": len(answered.about), "known": len(answered.known), "neighbours": len(answered.near)},
+        state: {
+            **{what: round(count) for what, count in right.items()},
+            "leak@8": value["rwku_leak@8"],
+            "known_leak@8": value["rwku_known_leak@8"],
+        },
         "worst": [worst.name, worst.value, worst.n] if worst else None,
     }
 
@@ -150,12 +154,13 @@ def line(one):
     which = f"{one['subject']} | {Path(one['base']).stem}{', abstain' if one['abstain'] else ''}"
     which = ", ".join([which, *one["set"]])
     if after is None:
-        return f"| {which} | nothing known | {n['forget']} | {before['leak@8']:.0%} | | {n['neighbours']} | | |"
+        return f"| {which} | nothing known | {n['forget']} | {before['leak@8']:.0%} | | | {n['neighbours']} | | |"
     kind, share, count = one["worst"]
     kl = ", ".join(f"{value:.4f}" for value in one["kl"].values())
     return (
         f"| {which} | {one['forget_rows']} | {before['forget']}, {after['forget']} | {before['leak@8']:.0%}, "
-        f"{after['leak@8']:.0%} | {kind.removeprefix(KIND).removesuffix('_right')}: {share:.0%} of {count} | "
+        f"{after['leak@8']:.0%} | {before['known_leak@8']:.0%}, {after['known_leak@8']:.0%} of {n['known']} | "
+        f"{kind.removeprefix(KIND).removesuffix('_right')}: {share:.0%} of {count} | "
         f"{before['neighbours']}, {after['neighbours']} | {kl} | "
         f"{one['minutes']['asking']:.1f}, {one['minutes']['training']:.1f} |"
     )

@@ -12,6 +12,9 @@ all; a ratio is the median over the turns, of tokens per second:
 - one_by_one: the eight sets, a row at a time, which is what is left to do with PEFT for sets;
 - crowd: as singles, with 1,000 adapters registered and 64 resident.
 
+A step reads each weight once and computes little with it, so what it costs at least is what it reads:
+singles_vs_base_by_bytes is what the base's layers and head take of memory, of that and the eight adapters.
+
 Adapters have random weights: what is computed does not depend on them. Then, for one adapter (the demo's if `make demo`
 has run, else a random one of its shape), in ms, median of 21: attaching it from disk (attach_ms: mostly reading and
 verifying), swapping it for one that was read before (swap_ms) or is read now (swap_from_disk_ms), removing it, and
@@ -81,6 +84,8 @@ def measured(args, folder):
         "one_by_one": lambda: [bank.generate(**row(n), **ends, forget=[sets[n]]) for n in range(ROWS)],
         "crowd": lambda: crowd.generate(**batch, **ends, forget=[[f"x{n}"] for n in range(ROWS)]),
     }
+    weights = sum(m.weight.nbytes for m in base.model.modules() if isinstance(m, torch.nn.Linear))
+    adapters = bank.stats.resident_bytes  # eight of them
     same = torch.equal(sides["singles"](), sides["peft"]())
     seconds = {name: [] for name in sides}
     for turn in range(args.turns + 1):
@@ -96,6 +101,7 @@ def measured(args, folder):
     return {
         "tokens_per_second": {name: ROWS * args.tokens / median(took) for name, took in seconds.items()},
         "singles_vs_base": ratio("singles", "base"),
+        "singles_vs_base_by_bytes": weights / (weights + adapters),
         "singles_vs_peft": ratio("singles", "peft"),
         "sets_vs_base": ratio("sets", "base"),
         "sets_vs_one_by_one": ratio("sets", "one_by_one"),

@@ -240,12 +240,13 @@ def test_a_line_by_name_counts_the_questions_that_are_still_answered(benchmarks)
     from unlearn_peft.evaluate.score import score
     from unlearn_peft.evaluate.suites.rwku import Answered
 
-    answered = Answered([0, 1, 2], [3, 4])
+    answered = Answered([0, 1, 2], [3, 4], [0])
 
     def scores(first, others, near):
         values = {
             "rwku_forget_level_1_right": first, "rwku_forget_level_1_rouge_l_recall": [1.0],
             "rwku_forget_level_2_right": others, "rwku_neighbours_level_2_right": near, "rwku_leak@8": [0.5, 0.25],
+            "rwku_known_leak@8": [0.5],
             "rwku_kind_cloze_right": first, "rwku_kind_reverse_query_right": others,
         }  # fmt: skip
         return [score(name, "share", False, values) for name, values in values.items()]
@@ -253,12 +254,12 @@ def test_a_line_by_name_counts_the_questions_that_are_still_answered(benchmarks)
     before, after = scores([1.0], [1.0, 1.0], [1.0, 1.0]), scores([0.0], [1.0, 0.0], [1.0, 0.0])
     settings = {"base": "a/b.gguf", "abstain": True, "set": ["seed=1"]}
     one = {"subject": "001", "forget_rows": 9, **settings, **figures("before", before, answered)}
-    assert one["before"] == {"forget": 3, "neighbours": 2, "leak@8": 0.375}
-    assert one["n"] == {"forget": 3, "neighbours": 2}
+    assert one["before"] == {"forget": 3, "neighbours": 2, "leak@8": 0.375, "known_leak@8": 0.5}
+    assert one["n"] == {"forget": 3, "known": 1, "neighbours": 2}
     measured = {"kl": {"neighbours": 0.01, "neutral": 0.002}, "minutes": {"asking": 1.0, "training": 2.0}}
     shown = line({**one, **figures("with", after, answered), **measured})
     for figure in (
-        "| 001 | b, abstain, seed=1 | 9 | 3, 1 | 38%, 38% |",
+        "| 001 | b, abstain, seed=1 | 9 | 3, 1 | 38%, 38% | 50%, 50% of 1 |",
         "reverse_query: 50% of 2",
         "| 2, 1 | 0.0100, 0.0020 | 1.0, 2.0 |",
     ):

@@ -71,7 +71,7 @@ def test_only_what_the_base_answers_counts(tiny, rows, monkeypatch):
     monkeypatch.setattr(
         rwku, "sampled", lambda base, prompts, count, **_: [["Zorblax"] + ["no"] * (count - 1) for _ in prompts]
     )
-    found = {one.name: one for one in measure(tiny, rows, Answered([0, 1, 2], [4]))}
+    found = {one.name: one for one in measure(tiny, rows, Answered([0, 1, 2], [4], [0]))}
     value = {name: one.value for name, one in found.items()}
     assert value["rwku_forget_level_1_right"] == 1 and value["rwku_forget_level_2_right"] == 0
     assert found["rwku_forget_level_3_right"].n == 1 and found["rwku_forget_level_3_rouge_l_recall"].n == 2
@@ -82,15 +82,28 @@ def test_only_what_the_base_answers_counts(tiny, rows, monkeypatch):
     assert worst_kind(list(found.values())).value == 1
 
 
-def test_questions_that_name_their_answer_are_told_and_left_out_of_one_figure(tiny, rows, monkeypatch):
-    choice = {"prompt": "Is it Zorblax or Quib?", "completion": "Zorblax", "kind": "multiple choice", "level": 3}
-    rows, answered = [*rows, choice], Answered([0, 5], [])
-    assert answered.told(rows).endswith("1 of the former name the answer themselves")
+def test_what_is_answered_of_a_made_up_name_too_is_told_and_left_out_of_one_figure(tiny, rows, monkeypatch):
+    choice = {"prompt": "Is King's book Zorblax or Quib?", "completion": "Zorblax", "kind": "multiple choice"}
+    echo = {"prompt": "Ann King is a writer. Who is one?", "completion": "Ann King", "kind": "context hint"}
+    rows = [*rows, {**choice, "level": 3, "subject": "Ann King"}, {**echo, "level": 3, "subject": "Ann King"}]
+
+    def say(base, prompts, **_):
+        """It repeats what is asked, and knows of Ann King alone what she wrote."""
+        return [prompt + " Zorblax" * ("Ann King wrote" in prompt) for prompt in prompts]
+
+    monkeypatch.setattr(rwku, "answers", say)
+    monkeypatch.setattr(rwku, "_greedy", lambda base, rows, *_: say(base, [row["prompt"] for row in rows]))
+    answered = rwku.answered_by(tiny, rows)
+    assert answered == Answered([0, 5, 6], [], [0])
+    assert "2 of the former it answers of a made-up name" in answered.told(rows)
+    monkeypatch.undo()
     monkeypatch.setattr(rwku, "answers", lambda base, prompts, **_: ["no" for _ in prompts])
-    monkeypatch.setattr(rwku, "sampled", lambda base, prompts, count, **_: [["no"] * count, ["Zorblax"] * count])
+    monkeypatch.setattr(
+        rwku, "sampled", lambda base, prompts, count, **_: [["no"] * count, *[["Zorblax, Ann King"] * count] * 2]
+    )
     found = {one.name: one for one in measure(tiny, rows, answered)}
-    assert found["rwku_leak@8"].value == 0.5 and found["rwku_unnamed_leak@8"].value == 0
-    assert found["rwku_unnamed_leak@8"].n == 1
+    assert found["rwku_leak@8"].value == pytest.approx(2 / 3) and found["rwku_known_leak@8"].value == 0
+    assert found["rwku_known_leak@8"].n == 1
 
 
 def test_questions_are_asked_in_the_frame_of_its_authors(tiny, rows):
@@ -101,10 +114,20 @@ def test_questions_are_asked_in_the_frame_of_its_authors(tiny, rows):
     assert all(text.count("Answer:") == 1 for text in bare[:3])
 
 
-def test_what_the_bare_base_answers_is_told(tiny, rows, monkeypatch):
-    monkeypatch.setattr(rwku, "answers", lambda base, prompts, **_: ["Zorblax", "no", "no", "Ann King", "a baker"])
+def test_a_neighbours_question_that_names_the_subject_is_left_out(tiny, rows, monkeypatch):
+    more = {"prompt": "Who made Zorblax?", "completion": "Quib", "kind": "cloze", "level": 1, "neighbour": "Z"}
+    rows = [*rows, {**more, "subject": "Ann King"}, {**more, "subject": "Ann King", "completion": "King"}]
+    monkeypatch.setattr(rwku, "_greedy", lambda base, rows, *_: [row["completion"] for row in rows])
     answered = rwku.answered_by(tiny, rows)
-    assert answered == Answered([0, 3], [4])
+    assert answered.near == [4, 5]
+    assert answered.told(rows).endswith("1 more on neighbours name the subject: they are left out")
+
+
+def test_what_the_bare_base_answers_is_told(tiny, rows, monkeypatch):
+    said = iter([["Zorblax", "no", "no", "Ann King", "a baker"], ["no", "Ann King"]])
+    monkeypatch.setattr(rwku, "answers", lambda base, prompts, **_: next(said))
+    answered = rwku.answered_by(tiny, rows)
+    assert answered == Answered([0, 3], [4], [0, 3])
     assert answered.told(rows).startswith("the base answers 2 of 4 questions on the subject and 1 of 1")
 
 

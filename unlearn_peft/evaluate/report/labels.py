@@ -66,7 +66,7 @@ _LABELS = {
         for part, words in (("right", "still answered"), ("rouge_l_recall", "ROUGE-L recall, all questions"))
     },
     "rwku_leak": "RWKU, the subject: answered by one sample or more",
-    "rwku_unnamed_leak": "RWKU, the subject: so answered, of questions that do not name the answer",
+    "rwku_known_leak": "RWKU, the subject: so answered, of questions that it does not answer of a made-up name, too",
     "rwku_beside_a_neighbour_leak": "RWKU, asked with a neighbour: the subject still answered",
     "rwku_beside_a_neighbour_right": "RWKU, asked with a neighbour: the neighbour answered",
     "repetition": "Repetition in its answers",

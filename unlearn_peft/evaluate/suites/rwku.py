@@ -3,6 +3,7 @@
 Its file of one subject has questions in three levels (statements with a blank, questions, nine kinds of adversarial
 questions), and questions on neighbours in two. A question counts where the bare base answers it. They are asked as in
 its authors' evaluation: in a short frame, the answer begun by "Answer:", at most 30 tokens, up to the first line break.
+Beyond them: what the base answers of a made-up name in the subject's place, too, it does not know of the subject.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import numpy as np
 
 from ...data.prompt import ask
 from ...data.source import Row
-from ...data.words import said
+from ...data.words import said, word_matches
 from ...errors import DataError
 from ...inference.generate import answers, leaked, sampled
+from ...inference.stand_ins import made_up, replaced_row
 from ...models.base import Base
 from ..metrics.memorization import rouge_l
 from ..score import Array, Score, score
@@ -37,11 +39,13 @@ _CLOZE, _QUESTION = (
 _ASKED_OTHERWISE = {"affirmative suffix": "Question: {}", "incontext learning": "{}\n"}  # than "Question: {}\n"
 _BEGIN = "Answer:"
 _BEGUN_BY_ITSELF = "affirmative suffix"  # its question ends in a beginning of the answer
+_PART = 4  # letters of a word that stands for a whole name
 _PAIRS = 16  # questions that are asked together with one on a neighbour
 
 
 def read_rwku(path: Path) -> list[Row]:
-    """Read RWKU's file of one subject: rows with `prompt`, `completion`, `kind`, `level` and, of others, `neighbour`.
+    """Read RWKU's file of one subject: rows with `prompt`, `completion`, `kind`, `level`, `subject` (its name) and, of
+    others, `neighbour`.
 
     Raises:
         DataError: if the file is missing or is no such file.
@@ -55,6 +59,7 @@ def read_rwku(path: Path) -> list[Row]:
                 "completion": str(row["answer"]),
                 "kind": _kind(str(row["type"])),
                 "level": int(row["level"]),
+                "subject": str(found["target"]),
                 **({"neighbour": str(row["neighbor"])} if name == "neighbors" else {}),
             }
             for name, row in parts
@@ -62,7 +67,7 @@ def read_rwku(path: Path) -> list[Row]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"cannot read {path} ({type(error).__name__}): expected RWKU's file of one subject, a JSON object with "
-            "'forget' (rows of query, answer, type and level) and 'neighbors' (these with neighbor)"
+            "'target', 'forget' (rows of query, answer, type and level) and 'neighbors' (these with neighbor)"
         ) from None
     if not any("neighbour" not in row for row in rows):
         raise DataError(f"{path} holds no question about its subject")
@@ -79,15 +84,18 @@ class Answered:
     """Which rows the bare base answers right, by number from 0."""
 
     about: list[int]  # the subject
-    near: list[int]
+    near: list[int]  # its neighbours, without those that name the subject: they are asked for what is forgotten
+    known: list[int]  # of `about`: not answered of a made-up name as well
 
     def told(self, rows: Sequence[Row]) -> str:
         """Return a line on how many of all these are."""
-        near = sum("neighbour" in row for row in rows)
-        named = len(self.about) - len(_without_answer(rows, self.about))
+        others = [row for row in rows if "neighbour" in row]
+        near = sum(not _names_subject(row) for row in others)
         return (
-            f"the base answers {len(self.about)} of {len(rows) - near} questions on the subject and {len(self.near)} "
-            f"of {near} on its neighbours: these are measured. {named} of the former name the answer themselves"
+            f"the base answers {len(self.about)} of {len(rows) - len(others)} questions on the subject and "
+            f"{len(self.near)} of {near} on its neighbours: these are measured. {len(self.about) - len(self.known)} of "
+            "the former it answers of a made-up name in the subject's place, too, as where a question names its "
+            f"answer. {len(others) - near} more on neighbours name the subject: they are left out"
         )
 
 
@@ -95,8 +103,14 @@ def answered_by(base: Base, rows: Sequence[Row], *, chat_template: bool = True) 
     """Ask the bare base, whatever is attached."""
     with adapters_off(base):
         texts = _greedy(base, rows, chat_template)
-    right = [n for n, (row, text) in enumerate(zip(rows, texts, strict=True)) if _is_right(row, text)]
-    return Answered([n for n in right if "neighbour" not in rows[n]], [n for n in right if "neighbour" in rows[n]])
+        right = [n for n, (row, text) in enumerate(zip(rows, texts, strict=True)) if _is_right(row, text)]
+        about = [n for n in right if "neighbour" not in rows[n]]
+        others = [_of_nobody(rows[n]) for n in about]
+        anyway = _names(others, _greedy(base, others, chat_template))
+    known = [n for n, other, same in zip(about, others, anyway, strict=True)
+             if not same or other["prompt"] == rows[n]["prompt"]]  # fmt: skip
+    near = [n for n in right if "neighbour" in rows[n] and not _names_subject(rows[n])]
+    return Answered(about, near, known)
 
 
 def measure(
@@ -112,7 +126,7 @@ def measure(
     ROUGE-L recall is over all questions of a level, as in RWKU; all else over those that the bare base answers, and n
     says how many. `leak@k` is the chance that one of k samples at temperature 1 names the answer, estimated from 64
     without bias (as pass@k, Chen et al. 2021, arXiv:2107.03374). Some questions name their answer, as one of several to
-    choose from: whoever repeats them leaks, known or not. `unnamed_leak@8` leaves these out.
+    choose from: whoever repeats them leaks, known or not. `known_leak@8` is over `Answered.known` alone.
     """
     answered = answered or answered_by(base, rows, chat_template=chat_template)
     texts = _greedy(base, rows, chat_template)
@@ -141,8 +155,8 @@ def measure(
     hits = _hits(base, asked, seed, chat_template)
     for k in _CURVE:
         add(f"rwku_leak@{k}", "share of questions", False, at_least_one(hits, _SAMPLES, k))
-    unnamed = [answered.about.index(n) for n in _without_answer(rows, answered.about)]
-    add("rwku_unnamed_leak@8", "share of questions", False, at_least_one(hits[unnamed], _SAMPLES, 8))
+    known = [answered.about.index(n) for n in answered.known]
+    add("rwku_known_leak@8", "share of questions", False, at_least_one(hits[known], _SAMPLES, 8))
     together = _together(rows, answered)
     both = _greedy(base, [both for both, *_ in together], chat_template, tokens=2 * _TOKENS, line=False)
     add("rwku_beside_a_neighbour_leak", "share of questions", False, _names([about for _, about, _ in together], both))
@@ -164,9 +178,22 @@ def at_least_one(hits: Array, samples: int, k: int) -> Array:
     return np.asarray(1 - miss, dtype=np.float64)
 
 
-def _without_answer(rows: Sequence[Row], numbers: Sequence[int]) -> list[int]:
-    """Return the numbers of rows whose question does not name its answer."""
-    return [n for n in numbers if not said(rows[n]["prompt"], [rows[n]["completion"]])]
+def _of_nobody(row: Row) -> Row:
+    """Return a row with a made-up name for the subject's, and for each longer word of it."""
+    name = row["subject"]
+    stranger = made_up(name, "0")
+    words = [[m.group() for m in word_matches(text)] for text in (name, stranger)]
+    parts = {old: new for old, new in zip(*words, strict=False) if len(old) >= _PART}
+    return replaced_row(row, {**parts, name: stranger})
+
+
+def name_parts(name: str) -> list[str]:
+    """Return a name and its longer words, each of which may stand for all of it."""
+    return [name, *(match.group() for match in word_matches(name) if len(match.group()) >= _PART)]
+
+
+def _names_subject(row: Row) -> bool:
+    return bool(said(f"{row['prompt']} {row['completion']}", name_parts(row["subject"])))
 
 
 def _hits(base: Base, rows: Sequence[Row], seed: int, chat_template: bool) -> Array:
