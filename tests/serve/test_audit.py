@@ -25,6 +25,26 @@ def numbers(path):
     return [json.loads(line)["n"] for line in path.read_text().splitlines()]
 
 
+def test_a_log_without_a_disk_behind_it_is_closed_quietly_and_one_that_fails_is_told(tmp_path, caplog, monkeypatch):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    log = AuditLog(pipe, fsync=True)
+    log.write("x", n=1)
+    log.close()
+    assert json.loads(os.read(reader, 1000))["n"] == 1 and os.read(reader, 1000) == b"" and not caplog.records
+    log = AuditLog(tmp_path / "audit.jsonl")
+
+    def fails(file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(audit_module.os, "fsync", fails)
+    log.close()
+    log.close()
+    assert caplog.text.count("could not be flushed to the disk: Input/output error") == 1
+    os.close(reader)
+
+
 def test_a_file_that_was_moved_or_deleted_is_begun_anew(tmp_path, caplog):
     """As logrotate moves it: no line is lost, and none goes where nobody looks."""
     path, moved = tmp_path / "audit.jsonl", tmp_path / "moved"

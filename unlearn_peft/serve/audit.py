@@ -113,18 +113,18 @@ class AuditLog:
         self._reopen = True
 
     def close(self) -> None:
-        """Flush the file to the disk and close it."""
+        """Flush the file to the disk and close it; an error is logged."""
         with self._lock:
-            if self._file is not None:
-                os.fsync(self._file)
-                self._close()
+            file, self._file = self._file, None
+        if file is not None:
+            _flush_and_close(file)
 
     def _append(self, line: bytes) -> None:
         file = self._open_file(len(line))
         self._put(file, line)
         self._size += len(line)
         if self.fsync:
-            os.fsync(file)
+            _flush(file)
 
     def _put(self, file: int, data: bytes) -> None:
         if os.write(file, data) != len(data):  # the disk is full: remove the torn line
@@ -195,11 +195,16 @@ class AuditLog:
         return self.path.with_name(f"{self.path.name}.{number}")
 
 
+def _flush(file: int) -> None:
+    if stat.S_ISREG(os.fstat(file).st_mode):  # a pipe or a device has no disk behind it
+        os.fsync(file)
+
+
 def _flush_and_close(file: int) -> None:
     try:
-        os.fsync(file)
+        _flush(file)
     except OSError as error:
-        logger.error("a full log file could not be flushed to the disk: %s", error.strerror)
+        logger.error("a log file could not be flushed to the disk: %s", error.strerror)
     finally:
         os.close(file)
 
