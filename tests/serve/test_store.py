@@ -839,6 +839,25 @@ def test_a_server_that_crashes_fails_closed(postgres, monkeypatch, caplog):
 
 
 @pytest.mark.postgres
+def test_a_connection_that_the_server_has_ended_is_noticed_after_idling(postgres, monkeypatch):
+    store = PolicyStore(postgres.new_database(), create=True)
+    store.add("t0", **ME)
+    end_all = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+    for idle, noticed in ((0, True), (999, False)):
+        monkeypatch.setattr(engines, "_IDLE", idle)
+        assert list(store.current().tenants) == ["t0"] and store.problem is None
+        other = engines.open_engine(str(store._engine.url), create=False)
+        with other.connect() as connection:
+            connection.exec_driver_sql(f"{end_all} AND datname = current_database()")
+        engines.close(other)
+        monkeypatch.setattr(store_module, "_RETRY", 0)
+        store.current()
+        assert (store.problem is None) == noticed
+    assert store.current() and store.problem is None
+    store.close()
+
+
+@pytest.mark.postgres
 def test_look_ups_are_planned_once(postgres):
     """psycopg prepares what it has executed five times, and forgets it with a rollback."""
     store = PolicyStore(postgres.new_database(), create=True)

@@ -6,12 +6,14 @@ import os
 import sqlite3
 from contextlib import closing, suppress
 from pathlib import Path
+from time import monotonic
 from urllib.parse import quote
 
 from ...errors import PolicyError
 from .schema import ArgumentError, Connection, Engine, SQLAlchemyError, create_tables, has_store, read_state, sql
 
 PATIENCE = 10  # seconds to wait for a connection, or for another change to end
+_IDLE = 1.0  # seconds after which a server is asked whether it still knows a connection
 _SQLITE = b"SQLite format 3\0"  # how every database file of SQLite begins
 
 
@@ -135,4 +137,21 @@ def _open_server(url: sql.URL) -> Engine:
     if url.drivername == "postgresql+psycopg":  # notice a host that vanished
         timeouts = {"connect_timeout": PATIENCE, "tcp_user_timeout": PATIENCE * 1000}
     arguments = {name: value for name, value in timeouts.items() if name not in url.query}
-    return sql.create_engine(url, connect_args=arguments, pool_pre_ping=True, hide_parameters=True)
+    engine = sql.create_engine(url, connect_args=arguments, hide_parameters=True)
+
+    def note_use(connection: object, record: sql.pool.ConnectionPoolEntry) -> None:
+        record.info["used"] = monotonic()
+
+    def check(
+        connection: sql.engine.interfaces.DBAPIConnection, record: sql.pool.ConnectionPoolEntry, proxy: object
+    ) -> None:
+        if monotonic() - record.info.get("used", monotonic()) < _IDLE:  # each look-up would take twice as long
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error:
+            raise sql.exc.DisconnectionError from None  # the pool opens another
+
+    sql.event.listen(engine, "checkin", note_use)
+    sql.event.listen(engine, "checkout", check)
+    return engine
