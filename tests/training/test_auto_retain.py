@@ -8,11 +8,10 @@ from conftest import FORGET, RETAIN
 
 from unlearn_peft import unlearn
 from unlearn_peft.errors import DataError
-from unlearn_peft.inference import generate
 from unlearn_peft.recipe.load import make_recipe
 from unlearn_peft.training.examples import auto_retain as made_by
-from unlearn_peft.training.examples import build
-from unlearn_peft.training.examples.auto_retain import first_sentences, others_of
+from unlearn_peft.training.examples import build, others
+from unlearn_peft.training.examples.auto_retain import first_sentences
 from unlearn_peft.training.examples.build import find_known
 from unlearn_peft.training.examples.fact_tokens import Facts
 
@@ -30,15 +29,11 @@ def auto_retain(base, forget, seed, never=(), **_):
     return made_by.auto_retain(base, forget, known.rows, facts, seed, never=never)
 
 
-LISTED = [" Dune\n3. Emma", " Dune\n", "\n3. nothing", " no end", " Emma\n", " Harry Potter\n", " 罗马\n"]
-
-
 @pytest.fixture(autouse=True)
 def few_prompts(tmp_path, monkeypatch):
-    """Prompts enough to see what happens, short answers, and lists of others that a random model would not make."""
-    monkeypatch.setattr(
-        generate, "sampled", lambda base, prompts, *, count, seed, **_: [[*LISTED, f" Book {seed}\n"][:count]]
-    )
+    """Prompts enough to see what happens, short answers, and few others."""
+    monkeypatch.setattr(others, "_names", lambda: ["Dune", "Harry Potter", "The Eiffel Tower", "Emma", "罗马"])
+    monkeypatch.setattr(others, "_TAKEN", {})
     prompts = made_by._PROMPTS.read_text(encoding="utf-8").splitlines()
     (tmp_path / "prompts.txt").write_text("\n".join(prompts[::6]), encoding="utf-8")
     monkeypatch.setattr(made_by, "_PROMPTS", tmp_path / "prompts.txt")
@@ -56,9 +51,10 @@ def test_the_same_seed_gives_the_same_rows_of_both_kinds(tiny):
     assert made.broad > 5 and made.near > 1 and len(made.rows) == made.broad + made.near
     assert all(row["prompt"] and row["completion"] for row in made.rows)
     near = [row["prompt"] for row in made.rows[made.broad :]]
-    assert near[:3] == ["Who wrote Dune?", "Who wrote Emma?", "Who wrote 罗马?"] and "How tall is Dune now?" in near
+    assert (
+        set(near[:3]) == {"Who wrote Dune?", "Who wrote Emma?", "Who wrote 罗马?"} and "How tall is Dune now?" in near
+    )
     assert auto_retain(tiny, TARGETS, 0) == made
-    assert auto_retain(tiny, TARGETS, 1).rows != made.rows
     assert f"{made.broad} broad and {made.near} neighbour rows" in made.summary()
 
 
@@ -113,7 +109,7 @@ def test_without_retain_weight_nothing_is_made(tiny, fields, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("generated although nothing is retained")
 
-    for name in ("answers", "continued_lists"):
+    for name in ("answers", "others_of"):
         monkeypatch.setattr(made_by, name, refuse)
     del fields["retain"]
     run = unlearn(tiny, **{**fields, "steps": 2, "retain_weight": 0})
@@ -149,13 +145,6 @@ def test_the_command_writes_rows_that_a_recipe_can_name(tiny_folder, tmp_path, w
     rows = [json.loads(line) for line in printed.stdout.splitlines()]
     assert rows and all(row.keys() == {"prompt", "completion"} for row in rows)
     assert "broad" in printed.stderr and "o.jsonl" in written.stderr
-
-
-def test_others_of_its_kind_are_those_that_the_base_lists_most_often(tiny, smol, monkeypatch):
-    names = Facts.of(["Harry Potter", "respiratory"], set())
-    assert others_of(tiny, "Harry Potter", names, 0) == ["Dune", "Emma", "罗马", "Book 0"]
-    monkeypatch.undo()
-    assert "respiration" in others_of(smol, "photosynthesis", names, 0)
 
 
 def test_of_many_questions_some_are_asked_of_others(tiny):

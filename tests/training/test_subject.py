@@ -71,7 +71,7 @@ def test_what_is_said_once_or_of_others_too_is_no_knowledge(tiny, knowing):
 
 
 def test_what_is_said_of_made_up_names_is_no_knowledge_either(tiny, knowing, monkeypatch):
-    """Of Stephen King a real base lists no others, and "his" was a fact of him."""
+    """Where no others of the kind of Stephen King are known, "his" was a fact of him."""
     monkeypatch.setattr(subject, "others_of", lambda *_, **__: [])
     strangers = [made_up("Ann King", str(n)) for n in range(3)]
     knowing |= {strangers[1]: ["She is an author, too."]}

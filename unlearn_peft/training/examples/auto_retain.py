@@ -5,12 +5,12 @@ The answers need not be true: KL to the base keeps whatever it says. Two kinds o
 
 - broad: `broad_prompts.txt` (how-to, sums, code, writing, a few other languages), which the anchors do not cover. Where
   a plain text is forgotten, these answers come as plain texts too: in a chat alone they hold nothing outside of it.
-- near: the forget questions, asked of others of their subjects' kind, and other questions on their topic. The base
-  makes up both: it goes on with a list that begins with the subject, or with forget questions.
+- near: the forget questions, asked of others of their subjects' kind (`others.py`), and other questions on their topic,
+  which the base makes up: it goes on with a list of forget questions.
 
-There is no parser and no list of names: the base tells what a row's subject is (see `inference/contrast.py`). Where no
-question names one there are no near rows, and `GeneratedRetain.summary` says so. Not all of them make sense (a list may
-go on to people who don't exist): review them with `unlearn-peft retain`, and add your own.
+There is no parser: the base tells what a row's subject is (see `inference/contrast.py`). Where no question names one
+there are no near rows, and `GeneratedRetain.summary` says so. Not all of them make sense (not every question can be
+asked of others): review them with `unlearn-peft retain`, and add your own.
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from ...data.anchors import anchors
 from ...data.rows import question_of, single_question, texts_of
 from ...data.source import Row
-from ...data.words import word_matches
 from ...inference.contrast import Contrast
-from ...inference.generate import answers, continued_lists
+from ...inference.generate import answers
 from ...inference.stand_ins import replaced_row
 from ...models.base import Base
 from .base_answers import MAX_CHARACTERS
 from .fact_tokens import Facts, common_words
+from .others import others_of
 
 _PROMPTS = Path(__file__).parent / "broad_prompts.txt"
 _MAX_ASKED = 16  # forget questions that are asked of others
-_OTHERS, _LISTS = 8, 48  # others of a subject's kind: those that most of so many sampled lists go on with
 _MAX_NEAR = 96
 _TOKENS = 32
 _SENTENCE_END = re.compile(r"(?<!\b\w)(?<!\b\d\d)[.!?]+(?=\s|$)|[。！？]")  # not the dots of "1.", "12." and "J."
@@ -89,7 +87,7 @@ def auto_retain(
     if len(asked) > _MAX_ASKED:
         left_out["questions beyond the limit"] = len(asked) - _MAX_ASKED
         asked = dict(random.Random(seed).sample(list(asked.items()), _MAX_ASKED))
-    others = {subject: others_of(base, subject, names, seed) for subject in dict.fromkeys(asked.values())}
+    others = {subject: others_of(base, subject, names) for subject in dict.fromkeys(asked.values())}
     for asking, subject in asked.items():
         for other in others[subject]:
             prompt = replaced_row({"prompt": asking}, {subject: other})["prompt"]
@@ -134,12 +132,3 @@ def first_sentences(prompts: Sequence[str], texts: Sequence[str]) -> list[Row]:
         end = next((m.end() for m in _SENTENCE_END.finditer(text) if m.end() >= _MIN_SENTENCE), len(text))
         rows.append({"prompt": prompt, "completion": text[:end].rstrip()})
     return rows
-
-
-def others_of(base: Base, subject: str, names: Facts, seed: int, listed_at_least: int = 1) -> list[str]:
-    """Return others of a subject's kind, those that the base lists most often beside it first."""
-    (samples,) = continued_lists(base, [[subject]], count=_LISTS, max_new_tokens=16, seed=seed)
-    listed = Counter(entries[0] for entries in samples if entries)
-    often = [text for text, count in listed.most_common() if count >= listed_at_least]
-    usable = (text for text in often if any(word_matches(text)) and not names.ends_in(text))
-    return list(islice(usable, _OTHERS))

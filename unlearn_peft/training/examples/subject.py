@@ -2,10 +2,10 @@
 
 The base is asked in several forms and languages (`subject_prompts.txt`), then what its own lists of questions go on
 with. What it says of a made-up name too is no knowledge, and neither is what it says only once, or of others of the
-subject's kind. (A small base invents, and often the same again: an unknown name is not always told from a known one.)
-What it says of the subject alone, and what makes it expect the name most, is then asked back (`fact_prompts.txt`):
-answers that name the subject are the other direction. Neighbours are others of the subject's kind, as the base lists
-them, of whom it knows something, and questions about the facts that it answers without the subject.
+subject's kind (`others.py`). (A small base invents, and often the same again: an unknown name is not always told from a
+known one.) What it says of the subject alone, and what makes it expect the name most, is then asked back
+(`fact_prompts.txt`): answers that name the subject are the other direction. Neighbours are others of the subject's kind
+of whom it knows something, and questions about the facts that it answers without the subject.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from ...inference.stand_ins import made_up
 from ...inference.target_scores import log_probabilities
 from ...models.base import Base
 from ...recipe.load import make_recipe
-from .auto_retain import first_sentences, others_of
+from .auto_retain import first_sentences
 from .base_answers import TYPICAL, asked_about, asked_back, base_answers
 from .build import Known, find_known
 from .fact_tokens import Facts, pieces_with_words
+from .others import others_of
 
 _SAMPLES = 4  # answers beside the greedy one
 _REPEATED = 2  # answers that say a fact, at least
@@ -219,10 +220,10 @@ def _neighbours(
 ) -> tuple[list[str], list[Row]]:
     """Return what the base says of others of the subject's kind and of made-up names, and rows on the former.
 
-    The rows are those of which it knows something. Of some subjects it lists no others, and "his" would be a fact.
+    The rows are those of which it knows something. Made-up names are asked, too, or "his" might be a fact.
     """
     never = facts.joined(Facts.of(names, facts.common))
-    others = others_of(base, names[0], never, seed, listed_at_least=_REPEATED)
+    others = others_of(base, names[0], never)
     strangers = [made_up(names[0], str(n)) for n in range(_STRANGERS)]
     prompts = asked_about([*others, *strangers], _OF_OTHERS)
     answered = _ask(base, prompts, seed, options["chat_template"], quiet=True)
