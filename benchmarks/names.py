@@ -82,15 +82,10 @@ def main():
         if len(answered.known) < args.least:
             continue
         settings = {"base": args.base, "set": args.set, "abstain": args.abstain, "dtype": args.dtype}
-        one = {"subject": number, "half": half, **settings, **forgotten(base, name_in(path), rows, answered, args)}
+        one = {"subject": number, "half": half, **settings, **forgotten(base, rows[0]["subject"], rows, answered, args)}
         with args.output.open("a") as file:
             file.write(json.dumps({**one, "finished": time.time()}) + "\n")
         print(line(one), flush=True)
-
-
-def name_in(path):
-    """Return the subject's name as RWKU writes it."""
-    return json.loads(path.read_text(encoding="utf-8"))["target"]
 
 
 def forgotten(base, name, rows, answered, args):

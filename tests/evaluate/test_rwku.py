@@ -124,7 +124,7 @@ def test_a_neighbours_question_that_names_the_subject_is_left_out(tiny, rows, mo
 
 
 def test_what_the_bare_base_answers_is_told(tiny, rows, monkeypatch):
-    said = iter([["Zorblax", "no", "no", "Ann King", "a baker"], ["no", "Ann King"]])
+    said = iter([["Zorblax", "no", "no", "Ann King", "a baker"], ["no"]])
     monkeypatch.setattr(rwku, "answers", lambda base, prompts, **_: next(said))
     answered = rwku.answered_by(tiny, rows)
     assert answered == Answered([0, 3], [4], [0, 3])

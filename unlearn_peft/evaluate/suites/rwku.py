@@ -105,10 +105,10 @@ def answered_by(base: Base, rows: Sequence[Row], *, chat_template: bool = True) 
         texts = _greedy(base, rows, chat_template)
         right = [n for n, (row, text) in enumerate(zip(rows, texts, strict=True)) if _is_right(row, text)]
         about = [n for n in right if "neighbour" not in rows[n]]
-        others = [_of_nobody(rows[n]) for n in about]
-        anyway = _names(others, _greedy(base, others, chat_template))
-    known = [n for n, other, same in zip(about, others, anyway, strict=True)
-             if not same or other["prompt"] == rows[n]["prompt"]]  # fmt: skip
+        others = {n: other for n in about if (other := _of_nobody(rows[n]))["prompt"] != rows[n]["prompt"]}
+        asked = list(others.values())
+        anyway = dict(zip(others, _names(asked, _greedy(base, asked, chat_template)), strict=True))
+    known = [n for n in about if not anyway.get(n)]
     near = [n for n in right if "neighbour" in rows[n] and not _names_subject(rows[n])]
     return Answered(about, near, known)
 
