@@ -11,6 +11,7 @@ the table into docs/serving.md.
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -162,11 +163,16 @@ def run(attack, address, over, result):
     result.send(dict(got))
 
 
+def numbered(sent):
+    """Write another number in place of NUMBER, so that no request begins like another."""
+    return sent.replace(NUMBER, b"%08d" % next(NUMBERS))
+
+
 def asking(sent, connections=1):
     """An attack that sends a request, and the next as soon as that is answered."""
 
     def act(connection, _):
-        connection.sendall(sent)
+        connection.sendall(numbered(sent))
         got = b""
         while b"\r\n\r\n" not in got:
             if not (part := connection.recv(65536)):
@@ -189,7 +195,7 @@ def leaving(sent, connections, after=0):
     """An attack that goes away as soon as its request is sent, or after so many bytes of the answer."""
 
     def act(connection, _):
-        connection.sendall(sent)
+        connection.sendall(numbered(sent))
         left = after
         while left > 0 and (part := connection.recv(left)):
             left -= len(part)
@@ -228,6 +234,7 @@ def body(content=QUESTION, messages=None, **fields):
     return json.dumps(fields).encode()
 
 
+NUMBER, NUMBERS = b"00000000", itertools.count(1)
 STOPS = [chr(97 + n) * 256 for n in range(16)]
 HEADERS = [f"X-{n}: {'y' * 50}" for n in range(800)]  # 50 kB, what a head may have
 ATTACKS = {  # name -> connections, what each does again and again
@@ -241,10 +248,12 @@ ATTACKS = {  # name -> connections, what each does again and again
     "flood": asking(post(max_tokens=64), 40),
     "flood of one token": asking(post(max_tokens=1), 40),
     "flood of 400-token prompts": asking(post(content="one " * 400, max_tokens=1), 40),
+    "flood of prompts, none like another": asking(post(content=f"{NUMBER.decode()} {'one ' * 400}", max_tokens=1), 40),
     "flood of logprobs and stops": asking(post(max_tokens=64, n=8, logprobs=True, top_logprobs=20, stop=STOPS), 40),
     "flood of sampling": asking(post(max_tokens=64, n=8, temperature=1, top_p=0.9, presence_penalty=1), 40),
     "requests left at once": leaving(post(max_tokens=64), 8),
     "streams left at once": leaving(post(max_tokens=64, stream=True), 8, after=300),
+    "long prompts left at once": leaving(post(content=f"{NUMBER.decode()} {'one ' * 400}", stream=True), 8, after=300),
     "unknown keys": asking(post(key="uf-nobody"), 40),
     "unknown pages": asking(get("/v1/nothing"), 40),
     "50 kB of headers": asking(get("/v1/models", *HEADERS), 40),

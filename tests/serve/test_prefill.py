@@ -4,6 +4,7 @@ import math
 import queue
 import random
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from serving import greedy
 
 from unlearn_peft.inference.bank import Bank
 from unlearn_peft.inference.model_runner import ModelRunner
+from unlearn_peft.serve.engine import scheduler
 from unlearn_peft.serve.engine.base import Generation
 from unlearn_peft.serve.engine.rows import ActiveRow
 from unlearn_peft.serve.engine.scheduler import Scheduler
@@ -159,6 +161,32 @@ def test_running_rows_get_a_token_between_any_two_parts(run):
     steps = [one.passes[before + 1 : after] for before, after in zip(parts, parts[1:], strict=False)]
     assert steps == [[("step", 2)]] * len(steps), "both running rows, once between two parts"
     assert len(one.charges) == len(parts), "each part is charged when it has been read"
+
+
+def test_while_a_tenant_reads_prompts_others_rows_have_two_thirds_of_the_time(run, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(scheduler.time, "perf_counter", lambda: clock.now)
+    one = run(make_model("llama"), prefill_tokens=16)
+    runner = one.scheduler._runner
+    for kind, seconds in (("prefill", 0.6), ("read", 0.6), ("append", 0.6), ("step", 0.125)):
+        setattr(runner, kind, taking(clock, seconds, getattr(runner, kind)))
+    first = one.submit(prompts()[3], max_tokens=400, tenant="first")
+    first.pieces.get(timeout=60)
+    for tenant, steps in (("first", 1), ("second", 10)):  # of one's own, and of another's
+        del one.passes[:]
+        one.result(one.submit(prompts()[5], max_tokens=1, tenant=tenant))
+        parts = [n for n, (kind, _) in enumerate(one.passes) if kind != "step"]
+        between = {after - before - 1 for before, after in zip(parts, parts[1:], strict=False)}
+        assert len(parts) == math.ceil(120 / 16) and between == {steps}
+    one.scheduler.cancel(first)
+
+
+def taking(clock, seconds, run):
+    def call(*arguments):
+        clock.now += seconds
+        return run(*arguments)
+
+    return call
 
 
 def test_prompts_are_read_in_turn_and_short_ones_together(run):

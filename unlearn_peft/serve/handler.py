@@ -238,7 +238,7 @@ class RequestHandler:
             for n in range(request.n):
                 if settings["seed"] is not None:  # n different answers, the same ones each time
                     settings["seed"] = (request.settings["seed"] + n) % 2**63
-                generations.append(Generation(ids, max_tokens, prefilled=prefilled, **settings))
+                generations.append(Generation(ids, max_tokens, call.tenant, prefilled=prefilled, **settings))
         return generations
 
     async def _produce(

@@ -52,6 +52,7 @@ class Generation:
 
     ids: tuple[int, ...]  # the whole prompt, chat template included
     max_tokens: int
+    tenant: str = ""  # whose it is: others' answers go on while it is read
     temperature: float = 1.0  # 0 is greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: all tokens

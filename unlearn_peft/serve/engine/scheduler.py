@@ -2,8 +2,10 @@
 
 One worker thread owns the model. Before each step of the running rows there is one pass over prompts, of at most
 `prefill_tokens`: short prompts together, padded on the left, or a part of a long one, in turn. So nobody's next token
-waits for more than that. The keys and values of a prompt that is read are joined with those of the running batch, rows
-that end are dropped from it, and padding that all rows share is cut. No pass runs outside `bank.rows`.
+waits for more than that. Where another tenant's rows run, steps then go on for twice as long before the next pass over
+prompts: however many one tenant sends, others' answers take at most half as long again for it. The keys and values of a
+prompt that is read are joined with those of the running batch, rows that end are dropped from it, and padding that all
+rows share is cut. No pass runs outside `bank.rows`.
 
 What prompts begin with is kept (`prefix_cache.py`) for prompts of the same tenant under the same set of adapters, in
 the memory for keys and values that no row may need.
@@ -40,6 +42,7 @@ from .rows import ActiveRow
 from .step_times import StepTimes
 
 logger = logging.getLogger(__name__)
+_STEPS = 2.0  # times as long as a pass over a tenant's prompts, where others' rows run
 
 
 class Scheduler:
@@ -70,6 +73,7 @@ class Scheduler:
         self._waiting: deque[ActiveRow] = deque()
         self._rows: list[ActiveRow] = []  # row n of _batch
         self._batch: KVBatch | None = None
+        self._owed = 0.0  # seconds of steps before the next pass over prompts
         self._wake, self._closed = threading.Condition(), False
         self._worker = threading.Thread(target=self._run, name="unlearn-peft scheduler", daemon=True)
         self._worker.start()
@@ -143,7 +147,7 @@ class Scheduler:
             self.prefixes.set_limit(self.kv_bytes - self._reserved_bytes())
             for row in list(self._prefill.rows):
                 self._guarded([row], self._prefill.use_prefix)
-            if rows := self._prefill.next_rows():
+            if (self._owed <= 0 or not self._rows) and (rows := self._prefill.next_rows()):
                 self._guarded(rows, self._read)
             if self._rows:
                 self._guarded(self._rows, self._step)
@@ -185,7 +189,11 @@ class Scheduler:
 
     def _read(self, rows: Sequence[ActiveRow]) -> None:
         """Read prompts, or a part of one; those that are wholly read join the running rows."""
-        if (read := self._prefill.read(rows)) is None:
+        readers, began = {row.request.tenant for row in rows}, time.perf_counter()
+        others = any(row.request.tenant not in readers for row in self._rows)
+        read = self._prefill.read(rows)
+        self._owed = _STEPS * (time.perf_counter() - began) if others else 0.0
+        if read is None:
             return
         batch, logits = read
         if remaining := rows if logits is None else self._advance(rows, batch, logits):
@@ -200,7 +208,9 @@ class Scheduler:
         began = time.perf_counter()
         logits = self._runner.step(self._batch, [row.lease for row in rows])
         self._rows = self._advance(rows, self._batch, logits)
-        self.step_times.add(len(rows), time.perf_counter() - began)
+        took = time.perf_counter() - began
+        self.step_times.add(len(rows), took)
+        self._owed -= took
         if not self._rows:
             self._batch = None
 
