@@ -9,7 +9,8 @@ made for sets of hundreds of rows. Ours is one adapter, trained by the demo's re
 strengths. A row each: probes that leak greedily of those that the base answers, and of 8 answers sampled to each of all
 probes; KL to the base on neighbours (nats/token) and neighbours whose greedy answer is unchanged; and of training, all
 that it needs included (for us, asking the base), seconds, TFLOP by torch's counter and peak memory. Each is kept in
-out/open_unlearning.jsonl: run again, it goes on. --picture draws what is kept.
+out/open_unlearning.jsonl: run again, it goes on. --page shows what is kept, runs nothing, and writes the table and its
+picture into docs/comparison.md.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from readme import put
 from subjects import leaks, recipe_for, subjects
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,7 +44,7 @@ SAMPLES, TOKENS = 8, 40
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", type=Path, help="of open-unlearning")
+    parser.add_argument("checkout", type=Path, nargs="?", help="of open-unlearning")
     parser.add_argument("--python", default=sys.executable, help="of an environment with its requirements")
     parser.add_argument("--subject", help="of tests/fixtures/subjects; by default the demo's target")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
@@ -52,12 +54,19 @@ def main():
     parser.add_argument("--bf16", action="store_true", help="their passes in bfloat16 (weights stay float32)")
     parser.add_argument("--dtype", default="auto", help="of our base, and of all measuring")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "open_unlearning.jsonl")
-    parser.add_argument("--picture", type=Path, help="draw what is kept of this subject")
+    parser.add_argument("--page", action="store_true", help="write what is kept of this subject into the docs")
     args = parser.parse_args()
-    if not (args.checkout / "src" / "trainer").is_dir():
+    name = args.subject or "harry_potter"
+    if args.page:
+        found = kept(args.output, name)
+        count, table = found[0]["base_answers"], "\n".join([HEAD, *map(line, found)])
+        put(ROOT / "docs" / "comparison.md", "theirs", f"Of the probes, the base answers {count}.\n\n{table}")
+        draw(found, ROOT / "docs" / "open_unlearning.png")
+        return
+    if args.checkout is None or not (args.checkout / "src" / "trainer").is_dir():
         parser.error(f"{args.checkout} is no checkout of open-unlearning: it has no src/trainer")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    base, name = load_base("demo", args.dtype), args.subject or "harry_potter"
+    base = load_base("demo", args.dtype)
     with tempfile.TemporaryDirectory() as folder:
         rows, recipe = same_rows(base, args.subject, Path(folder))
         ruler = Ruler(base, rows)
@@ -76,8 +85,6 @@ def main():
             for rate in args.rates:
                 if (method, rate) not in done:
                     keep(theirs(args, method, rate, rows, base, ruler, Path(folder)))
-    if args.picture:
-        draw(kept(args.output, name), args.picture)
 
 
 def same_rows(base, subject, folder):

@@ -7,6 +7,7 @@ rows ask for: no paged optimiser, no evaluation on the way, float32 weights (the
 no batches. Prints a line of JSON.
 """
 
+import gc
 import importlib.machinery
 import json
 import resource
@@ -32,7 +33,7 @@ from omegaconf import OmegaConf  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from trainer import load_trainer  # noqa: E402
 from trainer.utils import seed_everything  # noqa: E402
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback  # noqa: E402
 
 
 def config_of(name):
@@ -79,11 +80,32 @@ trainer, _ = load_trainer(
     tokenizer=tokenizer,
     data_collator=DataCollatorForSupervisedDataset(tokenizer),
 )
+
+
+class Counting(TrainerCallback):
+    """Counts each step by itself: a counter that goes on keeps the graphs of all steps in memory."""
+
+    flops = 0
+
+    def on_step_begin(self, *args, **kwargs):
+        """Begin to count."""
+        self.counter = FlopCounterMode(display=False)
+        self.counter.__enter__()
+
+    def on_step_end(self, *args, **kwargs):
+        """Add what the step took."""
+        self.counter.__exit__(None, None, None)
+        self.flops += self.counter.get_total_flops()
+        del self.counter
+        gc.collect()
+
+
+counting = Counting()
+trainer.add_callback(counting)
 began = time.monotonic()
-with FlopCounterMode(display=False) as counter:
-    result = trainer.train()
+result = trainer.train()
 seconds = time.monotonic() - began
 trainer.save_model(settings["output"])
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-figures = {"seconds": seconds, "tflop": counter.get_total_flops() / 1e12, "peak_gb": peak / 1e6}
+figures = {"seconds": seconds, "tflop": counting.flops / 1e12, "peak_gb": peak / 1e6}
 print(json.dumps({**figures, "steps": result.global_step}))

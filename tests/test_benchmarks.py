@@ -186,8 +186,8 @@ def comparison(benchmarks, tiny, tmp_path, monkeypatch):
 
 
 def test_ours_and_theirs_are_measured_alike(comparison, tmp_path, monkeypatch, capsys):
-    out, picture = tmp_path / "out.jsonl", tmp_path / "both.png"
-    arguments = [tmp_path, "--methods", "NPO", "--rates", "1e-5", "--output", out, "--picture", picture]
+    out, page = tmp_path / "out.jsonl", tmp_path / "docs" / "comparison.md"
+    arguments = [tmp_path, "--methods", "NPO", "--rates", "1e-5", "--output", out]
     monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
     comparison.main()
     found = [json.loads(text) for text in out.read_text().splitlines()]
@@ -197,10 +197,17 @@ def test_ours_and_theirs_are_measured_alike(comparison, tmp_path, monkeypatch, c
     assert (
         found[-1]["neighbour_kl"] == pytest.approx(0, abs=1e-6) and found[-1]["unchanged"] == found[-1]["n_neighbours"]
     )
-    assert found[0]["neighbour_kl"] > 0 and found[0]["tflop"] > 0 and picture.stat().st_size > 0
+    assert found[0]["neighbour_kl"] > 0 and found[0]["tflop"] > 0
     assert "| NPO, rate 1e-05, 2 steps |" in capsys.readouterr().out
     comparison.main()
     assert len(out.read_text().splitlines()) == len(found)  # what is kept is not made again
+    page.parent.mkdir()
+    page.write_text("a\n<!-- theirs -->\nold\n<!-- /theirs -->\nb\n")
+    monkeypatch.setattr(comparison, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", "--page", "--output", str(out)])
+    comparison.main()
+    assert "| NPO, rate 1e-05, 2 steps |" in page.read_text() and "old" not in page.read_text()
+    assert (page.parent / "open_unlearning.png").stat().st_size > 0
 
 
 def test_the_cost_of_a_recipe_is_counted_by_phase(benchmarks, tiny_folder, tmp_path, monkeypatch, capsys):
